@@ -1,0 +1,3 @@
+"""peptrain: parameter-efficient pre-training of language models."""
+
+__version__ = "0.1.0"

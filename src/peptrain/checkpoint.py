@@ -1,0 +1,214 @@
+"""Checkpoints: safetensors and JSON, written whole or not at all, never a pickle.
+
+    step-00000600/model.safetensors       every parameter, by name
+                  optimizer.safetensors   moments, by "parameter name/key"
+                  state.json              step, phase, clocks, what the run is, checksums
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peptrain.errors import CheckpointError
+
+log = logging.getLogger("peptrain")
+FORMAT = 1
+FILES = ("model.safetensors", "optimizer.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint in memory: tensors on the CPU."""
+
+    step: int
+    phase: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    groups: list[dict[str, Any]]
+    """The clocks of the optimizer's groups: their integers, `params` left out."""
+    identity: dict[str, Any]
+    """What a continuation must agree in: the method, the model, the data, the precision."""
+
+
+def capture(
+    model: nn.Module, optimizer: Optimizer, *, step: int, phase: int, identity: Mapping[str, Any]
+) -> Checkpoint:
+    """The state of training after `step` steps. Shared parameters are kept once."""
+    names = {p: name for name, p in model.named_parameters()}
+    moments = {
+        f"{names[p]}/{key}": value.detach().cpu().contiguous()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    clocks = [{k: v for k, v in g.items() if type(v) is int} for g in optimizer.param_groups]
+    return Checkpoint(step, phase, tensors, moments, clocks, dict(identity))
+
+
+@torch.no_grad()
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy saved parameters into `model`. Raises CheckpointError unless names and shapes agree."""
+    own = dict(model.named_parameters())
+    if missing := sorted(own.keys() ^ tensors.keys()):
+        raise CheckpointError(
+            f"the checkpoint has other parameters than this model: {missing[0]}"
+            f" and {len(missing) - 1} more stand on one side only"
+        )
+    for name, p in own.items():
+        if p.shape != tensors[name].shape:
+            shapes = f"{list(tensors[name].shape)} in the checkpoint, {list(p.shape)} in the model"
+            raise CheckpointError(f"{name}: {shapes}")
+        p.copy_(tensors[name])
+
+
+def load_optimizer(
+    model: nn.Module, optimizer: Optimizer, saved: Checkpoint, *, same_phase: bool
+) -> None:
+    """Restore moments of the parameters that have saved ones and, within a phase, the clocks.
+
+    After a phase boundary that is the parameters which keep their name and shape. Assigned
+    directly: torch's load_state_dict would cast moments to the parameter's dtype.
+    """
+    by_name = dict(model.named_parameters())
+    trained = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    for key, value in saved.optimizer.items():
+        name, _, part = key.rpartition("/")
+        p = by_name.get(name)
+        if p is not None and id(p) in trained and saved.model[name].shape == p.shape:
+            optimizer.state[p][part] = value.clone().to(p.device)
+    if same_phase:
+        for group, clocks in zip(optimizer.param_groups, saved.groups, strict=True):
+            group.update(clocks)
+
+
+def agrees(saved: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, naming the first setting, unless the run is what was saved."""
+    for key in sorted(saved.identity.keys() | identity.keys()):
+        then, now = saved.identity.get(key), identity.get(key)
+        if then != now:
+            raise CheckpointError(
+                f"{key}: the checkpoint of step {saved.step} was written with {then!r}, and the"
+                f" configuration says {now!r}; go on with the run's own config.toml"
+            )
+
+
+def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `checkpoint`, then delete all but the newest `keep`.
+
+    A hidden directory is filled, synced and renamed, so that an interruption leaves the earlier
+    checkpoints alone. Raises CheckpointError (disk full, say), naming the newest good one.
+    """
+    final = directory / f"step-{checkpoint.step:08d}"
+    temporary = directory / f".{final.name}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary, checkpoint)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.replace(final)
+        _sync(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: could not be written: {error}; {_newest(directory)}"
+        ) from error
+    for old in available(directory)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _newest(directory: Path) -> str:
+    found = available(directory)
+    if not found:
+        return "there is no earlier checkpoint"
+    return f"{found[-1]} is whole: make room and go on with `peptrain resume {directory.parent}`"
+
+
+def _write(directory: Path, checkpoint: Checkpoint) -> None:
+    save_file(checkpoint.model, directory / FILES[0])
+    save_file(checkpoint.optimizer, directory / FILES[1])
+    state = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "phase": checkpoint.phase,
+        "groups": checkpoint.groups,
+        "identity": checkpoint.identity,
+        "sha256": {name: _sha256(directory / name) for name in FILES},
+    }
+    (directory / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for file in directory.iterdir():
+        _sync(file)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def available(directory: Path) -> list[Path]:
+    """The checkpoints in `directory`, oldest first."""
+    return sorted(directory.glob("step-*"))
+
+
+def latest(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; a damaged one is named in a warning and passed over.
+
+    None when there is no checkpoint at all. Raises CheckpointError when all are damaged, or when
+    one was written in another format.
+    """
+    found = available(directory)
+    for path in reversed(found):
+        try:
+            return read(path)
+        except _Damaged as damage:
+            log.warning("%s is damaged (%s); falling back to the one before", path, damage)
+    if found:
+        raise CheckpointError(f"{directory}: none of the {len(found)} checkpoints can be read")
+    return None
+
+
+class _Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+def read(path: Path) -> Checkpoint:
+    """One checkpoint, its checksums verified."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: format {state['format']}, and this peptrain reads format {FORMAT};"
+                " continue with the version that wrote it"
+            )
+        for name in FILES:
+            if _sha256(path / name) != state["sha256"][name]:
+                raise _Damaged(f"{name} has another checksum")
+        model, moments = (load_file(path / name) for name in FILES)
+        return Checkpoint(
+            state["step"], state["phase"], model, moments, state["groups"], state["identity"]
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise _Damaged(str(error)) from error

@@ -1,0 +1,148 @@
+"""The whole configuration of a run: sections, the strict TOML form, and its resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from peptrain import toml
+from peptrain.errors import ConfigError
+from peptrain.methods import methods
+from peptrain.methods.base import Method
+from peptrain.methods.full import Full
+from peptrain.model import ModelConfig, Precision, hf_config
+from peptrain.optim import OptimConfig
+from peptrain.schedule import ScheduleConfig
+from peptrain.settings import check, fill, interval, resolve
+
+M = TypeVar("M", bound=Method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The `train` section."""
+
+    steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    micro_batch: int | None = None
+    """Sequences per forward pass and rank (default: as many as make 16,384 tokens)."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    seed: int = 0
+    """Decides the initialisation, the order of the data and every other draw."""
+    precision: Precision | None = None
+    """fp32; bf16-mixed (fp32 parameters, bf16 compute; the default on a GPU); bf16 (parameters
+    and moments too, for speed and memory); fp64 (to check mathematics)."""
+    compile: bool = False
+    """torch.compile each decoder layer and the loss."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass (gradient checkpointing): less memory, slower."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl; the loss is checked as often."""
+    eval_every: int | None = interval(0.1)
+    """Steps between held-out evaluations; 0 is only at the end (default: a tenth of the run)."""
+    eval_tokens: int = 131_072
+    """Held-out tokens per evaluation during training, at most; 0 is all."""
+    checkpoint_every: int | None = interval(0.25, most=1000)
+    """Steps between checkpoints; 0 is only at the end (default: a quarter of the run, at most
+    1000)."""
+    keep: int = 2
+    """Checkpoints to keep; the oldest go first."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "seq_len", "log_every", "keep"):
+            check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+        for key in ("eval_every", "checkpoint_every", "eval_tokens"):
+            value = getattr(self, key)
+            check(value is None or value >= 0, f"train.{key}", value, "0 or more")
+        micro = self.micro_batch
+        check(micro is None or micro >= 1, "train.micro_batch", micro, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The `data` section."""
+
+    path: Path | None = None
+    """A directory that `peptrain data prepare` made (default: the embedded corpus)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Generic[M]):
+    """Everything a run needs. `resolved` fills in what is unset; the run directory keeps that."""
+
+    method: M = field(default_factory=Full)  # type: ignore[assignment]
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: Path | None = None
+    """The run directory to make (default: runs/METHOD-N, the first N that is free)."""
+
+
+def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfig[M]:
+    """`config` with the method's defaults filled in and every interval an absolute step.
+
+    Raises ConfigError for settings that don't fit together.
+    """
+    method, steps = config.method, config.train.steps
+    width = hf_config(config.model, config.train.seq_len).get_text_config().hidden_size
+    return replace(
+        config,
+        method=resolve(method, "method", steps, width),
+        optim=fill(config.optim, method.optim_defaults, Method.optim_defaults),
+        schedule=resolve(
+            fill(config.schedule, method.schedule_defaults, Method.schedule_defaults),
+            "schedule",
+            steps,
+        ),
+        train=_resolved_train(resolve(config.train, "train", steps), world_size, on_gpu),
+    )
+
+
+def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainConfig:
+    rows, rest = divmod(train.batch_size, world_size)
+    check(rest == 0, "train.batch_size", train.batch_size, f"a multiple of the {world_size} ranks")
+    fitting = [k for k in range(1, rows + 1) if rows % k == 0 and k * train.seq_len <= 16_384]
+    micro = train.micro_batch or max(fitting, default=1)
+    check(rows % micro == 0, "train.micro_batch", micro, f"a divisor of the {rows} rows of a rank")
+    precision = train.precision or ("bf16-mixed" if on_gpu else "fp32")
+    return replace(train, micro_batch=micro, precision=precision)
+
+
+def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
+    """The configuration in a TOML table. Raises ConfigError for an unknown or mistyped key."""
+    sections = {f.name: f for f in fields(RunConfig)}
+    for key in table:
+        if key not in sections:
+            raise ConfigError(toml.unknown(key, list(sections)))
+    given = dict(table)
+    method = _parse_method(given.pop("method", {}))
+    rest = toml.parse(RunConfig, given, "")
+    return replace(rest, method=method)
+
+
+def _parse_method(table: Mapping[str, Any]) -> Method:
+    if not isinstance(table, Mapping) or "name" not in table:
+        raise ConfigError("method.name: missing; write name = \"bpt\" or another in [method]")
+    name, known = table["name"], methods()
+    if name not in known:
+        raise ConfigError(f"method.name: {name!r} is unknown; known are {', '.join(known)}")
+    return toml.parse(known[name], {k: v for k, v in table.items() if k != "name"}, "method.")
+
+
+def load(path: Path) -> RunConfig[Method]:
+    """The configuration in a TOML file."""
+    return parse(toml.read(path))
+
+
+def dump(config: RunConfig[M]) -> str:
+    """`config` as TOML. The run directory is where the file lies, so it is not in it."""
+    return toml.dump(config)

@@ -1,0 +1,15 @@
+"""Text to token shards (`prepare`), shards to batches (`Corpus`), and a corpus to start with."""
+
+from peptrain.data.corpus import Corpus
+from peptrain.data.embedded import default_corpus, embedded_documents
+from peptrain.data.prepare import Prepared, PrepareConfig, Progress, prepare
+
+__all__ = [
+    "Corpus",
+    "PrepareConfig",
+    "Prepared",
+    "Progress",
+    "default_corpus",
+    "embedded_documents",
+    "prepare",
+]

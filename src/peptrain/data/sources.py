@@ -1,0 +1,188 @@
+"""Documents from text files and JSON Lines, plain or compressed, in pieces of bounded size."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from peptrain.errors import DataError
+
+PIECE_BYTES = 1 << 20  # of a text file; bounds memory, and one cut in 1 MB costs a token or two
+JSON_SUFFIXES = (".jsonl", ".json")
+TEXT_SUFFIXES = (".txt", ".md")
+UNPACKERS = {".gz": gzip.GzipFile, ".xz": lzma.LZMAFile}
+FOREIGN_PACKERS = (".zst", ".bz2", ".zip", ".7z", ".lz4", ".rar", ".tar", ".tgz")
+CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r"))
+
+
+class Piece(NamedTuple):
+    """A document, or a part of one that is longer than PIECE_BYTES. `text` is never empty."""
+
+    text: str
+    ends: bool
+    """Whether the document ends with this piece."""
+    position: int
+    """Bytes of the file, as it lies on the disk, that were read so far."""
+
+
+def find_files(inputs: Sequence[Path], key: str) -> list[Path]:
+    """The files that `inputs` name; a directory stands for its text and JSON Lines files, sorted.
+
+    Raises DataError, naming the setting `key`, for a path that doesn't exist, a directory without
+    such files, and a form of compression that isn't read.
+    """
+    files = [file for path in inputs for file in _files_at(path, key)]
+    for file in files:
+        if file.suffix.lower() in FOREIGN_PACKERS:
+            raise DataError(f"{key}: {file} is packed in a form that isn't read; unpack it first")
+    return files
+
+
+def _files_at(path: Path, key: str) -> list[Path]:
+    if not path.exists():
+        raise DataError(f"{key}: {path}: no such file or directory")
+    if not path.is_dir():
+        return [path]
+    known = JSON_SUFFIXES + TEXT_SUFFIXES
+    files = sorted(f for f in path.iterdir() if f.is_file() and _content_suffix(f) in known)
+    if not files:
+        raise DataError(
+            f"{key}: {path} holds no {', '.join(known)} file, plain, .gz or .xz"
+            " (folders inside it are not searched)"
+        )
+    return files
+
+
+def _content_suffix(path: Path) -> str:
+    packed = path.suffix.lower() in UNPACKERS
+    return Path(path.stem if packed else path.name).suffix.lower()
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole content of a plain, .gz or .xz file; DataError if it can't be read."""
+    try:
+        with path.open("rb") as raw:
+            return _unpacked(raw, path).read()
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_pieces(path: Path, text_field: str, errors: str) -> Iterator[Piece]:
+    """The documents of one file: every line of JSON Lines, or any other file as a whole.
+
+    `errors` is what codecs do about broken UTF-8: "strict" (DataError) or "replace". Documents
+    without text are left out. Raises DataError for whatever isn't readable text.
+    """
+    try:
+        with path.open("rb") as raw:
+            stream = _unpacked(raw, path)
+            if _content_suffix(path) in JSON_SUFFIXES:
+                texts = _json_texts(stream, path, text_field, errors)
+            else:
+                texts = _text_parts(stream, path, errors)
+            for text, ends in texts:
+                yield Piece(text, ends, raw.tell())
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
+    unpacker = UNPACKERS.get(path.suffix.lower())
+    return unpacker(raw) if unpacker else raw  # type: ignore[return-value, arg-type]
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: can't be read ({error}); if it is damaged, fetch it again")
+
+
+def _text_parts(stream: BinaryIO, path: Path, errors: str) -> Iterator[tuple[str, bool]]:
+    """A text as (part, whether it is the last), cut at line ends; a longer line is cut anywhere."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    offset, waiting = 0, ""
+    while True:
+        chunk = stream.read(PIECE_BYTES) + stream.readline(PIECE_BYTES)
+        _check_is_text(chunk, str(path))
+        undecoded = len(decoder.getstate()[0])
+        try:
+            part = decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            raise _broken_utf8(path, offset - undecoded + error.start) from error
+        offset += len(chunk)
+        if waiting and part:
+            yield waiting, False
+        waiting = part or waiting
+        if not chunk:
+            break
+    if waiting:
+        yield waiting, True
+
+
+def _json_texts(
+    stream: BinaryIO, path: Path, field: str, errors: str
+) -> Iterator[tuple[str, bool]]:
+    offset = 0
+    for number, line in enumerate(stream, start=1):
+        where = f"{path}:{number}"
+        _check_is_text(line, where)
+        try:
+            decoded = line.decode("utf-8", errors)
+        except UnicodeDecodeError as error:
+            raise _broken_utf8(path, offset + error.start) from error
+        offset += len(line)
+        if decoded.strip() and (text := _text_of(decoded, where, field)):
+            yield _without_half_pairs(text, where, errors), True
+
+
+def _text_of(line: str, where: str, field: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        said = getattr(error, "msg", error)
+        raise DataError(f"{where}: not JSON ({said}); each line must be one object") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a JSON {type(record).__name__}; each line must be one object")
+    if field not in record:
+        keys = ", ".join(map(repr, record)) or "none"
+        raise DataError(f"{where}: no field {field!r} (fields: {keys}); name it with --text-field")
+    text = record[field]
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise DataError(f"{where}: {field!r} is {kind}, not a string; choose another --text-field")
+    return text
+
+
+def _without_half_pairs(text: str, where: str, errors: str) -> str:
+    r"""JSON can spell half a surrogate pair (\ud800), which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if errors == "strict":
+            raise DataError(
+                f"{where}: half a surrogate pair ({text[error.start]!r});"
+                " mend it, or use --on-bad-utf8 replace"
+            ) from error
+        return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return text
+
+
+def _broken_utf8(path: Path, offset: int) -> DataError:
+    return DataError(
+        f"{path}: broken UTF-8 at byte {offset} (counted unpacked);"
+        " mend it, or put U+FFFD in its place with --on-bad-utf8 replace"
+    )
+
+
+def _check_is_text(data: bytes, where: str) -> None:
+    controls = len(data) - len(data.translate(None, CONTROL_BYTES))
+    # A stray escape or end-of-file mark is found in real text; a NUL, or 1 byte in 100, is not.
+    if controls and (b"\0" in data or controls > 1 + len(data) // 100):
+        raise DataError(
+            f"{where}: does not look like text ({controls} control bytes in {len(data)});"
+            " give UTF-8 text or JSON Lines, plain, .gz or .xz"
+        )

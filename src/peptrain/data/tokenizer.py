@@ -1,0 +1,93 @@
+"""Tokenizers: load one, or train a byte-level BPE, and encode text without special tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peptrain.data.sources import read_bytes
+from peptrain.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TRAINED_END = "<|endoftext|>"
+END_TOKENS = (
+    "</s>", TRAINED_END, "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>",
+    "<｜end▁of▁sentence｜>", "[EOS]",
+)  # fmt: skip
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json (plain, .gz or .xz) or of a directory that holds one."""
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.exists():
+        raise DataError(f"tokenizer: {file}: no such file; give a tokenizer.json or its directory")
+    try:
+        tokenizer = Tokenizer.from_buffer(read_bytes(file))
+    except DataError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"tokenizer: {file} is not a tokenizer.json ({error})") from error
+    return _plain(tokenizer)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with an end token, the same for the same texts in the same order.
+
+    It has fewer than `vocab_size` tokens when the texts offer no more pairs to merge.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[TRAINED_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _plain(tokenizer)
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    """Text goes in whole, and a document that spells a special token doesn't get that token."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def end_id(tokenizer: Tokenizer, eos_token: str | None) -> int:
+    """The id put after each document: of `eos_token`, or of the first usual name it knows."""
+    for name in END_TOKENS if eos_token is None else (eos_token,):
+        found = tokenizer.token_to_id(name)
+        if found is not None:
+            return found
+    if eos_token is None:
+        raise ConfigError(
+            f"eos_token: the tokenizer has none of {', '.join(END_TOKENS)};"
+            " name its end token with --eos-token"
+        )
+    raise ConfigError(f"eos_token: {eos_token!r} is not in the tokenizer's vocabulary")
+
+
+def vocabulary(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: what an embedding needs, even where ids have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[np.unsignedinteger]
+) -> list[NDArray[np.unsignedinteger]]:
+    """The ids of each text, without an end token; the texts are encoded in parallel."""
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, dtype) for encoding in encodings]

@@ -1,0 +1,186 @@
+"""Token shards on the disk, written so that a preparation killed at any moment can go on.
+
+Tokens gather in memory until they fill a shard. `Writer.commit` then writes the shard, appends
+the held-out tokens of the same stretch, and last saves the journal, which alone says what counts:
+whatever a killed process wrote after its last journal is written again, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peptrain.data.documents import Part
+from peptrain.data.index import (
+    HELD_OUT,
+    INDEX,
+    JOURNAL,
+    TokenFile,
+    shard_name,
+    write_atomic,
+    write_json,
+)
+from peptrain.errors import ConfigError, DataError
+
+Ids = NDArray[np.unsignedinteger]
+
+
+@dataclass
+class Journal:
+    """How far a preparation has come; every count is of the whole corpus so far."""
+
+    settings: dict[str, Any]
+    pieces: int = 0
+    documents: int = 0
+    held_out_documents: int = 0
+    text_bytes: int = 0
+    held_out_tokens: int = 0
+    shards: list[int] = field(default_factory=list)
+    """Tokens of each finished shard."""
+
+    def save(self, directory: Path) -> None:
+        write_json(directory / JOURNAL, asdict(self))
+
+    @classmethod
+    def open(cls, directory: Path, settings: dict[str, Any]) -> Journal:
+        """The journal in `directory`, or a new one in a directory that is empty or made here.
+
+        Raises ConfigError where something else lies there, or a journal with other settings.
+        """
+        if directory.exists() and not directory.is_dir():
+            raise ConfigError(f"out: {directory} is a file; choose a directory that is new or empty")
+        if (directory / INDEX).exists():
+            raise ConfigError(f"out: {directory} is prepared already; use it, delete it, or choose another --out")
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / JOURNAL).exists():
+            return cls._reopen(directory, settings)
+        found = [path.name for path in directory.iterdir() if path.name != f"{JOURNAL}.tmp"]
+        if found:
+            raise ConfigError(f"out: {directory} is not empty (it holds {found[0]}); choose a new --out")
+        journal = cls(settings)
+        journal.save(directory)
+        return journal
+
+    @classmethod
+    def _reopen(cls, directory: Path, settings: dict[str, Any]) -> Journal:
+        journal = cls(**json.loads((directory / JOURNAL).read_bytes()))
+        for key, value in settings.items():
+            begun = journal.settings.get(key)
+            if begun != value:
+                raise ConfigError(
+                    f"{key}: {directory} was begun with {begun!r}, not {value!r}; give the settings"
+                    " it was begun with to go on, or delete it"
+                )
+        return journal
+
+
+class Writer:
+    """Sorts the ids of parts into training shards and the held-out file."""
+
+    def __init__(self, directory: Path, dtype: np.dtype[np.unsignedinteger], journal: Journal):
+        self.directory, self.dtype, self.journal = directory, dtype, journal
+        self._train: list[Ids] = []
+        self._held_out: list[Ids] = []
+        self._tokens = {True: 0, False: 0}  # in memory, held out or not
+
+    @property
+    def pending(self) -> int:
+        """Tokens in memory for the next shard, or for the held-out file if those are more."""
+        return max(self._tokens.values())
+
+    @property
+    def tokens(self) -> int:
+        """All tokens so far, on the disk or in memory."""
+        journal = self.journal
+        return sum(journal.shards) + journal.held_out_tokens + sum(self._tokens.values())
+
+    def add(self, part: Part, ids: Ids) -> None:
+        (self._held_out if part.held_out else self._train).append(ids)
+        self._tokens[part.held_out] += len(ids)
+        self.journal.pieces += 1
+        self.journal.documents += part.ends
+        self.journal.held_out_documents += part.ends and part.held_out
+        self.journal.text_bytes += len(part.text.encode())
+
+    def commit(self) -> None:
+        """Put on the disk what is in memory, and then the journal."""
+        if self._train:
+            name = shard_name(len(self.journal.shards))
+            write_atomic(self.directory / name, self._train)
+            self.journal.shards.append(self._tokens[False])
+        self._append_held_out()
+        self.journal.held_out_tokens += self._tokens[True]
+        self.journal.save(self.directory)
+        self._train, self._held_out = [], []
+        self._tokens = {True: 0, False: 0}
+
+    def _append_held_out(self) -> None:
+        start = self.journal.held_out_tokens * self.dtype.itemsize
+        path = self.directory / HELD_OUT
+        with path.open("ab") as file:
+            if file.tell() < start:
+                raise _changed(path)
+            file.truncate(start)  # what a killed process appended after its last journal
+            for ids in self._held_out:
+                file.write(ids)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def set_aside_tail(self, fraction: float) -> None:
+        """Move the last `fraction` of the training tokens to the held-out file, still empty.
+
+        A process killed in here can do it all again: the tail is copied before any shard is cut,
+        and cutting to a length twice is cutting once. Only the index counts what is left.
+        """
+        total = sum(self.journal.shards)
+        moved = int(total * fraction)
+        kept = _first(total - moved, self.journal.shards)
+        shards = [self.directory / shard_name(number) for number in range(len(kept))]
+        if (self.directory / HELD_OUT).stat().st_size != moved * self.dtype.itemsize:
+            tails = (np.fromfile(s, self.dtype)[k:] for s, k in zip(shards, kept, strict=True))
+            write_atomic(self.directory / HELD_OUT, tails)
+        for shard, tokens in zip(shards, kept, strict=True):
+            if tokens:
+                os.truncate(shard, tokens * self.dtype.itemsize)
+            else:
+                shard.unlink(missing_ok=True)
+        self.journal.shards = [tokens for tokens in kept if tokens]
+        self.journal.held_out_tokens = moved
+
+    def survey(self) -> tuple[tuple[TokenFile, ...], TokenFile, int]:
+        """The finished training shards, the held-out file, and the largest id in any of them."""
+        names = [shard_name(number) for number in range(len(self.journal.shards))]
+        sizes = [*self.journal.shards, self.journal.held_out_tokens]
+        largest, files = 0, []
+        for name, tokens in zip([*names, HELD_OUT], sizes, strict=True):
+            path = self.directory / name
+            if not path.exists() or path.stat().st_size != tokens * self.dtype.itemsize:
+                raise _changed(path)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if tokens:
+                largest = max(largest, int(np.memmap(path, self.dtype, "r").max()))
+            files.append(TokenFile(name, tokens, digest))
+        return tuple(files[:-1]), files[-1], largest
+
+
+def _first(room: int, lengths: list[int]) -> list[int]:
+    """How much of each length lies in the first `room` of them all together."""
+    kept = []
+    for length in lengths:
+        kept.append(min(length, room))
+        room -= kept[-1]
+    return kept
+
+
+def _changed(path: Path) -> DataError:
+    return DataError(
+        f"{path}: changed since it was written; delete {path.parent} and prepare it again"
+    )

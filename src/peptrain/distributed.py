@@ -1,0 +1,98 @@
+"""One process or several: the world as the trainer sees it, under `torchrun` or without."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from peptrain.errors import Unsupported
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the run directory."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all ranks."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        return self.mean(values) * self.size
+
+    def agree(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def exchange(self, module: nn.Module, now: bool) -> AbstractContextManager[object]:
+        """The context of one backward pass: gradients go to the other ranks `now`, or wait."""
+        waits = isinstance(module, DistributedDataParallel) and not now
+        return module.no_sync() if waits else contextlib.nullcontext()  # type: ignore[operator]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def parallelize(self, module: nn.Module) -> nn.Module:
+        """Replicate over the ranks. The wrapper is new for every phase, because one that has
+        seen another set of trainable parameters reduces wrong gradients without a word."""
+        if self.size == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+
+@contextlib.contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """The world of this process: joined if `torchrun` made it one of several, and left again.
+
+    device: auto (a GPU if there is one), cpu, or cuda. Raises Unsupported for a GPU that is absent.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise Unsupported(f"train.device: {device!r} is none of auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Unsupported("train.device: cuda was asked for and PyTorch sees no GPU; use cpu or auto")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else None
+    if local is not None:
+        torch.cuda.set_device(local)
+    here = local or torch.device("cpu")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(0, 1, here)
+        return
+    joined = not dist.is_initialized()
+    if joined:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield World(dist.get_rank(), size, here)
+    finally:
+        if joined:
+            dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Evaluation of a run's dense twin. Never imports the trainer."""

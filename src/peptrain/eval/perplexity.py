@@ -1,0 +1,113 @@
+"""Perplexity weighted by tokens: exp(total loss / total targets)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from peptrain.distributed import World
+from peptrain.errors import DataError
+from peptrain.model import Precision, autocast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats per token; tokens: how many were predicted."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    tokens: np.ndarray,
+    *,
+    seq_len: int,
+    batch_size: int,
+    precision: Precision = "fp32",
+    world: World | None = None,
+    limit: int = 0,
+) -> Evaluation:
+    """The loss over `tokens` [T], each but the first predicted once from up to seq_len before it.
+
+    The sum over tokens is divided by their number, so the batch size, the last short window and
+    the number of ranks (each takes its share) change nothing. limit: at most so many tokens, 0 is
+    all. Raises DataError when there is nothing to predict.
+    """
+    here = world or World(0, 1, model.device)
+    windows = _windows(tokens[: limit + 1] if limit else tokens, seq_len)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    was_training = model.training
+    model.eval()
+    for batch in _batches(windows[here.rank :: here.size], batch_size):
+        ids = torch.from_numpy(batch).to(here.device)
+        with autocast(precision, here.device):
+            total += _summed_loss(model, ids).cpu()
+        count += batch.shape[0] * (batch.shape[1] - 1)
+    model.train(was_training)
+    both = here.sum(torch.tensor([total.item(), count], dtype=torch.float64, device=here.device))
+    return Evaluation(both[0].item() / both[1].item(), round(both[1].item()))
+
+
+@torch.no_grad()
+def evaluate_legacy(
+    model: PreTrainedModel,
+    tokens: np.ndarray,
+    *,
+    seq_len: int,
+    batch_size: int,
+    precision: Precision = "fp32",
+) -> Evaluation:
+    """The evaluator of the older repositories, to match tables printed with it: the sum of the
+    batches' mean losses divided by the number of batches plus 1, which flatters the model."""
+    means, count = [], 0
+    model.eval()
+    for batch in _batches(_windows(tokens, seq_len), batch_size):
+        ids = torch.from_numpy(batch).to(model.device)
+        predicted = batch.shape[0] * (batch.shape[1] - 1)
+        with autocast(precision, model.device):
+            means.append(_summed_loss(model, ids).item() / predicted)
+        count += predicted
+    return Evaluation(sum(means) / (len(means) + 1), count)
+
+
+def _windows(tokens: np.ndarray, seq_len: int) -> list[np.ndarray]:
+    """Pieces of seq_len + 1 tokens that share one token with the next; the last may be short."""
+    if len(tokens) < 2:
+        raise DataError(
+            f"the held-out part has {len(tokens)} tokens, nothing to predict; prepare the corpus"
+            " with --held-out or --held-out-inputs"
+        )
+    return [tokens[i : i + seq_len + 1] for i in range(0, len(tokens) - 1, seq_len)]
+
+
+def _batches(windows: list[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
+    """Windows of one length stacked, [rows, length], as int64; a short one comes alone."""
+    start = 0
+    while start < len(windows):
+        length = len(windows[start])
+        same = [w for w in windows[start : start + batch_size] if len(w) == length]
+        yield np.stack(same).astype(np.int64)
+        start += len(same)
+
+
+def _summed_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    losses = F.cross_entropy(wide, ids[:, 1:].flatten(), reduction="none")
+    return losses.sum(dtype=torch.float64)

@@ -1,0 +1,125 @@
+"""The record of a training: rows for metrics.jsonl and for whoever watches."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peptrain.distributed import World
+from peptrain.errors import Diverged
+from peptrain.eval.perplexity import Evaluation
+from peptrain.rundir import RunDir
+
+log = logging.getLogger("peptrain")
+
+Observer = Callable[[Mapping[str, Any]], None]
+"""Told what happens, on the main rank: rows with an "event" of start, step, eval, checkpoint or
+end. It can't change the training."""
+
+
+def silent(row: Mapping[str, Any]) -> None:
+    """The observer that looks away."""
+
+
+def throughput(tokens: int, seconds: float) -> float:
+    """Tokens per second; 0 before any time has passed."""
+    return tokens / seconds if seconds > 0 else 0.0
+
+
+@dataclass
+class Journal:
+    """Collects what each step measured on the device, and reads it only when a row is written."""
+
+    run: RunDir
+    world: World
+    observe: Observer
+    tokens_per_step: int
+    _steps: list[tuple[int, float, Tensor, Tensor]] = field(default_factory=list)
+    _metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    _rates: list[float] = field(default_factory=list)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def add(
+        self, step: int, lr: float, loss: Tensor, norm: Tensor, metrics: Mapping[str, Tensor | float]
+    ) -> None:
+        """Note step number `step` (1 is the first), without waiting for the device."""
+        self._steps.append((step, lr, loss, norm))
+        self._metrics.update(metrics)
+
+    def flush(self) -> None:
+        """Write a row for the steps since the last one: mean loss, newest of everything else.
+
+        Raises Diverged when a loss or gradient norm among them is not finite.
+        """
+        if not self._steps:
+            return
+        steps, metrics = self._steps, {k: float(v) for k, v in self._metrics.items()}
+        self._steps, self._metrics = [], {}
+        losses = self.world.mean(torch.stack([loss for _, _, loss, _ in steps]).double()).tolist()
+        norms = torch.stack([norm for *_, norm in steps]).tolist()
+        seconds, tokens = self._clock(), len(steps) * self.tokens_per_step
+        for (step, lr, _, _), loss, norm in zip(steps, losses, norms, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(
+                    f"step {step}: the loss is {loss} and the gradient norm {norm} at a learning"
+                    f" rate of {lr:.3g}"
+                )
+        self._rates.append(throughput(tokens, seconds))
+        step, lr, _, _ = steps[-1]
+        self.write(
+            "step",
+            step=step,
+            loss=sum(losses) / len(losses),
+            lr=lr,
+            grad_norm=norms[-1],
+            tokens=step * self.tokens_per_step,
+            tokens_per_second=self._rates[-1],
+            **metrics,
+        )
+        for name, value in metrics.items():
+            if name.endswith("_warning") and value:
+                log.warning("step %d: %s = %g", step, name.removesuffix("_warning"), value)
+
+    def evaluation(self, step: int, held_out: Evaluation) -> None:
+        """A row for an evaluation during training."""
+        self.write("eval", step=step, **_fields(held_out))
+
+    def end(self, step: int, held_out: Evaluation) -> None:
+        """The last row, with the evaluation on the whole held-out part."""
+        rate = self.median_throughput()
+        self.write("end", step=step, **_fields(held_out), tokens_per_second=rate)
+
+    def median_throughput(self) -> float:
+        """Tokens per second: the median over rows, which a slow first one doesn't move."""
+        return statistics.median(self._rates) if self._rates else 0.0
+
+    def write(self, event: str, **row: Any) -> None:
+        """One row to the file and the observer, from the main rank."""
+        if self.world.main:
+            self.run.record({"event": event, **row})
+            self.observe({"event": event, **row})
+
+    def pause(self) -> None:
+        """Start the clock anew after something that is no training: evaluation, saving."""
+        self._clock()
+
+    def _clock(self) -> float:
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds
+
+
+def _fields(held_out: Evaluation) -> dict[str, float]:
+    return {
+        "held_out_loss": held_out.loss,
+        "perplexity": held_out.perplexity,
+        "held_out_tokens": held_out.tokens,
+    }

@@ -1,0 +1,20 @@
+"""The methods. A new one is a file here and a line in METHODS, or an entry point
+`peptrain.methods` of another package."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from peptrain.methods.base import Method
+from peptrain.methods.bpt import BPT
+from peptrain.methods.full import Full
+from peptrain.methods.loro import LORO
+from peptrain.methods.lowrank import LowRank
+
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, BPT, LowRank, LORO)}
+
+
+def methods() -> dict[str, type[Method]]:
+    """Ours and those that installed packages offer under `peptrain.methods`."""
+    found = {e.name: e.load() for e in entry_points(group="peptrain.methods")}
+    return {**METHODS, **found}

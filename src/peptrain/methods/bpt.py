@@ -1,0 +1,126 @@
+"""Bi-Phase Training (Gurung and Campbell): diagonals around a frozen matrix that absorbs UV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peptrain.methods.base import Method, Metrics, RankMethod, ReparamLinear, Site, reparametrized
+from peptrain.ops.linear import bpt_linear, bpt_weight
+from peptrain.ops.rounding import add_
+from peptrain.ops.spectral import semi_orthogonal
+from peptrain.optim import ResetMode, reset_moments
+from peptrain.rng import Rng
+from peptrain.schedule import Schedule, ScheduleConfig, restarted
+from peptrain.settings import check, fill, interval
+
+Init = Literal["kaiming_uniform", "kaiming_normal", "model"]
+
+
+class BPTLinear(ReparamLinear):
+    """W_eff = diag(a) (W + U V) diag(b); W frozen, a: [out], b: [in], U: [out, r], V: [r, in].
+
+    The diagonals are fp32 whatever the rest is: they stay near 1, where bf16 has steps of 0.4 to
+    0.8 %. A bias stays outside of them.
+    """
+
+    def __init__(self, site: Site, rank: int, init: Init, rng: Rng) -> None:
+        super().__init__(site)
+        n, m = site.shape
+        W = site.linear.weight
+        initialise(W, init, rng(site.name, purpose="W"))
+        fp32 = {"dtype": torch.promote_types(W.dtype, torch.float32), "device": W.device}
+        self.weight = W.requires_grad_(False)
+        self.U = nn.Parameter(fresh_U(site.name, 0, n, rank, rng, W))
+        self.V = nn.Parameter(W.new_zeros(rank, m))
+        self.a = nn.Parameter(torch.ones(n, **fp32))
+        self.b = nn.Parameter(torch.ones(m, **fp32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = bpt_linear(x, self.weight, self.U, self.V, self.a, self.b)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def effective_weight(self) -> Tensor:
+        return bpt_weight(self.weight, self.U, self.V, self.a, self.b)
+
+    @torch.no_grad()
+    def merge(self, step: int, rng: Rng) -> None:
+        """W += U V, U fresh, V = 0: inside the diagonals, so the function stays (equation 3)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        add_(self.weight, self.U.to(dtype) @ self.V.to(dtype), rng.integer(self.site, step, "round"))
+        n, r = self.U.shape
+        self.U.copy_(fresh_U(self.site, step, n, r, rng, self.U))
+        self.V.zero_()
+
+
+def fresh_U(site: str, step: int, n: int, r: int, rng: Rng, like: Tensor) -> Tensor:
+    """U [n, r] after the merge at `step`: orthonormal columns. The output factor is the random
+    one, so V is the first to receive a gradient."""
+    return semi_orthogonal(n, r, rng(site, step, "U"), dtype=like.dtype, device=like.device)
+
+
+@torch.no_grad()
+def initialise(W: Tensor, init: Init, generator: torch.Generator) -> None:
+    """Kaiming for the frozen W: uniform is nn.Linear's own (U(+-1/sqrt(in))); normal has gain
+    sqrt 2 and is 2.4 times larger; model keeps what the model drew."""
+    if init == "model":
+        return
+    fresh = torch.empty(W.shape)
+    if init == "kaiming_uniform":
+        nn.init.kaiming_uniform_(fresh, a=5**0.5, generator=generator)
+    else:
+        nn.init.kaiming_normal_(fresh, generator=generator)
+    W.copy_(fresh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BPT(RankMethod):
+    """Train U, V and two diagonals around a frozen W, and merge U V into W now and then."""
+
+    name: ClassVar[str] = "bpt"
+    equation: ClassVar[str] = "W_eff = diag(a) (W + U V) diag(b), W += U V now and then"
+    optim_defaults = replace(Method.optim_defaults, lr=2e-3)
+    schedule_defaults = fill(ScheduleConfig(kind="wsd", floor=0.0), Method.schedule_defaults)
+
+    merge_every: int | None = interval(0.1, most=2000)
+    """Steps between merges; 0 is never (default: a tenth of the run, at most 2000)."""
+    init: Init = "kaiming_uniform"
+    """How the frozen W starts; model keeps the model's own initialisation."""
+    reset: ResetMode = "zero"
+    """What a merge does to the moments of U and V."""
+    reset_fraction: float = 0.99
+    """The part that magnitude and random resets remove."""
+    restart_warmup: int = 0
+    """Steps of learning-rate warm-up from 0 after each merge; 0 is none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check((self.merge_every or 0) >= 0, "method.merge_every", self.merge_every, "0 or more")
+        check(0 <= self.reset_fraction <= 1, "method.reset_fraction", self.reset_fraction, "0 to 1")
+        check(self.restart_warmup >= 0, "method.restart_warmup", self.restart_warmup, "0 or more")
+
+    def cost(self, n: int, m: int, rank: int) -> int:
+        return rank * (n + m) + n + m
+
+    def install(self, sites: Sequence[Site], rng: Rng, phase: int) -> None:
+        for site in self.chosen(sites):
+            site.replace(BPTLinear(site, self.r, self.init, rng))
+
+    def schedule(self, base: Schedule) -> Schedule:
+        return restarted(base, every=self.merge_every or 0, rewarm=self.restart_warmup)
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer, step: int, rng: Rng) -> Metrics:
+        if not self.merge_every or step % self.merge_every:
+            return {}
+        for layer in reparametrized(model):
+            assert isinstance(layer, BPTLinear)
+            layer.merge(step, rng)
+            for factor, name in ((layer.U, "U"), (layer.V, "V")):
+                generator = rng(layer.site, step, f"reset {name}")
+                reset_moments(optimizer, factor, self.reset, self.reset_fraction, generator)
+        return {"merges": step // self.merge_every}

@@ -1,0 +1,16 @@
+"""Full training: AdamW on every parameter, what all the papers compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peptrain.methods.base import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(Method):
+    """Train every parameter with AdamW."""
+
+    name: ClassVar[str] = "full"
+    equation: ClassVar[str] = "W, all trainable"

@@ -1,0 +1,156 @@
+"""LORO (Mo et al., ICLR 2025): W = B A only, optimized on the manifold of rank-r matrices."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from peptrain.errors import ConfigError
+from peptrain.methods.base import Method, Metrics, Site, reparametrized
+from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
+from peptrain.methods.lowrank import LowRank, LowRankLinear
+from peptrain.optim import OptimConfig, parameter_groups
+from peptrain.rng import Rng
+from peptrain.schedule import Schedule, cosine, restarted
+from peptrain.settings import check, interval, same_as
+
+log = logging.getLogger("peptrain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LORO(LowRank):
+    """Train W = B A by Adam, with an exact Riemannian step now and then."""
+
+    name: ClassVar[str] = "loro"
+    equation: ClassVar[str] = "W = B A, stepped on the manifold of rank-r matrices"
+    optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6, clip=0.0)
+
+    exact_every: int | None = interval(0.25, most=500)
+    """K: every K-th step is exact; 0 is never (default: a quarter of the run, at most 500)."""
+    refresh_every: int | None = same_as("exact_every")
+    """Steps between refreshes of the Adam state (default: with every exact step)."""
+    refresh: Literal["all", "factors", "none"] = "all"
+    """Whose Adam state a refresh zeroes: all parameters, the factors alone, or none."""
+    restart_warmup: int = 5
+    """Steps of learning-rate warm-up from 0 after each refresh."""
+    scale: str = "hidden"
+    """c of the approximate step: hidden (r / the model's width), rows (r/n), min, or a number."""
+    direction: Literal["adam", "raw"] = "adam"
+    """What the exact step follows: Adam's directions, or raw gradients (the Riemannian step)."""
+    retraction: Literal["riemannian", "svd"] = "riemannian"
+    """svd replaces the exact step by an approximate one and a balanced SVD of B A (ablation)."""
+    update: Literal["adam", "precond"] = "adam"
+    """precond steps along raw gradients preconditioned by the other factor (ablation)."""
+    precond_eps: float = 1e-6
+    """Damping of precond, relative to the trace; 0 is the paper's form, unstable by its report."""
+    reference_schedule: bool = False
+    """The schedule of the released code, its shifted cosine included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("exact_every", "refresh_every", "restart_warmup", "precond_eps"):
+            check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), "0 or more")
+        if self.scale not in ("hidden", "rows", "min"):
+            self._number()
+
+    def install(self, sites: Sequence[Site], rng: Rng, phase: int) -> None:
+        super().install(sites, rng, phase)
+        if (self.exact_every or 0) > 600:
+            log.warning(
+                "method.exact_every: %d; the paper reports divergence above 650 to 750 steps",
+                self.exact_every,
+            )
+
+    def optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
+        assert optim.lr is not None and optim.beta1 is not None and optim.beta2 is not None
+        assert optim.eps is not None
+        layers = [m for m in reparametrized(model) if isinstance(m, LowRankLinear)]
+        factors = [p for layer in layers for p in (layer.B, layer.A)]
+        scales = [c for layer in layers for c in [self._scale(layer)] * 2]
+        mine = {id(p) for p in factors}
+        rest = (p for p in model.parameters() if id(p) not in mine)
+        groups = parameter_groups(model, optim, rest) + [
+            {
+                "params": factors,
+                "factors": True,
+                "scales": scales,
+                "weight_decay": optim.weight_decay,
+            }
+        ]
+        betas = (optim.beta1, optim.beta2)
+        return LOROOptimizer(groups, self._rule(), lr=optim.lr, betas=betas, eps=optim.eps)
+
+    def schedule(self, base: Schedule) -> Schedule:
+        every = self._rule().refresh_every if self.refresh != "none" else 0
+        if self.reference_schedule:
+            return reference_schedule(base, every)
+        return restarted(base, every=every, rewarm=self.restart_warmup)
+
+    def after_step(self, model: nn.Module, optimizer: Optimizer, step: int, rng: Rng) -> Metrics:
+        assert isinstance(optimizer, LOROOptimizer)
+        if not self.exact_every or step % self.exact_every:
+            return {}
+        return {"exact_steps": step // self.exact_every, "damped_warning": optimizer.damped}
+
+    def _rule(self) -> Rule:
+        assert self.exact_every is not None and self.refresh_every is not None
+        return Rule(
+            exact_every=self.exact_every,
+            refresh_every=self.refresh_every,
+            retraction=self.retraction,
+            direction=self.direction,
+            update=self.update,
+            precond_eps=self.precond_eps,
+            refresh=self.refresh,
+        )
+
+    def _scale(self, layer: LowRankLinear) -> float:
+        """c of the approximate step; the released code divides by the model's hidden size."""
+        n, m = layer.out_features, layer.in_features
+        widths = {"hidden": layer.width, "rows": n, "min": min(n, m)}
+        return self.r / widths[self.scale] if self.scale in widths else self._number()
+
+    def _number(self) -> float:
+        try:
+            return float(self.scale)
+        except ValueError:
+            raise ConfigError(
+                f"method.scale: {self.scale!r} can't be used; give hidden, rows, min or a number"
+            ) from None
+
+
+def reference_schedule(base: Schedule, every: int) -> Schedule:
+    """The schedule of the released code: N steps, warm-up w, restarts every R, floor mn.
+
+    Its cosine runs 0.1 N steps late and its restarts shift with it; a restart begins at 1e-6 and
+    takes 5 steps to the value that warm-up or cosine has at the restart itself.
+    """
+    N, w, mn, late = base.steps, base.warmup, base.floor, -round(0.1 * base.steps)
+    e, rewarm = 1e-6, 5
+
+    def M(c: int) -> float:
+        return cosine((c - w) / (N - w), mn)
+
+    peak = 0.5 * (1 + math.cos(math.pi * -late / (N - w)))
+
+    def climb(c: int, target: float) -> float:
+        return c % every / rewarm * (target - e) + e
+
+    def restarting(c: int) -> bool:
+        return every > 0 and c >= every and c % every < rewarm
+
+    def multiplier(t: int) -> float:
+        if t < w:
+            start = t // every * every if restarting(t) else t
+            base_value = start / w * (peak - mn) + mn
+            return climb(t, base_value) if restarting(t) else base_value
+        c = t + late
+        return climb(c, M(c // every * every)) if restarting(c) else M(c)
+
+    return replace(base, multiplier=multiplier)

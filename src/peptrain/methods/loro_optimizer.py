@@ -1,0 +1,159 @@
+"""LORO's optimizer: Adam on everything, and now and then a step on the rank-r manifold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peptrain.ops.riemannian import preconditioned_step, riemannian_step
+from peptrain.ops.spectral import balanced
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the factors move; the fields are LORO's options of the same names."""
+
+    exact_every: int
+    refresh_every: int
+    retraction: Literal["riemannian", "svd"]
+    direction: Literal["adam", "raw"]
+    update: Literal["adam", "precond"]
+    precond_eps: float
+    refresh: Literal["all", "factors", "none"]
+
+
+class LOROOptimizer(Optimizer):
+    """Adam with D = m / (sqrt v + eps) and lr_p = lr sqrt(1 - beta2^k) / (1 - beta1^k).
+
+    k counts steps since the last refresh. Groups with `factors` hold B, A, B, A, ... and `scales`,
+    the r/d of each; there the step is lr_p c D, and every `exact_every`-th one is exact, with
+    lr_p and no c (LORO, Algorithm 1). Refreshes come right after the step. The clocks are integers
+    of the groups, which a load of the optimizer's state overwrites.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        rule: Rule,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        self.rule = rule
+        self.damped: Tensor | int = 0
+        """Factors that were singular at the newest exact step."""
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0}
+        super().__init__(groups, {**defaults, "factors": False, "scales": [], "clock": 0, "age": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["clock"] += 1
+            group["age"] += 1
+            self._step_group(group)
+            if self._refresh_due(group):
+                self._refresh(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        m, root = self._moments(params, group)
+        lr, (beta1, beta2), k = group["lr"], group["betas"], group["age"]
+        lr_p = lr * math.sqrt(1 - beta2**k) / (1 - beta1**k)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        if not group["factors"]:
+            torch._foreach_addcdiv_(params, m, root, value=-lr_p)
+            return
+        assert len(params) == len(group["params"]), "every factor takes part in the loss"
+        if self._due(group, self.rule.exact_every) and self.rule.retraction == "riemannian":
+            self._exact(params, m, root, lr_p)
+            return
+        if self.rule.update == "precond":
+            self._precondition(params, lr)
+        else:
+            torch._foreach_addcdiv_(params, m, root, [-lr_p * c for c in group["scales"]])
+        if self._due(group, self.rule.exact_every):
+            _assign(params, lambda B, A, i: balanced(B, A))
+
+    def _moments(
+        self, params: list[nn.Parameter], group: dict[str, Any]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Update both moments; returns m and sqrt v + eps."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        grads = [p.grad for p in params if p.grad is not None]
+        m = [self.state[p]["exp_avg"] for p in params]
+        v = [self.state[p]["exp_avg_sq"] for p in params]
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(m, grads, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
+        root = list(torch._foreach_sqrt(v))
+        torch._foreach_add_(root, group["eps"])
+        return m, root
+
+    def _exact(
+        self, params: list[nn.Parameter], m: list[Tensor], root: list[Tensor], lr_p: float
+    ) -> None:
+        if self.rule.direction == "adam":
+            directions = list(torch._foreach_div(m, root))
+        else:
+            directions = [p.grad for p in params if p.grad is not None]
+        damped = []
+
+        def step(B: Tensor, A: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            D_B, D_A = directions[i].to(B.dtype), directions[i + 1].to(A.dtype)
+            B, A, singular = riemannian_step(B, A, D_B, D_A, lr_p)
+            damped.append(singular)
+            return B, A
+
+        _assign(params, step)
+        self.damped = torch.stack(damped).sum()
+
+    def _precondition(self, params: list[nn.Parameter], lr: float) -> None:
+        def step(B: Tensor, A: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            G_B, G_A = params[i].grad, params[i + 1].grad
+            assert G_B is not None and G_A is not None
+            return preconditioned_step(
+                B, A, G_B.to(B.dtype), G_A.to(A.dtype), lr, self.rule.precond_eps
+            )
+
+        _assign(params, step)
+
+    def _due(self, group: dict[str, Any], every: int) -> bool:
+        return every > 0 and group["clock"] % every == 0
+
+    def _refresh_due(self, group: dict[str, Any]) -> bool:
+        wanted = self.rule.refresh == "all" or (self.rule.refresh == "factors" and group["factors"])
+        return wanted and self._due(group, self.rule.refresh_every)
+
+    def _refresh(self, group: dict[str, Any]) -> None:
+        states = [s for p in group["params"] if (s := self.state[p])]
+        if states:
+            torch._foreach_zero_([t for s in states for t in s.values()])
+        group["age"] = 0
+
+
+def _assign(
+    params: list[nn.Parameter], step: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+) -> None:
+    """Each pair (B, A) := step(B, A, its index), computed in fp32 or better."""
+    for i in range(0, len(params), 2):
+        dtype = torch.promote_types(params[i].dtype, torch.float32)
+        for p, new in zip(params[i:], step(params[i].to(dtype), params[i + 1].to(dtype), i)):
+            p.copy_(new)

@@ -1,0 +1,50 @@
+"""Plain low-rank training: W = B A, both factors trained by AdamW; LORO's layer and baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peptrain.methods.base import Method, RankMethod, ReparamLinear, Site
+from peptrain.rng import Rng
+
+
+class LowRankLinear(ReparamLinear):
+    """W = B A, so y = x Aᵀ Bᵀ. B: [out, r], A: [r, in]; no dense W exists."""
+
+    def __init__(self, site: Site, rank: int, rng: Rng) -> None:
+        super().__init__(site)
+        n, m = site.shape
+        self.width = site.width
+        like = site.linear.weight
+        self.B = nn.Parameter(_xavier_normal(n, rank, rng(site.name, purpose="B")).to(like))
+        self.A = nn.Parameter(_xavier_normal(rank, m, rng(site.name, purpose="A")).to(like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.A), self.B, self.bias)
+
+    def effective_weight(self) -> Tensor:
+        dtype = torch.promote_types(self.B.dtype, torch.float32)
+        return self.B.to(dtype) @ self.A.to(dtype)
+
+
+def _xavier_normal(n: int, m: int, generator: torch.Generator) -> Tensor:
+    return nn.init.xavier_normal_(torch.empty(n, m), generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(RankMethod):
+    """Train W = B A by AdamW on both factors."""
+
+    name: ClassVar[str] = "lowrank"
+    equation: ClassVar[str] = "W = B A, both factors trained by AdamW"
+    optim_defaults = replace(Method.optim_defaults, lr=3e-3)
+
+    def install(self, sites: Sequence[Site], rng: Rng, phase: int) -> None:
+        for site in self.chosen(sites):
+            site.replace(LowRankLinear(site, self.r, rng))

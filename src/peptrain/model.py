@@ -1,0 +1,250 @@
+"""Unmodified Hugging Face causal language models, built from a config, and their target layers."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peptrain.errors import ConfigError, Unsupported
+from peptrain.methods.base import Site
+from peptrain.settings import check
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Family = Literal["llama", "qwen2", "olmo2"]
+Precision = Literal["fp32", "bf16-mixed", "bf16", "fp64"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder in the papers' letters: vocabulary V, hidden d, MLP f, layers L."""
+
+    family: Family
+    V: int
+    d: int
+    f: int
+    L: int
+    heads: int
+    kv: int
+    tied: bool = False
+
+
+PRESETS: dict[str, Shape] = {
+    # Ours, for a laptop: its vocabulary is that of the embedded default corpus.
+    "tiny": Shape("llama", 4096, 128, 384, 4, 4, 4),
+    # LLaMA as in GaLore, ReLoRA and LORO (T5's vocabulary without the sentinels).
+    "llama-60m": Shape("llama", 32000, 512, 1376, 8, 8, 8),
+    "llama-130m": Shape("llama", 32000, 768, 2048, 12, 12, 12),
+    "llama-250m": Shape("llama", 32000, 768, 2560, 24, 16, 16),
+    "llama-350m": Shape("llama", 32000, 1024, 2736, 24, 16, 16),
+    "llama-1b": Shape("llama", 32000, 2048, 5461, 24, 32, 32),
+    "llama-7b": Shape("llama", 32000, 4096, 11008, 32, 32, 32),
+    # The small-model study of ReLoRA.
+    "pico-tiny": Shape("llama", 50304, 96, 384, 12, 12, 4),
+    "pico-small": Shape("llama", 50304, 384, 1536, 12, 12, 4),
+    # BPT; its table prints another model's shapes for the 1.5B row.
+    "qwen-100m": Shape("qwen2", 151936, 512, 2048, 8, 8, 2, tied=True),
+    "qwen-0.5b": Shape("qwen2", 151936, 896, 4864, 24, 14, 2, tied=True),
+    "qwen-1.5b": Shape("qwen2", 151936, 1536, 8960, 28, 12, 2, tied=True),
+    "olmo2-1b": Shape("olmo2", 100352, 2048, 8192, 16, 16, 16),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The `model` section: a preset or a config.json, then what is to differ from it."""
+
+    preset: str = "tiny"
+    """A named architecture (`peptrain methods` lists them with the methods)."""
+    config: Path | None = None
+    """A Hugging Face config.json, or the directory that holds one, instead of a preset."""
+    family: Family | None = None
+    """llama, qwen2 or olmo2."""
+    vocab_size: int | None = None
+    """V, at least the largest token id that occurs plus 1."""
+    hidden_size: int | None = None
+    """d, the width of the residual stream."""
+    intermediate_size: int | None = None
+    """f, the width of the MLP."""
+    layers: int | None = None
+    """L, the number of decoder layers."""
+    heads: int | None = None
+    """Attention heads."""
+    kv_heads: int | None = None
+    """Key and value heads (grouped-query attention)."""
+    tied: bool | None = None
+    """Whether the output head shares the embedding's matrix."""
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads"):
+            value = getattr(self, key)
+            check(value is None or value >= 1, f"model.{key}", value, "1 or more")
+        if self.config is None and self.preset not in PRESETS:
+            raise ConfigError(
+                f"model.preset: {self.preset!r} is unknown; choose one of {', '.join(PRESETS)},"
+                " or give model.config a config.json"
+            )
+        if self.config is not None and self.family is not None:
+            raise ConfigError("model.family: a config.json names its own; leave one of them out")
+
+
+HF_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "tied": "tie_word_embeddings",
+}
+
+
+def hf_config(config: ModelConfig, seq_len: int) -> PretrainedConfig:
+    """The Hugging Face config that `config` describes; positions reach at least `seq_len`."""
+    wanted = {hf: getattr(config, k) for k, hf in HF_NAMES.items() if getattr(config, k) is not None}
+    if "num_attention_heads" in wanted:
+        wanted.setdefault("num_key_value_heads", wanted["num_attention_heads"])
+    if config.config is not None:
+        return _from_file(config.config, wanted)
+    shape = PRESETS[config.preset]
+    preset = {
+        "vocab_size": shape.V,
+        "hidden_size": shape.d,
+        "intermediate_size": shape.f,
+        "num_hidden_layers": shape.L,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv,
+        "tie_word_embeddings": shape.tied,
+    }
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    fields = {**preset, **special, "max_position_embeddings": max(2048, seq_len), **wanted}
+    heads = fields["num_attention_heads"]
+    check(fields["hidden_size"] % heads == 0, "model.hidden_size", fields["hidden_size"],
+          f"a multiple of the {heads} heads")  # fmt: skip
+    return _family(config.family or shape.family)(**fields)
+
+
+def _family(name: Family) -> type[PretrainedConfig]:
+    from transformers import LlamaConfig, Olmo2Config, Qwen2Config
+
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config, "olmo2": Olmo2Config}[name]
+
+
+def _from_file(path: Path, wanted: dict[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    if not path.exists():
+        raise ConfigError(f"model.config: {path} does not exist; give a config.json or its directory")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, **wanted)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.config: {path} is no usable config.json: {error}") from error
+    return config
+
+
+def build_model(
+    config: ModelConfig, *, seq_len: int, seed: int, precision: Precision = "fp32"
+) -> PreTrainedModel:
+    """A freshly initialised causal LM on the CPU; its numbers depend on the seed alone.
+
+    Raises Unsupported for an architecture that Hugging Face has no causal LM for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf = hf_config(config, seq_len)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(hf, dtype=dtype_of(precision))
+        except ValueError as error:
+            raise Unsupported(f"model: no causal LM for {hf.model_type!r}: {error}") from error
+    return model
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The dtype of parameters and moments."""
+    return {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The context of a forward pass: bf16 compute for bf16-mixed, nothing for the others."""
+    if precision != "bf16-mixed":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The stack of decoder layers and its name: the longest list of modules of one class.
+
+    Structure, not names: `model.layers`, `transformer.h` and the like are all found. Lists inside
+    a decoder layer (experts, say) don't count. Raises Unsupported when there is none.
+    """
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{o}.") for o, _ in lists)]
+    uniform = [(n, m) for n, m in outer if len({type(layer) for layer in m}) == 1]
+    if not uniform:
+        raise Unsupported(
+            f"{type(model).__name__} has no stack of like decoder layers, so there is nothing to"
+            " adapt; peptrain works on decoder-only models such as Llama, Qwen2 and OLMo2"
+        )
+    return max(uniform, key=lambda named: len(named[1]))
+
+
+def find_sites(model: PreTrainedModel) -> list[Site]:
+    """Every nn.Linear inside a decoder layer, in the model's order."""
+    stack, layers = decoder_layers(model)
+    width = model.config.get_text_config().hidden_size
+    return [
+        Site(f"{stack}.{parent_name}.{child}", parent, width)
+        for parent_name, parent in layers.named_modules()
+        for child, module in parent.named_children()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """torch.compile each decoder layer in place: one graph serves all, state keys stay."""
+    for layer in decoder_layers(model)[1]:
+        layer.compile()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    name = "activation_checkpointing_enable"  # transformers 5.17 has the older name only
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+class NextTokenLoss(nn.Module):
+    """The mean cross-entropy of windows of tokens, in nats; what is replicated over ranks.
+
+    The loss is computed inside of forward, so that a wrapper sees the output head's use.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = torch.compile(token_loss) if compile else token_loss
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """windows: [rows, L + 1] token ids; the first L predict the last L."""
+        logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits
+        return self._loss(logits, windows[:, 1:])
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, in at least fp32. logits: [rows, L, V]; targets: [rows, L]."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten())
+
+
+def count_parameters(model: nn.Module, trainable: bool = False) -> int:
+    """Parameters of the model, shared ones once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

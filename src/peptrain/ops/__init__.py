@@ -1,0 +1,1 @@
+"""Pure mathematics: tensors in, tensors out. Each file is tested against a float64 oracle."""

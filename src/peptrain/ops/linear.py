@@ -1,0 +1,69 @@
+"""The BPT linear map with its weight formed once, and a backward that forms no n x m gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y = x (diag(a) (W + U V) diag(b))ᵀ for x: [..., m], W: [n, m], U: [n, r], V: [r, m].
+
+    W gets no gradient. Forming W + U V costs n m r once and saves a pass of r (n + m) per token
+    in the forward; the backward has the two rank-r passes that the gradients of U and V need.
+    Computed in autocast's dtype where it is on, else in x's; a and b are applied unrounded.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    y = _BPTLinear.apply(x.reshape(-1, x.shape[-1]), W, U, V, a, b, dtype)
+    assert isinstance(y, Tensor)
+    return y.view(*x.shape[:-1], -1)
+
+
+def bpt_weight(W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """diag(a) (W + U V) diag(b), [n, m], in the widest dtype given, at least fp32."""
+    dtype = torch.promote_types(torch.promote_types(W.dtype, a.dtype), torch.float32)
+    product = U.to(dtype) @ V.to(dtype)
+    return a[:, None] * (W + product) * b
+
+
+class _BPTLinear(torch.autograd.Function):
+    """z = (b x) Mᵀ, y = a z with M = W + U V. Unfolded diagonals make their gradients
+    plain sums, Σ dy z and Σ x dx', where folded ones would divide by a and b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        U: Tensor,
+        V: Tensor,
+        a: Tensor,
+        b: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        z = F.linear((x * b).to(dtype), _merged(W, U, V, dtype))
+        ctx.save_for_backward(x, z, W, U, V, a, b)
+        return (a * z).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, z, W, U, V, a, b = ctx.saved_tensors
+        dtype = z.dtype
+        xb, dz = (x * b).to(dtype), (dy * a).to(dtype)
+        # M is formed again: keeping it until here would hold a copy of every weight at once.
+        dxb = dz @ _merged(W, U, V, dtype)
+        dU = dz.mT @ (xb @ V.to(dtype).mT)
+        dV = (dz @ U.to(dtype)).mT @ xb
+        da = (dy.to(a.dtype) * z).sum(0)
+        db = (x.to(b.dtype) * dxb).sum(0)
+        return (dxb * b).to(x.dtype), None, dU.to(U.dtype), dV.to(V.dtype), da, db, None
+
+
+def _merged(W: Tensor, U: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
+    return (W + U.to(dtype) @ V.to(dtype)).to(dtype)

@@ -1,0 +1,53 @@
+"""Orthonormal frames and the balanced factorisation of a matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def semi_orthogonal(
+    n: int,
+    r: int,
+    generator: torch.Generator,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """A random n x r matrix with orthonormal columns (rows when r > n), uniformly distributed.
+
+    The numbers are drawn on the generator's device in float64, so that they are the same for
+    every dtype; QR's signs are fixed by R's diagonal, without which it is not uniform.
+    """
+    normal = torch.randn(max(n, r), min(n, r), generator=generator, dtype=torch.float64)
+    Q, R = torch.linalg.qr(normal.to(device))
+    Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return (Q if n >= r else Q.T).to(dtype).contiguous()
+
+
+def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """(B', A') with B'A' = BA and sigma_i(B') = sigma_i(A') = sqrt(sigma_i(BA)).
+
+    B: [n, r], A: [r, m]. The SVD is taken of the r x r core of two QR factorisations, never of
+    the n x m product. r <= min(n, m), or the surplus columns come out zero.
+    """
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    return from_core(Q_B, R_B @ R_A.mT, Q_A, rank=B.shape[1])
+
+
+def from_core(left: Tensor, core: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Balanced factors of the best rank-`rank` approximation of left core rightᵀ.
+
+    left: [n, p] and right: [m, q] with orthonormal columns, core: [p, q]. A core smaller than
+    `rank` is padded with zero columns and rows.
+    """
+    U, sigma, Vt = torch.linalg.svd(core, full_matrices=False)
+    k = min(rank, sigma.shape[0])
+    root = sigma[:k].sqrt()
+    B = left @ (U[:, :k] * root)
+    A = (Vt[:k] * root[:, None]) @ right.mT
+    if k < rank:
+        B = torch.nn.functional.pad(B, (0, rank - k))
+        A = torch.nn.functional.pad(A, (0, 0, 0, rank - k))
+    return B.contiguous(), A.contiguous()

@@ -1,0 +1,108 @@
+"""Optimizer settings, parameter groups, and the reset of moments that merging methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from peptrain.settings import check
+
+ResetMode = Literal["zero", "magnitude", "random", "keep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The `optim` section. What is left unset takes the method's own default."""
+
+    lr: float | None = None
+    """Peak learning rate. Default: the method's own (`peptrain methods` lists them)."""
+    beta1: float | None = None
+    """Decay of the first moment. Default: 0.9."""
+    beta2: float | None = None
+    """Decay of the second moment. Default: 0.999."""
+    eps: float | None = None
+    """Added to the root of the second moment. Default: the method's own, mostly 1e-8."""
+    weight_decay: float | None = None
+    """Decoupled decay of matrices; never of embeddings, norms, biases, diagonals. Default: 0."""
+    clip: float | None = None
+    """Largest global norm of the gradient; 0 is off. Default: the method's own, mostly 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "clip"):
+            value = getattr(self, name)
+            check(value is None or value >= 0, f"optim.{name}", value, "a number >= 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value < 1, f"optim.{name}", value, "0 <= beta < 1")
+
+
+def decays(model: nn.Module) -> Callable[[nn.Parameter], bool]:
+    """Whether weight decay may touch a parameter: matrices only, and no embedding."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return lambda p: p.ndim >= 2 and id(p) not in tables
+
+
+def parameter_groups(
+    model: nn.Module, optim: OptimConfig, params: Iterable[nn.Parameter] | None = None
+) -> list[dict[str, Any]]:
+    """The trainable parameters (or `params`) as groups with and without weight decay."""
+    chosen = [p for p in (model.parameters() if params is None else params) if p.requires_grad]
+    may_decay = decays(model)
+    groups = [
+        {"params": [p for p in chosen if may_decay(p)], "weight_decay": optim.weight_decay},
+        {"params": [p for p in chosen if not may_decay(p)], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def adamw(model: nn.Module, optim: OptimConfig) -> AdamW:
+    """Fused AdamW on what is trainable (4-5 times faster than the default on a CPU too)."""
+    assert optim.lr is not None and optim.beta1 is not None and optim.beta2 is not None
+    assert optim.eps is not None
+    groups = parameter_groups(model, optim)
+    return AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps, fused=True)
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of the optimizer's moments, scalars left out."""
+    tensors = (t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors if t.ndim > 0)
+
+
+@torch.no_grad()
+def reset_moments(
+    optimizer: Optimizer, p: nn.Parameter, mode: ResetMode, fraction: float, rng: torch.Generator
+) -> None:
+    """Forget the Adam moments of one parameter, in place, and restart its bias correction.
+
+    zero: all of both moments. magnitude: the `fraction` of elements with the smallest |m|.
+    random: a random `fraction`. keep: nothing, the step count included. Both moments share one
+    mask: an m that outlives its v would be divided by nearly zero. In place, because a popped
+    state would be missing from a checkpoint taken at the merge.
+    """
+    state = optimizer.state.get(p, {})
+    if mode == "keep" or not state:
+        return
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    state["step"].zero_()
+    if mode == "zero":
+        m.zero_()
+        v.zero_()
+        return
+    kept = keep_mask(m, mode, fraction, rng)
+    m.mul_(kept)
+    v.mul_(kept)
+
+
+def keep_mask(m: Tensor, mode: ResetMode, fraction: float, rng: torch.Generator) -> Tensor:
+    """A 0/1 mask of m's shape with exactly round(fraction * size) zeros, ties broken by index."""
+    score = m.abs().flatten() if mode == "magnitude" else torch.rand(m.numel(), generator=rng)
+    pruned = torch.argsort(score, stable=True)[: round(fraction * m.numel())]
+    mask = torch.ones(m.numel(), dtype=m.dtype, device=m.device)
+    mask[pruned.to(m.device)] = 0
+    return mask.view_as(m)

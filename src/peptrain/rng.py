@@ -1,0 +1,27 @@
+"""Random numbers with an address: every draw is a function of (seed, where, when, what for)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rng:
+    """`rng(site, step)` is a fresh CPU generator, the same on every rank, device and resume.
+
+    Drawing on the CPU keeps the numbers independent of the device, and an address instead of one
+    shared stream keeps them independent of how many numbers were drawn before.
+    """
+
+    seed: int
+
+    def __call__(self, site: str, step: int = 0, purpose: str = "") -> torch.Generator:
+        return torch.Generator().manual_seed(self.integer(site, step, purpose))
+
+    def integer(self, site: str, step: int = 0, purpose: str = "") -> int:
+        """A 63-bit integer for this address."""
+        address = f"{self.seed}|{site}|{step}|{purpose}".encode()
+        return int.from_bytes(hashlib.blake2b(address, digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,95 @@
+"""The run directory, the interface between training and everything that looks at a run.
+
+    runs/NAME/config.toml      the resolved configuration
+              env.json         versions and device of each start
+              metrics.jsonl    a row every few steps
+              checkpoints/     step-00000600/, ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peptrain.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: Path, config: str) -> RunDir:
+        """A new run directory. Raises CheckpointError if something is there or can't be written."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise CheckpointError(
+                f"--run {path}: exists and is never overwritten; choose another, or go on with it"
+                f" by `peptrain resume {path}`"
+            )
+        run = cls(path)
+        try:
+            run.checkpoints.mkdir(parents=True)
+            write_atomically(run.config_file, config)
+        except OSError as error:
+            raise CheckpointError(f"--run {path}: can't be written: {error.strerror}") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """An existing run directory. Raises CheckpointError if it is none."""
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise CheckpointError(f"{path}: no run directory, config.toml is missing in it")
+        return run
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line cut off by a kill is passed over."""
+        if not self.metrics_file.exists():
+            return
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step` and the end, which a resumed run writes again."""
+        rows = [r for r in self.metrics() if r["step"] <= step and r["event"] != "end"]
+        write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def first_free(parent: Path, stem: str) -> Path:
+    """parent/stem-1, or the next number that is free."""
+    n = 1
+    while (parent / f"{stem}-{n}").exists():
+        n += 1
+    return parent / f"{stem}-{n}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `path` so that a kill or a full disk leaves the old or the new file, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,115 @@
+"""Learning-rate schedules: step -> multiplier of the base learning rate, steps counted from 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from peptrain.errors import ConfigError
+from peptrain.settings import check, interval
+
+Shape = Literal["constant", "linear", "cosine", "wsd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The `schedule` section. What is left unset takes the method's own default."""
+
+    kind: Shape | None = None
+    """constant | linear | cosine | wsd (warm-up, stable, decay). Default: the method's own."""
+    warmup: int | None = interval(0.1)
+    """Linear warm-up from 0, in steps (default: a tenth of the run)."""
+    decay: int | None = interval(0.2)
+    """Length of the final decay of wsd, in steps (default: a fifth of the run)."""
+    decay_shape: Literal["cosine", "linear"] | None = None
+    """Shape of the decay of wsd. Default: cosine."""
+    floor: float | None = None
+    """The multiplier at the end of the run. Default: the method's own, mostly 0.1."""
+    restart_every: int | None = None
+    """Return to 0 and warm up again every so many steps; 0, the default, is never."""
+    restart_warmup: int | None = None
+    """Length of that warm-up, in steps. Default: 50."""
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "decay", "restart_every", "restart_warmup"):
+            value = getattr(self, name)
+            check(value is None or value >= 0, f"schedule.{name}", value, "0 or more steps")
+        check(self.floor is None or 0 <= self.floor <= 1, "schedule.floor", self.floor, "0 to 1")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A multiplier for each step of a run of `steps`, and the numbers that a method may need."""
+
+    steps: int
+    warmup: int
+    floor: float
+    multiplier: Callable[[int], float]
+
+    def __call__(self, step: int) -> float:
+        return self.multiplier(step)
+
+
+def build(config: ScheduleConfig, steps: int) -> Schedule:
+    """The schedule that a resolved `config` describes."""
+    assert config.warmup is not None and config.floor is not None and config.decay is not None
+    if config.warmup >= steps and config.warmup > 0:
+        raise ConfigError(
+            f"schedule.warmup: {config.warmup} steps of warm-up leave nothing of the {steps} steps"
+            " of the run; set a shorter warm-up or more train.steps"
+        )
+    multiplier = warmed_up(_after_warmup(config, steps), config.warmup)
+    schedule = Schedule(steps, config.warmup, config.floor, multiplier)
+    if config.restart_every:
+        assert config.restart_warmup is not None
+        return restarted(schedule, every=config.restart_every, rewarm=config.restart_warmup)
+    return schedule
+
+
+def _after_warmup(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
+    assert config.warmup is not None and config.floor is not None and config.decay is not None
+    if config.kind == "constant":
+        return lambda t: 1.0
+    start, shape = config.warmup, config.kind
+    if config.kind == "wsd":
+        start, shape = max(start, steps - config.decay), config.decay_shape
+    curve, floor, span = CURVES[shape or "cosine"], config.floor, max(1, steps - start)
+    return lambda t: curve(min(1.0, max(0.0, (t - start) / span)), floor)
+
+
+def cosine(progress: float, floor: float) -> float:
+    """M(p) = floor + (1 - floor) (1 + cos(pi p)) / 2 for progress p in [0, 1]."""
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float, floor: float) -> float:
+    """M(p) = 1 - (1 - floor) p."""
+    return 1 - (1 - floor) * progress
+
+
+CURVES = {"cosine": cosine, "linear": linear}
+
+
+def warmed_up(base: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+    """t / warmup before `warmup`, `base` from there on."""
+    return lambda t: t / warmup if t < warmup else base(t)
+
+
+def restarted(base: Schedule, *, every: int, rewarm: int, start: int = 0) -> Schedule:
+    """The jagged form of `base`: after each restart t0, (t - t0)/rewarm * base(t0 + rewarm).
+
+    Restarts are the multiples of `every` after `start`. Over a cosine this is ReLoRA's jagged
+    cosine (Lialin et al., section 3); with rewarm = 5 it is LORO's default.
+    """
+    if every == 0 or rewarm == 0:
+        return base
+
+    def multiplier(t: int) -> float:
+        t0 = start + (t - start) // every * every
+        if t0 <= start or t - t0 >= rewarm:
+            return base(t)
+        return (t - t0) / rewarm * base(t0 + rewarm)
+
+    return replace(base, multiplier=multiplier)

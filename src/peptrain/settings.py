@@ -1,0 +1,63 @@
+"""What the sections of a configuration share: values left unset, intervals, and checks."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import field, fields, replace
+from typing import Any, TypeVar
+
+from peptrain.errors import ConfigError
+
+log = logging.getLogger("peptrain")
+S = TypeVar("S")
+
+
+def check(holds: bool, key: str, value: object, wanted: str) -> None:
+    """Refuse a setting that can't be: the error names the key, the value and what is wanted."""
+    if not holds:
+        raise ConfigError(f"{key}: {value!r} can't be used; give {wanted}")
+
+
+def interval(fraction: float, most: int | None = None) -> Any:
+    """A field in optimizer steps; unset it becomes `fraction` of the run, at most `most`, never 0.
+
+    An interval of 0 means never.
+    """
+    return field(default=None, metadata={"fraction": fraction, "most": most})
+
+
+def same_as(other: str) -> Any:
+    """An interval that, unset, is the one of the field `other`."""
+    return field(default=None, metadata={"same_as": other})
+
+
+def of_width(fraction: float) -> Any:
+    """A size that, unset, is `fraction` of the model's hidden size, at least 1."""
+    return field(default=None, metadata={"of_width": fraction})
+
+
+def resolve(section: S, name: str, steps: int, width: int = 0) -> S:
+    """`section` with every interval or size that was left unset as an absolute number."""
+    absolute: dict[str, int] = {}
+    for item in fields(section):  # type: ignore[arg-type]
+        rule, given = item.metadata, getattr(section, item.name)
+        if given is None and "fraction" in rule:
+            most = rule["most"] or steps
+            absolute[item.name] = min(max(1, round(steps * rule["fraction"])), most)
+        elif given is None and "same_as" in rule:
+            other = rule["same_as"]
+            absolute[item.name] = absolute.get(other, getattr(section, other))
+        elif given is None and "of_width" in rule:
+            absolute[item.name] = max(1, int(width * rule["of_width"]))
+        elif given is not None and "of_width" not in rule and rule and given > steps:
+            log.warning("%s.%s: %d is longer than the run of %d steps", name, item.name, given, steps)
+    return replace(section, **absolute)  # type: ignore[type-var]
+
+
+def fill(section: S, *defaults: S) -> S:
+    """`section` with what is unset taken from the first of `defaults` that sets it."""
+    chosen = {}
+    for item in fields(section):  # type: ignore[arg-type]
+        values = (getattr(s, item.name) for s in (section, *defaults))
+        chosen[item.name] = next((v for v in values if v is not None), None)
+    return replace(section, **chosen)  # type: ignore[type-var]

@@ -1,0 +1,103 @@
+"""Strict TOML for frozen dataclasses: a misspelt key or mistyped value is answered by its name."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from peptrain.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The table in `path`. Raises ConfigError when it is absent or no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not TOML: {error}") from error
+
+
+def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
+    """A `cls` with the values of `table`; every key must be a field and have its type."""
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key in table:
+        if key not in known:
+            raise ConfigError(unknown(f"{prefix}{key}", [f"{prefix}{k}" for k in known]))
+    return cls(**{key: _value(hints[key], value, prefix + key) for key, value in table.items()})
+
+
+def unknown(key: str, known: list[str]) -> str:
+    """The message for a key that doesn't exist, with the nearest one that does."""
+    near = get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    return f"{key}: unknown key; {hint}"
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}: {value!r} must be a table, [{key}]")
+        return parse(hint, value, f"{key}.")  # type: ignore[arg-type]
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for option in options:
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if option is float and type(value) in (int, float):
+            return float(value)
+        if option in (str, int, bool) and type(value) is option:
+            return value
+    raise ConfigError(f"{key}: {value!r} has the wrong type or value; give {_wanted(options)}")
+
+
+def _wanted(options: tuple[Any, ...]) -> str:
+    names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+    listed: list[str] = []
+    for option in options:
+        if get_origin(option) is Literal:
+            listed += [repr(choice) for choice in get_args(option)]
+        elif option is not type(None):
+            listed.append(names.get(option, "a path in quotes"))
+    return " or ".join(listed)
+
+
+def dump(config: Any) -> str:
+    """A dataclass of sections as TOML; what is None is left out."""
+    return "\n".join(_lines(config))
+
+
+def _lines(config: Any) -> Iterator[str]:
+    for section in fields(config):
+        value = getattr(config, section.name)
+        if not is_dataclass(value):
+            continue
+        yield f"[{section.name}]"
+        name = getattr(type(value), "name", None)
+        if isinstance(name, str):
+            yield f"name = {_literal(name)}"
+        for leaf in fields(value):
+            if getattr(value, leaf.name) is not None:
+                yield f"{leaf.name} = {_literal(getattr(value, leaf.name))}"
+        yield ""
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return repr(value)
+    # JSON's strings are TOML's, but for DEL, which TOML wants escaped.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

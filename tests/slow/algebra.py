@@ -1,0 +1,218 @@
+"""The methods' equations, dense and slow, as an oracle that shares no code with the library.
+
+Papers: BPT ("Bi-Phase Training", Gurung and Campbell), ReLoRA (Lialin et al., ICLR 2024), LORO
+(Mo et al., ICLR 2025). Letters are theirs: W is n x m (out x in), B n x r, A r x m, U n x r,
+V r x m. Everything is float64; projections go through the pseudo-inverse, so no QR appears.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+from torch.linalg import pinv, svd
+
+Number = TypeVar("Number", float, Tensor)
+Multiplier = Callable[[int], float]  # of the learning rate, from the 0-based step
+
+
+def riemannian_gradient(B: Tensor, A: Tensor, G: Tensor) -> Tensor:
+    """P(G) = B(BᵀB)⁻¹BᵀG + GAᵀ(AAᵀ)⁻¹A - B(BᵀB)⁻¹BᵀGAᵀ(AAᵀ)⁻¹A: G on the tangent space of the
+    rank-r matrices at W = BA (LORO; the last term of the sum is 'both')."""
+    columns = B @ pinv(B)
+    rows = pinv(A) @ A
+    return columns @ G + G @ rows - columns @ G @ rows
+
+
+def truncated(W: Tensor, r: int) -> Tensor:
+    """SVD_r(W), the rank-r matrix nearest to W; ambiguous when sigma_r = sigma_{r+1}."""
+    B, A = factorised(W, r)
+    return B @ A
+
+
+def factorised(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """B = U_r Σ^½, A = Σ^½ V_rᵀ with W ≈ U Σ Vᵀ; unique only up to a sign per column of B."""
+    U, S, Vt = svd(W, full_matrices=False)
+    root = torch.diag(S[:r].sqrt())
+    return U[:, :r] @ root, root @ Vt[:r]
+
+
+def loro_exact_raw(B: Tensor, A: Tensor, G: Tensor, lr: float) -> Tensor:
+    """W' = SVD_r(BA - lr P(G)) from the DENSE gradient G: LORO's exact step on raw gradients."""
+    return truncated(B @ A - lr * riemannian_gradient(B, A, G), B.shape[1])
+
+
+def loro_exact_directions(B: Tensor, A: Tensor, D_B: Tensor, D_A: Tensor, lr: float) -> Tensor:
+    """W' = SVD_r(BA - lr [B(BᵀB)⁻¹ D_A + (I - Π_B) D_B (AAᵀ)⁻¹A]), Π_B = B(BᵀB)⁻¹Bᵀ.
+
+    LORO's exact step for any factor directions, the core's A-side form. Why no QR is needed: with
+    B = Q_B R_B and Aᵀ = Q_A R_A the product [Q_B P_B] core [Q_A P_A]ᵀ is a sum of four blocks, and
+      Q_B R_B R_Aᵀ Q_Aᵀ          = BA,
+      Q_B Yᵀ Q_A Q_Aᵀ + Q_B (P_A T_A)ᵀ = Q_B Yᵀ = Q_B R_B⁻ᵀ D_A = B(BᵀB)⁻¹ D_A,
+      P_B T_B Q_Aᵀ = (I - Π_B) D_B R_A⁻¹ Q_Aᵀ = (I - Π_B) D_B (AAᵀ)⁻¹A;
+    [Q P] having orthonormal columns, truncating the core truncates the product. (If 2r > min(n, m)
+    P cannot be orthogonal to Q in all its columns; the spare ones meet zero rows of T.)
+    D_B = GAᵀ, D_A = BᵀG give back loro_exact_raw.
+    """
+    outside = torch.eye(B.shape[0], dtype=B.dtype) - B @ pinv(B)
+    tangent = pinv(B).T @ D_A + outside @ D_B @ pinv(A).T
+    return truncated(B @ A - lr * tangent, B.shape[1])
+
+
+def precond_step(
+    B: Tensor, A: Tensor, G_B: Tensor, G_A: Tensor, lr: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """B - lr G_B (AAᵀ + e_A I)⁻¹ and A - lr (BᵀB + e_B I)⁻¹ G_A, both from the OLD factors.
+
+    PrecondLoRA, with e = eps * trace of the Gram matrix it damps (the trace, not trace / r)."""
+    eye = torch.eye(B.shape[1], dtype=B.dtype)
+    gram_a, gram_b = A @ A.T, B.T @ B
+    damped_a = gram_a + eps * torch.trace(gram_a) * eye
+    damped_b = gram_b + eps * torch.trace(gram_b) * eye
+    return B - lr * G_B @ torch.linalg.inv(damped_a), A - lr * torch.linalg.inv(damped_b) @ G_A
+
+
+def bpt_effective(W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """W_eff = diag(a) (W + U V) diag(b) (BPT)."""
+    return torch.diag(a) @ (W + U @ V) @ torch.diag(b)
+
+
+def bpt_forward(
+    x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor, bias: Tensor | None
+) -> Tensor:
+    """y = x W_effᵀ + bias: the bias stands outside the diagonals (BPT)."""
+    y = x @ bpt_effective(W, U, V, a, b).T
+    return y if bias is None else y + bias
+
+
+def adam_update(
+    p: Number,
+    g: Number,
+    m: Number,
+    v: Number,
+    k: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    form: str = "torch",
+) -> tuple[Number, Number, Number]:
+    """(p, m, v) after the k-th step (k = 1 the first since the moments were zero), elementwise.
+
+    m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g², without weight decay, and
+      form "torch" (AdamW): p -= lr m̂ / (sqrt v̂ + eps), m̂ = m / (1 - b1^k), v̂ = v / (1 - b2^k);
+      form "loro":          p -= lr_p D, see loro_direction and loro_rate (c goes into lr).
+    They differ in what eps is added to. Works on floats and, entry by entry, on tensors.
+    """
+    b1, b2 = betas
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * g**2
+    if form == "loro":
+        return p - loro_rate(lr, k, betas) * loro_direction(m, v, eps), m, v
+    return p - lr * (m / (1 - b1**k)) / ((v / (1 - b2**k)) ** 0.5 + eps), m, v
+
+
+def loro_direction(m: Number, v: Number, eps: float) -> Number:
+    """D = m / (sqrt v + eps), moments without bias correction (LORO)."""
+    return m / (v**0.5 + eps)
+
+
+def loro_rate(lr: float, k: int, betas: tuple[float, float]) -> float:
+    """lr_p = lr sqrt(1 - b2^k) / (1 - b1^k), k = 1 on the first step after a refresh."""
+    return lr * math.sqrt(1 - betas[1] ** k) / (1 - betas[0] ** k)
+
+
+def half_cosine(p: float, mn: float) -> float:
+    """M(p) = mn + (1 - mn)(1 + cos πp) / 2."""
+    return mn + (1 - mn) * (1 + math.cos(math.pi * p)) / 2
+
+
+def warmup_cosine(N: int, w: int, mn: float) -> Multiplier:
+    """t / w below w, then M((t - w) / (N - w))."""
+    return lambda t: t / w if t < w else half_cosine((t - w) / (N - w), mn)
+
+
+def with_restarts(base: Multiplier, starts: Sequence[int], rw: int) -> Multiplier:
+    """(t - t0) / rw * base(t0 + rw) for t0 <= t < t0 + rw at each restart t0, else base(t)."""
+
+    def multiplier(t: int) -> float:
+        for t0 in starts:
+            if t0 <= t < t0 + rw:
+                return (t - t0) / rw * base(t0 + rw)
+        return base(t)
+
+    return multiplier
+
+
+def relora_jagged(N: int, w: int, R: int, rw: int, mn: float) -> Multiplier:
+    """t / w below w; (t % R) / rw * M((⌊t/R⌋ R + rw - w) / (N - w)) on the rw steps from each
+    multiple of R, R included; else M((t - w) / (N - w)) (ReLoRA)."""
+
+    def multiplier(t: int) -> float:
+        if t < w:
+            return t / w
+        if t >= R and t % R < rw:
+            return (t % R) / rw * half_cosine((t // R * R + rw - w) / (N - w), mn)
+        return half_cosine((t - w) / (N - w), mn)
+
+    return multiplier
+
+
+def loro_reference(N: int, w: int, R: int, mn: float = 0.1) -> Multiplier:
+    """The released LORO code's schedule: cosine shifted by a = -0.1 N, 5-step re-warm-up from
+    e = 1e-6 at each multiple of R (of t in the warm-up, of t + a after it)."""
+    a, e = -0.1 * N, 1e-6
+    peak = 0.5 * (1 + math.cos(math.pi * -a / (N - w)))
+
+    def multiplier(t: int) -> float:
+        if t < w:
+            if t >= R and t % R < 5:
+                target = t // R * R / w * (peak - mn) + mn
+                return (t % R) / 5 * (target - e) + e
+            return t / w * (peak - mn) + mn
+        c = t + a
+        if c % R < 5 and c // R > 0:
+            return (c % R) / 5 * (half_cosine((c // R * R - w) / (N - w), mn) - e) + e
+        return half_cosine((c - w) / (N - w), mn)
+
+    return multiplier
+
+
+class Arch(TypedDict):
+    """A llama or qwen2 decoder: vocabulary V, hidden d, mlp f, layers L, query and key heads."""
+
+    family: str
+    V: int
+    d: int
+    f: int
+    L: int
+    heads: int
+    kv: int
+    tied: bool
+
+
+class Count(NamedTuple):
+    total: int
+    trainable: int
+    embedding: int  # input embedding and output head, once when tied
+
+
+def parameter_count(arch: Arch, method: str, r: int = 0) -> Count:
+    """Counts by arithmetic for full, bpt, lora, lowrank, loro.
+
+    Adapt a matrix n x m iff that lowers its trainable count: BPT r(n+m) + n + m < nm, the others
+    r(n+m) < nm. bpt and lora keep the frozen nm in the total; lowrank and loro have no dense W.
+    """
+    V, d, f, L = arch["V"], arch["d"], arch["f"], arch["L"]
+    kv = d // arch["heads"] * arch["kv"]
+    shapes = [(d, d), (kv, d), (kv, d), (d, d), (f, d), (f, d), (d, f)]  # q k v o gate up down
+    block = 2 * d + (d + 2 * kv if arch["family"] == "qwen2" else 0)  # norms, q k v biases
+    embedding = V * d if arch["tied"] else 2 * V * d
+    total = trainable = embedding + d + L * block
+    for n, m in shapes:
+        adapter = r * (n + m) + (n + m if method == "bpt" else 0)
+        adapted = method != "full" and adapter < n * m
+        frozen = n * m if method in ("bpt", "lora") else 0
+        trainable += L * (adapter if adapted else n * m)
+        total += L * (frozen + adapter if adapted else n * m)
+    return Count(total, trainable, embedding)
