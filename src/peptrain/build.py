@@ -4,33 +4,41 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from peptrain.checkpoint import Checkpoint, load_model
-from peptrain.config import RunConfig
+from peptrain.checkpoint import Checkpoint, latest, load_model
+from peptrain.config import RunConfig, load
 from peptrain.dense import dense_state, load_dense
+from peptrain.errors import CheckpointError
 from peptrain.methods.base import Method
 from peptrain.model import build_model, find_sites
 from peptrain.rng import Rng
+from peptrain.rundir import RunDir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def plain_model(config: RunConfig[Method]) -> PreTrainedModel:
+    """The Hugging Face model before any method, freshly initialised, on the CPU."""
+    train = config.train
+    assert train.precision is not None
+    seed = Rng(train.seed).integer("model")
+    return build_model(config.model, seq_len=train.seq_len, seed=seed, precision=train.precision)
 
 
 def build(
     config: RunConfig[Method], phase: int, dense: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
     """The model of `phase` on the CPU: fresh, or from the `dense` weights of an earlier phase."""
-    train, rng = config.train, Rng(config.train.seed)
-    assert train.precision is not None
-    model = build_model(
-        config.model, seq_len=train.seq_len, seed=rng.integer("model"), precision=train.precision
-    )
+    model = plain_model(config)
     if dense is not None:
         load_dense(model, dense)
-    config.method.install(find_sites(model), rng, phase)
+    config.method.install(find_sites(model), Rng(config.train.seed), phase)
     return model
 
 
@@ -47,3 +55,29 @@ def phase_at(config: RunConfig[Method], step: int) -> tuple[int, int]:
     bounds = [*config.method.phases(steps), steps]
     phase = min(bisect_right(bounds[:-1], step), len(bounds) - 1)
     return phase, bounds[phase]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run as it stood at a checkpoint, on the CPU."""
+
+    config: RunConfig[Method]
+    saved: Checkpoint
+    model: PreTrainedModel
+    """With the method's layers."""
+
+    def dense_twin(self) -> PreTrainedModel:
+        """The same function as a plain Hugging Face model, in the run's dtype."""
+        plain = plain_model(self.config)
+        load_dense(plain, dense_state(self.model))
+        return plain.eval()
+
+
+def open_run(path: Path) -> Opened:
+    """The run in `path` at its newest whole checkpoint. Raises CheckpointError if it has none."""
+    run = RunDir.open(path)
+    config = load(run.config_file)
+    saved = latest(run.checkpoints)
+    if saved is None:
+        raise CheckpointError(f"{path}: there is no checkpoint in it yet")
+    return Opened(config, saved, rebuild(config, saved, saved.phase).eval())

@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON, written whole or not at all, never a pickle.
 
-    step-00000600/model.safetensors       every parameter, by name
-                  optimizer.safetensors   moments, by "parameter name/key"
-                  state.json              step, phase, clocks, what the run is, checksums
+step-00000600/model.safetensors       every parameter, by name
+              optimizer.safetensors   moments, by "parameter name/key"
+              state.json              step, phase, clocks, what the run is, checksums
 """
 
 from __future__ import annotations

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
 from peptrain import toml
 from peptrain.errors import ConfigError
 from peptrain.methods import methods
 from peptrain.methods.base import Method
-from peptrain.methods.full import Full
 from peptrain.model import ModelConfig, Precision, hf_config
 from peptrain.optim import OptimConfig
 from peptrain.schedule import ScheduleConfig
@@ -22,14 +21,14 @@ M = TypeVar("M", bound=Method)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The `train` section."""
+    """Steps, batches, precision and what is written when."""
 
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 32
     """Sequences per optimizer step, over all ranks and micro-batches."""
     micro_batch: int | None = None
-    """Sequences per forward pass and rank (default: as many as make 16,384 tokens)."""
+    """Sequences per forward pass and rank. Unset: as many as make 16,384 tokens."""
     seq_len: int = 256
     """Tokens per sequence."""
     seed: int = 0
@@ -46,12 +45,12 @@ class TrainConfig:
     log_every: int = 10
     """Steps between rows of metrics.jsonl; the loss is checked as often."""
     eval_every: int | None = interval(0.1)
-    """Steps between held-out evaluations; 0 is only at the end (default: a tenth of the run)."""
+    """Steps between held-out evaluations; 0 is only at the end. Unset: a tenth of the run."""
     eval_tokens: int = 131_072
     """Held-out tokens per evaluation during training, at most; 0 is all."""
     checkpoint_every: int | None = interval(0.25, most=1000)
-    """Steps between checkpoints; 0 is only at the end (default: a quarter of the run, at most
-    1000)."""
+    """Steps between checkpoints; 0 is only at the end. Unset: a quarter of the run, at most
+    1000."""
     keep: int = 2
     """Checkpoints to keep; the oldest go first."""
 
@@ -67,24 +66,24 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The `data` section."""
+    """What to train on."""
 
     path: Path | None = None
-    """A directory that `peptrain data prepare` made (default: the embedded corpus)."""
+    """A directory that `peptrain data prepare` made. Unset: the embedded corpus."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Generic[M]):
     """Everything a run needs. `resolved` fills in what is unset; the run directory keeps that."""
 
-    method: M = field(default_factory=Full)  # type: ignore[assignment]
+    method: M
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     run: Path | None = None
-    """The run directory to make (default: runs/METHOD-N, the first N that is free)."""
+    """The run directory to make. Unset: runs/METHOD-N, the first N that is free."""
 
 
 def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfig[M]:
@@ -123,15 +122,17 @@ def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
     for key in table:
         if key not in sections:
             raise ConfigError(toml.unknown(key, list(sections)))
-    given = dict(table)
-    method = _parse_method(given.pop("method", {}))
-    rest = toml.parse(RunConfig, given, "")
-    return replace(rest, method=method)
+    rest = {
+        key: toml.parse_value(hint, table[key], key)
+        for key, hint in get_type_hints(RunConfig).items()
+        if key in table and key != "method"
+    }
+    return RunConfig(method=_parse_method(table.get("method", {})), **rest)
 
 
 def _parse_method(table: Mapping[str, Any]) -> Method:
     if not isinstance(table, Mapping) or "name" not in table:
-        raise ConfigError("method.name: missing; write name = \"bpt\" or another in [method]")
+        raise ConfigError('method.name: missing; write name = "bpt" or another in [method]')
     name, known = table["name"], methods()
     if name not in known:
         raise ConfigError(f"method.name: {name!r} is unknown; known are {', '.join(known)}")

@@ -21,7 +21,9 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     Shared parameters appear once. Tensors are copies, on the model's device.
     """
     layers = {layer.site: layer for layer in reparametrized(model)}
-    owned = {f"{layer.site}.{name}" for layer in layers.values() for name, _ in layer.named_parameters()}
+    owned = {
+        f"{layer.site}.{name}" for layer in layers.values() for name, _ in layer.named_parameters()
+    }
     state = {n: p.detach().clone() for n, p in model.named_parameters() if n not in owned}
     for site, layer in layers.items():
         state[f"{site}.weight"] = layer.effective_weight().detach().clone()

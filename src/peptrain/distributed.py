@@ -78,7 +78,9 @@ def world(device: str = "auto") -> Iterator[World]:
     if device not in ("auto", "cpu", "cuda"):
         raise Unsupported(f"train.device: {device!r} is none of auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise Unsupported("train.device: cuda was asked for and PyTorch sees no GPU; use cpu or auto")
+        raise Unsupported(
+            "train.device: cuda was asked for and PyTorch sees no GPU; use cpu or auto"
+        )
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else None
     if local is not None:

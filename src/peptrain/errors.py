@@ -5,7 +5,7 @@ class PeptrainError(Exception):
     """Base of every error that is the user's to mend; the command prints it without a traceback."""
 
 
-class ConfigError(PeptrainError, ValueError):
+class ConfigError(PeptrainError):
     """A setting is unknown, of the wrong type, or impossible together with the others."""
 
 

@@ -48,7 +48,12 @@ class Journal:
     _since: float = field(default_factory=time.perf_counter)
 
     def add(
-        self, step: int, lr: float, loss: Tensor, norm: Tensor, metrics: Mapping[str, Tensor | float]
+        self,
+        step: int,
+        lr: float,
+        loss: Tensor,
+        norm: Tensor,
+        metrics: Mapping[str, Tensor | float],
     ) -> None:
         """Note step number `step` (1 is the first), without waiting for the device."""
         self._steps.append((step, lr, loss, norm))

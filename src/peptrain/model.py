@@ -59,7 +59,7 @@ PRESETS: dict[str, Shape] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The `model` section: a preset or a config.json, then what is to differ from it."""
+    """A preset or a config.json, then what is to differ from it."""
 
     preset: str = "tiny"
     """A named architecture (`peptrain methods` lists them with the methods)."""
@@ -108,7 +108,9 @@ HF_NAMES = {
 
 def hf_config(config: ModelConfig, seq_len: int) -> PretrainedConfig:
     """The Hugging Face config that `config` describes; positions reach at least `seq_len`."""
-    wanted = {hf: getattr(config, k) for k, hf in HF_NAMES.items() if getattr(config, k) is not None}
+    wanted = {
+        hf: getattr(config, k) for k, hf in HF_NAMES.items() if getattr(config, k) is not None
+    }
     if "num_attention_heads" in wanted:
         wanted.setdefault("num_key_value_heads", wanted["num_attention_heads"])
     if config.config is not None:
@@ -141,7 +143,9 @@ def _from_file(path: Path, wanted: dict[str, Any]) -> PretrainedConfig:
     from transformers import AutoConfig
 
     if not path.exists():
-        raise ConfigError(f"model.config: {path} does not exist; give a config.json or its directory")
+        raise ConfigError(
+            f"model.config: {path} does not exist; give a config.json or its directory"
+        )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, **wanted)
     except (OSError, ValueError, KeyError) as error:
@@ -248,3 +252,12 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Parameters of the model, shared ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def save_tokenizer(file: Path, end_id: int, out: Path) -> None:
+    """A tokenizer.json with its end token, saved the way `AutoTokenizer` loads it."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_id)
+    tokenizer.save_pretrained(out)

@@ -17,20 +17,20 @@ ResetMode = Literal["zero", "magnitude", "random", "keep"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The `optim` section. What is left unset takes the method's own default."""
+    """AdamW. What is left unset takes the method's own default."""
 
     lr: float | None = None
-    """Peak learning rate. Default: the method's own (`peptrain methods` lists them)."""
+    """Peak learning rate. Unset: the method's own (`peptrain methods` lists them)."""
     beta1: float | None = None
-    """Decay of the first moment. Default: 0.9."""
+    """Decay of the first moment. Unset: 0.9."""
     beta2: float | None = None
-    """Decay of the second moment. Default: 0.999."""
+    """Decay of the second moment. Unset: 0.999."""
     eps: float | None = None
-    """Added to the root of the second moment. Default: the method's own, mostly 1e-8."""
+    """Added to the root of the second moment. Unset: the method's own, mostly 1e-8."""
     weight_decay: float | None = None
-    """Decoupled decay of matrices; never of embeddings, norms, biases, diagonals. Default: 0."""
+    """Decoupled decay of matrices; never of embeddings, norms, biases, diagonals. Unset: 0."""
     clip: float | None = None
-    """Largest global norm of the gradient; 0 is off. Default: the method's own, mostly 1."""
+    """Largest global norm of the gradient; 0 is off. Unset: the method's own, mostly 1."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay", "clip"):

@@ -1,9 +1,9 @@
 """The run directory, the interface between training and everything that looks at a run.
 
-    runs/NAME/config.toml      the resolved configuration
-              env.json         versions and device of each start
-              metrics.jsonl    a row every few steps
-              checkpoints/     step-00000600/, ...
+runs/NAME/config.toml      the resolved configuration
+          env.json         versions and device of each start
+          metrics.jsonl    a row every few steps
+          checkpoints/     step-00000600/, ...
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class RunDir:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
 
     @property
     def checkpoints(self) -> Path:

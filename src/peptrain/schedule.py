@@ -15,22 +15,22 @@ Shape = Literal["constant", "linear", "cosine", "wsd"]
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The `schedule` section. What is left unset takes the method's own default."""
+    """The learning rate over time. What is left unset takes the method's own default."""
 
     kind: Shape | None = None
-    """constant | linear | cosine | wsd (warm-up, stable, decay). Default: the method's own."""
+    """constant | linear | cosine | wsd (warm-up, stable, decay). Unset: the method's own."""
     warmup: int | None = interval(0.1)
-    """Linear warm-up from 0, in steps (default: a tenth of the run)."""
+    """Linear warm-up from 0, in steps. Unset: a tenth of the run."""
     decay: int | None = interval(0.2)
-    """Length of the final decay of wsd, in steps (default: a fifth of the run)."""
+    """Length of the final decay of wsd, in steps. Unset: a fifth of the run."""
     decay_shape: Literal["cosine", "linear"] | None = None
-    """Shape of the decay of wsd. Default: cosine."""
+    """Shape of the decay of wsd. Unset: cosine."""
     floor: float | None = None
-    """The multiplier at the end of the run. Default: the method's own, mostly 0.1."""
+    """The multiplier at the end of the run. Unset: the method's own, mostly 0.1."""
     restart_every: int | None = None
     """Return to 0 and warm up again every so many steps; 0, the default, is never."""
     restart_warmup: int | None = None
-    """Length of that warm-up, in steps. Default: 50."""
+    """Length of that warm-up, in steps. Unset: 50."""
 
     def __post_init__(self) -> None:
         for name in ("warmup", "decay", "restart_every", "restart_warmup"):

@@ -50,7 +50,9 @@ def resolve(section: S, name: str, steps: int, width: int = 0) -> S:
         elif given is None and "of_width" in rule:
             absolute[item.name] = max(1, int(width * rule["of_width"]))
         elif given is not None and "of_width" not in rule and rule and given > steps:
-            log.warning("%s.%s: %d is longer than the run of %d steps", name, item.name, given, steps)
+            log.warning(
+                "%s.%s: %d is longer than the run of %d steps", name, item.name, given, steps
+            )
     return replace(section, **absolute)  # type: ignore[type-var]
 
 

@@ -33,7 +33,9 @@ def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
     for key in table:
         if key not in known:
             raise ConfigError(unknown(f"{prefix}{key}", [f"{prefix}{k}" for k in known]))
-    return cls(**{key: _value(hints[key], value, prefix + key) for key, value in table.items()})
+    return cls(
+        **{key: parse_value(hints[key], value, prefix + key) for key, value in table.items()}
+    )
 
 
 def unknown(key: str, known: list[str]) -> str:
@@ -43,7 +45,8 @@ def unknown(key: str, known: list[str]) -> str:
     return f"{key}: unknown key; {hint}"
 
 
-def _value(hint: Any, value: Any, key: str) -> Any:
+def parse_value(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type `hint`, a dataclass or a leaf; `key` is its dotted name in errors."""
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key}: {value!r} must be a table, [{key}]")

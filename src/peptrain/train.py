@@ -18,7 +18,7 @@ from peptrain.config import RunConfig, dump, load, resolved
 from peptrain.data import Corpus, default_corpus
 from peptrain.distributed import World, world
 from peptrain.environment import record_environment
-from peptrain.errors import ConfigError, Diverged, Interrupted
+from peptrain.errors import ConfigError, DataError, Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, evaluate
 from peptrain.journal import Journal, Observer, silent
 from peptrain.methods.base import Method
@@ -28,6 +28,7 @@ from peptrain.model import (
     checkpoint_activations,
     compile_layers,
     count_parameters,
+    save_tokenizer,
 )
 from peptrain.optim import state_bytes
 from peptrain.rng import Rng
@@ -89,15 +90,13 @@ def resume(path: Path, observe: Observer = silent) -> Result:
         return _train(config, run, here, observe)
 
 
-def _train(
-    config: RunConfig[Method], run: RunDir | None, here: World, observe: Observer
-) -> Result:
+def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: Observer) -> Result:
     corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
-    corpus.windows(config.train.seq_len)
+    _check_corpus(corpus, config)
     identity = _identity(config, corpus)
     trainee = _restore(config, run, here, identity)
     _check_vocabulary(trainee.model, corpus)
-    run = run or _create(config, here)
+    run = run or _create(config, corpus, here)
     tokens_per_step = config.train.batch_size * config.train.seq_len
     journal = Journal(run, here, observe, tokens_per_step)
     if here.main:
@@ -170,9 +169,7 @@ def _set_lr(optimizer: Optimizer, lr: float | None, multiplier: float) -> float:
     return lr * multiplier
 
 
-def _accumulate(
-    trainee: Trainee, corpus: Corpus, config: RunConfig[Method], here: World
-) -> Tensor:
+def _accumulate(trainee: Trainee, corpus: Corpus, config: RunConfig[Method], here: World) -> Tensor:
     """Gradients of this rank's share of the batch, micro-batch by micro-batch; the mean loss.
 
     Replicas exchange gradients once, on the last micro-batch.
@@ -293,6 +290,16 @@ def _restore(
     return Trainee(model, loss, optimizer, config.method.schedule(base), phase, step, end)
 
 
+def _check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
+    """Raise DataError now for what would end the training later."""
+    corpus.windows(config.train.seq_len)
+    if len(corpus.held_out()) < 2:
+        raise DataError(
+            f"{corpus.path}: the held-out part is empty, so there is nothing to evaluate on;"
+            " prepare it with a larger --held-out, or with --held-out-inputs"
+        )
+
+
 def _check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if corpus.max_id >= vocabulary:
@@ -302,10 +309,11 @@ def _check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
         )
 
 
-def _create(config: RunConfig[Method], here: World) -> RunDir:
+def _create(config: RunConfig[Method], corpus: Corpus, here: World) -> RunDir:
     path = config.run or here.agree(first_free(Path("runs"), config.method.name))
     if here.main:
-        RunDir.create(path, dump(config))
+        run = RunDir.create(path, dump(config))
+        save_tokenizer(corpus.tokenizer_file, corpus.eos_id, run.tokenizer)
     here.barrier()
     return RunDir(path)
 

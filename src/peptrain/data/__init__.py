@@ -1,8 +1,9 @@
 """Text to token shards (`prepare`), shards to batches (`Corpus`), and a corpus to start with."""
 
+from peptrain.data.config import PrepareConfig
 from peptrain.data.corpus import Corpus
 from peptrain.data.embedded import default_corpus, embedded_documents
-from peptrain.data.prepare import Prepared, PrepareConfig, Progress, prepare
+from peptrain.data.prepare import Prepared, Progress, prepare
 
 __all__ = [
     "Corpus",

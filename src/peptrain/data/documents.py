@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from peptrain.data.sources import PIECE_BYTES, find_files, read_pieces
+from peptrain.data.config import PrepareConfig
+from peptrain.data.sources import PIECE_BYTES, Piece, find_files, read_pieces
 from peptrain.errors import DataError
 
 
@@ -23,29 +23,27 @@ class Part(NamedTuple):
     """Of all input files as they lie on the disk, read so far."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The input files and how they are read."""
+    """The input files; one that is to be held out is not trained on, even if named twice."""
 
-    train: tuple[Path, ...]
-    held_out: tuple[Path, ...]
-    fraction: float
-    """Of the documents in `train` to hold out; 0 if there are held-out files."""
-    text_field: str
-    errors: str
-    """What codecs do about broken UTF-8: "strict" or "replace"."""
-
-    @property
-    def bytes(self) -> int:
-        return _bytes(self.train) + _bytes(self.held_out)
+    def __init__(self, config: PrepareConfig):
+        self._config = config
+        self.held_out = find_files(config.held_out_inputs, "held_out_inputs")
+        apart = {path.resolve() for path in self.held_out}
+        found = find_files(config.inputs, "inputs")
+        self.train = [path for path in found if path.resolve() not in apart]
+        if not self.train:
+            raise DataError("inputs: no file is left to train on; all are in held_out_inputs")
+        self.fraction = 0.0 if self.held_out else config.held_out
+        self.bytes = _bytes(self.train + self.held_out)
 
     def parts(self) -> Iterator[Part]:
         """Every document once, always in the same order, the held-out files last."""
         number, done = 0, 0
-        for path in (*self.train, *self.held_out):
-            chosen = path in self.held_out
-            for text, ends, position in read_pieces(path, self.text_field, self.errors):
-                yield Part(text, ends, chosen or is_held_out(number, self.fraction), done + position)
+        for place, path in enumerate(self.train + self.held_out):
+            for text, ends, position in self._read(path):
+                held_out = place >= len(self.train) or is_held_out(number, self.fraction)
+                yield Part(text, ends, held_out, done + position)
                 number += ends
             done += path.stat().st_size
 
@@ -53,14 +51,14 @@ class Inputs:
         """Up to about so many characters of the training files, an equal share of each.
 
         Many files are visited in a shuffled but fixed order, a piece of each, up to the limit.
-        Held-out documents are not left out: what a tokenizer learns of 1% of the text is nothing.
+        Held-out documents are not left out: a tokenizer learns nothing of note from them.
         """
         files = list(self.train)
         random.Random(0).shuffle(files)
         share = max(characters // len(files), PIECE_BYTES)
         for path in files:
             room = min(share, characters)
-            for piece in read_pieces(path, self.text_field, self.errors):
+            for piece in self._read(path):
                 yield piece.text[:room]
                 room -= len(piece.text)
                 characters -= len(piece.text)
@@ -69,34 +67,17 @@ class Inputs:
             if characters <= 0:
                 return
 
-
-def find_inputs(
-    inputs: Sequence[Path],
-    held_out_inputs: Sequence[Path],
-    *,
-    fraction: float,
-    text_field: str,
-    errors: str,
-) -> Inputs:
-    """Look for the files; a held-out file that is also among the inputs is not trained on."""
-    held_out = find_files(held_out_inputs, "held_out_inputs")
-    apart = {path.resolve() for path in held_out}
-    train = [path for path in find_files(inputs, "inputs") if path.resolve() not in apart]
-    if not train:
-        raise DataError("inputs: no file is left to train on; all are held out")
-    return Inputs(
-        train=tuple(train),
-        held_out=tuple(held_out),
-        fraction=0.0 if held_out else fraction,
-        text_field=text_field,
-        errors=errors,
-    )
+    def _read(self, path: Path) -> Iterator[Piece]:
+        return read_pieces(path, self._config.text_field, self._config.decoding_errors)
 
 
 def is_held_out(number: int, fraction: float) -> bool:
-    """Whether document `number` is among the held-out fraction: a hash, the same everywhere."""
+    """Whether document `number` is among the held-out fraction: a hash, the same everywhere.
+
+    The first never is, so that something is left to train on.
+    """
     digest = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
+    return number > 0 and int.from_bytes(digest, "little") < fraction * 2**64
 
 
 def describe(files: Sequence[Path]) -> str:

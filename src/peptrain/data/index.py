@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from peptrain.errors import DataError
 
 FORMAT = 1
@@ -67,45 +65,40 @@ class Index:
     @classmethod
     def load(cls, directory: Path) -> Index:
         """Read and check index.json; DataError if the directory isn't a finished corpus."""
-        found = _read_index(directory)
-        if found.get("format") != FORMAT:
-            raise DataError(
-                f"{directory}: prepared in format {found.get('format')}, this version reads"
-                f" format {FORMAT}; prepare it again"
-            )
+        if not (directory / INDEX).exists():
+            raise _not_prepared(directory)
         try:
-            files = {"train": tuple(TokenFile(**f) for f in found["train"])}
-            return cls(**{**found, **files, "held_out": TokenFile(**found["held_out"])})
-        except (KeyError, TypeError) as error:
-            raise _damaged(directory, error) from error
-
-
-def _read_index(directory: Path) -> dict[str, Any]:
-    if (directory / JOURNAL).exists() and not (directory / INDEX).exists():
-        raise DataError(f"{directory}: its preparation isn't finished; give the same command again")
-    try:
-        found = json.loads((directory / INDEX).read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
+            found = json.loads((directory / INDEX).read_bytes())
+            if found["format"] == FORMAT:
+                held_out = TokenFile(**found.pop("held_out"))
+                train = tuple(TokenFile(**file) for file in found.pop("train"))
+                return cls(**found, train=train, held_out=held_out)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{directory / INDEX}: damaged ({error}); delete {directory}, prepare it again"
+            ) from error
         raise DataError(
-            f"{directory}: not a prepared corpus (no {INDEX});"
-            f" make one: peptrain data prepare --inputs TEXT --out {directory}"
-        ) from error
-    except ValueError as error:
-        raise _damaged(directory, error) from error
-    if not isinstance(found, dict):
-        raise _damaged(directory, TypeError("no JSON object"))
-    return found
+            f"{directory}: prepared in format {found['format']}, but this version reads format"
+            f" {FORMAT}; prepare it again"
+        )
 
 
-def _damaged(directory: Path, error: Exception) -> DataError:
-    return DataError(f"{directory / INDEX}: damaged ({error}); delete {directory}, prepare again")
+def _not_prepared(directory: Path) -> DataError:
+    if (directory / JOURNAL).exists():
+        return DataError(
+            f"{directory}: its preparation was interrupted; give the same command again"
+        )
+    return DataError(
+        f"{directory}: not a prepared corpus (no {INDEX} in it);"
+        f" make one with: peptrain data prepare --inputs TEXT --out {directory}"
+    )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, [json.dumps(content, indent=1).encode() + b"\n"])
 
 
-def write_atomic(path: Path, chunks: Iterable[bytes | NDArray[Any]]) -> None:
+def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a file that is there whole or not at all, whenever the process or machine stops."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:

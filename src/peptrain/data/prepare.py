@@ -9,62 +9,30 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peptrain.data.documents import Inputs, Part, describe, find_inputs
+from peptrain.data.config import DEFAULT_VOCAB, PrepareConfig
+from peptrain.data.documents import Inputs, Part, describe
 from peptrain.data.index import JOURNAL, TOKENIZER, Index, write_atomic
-from peptrain.data.tokenizer import encode, end_id, load_tokenizer, train_tokenizer, vocabulary
+from peptrain.data.tokenizer import (
+    TRAINED_END,
+    encode,
+    end_id,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary,
+)
 from peptrain.data.writer import Journal, Writer
-from peptrain.errors import ConfigError, DataError
+from peptrain.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-DEFAULT_VOCAB = 8192
 SAMPLE_CHARACTERS = 20_000_000  # to train a tokenizer on: 3 s on two cores
 BATCH_CHARACTERS = 4_000_000  # encoded at once: about 1 M tokens, 200 MB of encodings
 UINT16_IDS = 1 << 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """What to prepare, and how. Every field is a flag of `peptrain data prepare`."""
-
-    inputs: tuple[Path, ...]
-    """Text files, JSON Lines, or directories of them; plain, .gz or .xz."""
-    out: Path
-    """The directory to make."""
-    tokenizer: Path | None = None
-    """A tokenizer.json, or a directory that holds one. Default: train one."""
-    vocab_size: int | None = None
-    """Tokens of the byte-level BPE to train. Default: 8192, if no tokenizer is given."""
-    text_field: str = "text"
-    """The field of a JSON Lines object that holds the text."""
-    eos_token: str | None = None
-    """The token to put after each document. Default: the tokenizer's usual one."""
-    held_out: float = 0.01
-    """The fraction of documents kept from training, chosen by a hash of the document's number."""
-    held_out_inputs: tuple[Path, ...] = ()
-    """Files to hold out instead; those that are also among the inputs are not trained on."""
-    shard_tokens: int = 64 * 2**20
-    """Tokens after which a shard is closed, at the end of a document (or of 1 MB of one)."""
-    on_bad_utf8: Literal["error", "replace"] = "error"
-    """What to do about bytes that are not UTF-8: stop, or put U+FFFD in their place."""
-
-    def __post_init__(self) -> None:
-        if self.tokenizer is not None and self.vocab_size is not None:
-            raise ConfigError(
-                f"vocab_size: {self.vocab_size} is for training a tokenizer, but tokenizer:"
-                f" {self.tokenizer} is given; give one of the two"
-            )
-        if self.vocab_size is not None and self.vocab_size < 257:
-            raise ConfigError(f"vocab_size: {self.vocab_size}; 256 bytes and an end need 257")
-        if not 0 <= self.held_out < 1:
-            raise ConfigError(f"held_out: {self.held_out} is no fraction; give 0 <= held_out < 1")
-        if self.shard_tokens < 1:
-            raise ConfigError(f"shard_tokens: {self.shard_tokens}; give 1 or more")
 
 
 @dataclass(frozen=True)
@@ -109,15 +77,15 @@ def prepare(
     Raises ConfigError for settings that can't be used and for an `out` that holds anything but an
     unfinished preparation with these settings; DataError for inputs that can't be read.
     """
-    inputs = _inputs(config)
-    if next(inputs.parts(), None) is None:
+    inputs = Inputs(config)
+    first = next(inputs.parts(), None)
+    if first is None or first.held_out:  # held-out files come last
         raise DataError(f"inputs: no text in {', '.join(map(str, config.inputs))}")
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if given:
-        end_id(given, config.eos_token)  # fails before anything is written
-    settings = _settings(config, inputs, given)
+        end_id(given, config.eos_token)  # a wrong name is better found before writing
     with _disk_errors_explained(config.out):
-        journal = Journal.open(config.out, settings)
+        journal = Journal.open(config.out, _settings(config, inputs, given))
         resumed = journal.pieces > 0
         tokenizer = _tokenizer_in(config, inputs, given)
         writer = Writer(config.out, _id_type(tokenizer), journal)
@@ -136,16 +104,6 @@ def prepare(
     )
 
 
-def _inputs(config: PrepareConfig) -> Inputs:
-    return find_inputs(
-        config.inputs,
-        config.held_out_inputs,
-        fraction=config.held_out,
-        text_field=config.text_field,
-        errors="strict" if config.on_bad_utf8 == "error" else "replace",
-    )
-
-
 def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) -> dict[str, Any]:
     """What decides the files' content; a preparation goes on only under the same.
 
@@ -155,12 +113,10 @@ def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) ->
     return {
         "inputs": describe(inputs.train),
         "held_out_inputs": describe(inputs.held_out),
+        "held_out": inputs.fraction,
         "tokenizer": sha256(given.to_str().encode()).hexdigest()[:16] if given else None,
         "vocab_size": None if given else config.vocab_size or DEFAULT_VOCAB,
-        "text_field": config.text_field,
-        "eos_token": config.eos_token,
-        "held_out": inputs.fraction,
-        "shard_tokens": config.shard_tokens,
+        **{key: getattr(config, key) for key in ("text_field", "eos_token", "shard_tokens")},
     }
 
 
@@ -168,8 +124,11 @@ def _tokenizer_in(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None
     """The tokenizer from the directory, where it is put first unless it is there already."""
     path = config.out / TOKENIZER
     if not path.exists():
-        sample = inputs.sample(SAMPLE_CHARACTERS)
-        tokenizer = given or train_tokenizer(sample, config.vocab_size or DEFAULT_VOCAB)
+        tokenizer = given or train_tokenizer(
+            inputs.sample(SAMPLE_CHARACTERS),
+            config.vocab_size or DEFAULT_VOCAB,
+            config.eos_token or TRAINED_END,
+        )
         write_atomic(path, [tokenizer.to_str().encode()])
     return load_tokenizer(path)
 
@@ -219,11 +178,6 @@ def _finish(config: PrepareConfig, tokenizer: Tokenizer, writer: Writer) -> Inde
     if journal.settings["held_out"] and not journal.held_out_tokens:
         writer.set_aside_tail(config.held_out)
     train, held_out, max_id = writer.survey()
-    if not train:
-        raise DataError(
-            f"held_out: {config.held_out} takes all {journal.documents} documents, none is left"
-            f" to train on; delete {config.out} and hold out less"
-        )
     index = Index(
         dtype=writer.dtype.str,
         vocab_size=vocabulary(tokenizer),

@@ -7,17 +7,19 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from peptrain.errors import DataError
 
 PIECE_BYTES = 1 << 20  # of a text file; bounds memory, and one cut in 1 MB costs a token or two
 JSON_SUFFIXES = (".jsonl", ".json")
 TEXT_SUFFIXES = (".txt", ".md")
-UNPACKERS = {".gz": gzip.GzipFile, ".xz": lzma.LZMAFile}
-FOREIGN_PACKERS = (".zst", ".bz2", ".zip", ".7z", ".lz4", ".rar", ".tar", ".tgz")
+UNPACKERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+UNREAD_PACKERS = (".zst", ".bz2", ".zip", ".7z", ".lz4", ".rar", ".tar", ".tgz")
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r"))
 
 
@@ -39,7 +41,7 @@ def find_files(inputs: Sequence[Path], key: str) -> list[Path]:
     """
     files = [file for path in inputs for file in _files_at(path, key)]
     for file in files:
-        if file.suffix.lower() in FOREIGN_PACKERS:
+        if file.suffix.lower() in UNREAD_PACKERS:
             raise DataError(f"{key}: {file} is packed in a form that isn't read; unpack it first")
     return files
 
@@ -69,7 +71,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as raw:
             return _unpacked(raw, path).read()
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
@@ -83,60 +85,74 @@ def read_pieces(path: Path, text_field: str, errors: str) -> Iterator[Piece]:
         with path.open("rb") as raw:
             stream = _unpacked(raw, path)
             if _content_suffix(path) in JSON_SUFFIXES:
-                texts = _json_texts(stream, path, text_field, errors)
+                texts = _json_texts(_decoded(stream, path, errors), path, text_field, errors)
             else:
-                texts = _text_parts(stream, path, errors)
+                texts = _text_parts(_decoded(_chunks(stream), path, errors))
             for text, ends in texts:
                 yield Piece(text, ends, raw.tell())
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
 def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
     unpacker = UNPACKERS.get(path.suffix.lower())
-    return unpacker(raw) if unpacker else raw  # type: ignore[return-value, arg-type]
+    return unpacker(raw) if unpacker else raw
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}: can't be read ({error}); if it is damaged, fetch it again")
 
 
-def _text_parts(stream: BinaryIO, path: Path, errors: str) -> Iterator[tuple[str, bool]]:
-    """A text as (part, whether it is the last), cut at line ends; a longer line is cut anywhere."""
+def _chunks(stream: BinaryIO) -> Iterator[bytes]:
+    """About PIECE_BYTES each, cut at line ends; a line longer than that is cut anywhere."""
+    return iter(lambda: stream.read(PIECE_BYTES) + stream.readline(PIECE_BYTES), b"")
+
+
+def _decoded(chunks: Iterable[bytes], path: Path, errors: str) -> Iterator[str]:
+    """The text of each chunk, and an empty one at the end."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    offset, waiting = 0, ""
-    while True:
-        chunk = stream.read(PIECE_BYTES) + stream.readline(PIECE_BYTES)
-        _check_is_text(chunk, str(path))
+    offset = 0
+    for chunk in chain(chunks, [b""]):
+        _check_is_text(chunk, path)
         undecoded = len(decoder.getstate()[0])
         try:
-            part = decoder.decode(chunk, final=not chunk)
+            yield decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            raise _broken_utf8(path, offset - undecoded + error.start) from error
+            raise DataError(
+                f"{path}: broken UTF-8 at byte {offset - undecoded + error.start} (unpacked);"
+                " mend it, or put U+FFFD in its place with --on-bad-utf8 replace"
+            ) from error
         offset += len(chunk)
-        if waiting and part:
+
+
+def _check_is_text(chunk: bytes, path: Path) -> None:
+    controls = len(chunk) - len(chunk.translate(None, CONTROL_BYTES))
+    # A stray escape or end-of-file mark is found in real text; a NUL, or 1 byte in 100, is not.
+    if controls and (b"\0" in chunk or controls > 1 + len(chunk) // 100):
+        raise DataError(
+            f"{path}: does not look like text ({controls} control bytes in {len(chunk)});"
+            " give UTF-8 text or JSON Lines, plain, .gz or .xz"
+        )
+
+
+def _text_parts(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """One document as (part, whether it is the last)."""
+    waiting = ""
+    for text in filter(None, texts):
+        if waiting:
             yield waiting, False
-        waiting = part or waiting
-        if not chunk:
-            break
+        waiting = text
     if waiting:
         yield waiting, True
 
 
 def _json_texts(
-    stream: BinaryIO, path: Path, field: str, errors: str
+    lines: Iterator[str], path: Path, field: str, errors: str
 ) -> Iterator[tuple[str, bool]]:
-    offset = 0
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
-        _check_is_text(line, where)
-        try:
-            decoded = line.decode("utf-8", errors)
-        except UnicodeDecodeError as error:
-            raise _broken_utf8(path, offset + error.start) from error
-        offset += len(line)
-        if decoded.strip() and (text := _text_of(decoded, where, field)):
-            yield _without_half_pairs(text, where, errors), True
+        if line.strip() and (text := _text_of(line, where, field)):
+            yield _whole_characters(text, where, errors), True
 
 
 def _text_of(line: str, where: str, field: str) -> str:
@@ -157,7 +173,7 @@ def _text_of(line: str, where: str, field: str) -> str:
     return text
 
 
-def _without_half_pairs(text: str, where: str, errors: str) -> str:
+def _whole_characters(text: str, where: str, errors: str) -> str:
     r"""JSON can spell half a surrogate pair (\ud800), which is no character."""
     try:
         text.encode()
@@ -169,20 +185,3 @@ def _without_half_pairs(text: str, where: str, errors: str) -> str:
             ) from error
         return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     return text
-
-
-def _broken_utf8(path: Path, offset: int) -> DataError:
-    return DataError(
-        f"{path}: broken UTF-8 at byte {offset} (counted unpacked);"
-        " mend it, or put U+FFFD in its place with --on-bad-utf8 replace"
-    )
-
-
-def _check_is_text(data: bytes, where: str) -> None:
-    controls = len(data) - len(data.translate(None, CONTROL_BYTES))
-    # A stray escape or end-of-file mark is found in real text; a NUL, or 1 byte in 100, is not.
-    if controls and (b"\0" in data or controls > 1 + len(data) // 100):
-        raise DataError(
-            f"{where}: does not look like text ({controls} control bytes in {len(data)});"
-            " give UTF-8 text or JSON Lines, plain, .gz or .xz"
-        )

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TRAINED_END = "<|endoftext|>"
-END_TOKENS = (
-    "</s>", TRAINED_END, "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>",
-    "<｜end▁of▁sentence｜>", "[EOS]",
-)  # fmt: skip
+END_TOKENS = ("</s>", TRAINED_END, "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -38,8 +35,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return _plain(tokenizer)
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with an end token, the same for the same texts in the same order.
+def train_tokenizer(texts: Iterator[str], vocab_size: int, end: str = TRAINED_END) -> Tokenizer:
+    """A byte-level BPE with the end token `end`, the same for the same texts in the same order.
 
     It has fewer than `vocab_size` tokens when the texts offer no more pairs to merge.
     """
@@ -50,7 +47,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[TRAINED_END],
+        special_tokens=[end],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -28,6 +28,7 @@ from peptrain.data.index import (
     write_json,
 )
 from peptrain.errors import ConfigError, DataError
+from peptrain.settings import check
 
 Ids = NDArray[np.unsignedinteger]
 
@@ -54,16 +55,15 @@ class Journal:
 
         Raises ConfigError where something else lies there, or a journal with other settings.
         """
-        if directory.exists() and not directory.is_dir():
-            raise ConfigError(f"out: {directory} is a file; choose a directory that is new or empty")
-        if (directory / INDEX).exists():
-            raise ConfigError(f"out: {directory} is prepared already; use it, delete it, or choose another --out")
+        new = "a directory that is new or empty"
+        check(not directory.is_file(), "out", str(directory), f"{new}: this is a file")
+        finished = (directory / INDEX).exists()
+        check(not finished, "out", str(directory), f"{new}, or delete this finished corpus")
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / JOURNAL).exists():
             return cls._reopen(directory, settings)
-        found = [path.name for path in directory.iterdir() if path.name != f"{JOURNAL}.tmp"]
-        if found:
-            raise ConfigError(f"out: {directory} is not empty (it holds {found[0]}); choose a new --out")
+        found = sorted(p.name for p in directory.iterdir() if p.name != f"{JOURNAL}.tmp")
+        check(not found, "out", str(directory), f"{new}: this one holds {found[:1]}")
         journal = cls(settings)
         journal.save(directory)
         return journal
@@ -71,12 +71,11 @@ class Journal:
     @classmethod
     def _reopen(cls, directory: Path, settings: dict[str, Any]) -> Journal:
         journal = cls(**json.loads((directory / JOURNAL).read_bytes()))
-        for key, value in settings.items():
-            begun = journal.settings.get(key)
-            if begun != value:
+        for key, begun in journal.settings.items():
+            if begun != (now := settings.get(key)):
                 raise ConfigError(
-                    f"{key}: {directory} was begun with {begun!r}, not {value!r}; give the settings"
-                    " it was begun with to go on, or delete it"
+                    f"{key}: {now!r}, but the unfinished preparation in {directory} has {begun!r};"
+                    " give the same settings to go on, or delete it"
                 )
         return journal
 
@@ -113,7 +112,7 @@ class Writer:
         """Put on the disk what is in memory, and then the journal."""
         if self._train:
             name = shard_name(len(self.journal.shards))
-            write_atomic(self.directory / name, self._train)
+            write_atomic(self.directory / name, (ids.data for ids in self._train))
             self.journal.shards.append(self._tokens[False])
         self._append_held_out()
         self.journal.held_out_tokens += self._tokens[True]
@@ -129,7 +128,7 @@ class Writer:
                 raise _changed(path)
             file.truncate(start)  # what a killed process appended after its last journal
             for ids in self._held_out:
-                file.write(ids)
+                file.write(ids.data)
             file.flush()
             os.fsync(file.fileno())
 
@@ -139,12 +138,14 @@ class Writer:
         A process killed in here can do it all again: the tail is copied before any shard is cut,
         and cutting to a length twice is cutting once. Only the index counts what is left.
         """
-        total = sum(self.journal.shards)
-        moved = int(total * fraction)
-        kept = _first(total - moved, self.journal.shards)
+        lengths = np.array(self.journal.shards, np.int64)
+        moved = int(lengths.sum() * fraction)
+        starts = lengths.cumsum() - lengths
+        kept: list[int] = np.clip(lengths.sum() - moved - starts, 0, lengths).tolist()
         shards = [self.directory / shard_name(number) for number in range(len(kept))]
         if (self.directory / HELD_OUT).stat().st_size != moved * self.dtype.itemsize:
-            tails = (np.fromfile(s, self.dtype)[k:] for s, k in zip(shards, kept, strict=True))
+            both = zip(shards, kept, strict=True)
+            tails = (np.fromfile(shard, self.dtype)[n:].data for shard, n in both)
             write_atomic(self.directory / HELD_OUT, tails)
         for shard, tokens in zip(shards, kept, strict=True):
             if tokens:
@@ -169,15 +170,6 @@ class Writer:
                 largest = max(largest, int(np.memmap(path, self.dtype, "r").max()))
             files.append(TokenFile(name, tokens, digest))
         return tuple(files[:-1]), files[-1], largest
-
-
-def _first(room: int, lengths: list[int]) -> list[int]:
-    """How much of each length lies in the first `room` of them all together."""
-    kept = []
-    for length in lengths:
-        kept.append(min(length, room))
-        room -= kept[-1]
-    return kept
 
 
 def _changed(path: Path) -> DataError:

@@ -1,1 +1,1 @@
-"""Evaluation of a run's dense twin. Never imports the trainer."""
+"""Evaluation of a run's dense twin, so that all methods are measured with one ruler."""

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-
 @dataclass(frozen=True)
 class Evaluation:
     """loss: nats per token; tokens: how many were predicted."""

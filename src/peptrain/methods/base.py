@@ -119,7 +119,7 @@ class RankMethod(Method):
     """A method with a rank, and the one rule for which matrices it takes."""
 
     rank: int | None = of_width(0.25)
-    """r, the inner dimension of the two factors (default: a quarter of the hidden size)."""
+    """r, the inner dimension of the two factors. Unset: a quarter of the hidden size."""
     include: str = ""
     """Matrices to adapt whatever the rule says: comma-separated patterns ("k_proj,*.mlp.*")."""
     exclude: str = ""

@@ -52,7 +52,9 @@ class BPTLinear(ReparamLinear):
     def merge(self, step: int, rng: Rng) -> None:
         """W += U V, U fresh, V = 0: inside the diagonals, so the function stays (equation 3)."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        add_(self.weight, self.U.to(dtype) @ self.V.to(dtype), rng.integer(self.site, step, "round"))
+        add_(
+            self.weight, self.U.to(dtype) @ self.V.to(dtype), rng.integer(self.site, step, "round")
+        )
         n, r = self.U.shape
         self.U.copy_(fresh_U(self.site, step, n, r, rng, self.U))
         self.V.zero_()
@@ -88,7 +90,7 @@ class BPT(RankMethod):
     schedule_defaults = fill(ScheduleConfig(kind="wsd", floor=0.0), Method.schedule_defaults)
 
     merge_every: int | None = interval(0.1, most=2000)
-    """Steps between merges; 0 is never (default: a tenth of the run, at most 2000)."""
+    """Steps between merges; 0 is never. Unset: a tenth of the run, at most 2000."""
     init: Init = "kaiming_uniform"
     """How the frozen W starts; model keeps the model's own initialisation."""
     reset: ResetMode = "zero"

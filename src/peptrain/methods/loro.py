@@ -32,9 +32,9 @@ class LORO(LowRank):
     optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6, clip=0.0)
 
     exact_every: int | None = interval(0.25, most=500)
-    """K: every K-th step is exact; 0 is never (default: a quarter of the run, at most 500)."""
+    """K: every K-th step is exact; 0 is never. Unset: a quarter of the run, at most 500."""
     refresh_every: int | None = same_as("exact_every")
-    """Steps between refreshes of the Adam state (default: with every exact step)."""
+    """Steps between refreshes of the Adam state. Unset: with every exact step."""
     refresh: Literal["all", "factors", "none"] = "all"
     """Whose Adam state a refresh zeroes: all parameters, the factors alone, or none."""
     restart_warmup: int = 5
@@ -75,14 +75,13 @@ class LORO(LowRank):
         scales = [c for layer in layers for c in [self._scale(layer)] * 2]
         mine = {id(p) for p in factors}
         rest = (p for p in model.parameters() if id(p) not in mine)
-        groups = parameter_groups(model, optim, rest) + [
-            {
-                "params": factors,
-                "factors": True,
-                "scales": scales,
-                "weight_decay": optim.weight_decay,
-            }
-        ]
+        factor_group = {
+            "params": factors,
+            "factors": True,
+            "scales": scales,
+            "weight_decay": optim.weight_decay,
+        }
+        groups = [*parameter_groups(model, optim, rest), factor_group]
         betas = (optim.beta1, optim.beta2)
         return LOROOptimizer(groups, self._rule(), lr=optim.lr, betas=betas, eps=optim.eps)
 

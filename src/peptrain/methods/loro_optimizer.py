@@ -155,5 +155,6 @@ def _assign(
     """Each pair (B, A) := step(B, A, its index), computed in fp32 or better."""
     for i in range(0, len(params), 2):
         dtype = torch.promote_types(params[i].dtype, torch.float32)
-        for p, new in zip(params[i:], step(params[i].to(dtype), params[i + 1].to(dtype), i)):
-            p.copy_(new)
+        B, A = step(params[i].to(dtype), params[i + 1].to(dtype), i)
+        params[i].copy_(B)
+        params[i + 1].copy_(A)

@@ -1,0 +1,7 @@
+"""`python -m peptrain`, and so `torchrun -m peptrain`."""
+
+import sys
+
+from peptrain.cli import main
+
+sys.exit(main())

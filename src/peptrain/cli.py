@@ -1,0 +1,264 @@
+"""The command: argv to one function call."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from peptrain import __version__
+from peptrain.config import RunConfig, load
+from peptrain.data.config import PrepareConfig
+from peptrain.errors import ConfigError, Interrupted, PeptrainError
+from peptrain.methods import methods
+from peptrain.methods.base import Method
+from peptrain.optim import OptimConfig
+from peptrain.schedule import ScheduleConfig
+from peptrain.settings import fill
+
+console = Console()
+MARKERS = (
+    tyro.conf.FlagConversionOff,
+    tyro.conf.DisallowNone,
+    tyro.conf.HelptextFromCommentsOff,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it worked, 1 for an error, 130 when a signal ended it."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    _set_up_output()
+    try:
+        args, given = _with_config_file(args)
+        _app(given).cli(prog="peptrain", description=DESCRIPTION, args=args, config=MARKERS)
+    except Interrupted as stop:
+        console.print(f"[yellow]{escape(str(stop))}", highlight=False, soft_wrap=True)
+        return 130
+    except PeptrainError as error:
+        message = f"[bold red]error:[/] {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+DESCRIPTION = f"""Parameter-efficient pre-training of language models ({__version__}).
+
+Start with `peptrain demo`, or `peptrain train bpt`: both run as they are."""
+
+
+def _set_up_output() -> None:
+    """Our own log on the terminal, and the libraries' chatter off."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    log = logging.getLogger("peptrain")
+    log.handlers[:] = [RichHandler(console=console, show_time=False, show_path=False)]
+    log.setLevel(logging.INFO)
+
+
+def _with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | None]:
+    """What --config names, and the arguments with its method in them if they name none.
+
+    The file has to be read before tyro parses, because its values are the flags' defaults.
+    """
+    if args[:1] != ["train"]:
+        return args, None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    file = parser.parse_known_args(args)[0].config
+    if file is None:
+        return args, None
+    given, named = load(file), args[1] if args[1:] and not args[1].startswith("-") else None
+    if named is None:
+        return ["train", given.method.name, *args[1:]], given
+    if named != given.method.name:
+        raise ConfigError(
+            f"--config {file}: configures {given.method.name}, and {named} was asked for;"
+            " leave the method out of the command or change [method] in the file"
+        )
+    return args, given
+
+
+def _app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
+    app, data = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+    data.__doc__ = "Prepare text for training."
+    data.command(_prepare, name="prepare")
+    app.command(_train_app(given), name="train")
+    app.command(_resume, name="resume")
+    app.command(_demo, name="demo")
+    app.command(_eval, name="eval")
+    app.command(_export, name="export")
+    app.command(data, name="data")
+    app.command(_methods, name="methods")
+    return app
+
+
+def _train_app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
+    """`train METHOD`: a subcommand for each method, whose flags are the method's own fields."""
+    app = tyro.extras.SubcommandApp()
+    app.__doc__ = "Train a model by one of the methods, into a new run directory."
+    for name, cls in methods().items():
+        chosen = given is not None and given.method.name == name
+        default = given if chosen else _with_own_defaults(cls)
+        app.command(_train_by(cls, default), name=name, help=_summary(cls))
+    return app
+
+
+def _with_own_defaults(cls: type[Method]) -> RunConfig[Any]:
+    """A configuration in which the help shows the method's own defaults."""
+    return RunConfig(
+        method=cls(),
+        optim=fill(OptimConfig(), cls.optim_defaults, Method.optim_defaults),
+        schedule=fill(ScheduleConfig(), cls.schedule_defaults, Method.schedule_defaults),
+    )
+
+
+def _train_by(cls: type[Method], default: RunConfig[Any] | None) -> Callable[..., None]:
+    def train(options: Any, config: Path | None = None) -> None:
+        """Train.
+
+        Args:
+            options: Of the run.
+            config: A TOML file with any of these settings; a flag overrides it. A run's own
+                config.toml replays the run.
+        """
+        from peptrain.train import train
+
+        _watched(lambda observe: train(options, observe))
+
+    options = Annotated[RunConfig[cls], arg(name="", default=default)]  # type: ignore[valid-type]
+    train.__annotations__ = {"options": options, "config": Path | None, "return": None}
+    return train
+
+
+def _summary(cls: type[Method]) -> str:
+    return (cls.__doc__ or cls.name).splitlines()[0]
+
+
+def _watched(training: Callable[[Any], Any]) -> Any:
+    """Run a training under a progress display that never outlives it."""
+    from peptrain.progress import TrainingProgress
+
+    progress = TrainingProgress(console)
+    try:
+        return training(progress)
+    finally:
+        progress.close()
+
+
+def _resume(run: Positional[Path]) -> None:
+    """Go on with a run that was stopped, from its newest whole checkpoint.
+
+    Args:
+        run: The run directory.
+    """
+    from peptrain.train import resume
+
+    _watched(lambda observe: resume(run, observe))
+
+
+def _demo(run: Path | None = None) -> None:
+    """Train one small model on real English by full training, BPT and LORO; about two minutes.
+
+    Args:
+        run: The directory for the three runs. Unset: runs/demo-N, the first N that is free.
+    """
+    from peptrain.compare import NEXT_STEPS, comparison, demo
+    from peptrain.rundir import first_free
+
+    directory = run or first_free(Path("runs"), "demo")
+    results = [_watched(training) for training in demo(directory)]
+    console.print(comparison(results))
+    console.print(NEXT_STEPS)
+
+
+def _eval(
+    run: Positional[Path],
+    data: Path | None = None,
+    batch_size: int | None = None,
+    legacy: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Held-out perplexity of a run, weighted by tokens.
+
+    Args:
+        run: The run directory.
+        data: Another prepared corpus whose held-out part to use. Unset: the run's own.
+        batch_size: Sequences at a time; changes nothing but speed and memory, except with legacy.
+        legacy: Divide by batches + 1 like the older repositories, to match their tables.
+        device: auto takes a GPU if there is one.
+    """
+    from peptrain.distributed import world
+    from peptrain.eval.run import evaluate_run
+
+    with world(device) as here:
+        result = evaluate_run(
+            run, data=data, batch_size=batch_size, legacy=legacy, device=here.device
+        )
+    note = " (legacy: divided by batches + 1, which flatters the model)" if legacy else ""
+    console.print(
+        f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"
+        f"  over {result.tokens:,} tokens{note}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _export(
+    run: Positional[Path], out: Path, form: Literal["dense", "factorised"] = "dense"
+) -> None:
+    """Write a run as a Hugging Face directory, checked by comparing logits.
+
+    Args:
+        run: The run directory.
+        out: The directory to make.
+        form: dense loads anywhere; factorised is smaller (lowrank, loro), for load_factorised.
+    """
+    from peptrain.export import export
+
+    export(run, out, form)
+    console.print(f"{form} model in {out}", highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepare(PrepareConfig):
+    inputs: Positional[tuple[Path, ...]]
+    """Text files, JSON Lines, or directories of them; plain, .gz or .xz."""
+
+
+def _prepare(config: Annotated[_Prepare, arg(name="")]) -> None:
+    """Turn text into token shards."""
+    from peptrain.data import prepare
+    from peptrain.progress import preparing
+
+    with preparing(console) as on_progress:
+        made = prepare(config, on_progress)
+    console.print(
+        f"{made.path}: {made.documents:,} documents, {made.train_tokens:,} training and"
+        f" {made.held_out_tokens:,} held-out tokens, {made.bytes_per_token:.2f} bytes a token,"
+        f" vocabulary {made.vocab_size:,} (largest id {made.max_id:,}),"
+        f" {made.shards} shards{', resumed' if made.resumed else ''}",
+        highlight=False,
+    )
+
+
+def _methods() -> None:
+    """List the methods with their equations and learning rates, and the model presets."""
+    from peptrain.model import PRESETS
+
+    table = Table("method", "weight", "default lr", box=None)
+    for name, cls in methods().items():
+        table.add_row(name, cls.equation, f"{cls.optim_defaults.lr:g}")
+    console.print(table)
+    console.print(f"\npresets: {', '.join(PRESETS)}", highlight=False)

@@ -1,0 +1,60 @@
+"""Several trainings side by side: the demo, and the table that compares runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from peptrain.config import RunConfig, TrainConfig
+from peptrain.journal import Observer
+from peptrain.methods import BPT, LORO, Full
+from peptrain.train import Result, train
+
+DEMO_METHODS = (Full(), BPT(), LORO())
+DEMO_TRAIN = TrainConfig(steps=120, batch_size=16, seq_len=128, log_every=5, device="cpu")
+"""About 30 s a method on two cores."""
+
+NEXT_STEPS = """
+What these numbers are: one seed, a quarter of a million tokens, a model of 2M parameters. They
+show that the methods work and what each one stores; they don't rank them.
+
+Try next:
+  peptrain train loro --train.steps 600            a longer run of one method
+  peptrain train bpt --method.rank 16 --help       every setting
+  peptrain export RUN --out DIR                    a plain Hugging Face model
+  peptrain data prepare YOUR.jsonl --out DIR       your own text, then train --data.path DIR
+"""
+
+
+def demo(directory: Path) -> Iterator[Callable[[Observer], Result]]:
+    """The demo's trainings, to be called in turn: one small model, seed and number of tokens;
+    only the method and its own defaults differ."""
+    for method in DEMO_METHODS:
+        config: RunConfig[Any] = RunConfig(
+            method=method, train=DEMO_TRAIN, run=directory / method.name
+        )
+        yield lambda observe, config=config: train(config, observe)  # type: ignore[misc]
+
+
+def comparison(results: Sequence[Result]) -> Table:
+    """A table of finished runs: what each trains and stores, how well and how fast.
+
+    State is the optimizer's moments; parameters and bytes in millions (10^6).
+    """
+    table = Table("method", box=None)
+    for column in ("trainable", "total", "state MB", "held-out loss", "perplexity", "tokens/s"):
+        table.add_column(column, justify="right")
+    for result in results:
+        table.add_row(
+            result.run.name,
+            f"{result.trainable / 1e6:.2f}M",
+            f"{result.parameters / 1e6:.2f}M",
+            f"{result.state_bytes / 1e6:.1f}",
+            f"{result.held_out.loss:.3f}",
+            f"{result.held_out.perplexity:.1f}",
+            f"{result.tokens_per_second:,.0f}",
+        )
+    return table

@@ -1,0 +1,58 @@
+"""The settings of `peptrain data prepare`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from peptrain.errors import ConfigError
+from peptrain.settings import check
+
+DEFAULT_VOCAB = 8192
+SMALLEST_VOCAB = 257  # 256 bytes and an end token
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What to prepare, and how. Every field is a flag of the command."""
+
+    inputs: tuple[Path, ...]
+    """Text files, JSON Lines, or directories of them; plain, .gz or .xz."""
+    out: Path
+    """The directory to make."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, or a directory that holds one. Unset: train one."""
+    vocab_size: int | None = None
+    """Tokens of the byte-level BPE to train. Unset: 8192, if no tokenizer is given."""
+    text_field: str = "text"
+    """The field of a JSON Lines object that holds the text."""
+    eos_token: str | None = None
+    """The token to put after each document. Unset: the tokenizer's usual one."""
+    held_out: float = 0.01
+    """The fraction of documents kept from training, chosen by a hash of the document's number."""
+    held_out_inputs: tuple[Path, ...] = ()
+    """Files to hold out instead; those that are also among the inputs are not trained on."""
+    shard_tokens: int = 64 * 2**20
+    """Tokens after which a shard is closed, at the end of a document (or of 1 MB of one)."""
+    on_bad_utf8: Literal["error", "replace"] = "error"
+    """What to do about bytes that are not UTF-8: stop, or put U+FFFD in their place."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.inputs), "inputs", self.inputs, "at least one file or directory")
+        check(0 <= self.held_out < 1, "held_out", self.held_out, "a fraction from 0 to below 1")
+        check(self.shard_tokens > 0, "shard_tokens", self.shard_tokens, "1 token or more")
+        if self.vocab_size is None:
+            return
+        wanted = f"{SMALLEST_VOCAB} tokens or more"
+        check(self.vocab_size >= SMALLEST_VOCAB, "vocab_size", self.vocab_size, wanted)
+        if self.tokenizer:
+            raise ConfigError(
+                f"vocab_size: {self.vocab_size} is for a tokenizer to be trained, but tokenizer:"
+                f" {self.tokenizer} is given; give one of the two"
+            )
+
+    @property
+    def decoding_errors(self) -> str:
+        """`on_bad_utf8` in the words of codecs."""
+        return "strict" if self.on_bad_utf8 == "error" else "replace"

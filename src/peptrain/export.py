@@ -1,0 +1,143 @@
+"""A run as a directory for others: plain Hugging Face, or the small factorised model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from peptrain import __version__, toml
+from peptrain.build import Opened, open_run
+from peptrain.checkpoint import load_model
+from peptrain.errors import CheckpointError, ConfigError, Unsupported
+from peptrain.methods import methods
+from peptrain.methods.base import Method, reparametrized
+from peptrain.methods.lowrank import LowRankLinear
+from peptrain.model import find_sites
+from peptrain.rng import Rng
+from peptrain.rundir import RunDir
+
+log = logging.getLogger("peptrain")
+Form = Literal["dense", "factorised"]
+FACTORS, RECIPE = "factors.safetensors", "peptrain.json"
+"""The factorised weights don't carry Hugging Face's file name: `from_pretrained` would take them,
+find no dense matrix in them, and go on with random ones."""
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest difference of logits, relative to the largest logit. Folding fp32 factors was seen to
+move them by 1e-6 (tests/test_export.py); a wrong fold moves them by more than 0.1. In bf16 one
+rounding of the folded weight is 0.4 %."""
+
+
+def export(run: Path, out: Path, form: Form = "dense") -> Path:
+    """Write the newest checkpoint of `run` to `out`, and check it by comparing logits.
+
+    dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads with no peptrain
+    installed. factorised: W = B A kept as factors, for `load_factorised`; lowrank and loro only.
+    Raises ConfigError when `out` exists, Unsupported for a method without factors, and
+    CheckpointError when the written model answers differently.
+    """
+    if out.exists():
+        raise ConfigError(f"--out {out}: exists and is never overwritten; choose another")
+    opened = open_run(run)
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        shutil.copytree(RunDir(run).tokenizer, temporary, dirs_exist_ok=True)
+        _name_end_token(opened.model, temporary)
+        written = (_dense if form == "dense" else _factorised)(opened, temporary)
+        _compare(opened.model, written)
+        temporary.replace(out)
+    except OSError as error:
+        raise CheckpointError(f"--out {out}: can't be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _dense(opened: Opened, out: Path) -> PreTrainedModel:
+    twin = opened.dense_twin()
+    _name_end_token(twin, out)
+    twin.save_pretrained(out)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(out)
+    return model.eval()
+
+
+def _factorised(opened: Opened, out: Path) -> PreTrainedModel:
+    layers = list(reparametrized(opened.model))
+    if not layers or not all(isinstance(layer, LowRankLinear) for layer in layers):
+        raise Unsupported(
+            f"--form factorised: {opened.config.method.name} keeps full matrices; use --form dense"
+        )
+    opened.model.config.save_pretrained(out)
+    tensors = {name: p.detach().contiguous() for name, p in opened.model.named_parameters()}
+    save_file(tensors, out / FACTORS, {"format": "pt"})
+    method = {"name": opened.config.method.name} | _set(opened.config.method)
+    recipe = {"peptrain": __version__, "method": method}
+    (out / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    return load_factorised(out)
+
+
+def _set(method: Method) -> dict[str, Any]:
+    return {k: v for k, v in vars(method).items() if v is not None}
+
+
+def load_factorised(path: Path) -> PreTrainedModel:
+    """The model that `export(..., form="factorised")` wrote: smaller, and `generate` works on it.
+
+    Only safetensors and JSON are read. Raises CheckpointError if `path` holds no such model.
+    """
+    path = Path(path)
+    if not (path / RECIPE).is_file():
+        raise CheckpointError(
+            f"{path}: {RECIPE} is missing, so this is no factorised model;"
+            " make one by `peptrain export RUN --form factorised`"
+        )
+    recipe = dict(json.loads((path / RECIPE).read_text(encoding="utf-8"))["method"])
+    method = toml.parse(methods()[recipe.pop("name")], recipe, "method.")
+    tensors = load_file(path / FACTORS)
+    dtype = next(iter(tensors.values())).dtype
+    config = AutoConfig.from_pretrained(path)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    method.install(find_sites(model), Rng(0), phase=0)
+    load_model(model, tensors)
+    return model.eval()
+
+
+def _name_end_token(model: PreTrainedModel, tokenizer: Path) -> None:
+    """Let `generate` stop where documents end."""
+    end = AutoTokenizer.from_pretrained(tokenizer).eos_token_id
+    model.config.eos_token_id = end
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = end
+
+
+@torch.no_grad()
+def _compare(model: PreTrainedModel, written: PreTrainedModel) -> None:
+    """Raise CheckpointError unless both give the same logits on random tokens."""
+    ids = torch.randint(
+        model.config.get_text_config().vocab_size,
+        (2, 64),
+        generator=torch.Generator().manual_seed(0),
+    )
+    before, after = model(ids).logits, written(ids).logits
+    difference = _relative(before, after)
+    if not difference <= TOLERANCE[before.dtype]:
+        raise CheckpointError(
+            f"the exported model's logits differ by {difference:.2g} of the largest logit from the"
+            " run's; nothing was exported"
+        )
+    log.info("exported logits agree to %.1e of the largest", difference)
+
+
+def _relative(before: Tensor, after: Tensor) -> float:
+    largest = before.abs().max().double()
+    return float((before.double() - after.double()).abs().max() / largest)

@@ -1,0 +1,100 @@
+"""What a person sees while training: a bar on a terminal, plain lines in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from peptrain.data.prepare import Progress as Preparation
+
+EVENTS = ("merges", "exact_steps")
+"""Counts that methods report between steps."""
+
+
+class TrainingProgress:
+    """An observer: loss, held-out loss, learning rate, tokens/s, merges and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._seen: dict[str, Any] = {}
+        self._bar: Progress | None = None
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        self._seen |= row
+        if row["event"] == "start":
+            self._start()
+        elif row["event"] == "end":
+            self.close()
+            self._say(f"held-out loss {row['held_out_loss']:.4f}, run saved in {self._seen['run']}")
+        elif self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=row["step"], state=self._state())
+        elif row["event"] in ("eval", "checkpoint"):
+            self._say(f"step {row['step']}/{self._seen['steps']}  {self._state()}")
+
+    def close(self) -> None:
+        """Take the bar off the terminal; also when training ends early."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _start(self) -> None:
+        seen = self._seen
+        at = f" from step {seen['step']}" if seen["step"] else ""
+        self._say(
+            f"{seen['trainable'] / 1e6:.2f}M of {seen['parameters'] / 1e6:.2f}M parameters"
+            f" trainable, {seen['steps']} steps of {seen['tokens_per_step']} tokens"
+            f" in {seen['precision']}{at}"
+        )
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[state]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bar.add_task(
+                seen["method"], total=seen["steps"], completed=seen["step"], state=""
+            )
+            self._bar.start()
+
+    def _state(self) -> str:
+        seen, parts = self._seen, []
+        if "loss" in seen:
+            parts = [f"loss {seen['loss']:.3f}"]
+            if "held_out_loss" in seen:
+                parts.append(f"held-out {seen['held_out_loss']:.3f}")
+            parts += [f"lr {seen['lr']:.1e}", f"{seen['tokens_per_second']:,.0f} tok/s"]
+        parts += [f"{seen[name]:.0f} {name.replace('_', ' ')}" for name in EVENTS if name in seen]
+        if self._bar is None and "loss" in seen:
+            parts.append(f"{self._minutes_left():.1f} min left")
+        return "  ".join(parts)
+
+    def _minutes_left(self) -> float:
+        seen = self._seen
+        tokens = (seen["steps"] - seen["step"]) * seen["tokens_per_step"]
+        return tokens / max(seen["tokens_per_second"], 1e-9) / 60
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"[bold]{self._seen['method']}[/]  {text}", highlight=False)
+
+
+@contextmanager
+def preparing(console: Console) -> Iterator[Callable[[Preparation], None]]:
+    """A bar over the bytes of the input files, with documents and tokens so far."""
+    columns = (TextColumn("preparing"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}"))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=None, state="")
+
+        def show(done: Preparation) -> None:
+            state = f"{done.documents:,} documents  {done.tokens:,} tokens"
+            bar.update(task, total=done.bytes_total, completed=done.bytes_done, state=state)
+
+        yield show

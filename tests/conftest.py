@@ -1,0 +1,21 @@
+"""What every test needs: no network, one thread, and a cache that goes away."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PEPTRAIN_CACHE"] = tempfile.mkdtemp(prefix="peptrain-tests-")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of 300 token ids."""
+    from support import make_corpus
+
+    return make_corpus(tmp_path_factory.mktemp("corpus"))

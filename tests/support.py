@@ -1,0 +1,148 @@
+"""What the tests share: a tiny corpus, tiny settings for any method, and ways to look at a run."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peptrain.checkpoint import Checkpoint, available, read
+from peptrain.config import DataConfig, RunConfig, TrainConfig
+from peptrain.data import PrepareConfig, prepare
+from peptrain.methods import METHODS
+from peptrain.methods.base import Method, Metrics, RankMethod, ReparamLinear, Site
+from peptrain.model import ModelConfig
+from peptrain.optim import OptimConfig
+from peptrain.rng import Rng
+from peptrain.rundir import RunDir
+from peptrain.schedule import ScheduleConfig
+
+STEPS, EVENT = 8, 3
+"""A run, and the interval of whatever a method does now and then: at steps 3 and 6."""
+TINY = {"rank": 2, "merge_every": EVENT, "exact_every": EVENT, "reset_every": EVENT}
+"""Taken by every method that has the field, so a new method needs no line here."""
+MODEL = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "vocab_size": 320}
+TRAIN = {"steps": STEPS, "batch_size": 4, "seq_len": 16, "log_every": 1, "eval_every": 0}
+SPREAD = {"micro_batch": 1}
+"""Of two ranks each accumulates twice."""
+
+
+def make_corpus(folder: Path, words: int = 6000) -> Path:
+    draw = random.Random(0)
+    letters = "etaoinshrd"
+    lexicon = ["".join(draw.choices(letters, k=draw.randint(2, 6))) for _ in range(60)]
+    text = folder / "text.txt"
+    text.write_text(" ".join(draw.choices(lexicon, k=words)), encoding="utf-8")
+    out = folder / "corpus"
+    prepare(PrepareConfig(inputs=(text,), out=out, vocab_size=300, held_out=0.02))
+    return out
+
+
+def tiny_method(name: str, **given: Any) -> Method:
+    """Any method at rank 2 with an event at every third step."""
+    cls = METHODS[name]
+    known = {f.name for f in fields(cls)}
+    return cls(**({k: v for k, v in TINY.items() if k in known} | given))
+
+
+def tiny(method: Method | str, corpus: Path, run: Path | None = None, **sections: Any) -> RunConfig:
+    """8 steps in float64 at a constant learning rate; `sections` are dicts of what differs."""
+    given = {"model": MODEL, "optim": {}, "schedule": {"kind": "constant", "warmup": 0}}
+    given["train"] = TRAIN | {"precision": "fp64"}
+    merged = {k: v | sections.pop(k, {}) for k, v in given.items()}
+    assert not sections, sections
+    return RunConfig(
+        method=tiny_method(method) if isinstance(method, str) else method,
+        model=ModelConfig(**merged["model"]),
+        optim=OptimConfig(**merged["optim"]),
+        schedule=ScheduleConfig(**merged["schedule"]),
+        train=TrainConfig(**merged["train"]),
+        data=DataConfig(path=corpus),
+        run=run,
+    )
+
+
+def newest(run: Path) -> Checkpoint:
+    return read(available(RunDir(run).checkpoints)[-1])
+
+
+def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
+    """What is not the same, bit for bit, in two checkpoints."""
+    found = [k for k in ("step", "phase", "groups") if getattr(one, k) != getattr(other, k)]
+    for kind in ("model", "optimizer"):
+        a, b = getattr(one, kind), getattr(other, kind)
+        found += sorted(a.keys() ^ b.keys())
+        found += [k for k in sorted(a.keys() & b.keys()) if not same(a[k], b[k])]
+    return found
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal in every bit and in dtype."""
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def rows(run: Path, event: str = "step") -> list[dict[str, Any]]:
+    return [row for row in RunDir(run).metrics() if row["event"] == event]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows(run)]
+
+
+class Killed(BaseException):
+    """Like SIGKILL: nothing in the library catches it, so nothing is saved on its way."""
+
+
+def kill_at(event: str, step: int) -> Any:
+    """An observer that kills the training when it is told of `event` at `step`."""
+
+    def observe(row: Any) -> None:
+        if row["event"] == event and row["step"] == step:
+            raise Killed
+
+    return observe
+
+
+class AddedLinear(ReparamLinear):
+    """W_eff = W + B A; W frozen."""
+
+    def __init__(self, site: Site, rank: int, rng: Rng) -> None:
+        super().__init__(site)
+        n, m = site.shape
+        self.weight = site.linear.weight.requires_grad_(False)
+        A = nn.init.xavier_normal_(torch.empty(rank, m), generator=rng(site.name))
+        self.A = nn.Parameter(A.to(self.weight))
+        self.B = nn.Parameter(self.weight.new_zeros(n, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.A), self.B)
+
+    def effective_weight(self) -> Tensor:
+        return self.weight + self.B @ self.A
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(RankMethod):
+    """Full training, then low-rank additions to frozen weights, and full again after `cool`."""
+
+    name: ClassVar[str] = "toy"
+    equation: ClassVar[str] = "W_eff = W, then W + B A"
+
+    warm: int = 4
+    cool: int | None = None
+
+    def phases(self, steps: int) -> tuple[int, ...]:
+        return (self.warm,) if self.cool is None else (self.warm, self.cool)
+
+    def install(self, sites: Sequence[Site], rng: Rng, phase: int) -> None:
+        for site in self.chosen(sites) if phase == 1 else []:
+            site.replace(AddedLinear(site, self.r, rng))
+
+    def after_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, rng: Rng
+    ) -> Metrics:
+        return {"after_step": float(step)}

@@ -1,0 +1,452 @@
+"""Laws that every method passes: a new one is covered by its line in METHODS."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from slow import algebra
+from support import (
+    EVENT,
+    MODEL,
+    SPREAD,
+    STEPS,
+    Toy,
+    differences,
+    losses,
+    newest,
+    rows,
+    tiny,
+    tiny_method,
+)
+from torch import Tensor, nn
+
+from peptrain.build import build, plain_model
+from peptrain.checkpoint import available
+from peptrain.config import RunConfig, resolved
+from peptrain.dense import dense_state, load_dense
+from peptrain.errors import ConfigError, Unsupported
+from peptrain.methods import METHODS
+from peptrain.methods.base import Method, RankMethod, ReparamLinear, Site, reparametrized
+from peptrain.methods.bpt import BPT, BPTLinear
+from peptrain.model import NextTokenLoss, count_parameters
+from peptrain.rng import Rng
+from peptrain.rundir import RunDir
+from peptrain.train import resume, train
+
+# What a method's papers say of it; a method without a line keeps the function when it is
+# installed, and may or may not start with a factor at zero.
+FACTORED = {"lowrank", "loro"}
+"""There is no dense W, so there is no function to keep."""
+KEEPS_FUNCTION_WITH = {"bpt": {"init": "model"}}
+ZERO_FACTOR = {"bpt"}
+
+QWEN = {"family": "qwen2", "kv_heads": 1}
+"""Biases, and matrices of three more shapes."""
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+@dataclass
+class Bench:
+    """A method on a small model, stepped by hand."""
+
+    config: RunConfig[Method]
+    model: Any
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    @property
+    def layers(self) -> list[ReparamLinear]:
+        return list(reparametrized(self.model))
+
+    def backward(self) -> dict[str, bool]:
+        """Gradients of one batch; whether each trainable tensor's has an entry that isn't 0."""
+        NextTokenLoss(self.model)(ids(self.step)).backward()
+        trainable = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        return {n: p.grad is not None and bool(p.grad.any()) for n, p in trainable}
+
+    def train(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.backward()
+            self.update()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.after_step(self.step)
+
+    def after_step(self, step: int) -> None:
+        method = self.config.method
+        method.after_step(self.model, self.optimizer, step, Rng(0))
+
+    @torch.no_grad()
+    def scramble(self, size: float = 0.3) -> None:
+        """Random numbers on all that moves: biases and diagonals too."""
+        draw = torch.Generator().manual_seed(1)
+        for layer in self.layers:
+            for p in layer.parameters():
+                if p.requires_grad:
+                    p += size * torch.randn(p.shape, generator=draw, dtype=p.dtype)
+
+    @torch.no_grad()
+    def effective(self) -> dict[str, Tensor]:
+        return {layer.site: layer.effective_weight().clone() for layer in self.layers}
+
+    def frozen(self) -> dict[str, Tensor]:
+        found = ((n, p) for n, p in self.model.named_parameters() if not p.requires_grad)
+        return {n: p.clone() for n, p in found}
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        return self.model.eval()(input_ids=ids(99)).logits
+
+
+def bench(name: str, phase: int | None = None, model: Any = QWEN, **given: Any) -> Bench:
+    """`name` in its last phase (or `phase`): after any warm start."""
+    optim = given.pop("optim", {})
+    config = tiny(tiny_method(name, **given), Path(), model=model, optim=optim)
+    config = resolved(config, world_size=1, on_gpu=False)
+    last = len(config.method.phases(STEPS))
+    built = build(config, last if phase is None else phase)
+    return Bench(config, built, config.method.optimizer(built, config.optim))
+
+
+def ids(seed: int) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(MODEL["vocab_size"], (4, 17), generator=draw)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@every_method
+def test_installing_leaves_the_function_unchanged(name: str) -> None:
+    if name in FACTORED:
+        return assert_forward_is_the_effective_weight(bench(name))
+    given = KEEPS_FUNCTION_WITH.get(name, {})
+    for phase in range(len(tiny_method(name).phases(STEPS)) + 1):
+        adapted = bench(name, phase, **given)
+        plain = replace(adapted, model=plain_model(adapted.config))
+        close(adapted.logits(), plain.logits(), 1e-12)
+
+
+@every_method
+def test_forward_is_the_effective_weight(name: str) -> None:
+    one = bench(name)
+    one.train(EVENT + 2)
+    assert_forward_is_the_effective_weight(one)
+    one.scramble()
+    assert_forward_is_the_effective_weight(one)
+
+
+def assert_forward_is_the_effective_weight(one: Bench) -> None:
+    for layer in one.layers:
+        draw = torch.Generator().manual_seed(2)
+        x = torch.randn(2, 5, layer.in_features, generator=draw, dtype=torch.float64)
+        wanted = F.linear(x, layer.effective_weight(), layer.bias)
+        close(layer(x), wanted, 1e-13 * max(1.0, wanted.abs().max().item()))
+
+
+@every_method
+def test_a_merge_leaves_the_function_unchanged_and_a_second_one_does_nothing(name: str) -> None:
+    one = bench(name)
+    one.train(EVENT - 1)
+    one.scramble()
+    before = one.effective()
+    one.after_step(EVENT)
+    merged = one.effective()
+    for site, weight in before.items():
+        close(merged[site], weight, 1e-12)
+    frozen = one.frozen()
+    one.after_step(2 * EVENT)
+    assert all(torch.equal(p, frozen[n]) for n, p in one.frozen().items())
+    assert all(torch.equal(weight, merged[site]) for site, weight in one.effective().items())
+
+
+def test_bpt_merges_exactly_the_product_inside_the_diagonals() -> None:
+    one = bench("bpt")
+    one.train(EVENT - 1)
+    one.scramble()
+    layers = [layer for layer in one.layers if isinstance(layer, BPTLinear)]
+    with torch.no_grad():
+        sums = [layer.weight + layer.U @ layer.V for layer in layers]
+    kept = [(layer.a.clone(), layer.b.clone(), layer.bias) for layer in layers]
+    one.after_step(EVENT)
+    for layer, total, (a, b, bias) in zip(layers, sums, kept, strict=True):
+        close(layer.weight, total, 1e-15)
+        assert torch.equal(layer.a, a) and torch.equal(layer.b, b) and layer.bias is bias
+        assert not layer.V.any()
+        close(layer.U.T @ layer.U, torch.eye(layer.U.shape[1], dtype=torch.float64), 1e-14)
+
+
+def test_a_merge_resets_the_moments_of_the_factors_alone() -> None:
+    one = bench("bpt")
+    one.train(EVENT - 1)
+    one.backward()
+    one.optimizer.step()
+    state = {
+        n: {k: v.clone() for k, v in one.optimizer.state[p].items()}
+        for n, p in one.model.named_parameters()
+        if p.requires_grad
+    }
+    one.after_step(EVENT)
+    for n, p in one.model.named_parameters():
+        if p.requires_grad:
+            now, zero = one.optimizer.state[p], n.endswith((".U", ".V"))
+            assert all(torch.equal(now[k], v * 0 if zero else v) for k, v in state[n].items()), n
+            assert state[n]["exp_avg"].any(), n
+
+
+@every_method
+def test_every_trainable_tensor_moves_within_two_steps_of_the_start_and_of_a_merge(
+    name: str,
+) -> None:
+    one = bench(name)
+    for start in (0, EVENT):
+        one.train(start - one.step)
+        first = one.backward()
+        for layer in one.layers:
+            factors = [f"{layer.site}.{n}" for n, p in layer.named_parameters() if p.ndim == 2]
+            dead = [n for n in factors if not first.get(n, True)]
+            assert len(dead) == 1 if name in ZERO_FACTOR else len(dead) <= 1, (start, factors)
+        one.update()
+        second = one.backward()
+        assert [n for n in first if not (first[n] or second[n])] == []
+        one.update()
+
+
+@every_method
+def test_what_is_frozen_stays_bit_identical_between_merges(name: str) -> None:
+    one = bench(name, optim={"weight_decay": 0.1})
+    for steps in (EVENT - 1, EVENT - 1):
+        before = one.frozen()
+        one.train(steps)
+        assert all(torch.equal(p, before[n]) for n, p in one.frozen().items())
+        one.train()  # the merge
+
+
+def test_weight_decay_leaves_diagonals_norms_biases_and_embeddings_alone() -> None:
+    with_decay, without = (bench("bpt", optim={"weight_decay": wd}) for wd in (0.5, 0.0))
+    decayed = set()
+    for one in (with_decay, without):
+        one.backward()
+        one.optimizer.step()
+    other = dict(without.model.named_parameters())
+    for n, p in with_decay.model.named_parameters():
+        if not torch.equal(p, other[n]):
+            decayed.add(n.rpartition("layers.")[2].lstrip("01."))
+    factors = {n for n in decayed if n.endswith((".U", ".V"))}
+    assert factors and decayed - factors == {"lm_head.weight"} | dense_matrices(with_decay)
+
+
+def dense_matrices(one: Bench) -> set[str]:
+    found = {n for n, m in one.model.model.layers[0].named_modules() if type(m) is nn.Linear}
+    return {f"{n}.weight" for n in found}
+
+
+@every_method
+def test_saving_and_restoring_on_the_way_changes_no_bit(
+    name: str, corpus: Path, tmp_path: Path
+) -> None:
+    half = STEPS // 2
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train(tiny(name, corpus, whole, train={"checkpoint_every": half, "keep": 9}))
+    shutil.copytree(whole, parted)
+    for path in available(RunDir(parted).checkpoints):
+        if path.name > f"step-{half:08d}":
+            shutil.rmtree(path)
+    assert newest(parted).step == half
+    resume(parted)
+    assert differences(newest(whole), newest(parted)) == []
+    assert losses(whole) == losses(parted)
+
+
+@every_method
+def test_the_dense_twin_has_the_same_logits(name: str) -> None:
+    for model in (QWEN, QWEN | {"tied": True}, {"family": "olmo2"}):
+        one = bench(name, model=model)
+        one.train(EVENT + 1)
+        one.scramble(0.05)
+        plain = plain_model(one.config)
+        load_dense(plain, dense_state(one.model))
+        # 1e-7 is what Hugging Face's norms lose by computing in fp32.
+        close(one.logits(), replace(one, model=plain).logits(), 1e-5)
+
+
+@every_method
+@pytest.mark.parametrize("family, kv, tied", [("llama", 2, False), ("qwen2", 1, True)])
+@pytest.mark.parametrize("rank", [1, 4, 8])  # at 8 only some matrices are worth it
+def test_the_counts_are_those_of_the_closed_form(
+    name: str, family: str, kv: int, tied: bool, rank: int
+) -> None:
+    ranked = {"rank": rank} if issubclass(METHODS[name], RankMethod) else {}
+    one = bench(name, model={"family": family, "kv_heads": kv, "tied": tied}, **ranked)
+    sizes = (MODEL[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "layers"))
+    V, d, f, L = sizes
+    arch = algebra.Arch(
+        family=family, V=V, d=d, f=f, L=L, heads=MODEL["heads"], kv=kv, tied=tied
+    )
+    wanted = algebra.parameter_count(arch, name, rank)
+    assert count_parameters(one.model, trainable=True) == wanted.trainable
+    assert count_parameters(one.model) == wanted.total
+
+
+@pytest.fixture(scope="module")
+def two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of every method under torchrun, and the weights that each rank ended with."""
+    out = tmp_path_factory.mktemp("two-ranks")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = Path(__file__).with_name("two_ranks.py")
+    done = subprocess.run(
+        [*run, str(script), str(corpus), str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.mark.parametrize("name", [*METHODS, Toy.name])
+def test_two_ranks_are_one_process(
+    name: str, two_ranks: Path, corpus: Path, tmp_path: Path
+) -> None:
+    weights = [load_file(two_ranks / f"{name}-rank{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    run = tmp_path / "alone"
+    train(tiny(Toy() if name == Toy.name else name, corpus, run, train=SPREAD))
+    alone, together = newest(run), newest(two_ranks / name)
+    assert together.step == STEPS and together.model.keys() == alone.model.keys()
+    for n, weight in alone.model.items():
+        assert torch.equal(together.model[n], weights[0][n])
+        close(weight, together.model[n], 1e-8)
+    assert [s for s, _ in losses(two_ranks / name)] == list(range(1, STEPS + 1))
+    for one, other in zip(rows(run), rows(two_ranks / name), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-8)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-8)
+        assert one["tokens"] == other["tokens"]
+    (end,), (other_end,) = rows(run, "end"), rows(two_ranks / name, "end")
+    assert end["held_out_tokens"] == other_end["held_out_tokens"]
+    assert end["held_out_loss"] == pytest.approx(other_end["held_out_loss"], abs=1e-8)
+
+
+# The one rule for which matrices are adapted.
+
+ranked_methods = pytest.mark.parametrize(
+    "name", [n for n, cls in METHODS.items() if issubclass(cls, RankMethod)]
+)
+
+
+def adapted(one: Bench) -> set[str]:
+    return {layer.site.partition("layers.")[2] for layer in one.layers}
+
+
+@ranked_methods
+def test_patterns_force_matrices_in_and_out(name: str) -> None:
+    everything = adapted(bench(name, rank=1))
+    assert len(everything) == 2 * 7
+    out = bench(name, rank=1, exclude="k_proj, model.layers.0.mlp.*")
+    gone = {n for n in everything if n.endswith("k_proj") or n.startswith("0.mlp.")}
+    assert len(gone) == 5 and adapted(out) == everything - gone
+    for site in gone:
+        module = out.model.get_submodule(f"model.layers.{site}")
+        assert type(module) is nn.Linear and module.weight.requires_grad
+    costly = 8  # r (n + m) >= n m for every n x 16 with n <= 16
+    assert not any(n.endswith("k_proj") for n in adapted(bench(name, rank=costly)))
+    forced = bench(name, rank=costly, include="k_proj")
+    assert {"0.self_attn.k_proj", "1.self_attn.k_proj"} < adapted(forced)
+    forced.train(2)
+    both = bench(name, rank=1, include="k_proj", exclude="k_proj")
+    assert not any(n.endswith("k_proj") for n in adapted(both))
+
+
+@ranked_methods
+@pytest.mark.parametrize("key", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_an_error(name: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"method\.{key}: 'k_porj'.*matches"):
+        bench(name, **{key: "q_proj, k_porj"})
+
+
+def trainable_at(method: RankMethod, shapes: Sequence[tuple[int, int]], rank: int) -> int:
+    """The trainable parameters of a stack of matrices, counted on real modules."""
+    stack = nn.ModuleDict({f"m{i}": nn.Linear(m, n, bias=False) for i, (n, m) in enumerate(shapes)})
+    chosen = replace(method, rank=rank, include="*")
+    chosen.install(sites_of(stack), Rng(0), len(chosen.phases(STEPS)))
+    return count_parameters(stack, trainable=True)
+
+
+def sites_of(stack: nn.ModuleDict) -> list[Site]:
+    return [Site(name, stack, 16) for name in stack]
+
+
+@ranked_methods
+@pytest.mark.parametrize("shapes", [[(16, 16)], [(24, 16), (7, 16)], [(40, 9)], [(5, 3), (4, 4)]])
+def test_a_rank_too_large_is_an_error_that_names_the_largest_useful_one(
+    name: str, shapes: list[tuple[int, int]]
+) -> None:
+    method = tiny_method(name)
+    assert isinstance(method, RankMethod)
+
+    def useful(rank: int) -> bool:
+        return any(trainable_at(method, [(n, m)], rank) < n * m for n, m in shapes)
+
+    largest = max(r for r in range(30) if r == 0 or useful(r))
+    stack = nn.ModuleDict({f"m{i}": nn.Linear(m, n, bias=False) for i, (n, m) in enumerate(shapes)})
+    last = len(method.phases(STEPS))
+    with pytest.raises(ConfigError, match=rf"method\.rank: at 30 .* model is {largest}\b"):
+        replace(method, rank=30).install(sites_of(stack), Rng(0), last)
+    if largest:
+        replace(method, rank=largest).install(sites_of(stack), Rng(0), last)
+        assert any(isinstance(m, ReparamLinear) for m in stack.modules())
+
+
+@ranked_methods
+def test_a_rank_at_which_some_stay_dense_says_so(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "peptrain"):
+        bench(name, rank=1)
+        assert "dense" not in caplog.text
+        bench(name, rank=8)
+    (said,) = [r.message for r in caplog.records if "dense" in r.message]
+    assert said.startswith(f"{name}: 6 of 14 matrices adapted") and "k_proj" in said
+
+
+@ranked_methods
+def test_a_model_without_linear_layers_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 320}'
+    )
+    model = dict.fromkeys(MODEL) | {"config": tmp_path}
+    with pytest.raises(Unsupported, match=r"no nn\.Linear inside its decoder layers"):
+        bench(name, model=model)
+    assert bench("full", model=model).backward()
+
+
+def test_the_laws_see_every_kind_of_event() -> None:
+    """A field that TINY doesn't know would leave its event out of these laws unnoticed."""
+    known = {"merge_every", "exact_every", "reset_every", "refresh_every"}
+    found = {f.name for cls in METHODS.values() for f in fields(cls) if f.name.endswith("_every")}
+    assert found <= known, "add it to support.TINY"
+
+
+def test_every_method_is_a_frozen_dataclass_of_plain_leaves() -> None:
+    for name, cls in METHODS.items():
+        assert cls.name == name and cls.equation and "\n" not in cls.equation
+        with pytest.raises(AttributeError):
+            tiny_method(name).anything = 1  # type: ignore[attr-defined]
+        for value in vars(tiny_method(name)).values():
+            assert isinstance(value, str | int | float | bool | None)
+    assert isinstance(BPT(), Method)

@@ -1,0 +1,37 @@
+"""Run by torchrun from test_laws.py: train each method on two ranks, keep every rank's weights.
+
+python -m torch.distributed.run --standalone --nproc_per_node 2 two_ranks.py CORPUS OUT
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)
+
+from safetensors.torch import save_file
+from support import SPREAD, Toy, tiny
+
+import peptrain.train as trainer
+from peptrain.methods import METHODS
+
+
+def main(corpus: Path, out: Path) -> None:
+    rank, evaluate = os.environ["RANK"], trainer._evaluate
+    for method in (*METHODS, Toy()):
+        name = method if isinstance(method, str) else method.name
+
+        def keeping(config: Any, model: Any, *rest: Any, name: str = name, **named: Any) -> Any:
+            weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
+            save_file(weights, out / f"{name}-rank{rank}.safetensors")
+            return evaluate(config, model, *rest, **named)
+
+        trainer._evaluate = keeping
+        trainer.train(tiny(method, corpus, out / name, train=SPREAD))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
