@@ -123,9 +123,11 @@ def test_the_hash_chooses_about_the_fraction(fraction):
     assert abs(share - fraction) < 4 * (fraction * (1 - fraction) / 20_000) ** 0.5
 
 
-def test_held_out_files_are_not_trained_on_though_named_twice(config, tmp_path):
+@pytest.mark.parametrize("shard_tokens", [1, 10_000])
+def test_held_out_files_are_not_trained_on_though_named_twice(config, tmp_path, shard_tokens):
     apart = json_lines(tmp_path / "valid.jsonl", ["held out"])
     config = replace(config, inputs=(tmp_path,), held_out_inputs=(apart,))
+    config = replace(config, shard_tokens=shard_tokens)
     prepare(config)
     assert tokens(config) == expected(DOCUMENTS)
     assert Corpus.open(config.out).held_out().tolist() == expected(["held out"])
@@ -176,12 +178,12 @@ def strike_disk_operation(number: int, error: BaseException, patch: pytest.Monke
 
 
 def held_out_by_hash(config: PrepareConfig, patch: pytest.MonkeyPatch) -> PrepareConfig:
-    return config
+    return replace(config, shard_tokens=400)
 
 
 def held_out_files(config: PrepareConfig, patch: pytest.MonkeyPatch) -> PrepareConfig:
     apart = json_lines(config.out.with_name("valid.jsonl"), DOCUMENTS[:20])
-    return replace(config, held_out_inputs=(apart,))
+    return replace(config, held_out_inputs=(apart,), shard_tokens=400)
 
 
 def held_out_tail(config: PrepareConfig, patch: pytest.MonkeyPatch) -> PrepareConfig:
@@ -229,7 +231,7 @@ def test_killed_in_every_call_it_still_ends(config, tmp_path):
 
 def interrupted(config: PrepareConfig) -> PrepareConfig:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        strike_disk_operation(12, Killed(), patch)
+        strike_disk_operation(30, Killed(), patch)
         prepare(config)
     return config
 
@@ -259,10 +261,11 @@ def test_an_unfinished_preparation_goes_on_only_with_its_inputs(config):
         prepare(config)
 
 
-def test_files_lost_between_two_calls_are_named(config):
+@pytest.mark.parametrize("name", ["train-00000.bin", "held-out.bin"])
+def test_files_lost_between_two_calls_are_named(config, name):
     interrupted(config)
-    (config.out / "train-00000.bin").unlink()
-    with pytest.raises(DataError, match=r"train-00000\.bin: changed since it was written; delete"):
+    (config.out / name).unlink()
+    with pytest.raises(DataError, match=rf"{name}: changed since it was written; delete"):
         prepare(config)
 
 

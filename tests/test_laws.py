@@ -4,10 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,9 +293,7 @@ def test_the_counts_are_those_of_the_closed_form(
     one = bench(name, model={"family": family, "kv_heads": kv, "tied": tied}, **ranked)
     sizes = (MODEL[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "layers"))
     V, d, f, L = sizes
-    arch = algebra.Arch(
-        family=family, V=V, d=d, f=f, L=L, heads=MODEL["heads"], kv=kv, tied=tied
-    )
+    arch = algebra.Arch(family=family, V=V, d=d, f=f, L=L, heads=MODEL["heads"], kv=kv, tied=tied)
     wanted = algebra.parameter_count(arch, name, rank)
     assert count_parameters(one.model, trainable=True) == wanted.trainable
     assert count_parameters(one.model) == wanted.total
@@ -310,7 +307,7 @@ def two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = Path(__file__).with_name("two_ranks.py")
     done = subprocess.run(
         [*run, str(script), str(corpus), str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,

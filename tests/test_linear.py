@@ -133,3 +133,17 @@ def test_in_bf16_the_diagonals_stay_fp32() -> None:
     leaves = (low[0], low[2], low[3], a32, b32)
     assert [t.grad is not None and t.grad.dtype == t.dtype for t in leaves] == [True] * 5
     assert low[1].grad is None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_diagonals_are_applied_unrounded(autocast: bool) -> None:
+    """With W = I nothing else is rounded: y is the one rounding of a x, or of b x."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 64, generator=generator).bfloat16()
+    near_1 = 1 + 0.1 * torch.randn(64, generator=generator)
+    W, U, V, ones = torch.eye(64), torch.zeros(64, 2), torch.zeros(2, 64), torch.ones(64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = bpt_linear(x, W, U, V, near_1, ones)
+        into = bpt_linear(x, W, U, V, ones, near_1)
+    expected = (x.float() * near_1).bfloat16()
+    assert torch.equal(output, expected) and torch.equal(into, expected)

@@ -8,10 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-torch.set_num_threads(1)
-
 from safetensors.torch import save_file
 from support import SPREAD, Toy, tiny
 

@@ -52,7 +52,7 @@ def rebuild(config: RunConfig[Method], saved: Checkpoint, phase: int) -> PreTrai
 def phase_at(config: RunConfig[Method], step: int) -> tuple[int, int]:
     """(phase, the step at which it ends) once `step` steps are completed."""
     steps = config.train.steps
-    bounds = [*config.method.phases(steps), steps]
+    bounds = [*(b for b in config.method.phases(steps) if b < steps), steps]
     phase = min(bisect_right(bounds[:-1], step), len(bounds) - 1)
     return phase, bounds[phase]
 

@@ -97,7 +97,8 @@ def load_optimizer(
 
 def agrees(saved: Checkpoint, identity: Mapping[str, Any]) -> None:
     """Raise CheckpointError, naming the first setting, unless the run is what was saved."""
-    for key in sorted(saved.identity.keys() | identity.keys()):
+    keys = saved.identity.keys() | identity.keys()
+    for key in sorted(keys, key=lambda key: (key != "method.name", key)):
         then, now = saved.identity.get(key), identity.get(key)
         if then != now:
             raise CheckpointError(
@@ -126,8 +127,10 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         raise CheckpointError(
             f"{final}: could not be written: {error}; {_newest(directory)}"
         ) from error
-    for old in available(directory)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    done = available(directory)
+    whole = [path for path in done if path <= final]  # training passed over a newer one: damaged
+    for path in {*done} - {*whole[-keep:]}:
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 

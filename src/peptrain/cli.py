@@ -93,14 +93,14 @@ def _with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | N
 def _app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
     app, data = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
     data.__doc__ = "Prepare text for training."
-    data.command(_prepare, name="prepare")
+    data.command(name="prepare")(_prepare)
     app.command(_train_app(given), name="train")
-    app.command(_resume, name="resume")
-    app.command(_demo, name="demo")
-    app.command(_eval, name="eval")
-    app.command(_export, name="export")
+    app.command(name="resume")(_resume)
+    app.command(name="demo")(_demo)
+    app.command(name="eval")(_eval)
+    app.command(name="export")(_export)
     app.command(data, name="data")
-    app.command(_methods, name="methods")
+    app.command(name="methods")(_methods)
     return app
 
 
@@ -111,7 +111,7 @@ def _train_app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
     for name, cls in methods().items():
         chosen = given is not None and given.method.name == name
         default = given if chosen else _with_own_defaults(cls)
-        app.command(_train_by(cls, default), name=name, help=_summary(cls))
+        app.command(name=name, help=_summary(cls))(_train_by(cls, default))
     return app
 
 

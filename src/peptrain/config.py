@@ -134,7 +134,7 @@ def _parse_method(table: Mapping[str, Any]) -> Method:
     if not isinstance(table, Mapping) or "name" not in table:
         raise ConfigError('method.name: missing; write name = "bpt" or another in [method]')
     name, known = table["name"], methods()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(f"method.name: {name!r} is unknown; known are {', '.join(known)}")
     return toml.parse(known[name], {k: v for k, v in table.items() if k != "name"}, "method.")
 

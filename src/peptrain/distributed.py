@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -71,8 +72,9 @@ class World:
 
 @contextlib.contextmanager
 def world(device: str = "auto") -> Iterator[World]:
-    """The world of this process: joined if `torchrun` made it one of several, and left again.
+    """The world of this process: joined if `torchrun` made it one of several, left when it exits.
 
+    Ranks meet once, because under torchrun a second meeting finds the first one's addresses.
     device: auto (a GPU if there is one), cpu, or cuda. Raises Unsupported for a GPU that is absent.
     """
     if device not in ("auto", "cpu", "cuda"):
@@ -90,11 +92,7 @@ def world(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(0, 1, here)
         return
-    joined = not dist.is_initialized()
-    if joined:
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        yield World(dist.get_rank(), size, here)
-    finally:
-        if joined:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    yield World(dist.get_rank(), size, here)

@@ -44,7 +44,6 @@ class Journal:
     tokens_per_step: int
     _steps: list[tuple[int, float, Tensor, Tensor]] = field(default_factory=list)
     _metrics: dict[str, Tensor | float] = field(default_factory=dict)
-    _rates: list[float] = field(default_factory=list)
     _since: float = field(default_factory=time.perf_counter)
 
     def add(
@@ -77,7 +76,6 @@ class Journal:
                     f"step {step}: the loss is {loss} and the gradient norm {norm} at a learning"
                     f" rate of {lr:.3g}"
                 )
-        self._rates.append(throughput(tokens, seconds))
         step, lr, _, _ = steps[-1]
         self.write(
             "step",
@@ -86,7 +84,7 @@ class Journal:
             lr=lr,
             grad_norm=norms[-1],
             tokens=step * self.tokens_per_step,
-            tokens_per_second=self._rates[-1],
+            tokens_per_second=throughput(tokens, seconds),
             **metrics,
         )
         for name, value in metrics.items():
@@ -103,8 +101,9 @@ class Journal:
         self.write("end", step=step, **_fields(held_out), tokens_per_second=rate)
 
     def median_throughput(self) -> float:
-        """Tokens per second: the median over rows, which a slow first one doesn't move."""
-        return statistics.median(self._rates) if self._rates else 0.0
+        """Tokens per second: the median over the run's rows, unmoved by a slow first one."""
+        rates = [row["tokens_per_second"] for row in self.run.metrics() if row["event"] == "step"]
+        return statistics.median(rates) if rates else 0.0
 
     def write(self, event: str, **row: Any) -> None:
         """One row to the file and the observer, from the main rank."""

@@ -107,7 +107,20 @@ HF_NAMES = {
 
 
 def hf_config(config: ModelConfig, seq_len: int) -> PretrainedConfig:
-    """The Hugging Face config that `config` describes; positions reach at least `seq_len`."""
+    """The Hugging Face config that `config` describes, its positions at least `seq_len`.
+
+    Raises ConfigError for sizes that don't fit together.
+    """
+    made = _made(config, seq_len)
+    heads, kv = (getattr(made, f"num_{k}_heads", None) for k in ("attention", "key_value"))
+    fits = not heads or kv is None or (kv >= 1 and heads % kv == 0)
+    check(fits, "model.kv_heads", kv, f"a divisor of the {heads} heads")
+    positions = getattr(made, "max_position_embeddings", None) or seq_len
+    check(seq_len <= positions, "train.seq_len", seq_len, f"at most the model's {positions}")
+    return made
+
+
+def _made(config: ModelConfig, seq_len: int) -> PretrainedConfig:
     wanted = {
         hf: getattr(config, k) for k, hf in HF_NAMES.items() if getattr(config, k) is not None
     }
@@ -128,8 +141,8 @@ def hf_config(config: ModelConfig, seq_len: int) -> PretrainedConfig:
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     fields = {**preset, **special, "max_position_embeddings": max(2048, seq_len), **wanted}
     heads = fields["num_attention_heads"]
-    check(fields["hidden_size"] % heads == 0, "model.hidden_size", fields["hidden_size"],
-          f"a multiple of the {heads} heads")  # fmt: skip
+    check(fields["hidden_size"] % (2 * heads) == 0, "model.hidden_size", fields["hidden_size"],
+          f"an even multiple of the {heads} heads")  # fmt: skip
     return _family(config.family or shape.family)(**fields)
 
 
@@ -140,6 +153,7 @@ def _family(name: Family) -> type[PretrainedConfig]:
 
 
 def _from_file(path: Path, wanted: dict[str, Any]) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not path.exists():
@@ -148,7 +162,7 @@ def _from_file(path: Path, wanted: dict[str, Any]) -> PretrainedConfig:
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, **wanted)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ConfigError(f"model.config: {path} is no usable config.json: {error}") from error
     return config
 

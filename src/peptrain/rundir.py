@@ -64,8 +64,14 @@ class RunDir:
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.metrics_file}: can't be written: {error.strerror}; make room and go on with"
+                f" `peptrain resume {self.path}`"
+            ) from error
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line cut off by a kill is passed over."""

@@ -19,7 +19,7 @@ class ScheduleConfig:
 
     kind: Shape | None = None
     """constant | linear | cosine | wsd (warm-up, stable, decay). Unset: the method's own."""
-    warmup: int | None = interval(0.1)
+    warmup: int | None = interval(0.1, least=0)
     """Linear warm-up from 0, in steps. Unset: a tenth of the run."""
     decay: int | None = interval(0.2)
     """Length of the final decay of wsd, in steps. Unset: a fifth of the run."""

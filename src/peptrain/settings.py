@@ -18,12 +18,12 @@ def check(holds: bool, key: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{key}: {value!r} can't be used; give {wanted}")
 
 
-def interval(fraction: float, most: int | None = None) -> Any:
-    """A field in optimizer steps; unset it becomes `fraction` of the run, at most `most`, never 0.
+def interval(fraction: float, most: int | None = None, least: int = 1) -> Any:
+    """A field in optimizer steps; unset it becomes `fraction` of the run, from `least` to `most`.
 
     An interval of 0 means never.
     """
-    return field(default=None, metadata={"fraction": fraction, "most": most})
+    return field(default=None, metadata={"fraction": fraction, "most": most, "least": least})
 
 
 def same_as(other: str) -> Any:
@@ -43,7 +43,7 @@ def resolve(section: S, name: str, steps: int, width: int = 0) -> S:
         rule, given = item.metadata, getattr(section, item.name)
         if given is None and "fraction" in rule:
             most = rule["most"] or steps
-            absolute[item.name] = min(max(1, round(steps * rule["fraction"])), most)
+            absolute[item.name] = min(max(rule["least"], round(steps * rule["fraction"])), most)
         elif given is None and "same_as" in rule:
             other = rule["same_as"]
             absolute[item.name] = absolute.get(other, getattr(section, other))

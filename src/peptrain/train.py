@@ -140,7 +140,7 @@ def _loop(
 
         stopping = _agreed(stop, here, trainee.step % t.log_every == 0)
         saving = not between or stopping or _due(t.checkpoint_every, trainee.step)
-        evaluating = between and _due(t.eval_every, trainee.step)
+        evaluating = trainee.step < t.steps and _due(t.eval_every, trainee.step)
         if saving or evaluating or trainee.step % t.log_every == 0:
             _flush(journal, run)
         if evaluating:
@@ -184,12 +184,12 @@ def _accumulate(trainee: Trainee, corpus: Corpus, config: RunConfig[Method], her
         batch_size=t.batch_size,
         seq_len=t.seq_len,
     ).to(here.device, non_blocking=True)
-    parts = windows.split(t.micro_batch)
+    parts = windows.split(t.micro_batch)  # resumed on other ranks, the last may be shorter
     total = torch.zeros((), device=here.device)
     for i, part in enumerate(parts):
         with here.exchange(trainee.loss, i == len(parts) - 1):
             with autocast(t.precision, here.device):
-                loss = trainee.loss(part) / len(parts)
+                loss = trainee.loss(part) * (len(part) / len(windows))
             loss.backward()
         total = total + loss.detach()
     return total
@@ -249,7 +249,11 @@ def _save(
     if here.main:
         finite = torch.stack([p.isfinite().all() for p in trainee.model.parameters()])
         if not finite.all():
-            raise Diverged(f"step {trainee.step}: a weight is not finite; {_last_good(run)}")
+            lr = trainee.optimizer.param_groups[0]["lr"]
+            raise Diverged(
+                f"step {trainee.step}: a weight is not finite at a learning rate of {lr:.3g};"
+                f" {_last_good(run)}"
+            )
         state = checkpoint.capture(
             trainee.model,
             trainee.optimizer,

@@ -11,6 +11,8 @@ from peptrain.methods.full import Full
 from peptrain.methods.loro import LORO
 from peptrain.methods.lowrank import LowRank
 
+__all__ = ["BPT", "LORO", "METHODS", "Full", "LowRank", "methods"]
+
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, BPT, LowRank, LORO)}
 
 

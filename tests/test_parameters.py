@@ -1,0 +1,124 @@
+"""Parameter counts: the papers' tables, and closed forms for every preset and method."""
+
+import pytest
+import torch
+from slow import algebra
+from transformers import PreTrainedModel
+
+from peptrain.methods import METHODS
+from peptrain.methods.base import Method, RankMethod, reparametrized
+from peptrain.model import PRESETS, Family, ModelConfig, build_model, count_parameters, find_sites
+from peptrain.rng import Rng
+
+FULL = {
+    "llama-60m": 58_073_600,
+    "llama-130m": 134_105_856,
+    "llama-1b": 1_339_082_752,
+    "pico-tiny": 11_282_784,
+    "qwen-100m": 108_214_784,
+    "qwen-1.5b": 1_543_714_304,
+}
+LOWRANK = {
+    "llama-60m": (128, 42_770_944),
+    "llama-130m": (256, 93_997_824),
+    "llama-1b": (512, 609_310_720),
+}
+BPT = {
+    "qwen-100m": (128, 88.894, 17.85, 63.51),
+    "qwen-1.5b": (256, 526.339, 65.90, 77.64),  # the paper prints 77.4
+}
+"""Rank, trainable millions, and the percent that training saves: of all, of the non-embedding."""
+CLOSED_FORMS = [name for name in PRESETS if PRESETS[name].family in ("llama", "qwen2")]
+
+
+def method_of(name: str, rank: int) -> Method:
+    cls = METHODS[name]
+    return cls(rank=rank) if issubclass(cls, RankMethod) else cls()
+
+
+def model_of(preset: str, name: str, rank: int = 8, layers: int | None = None) -> PreTrainedModel:
+    """The real model with the method's layers, on the meta device: no number is ever drawn."""
+    with torch.device("meta"):
+        model = build_model(ModelConfig(preset=preset, layers=layers), seq_len=64, seed=0)
+        method_of(name, rank).install(find_sites(model), Rng(0), 0)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    return model
+
+
+def embedding_parameters(model: PreTrainedModel) -> int:
+    """Of the input embedding and the output head, once when they are tied."""
+    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    return sum(table.numel() for table in tables)
+
+
+@pytest.mark.parametrize("preset, count", FULL.items())
+def test_full_training(preset: str, count: int) -> None:
+    model = model_of(preset, "full")
+    assert count_parameters(model) == count_parameters(model, trainable=True) == count
+
+
+@pytest.mark.parametrize("name", ["lowrank", "loro"])
+@pytest.mark.parametrize("preset", LOWRANK)
+def test_low_rank_training(preset: str, name: str) -> None:
+    rank, count = LOWRANK[preset]
+    model = model_of(preset, name, rank)
+    assert count_parameters(model) == count_parameters(model, trainable=True) == count
+
+
+@pytest.mark.parametrize("preset", BPT)
+def test_bpt_and_what_it_saves(preset: str) -> None:
+    rank, millions, saved, saved_inside = BPT[preset]
+    model = model_of(preset, "bpt", rank)
+    trainable, embedding = count_parameters(model, trainable=True), embedding_parameters(model)
+    assert trainable / 1e6 == pytest.approx(millions, abs=5e-4)
+    assert 100 * (1 - trainable / FULL[preset]) == pytest.approx(saved, abs=5e-3)
+    inside = (trainable - embedding) / (FULL[preset] - embedding)
+    assert 100 * (1 - inside) == pytest.approx(saved_inside, abs=5e-3)
+
+
+@pytest.mark.parametrize("preset, rank", [("qwen-100m", 128), ("qwen-1.5b", 256)])
+def test_bpt_leaves_k_and_v_dense_in_qwen(preset: str, rank: int) -> None:
+    """Only so do the paper's counts come out: in 128 x 512, 128 (n + m) + n + m > n m."""
+    model = model_of(preset, "bpt", rank)
+    adapted = {layer.site.rpartition(".")[2] for layer in reparametrized(model)}
+    assert adapted == {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    parameters = dict(model.named_parameters())
+    for key in ("k_proj", "v_proj"):
+        assert parameters[f"model.layers.0.self_attn.{key}.weight"].requires_grad
+
+
+def counts(model: PreTrainedModel) -> algebra.Count:
+    trainable = count_parameters(model, trainable=True)
+    return algebra.Count(count_parameters(model), trainable, embedding_parameters(model))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("preset", CLOSED_FORMS)
+def test_every_preset_has_its_closed_form(preset: str, name: str) -> None:
+    """At two layers, a small rank and the default one, which leaves k and v of Qwen dense."""
+    shape = PRESETS[preset]
+    arch = algebra.Arch(
+        family=shape.family,
+        V=shape.V,
+        d=shape.d,
+        f=shape.f,
+        L=2,
+        heads=shape.heads,
+        kv=shape.kv,
+        tied=shape.tied,
+    )
+    for rank in (2, shape.d // 4):
+        model = model_of(preset, name, rank, layers=2)
+        assert counts(model) == algebra.parameter_count(arch, name, rank)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_model_with_real_numbers_counts_the_same(family: Family, tied: bool, name: str) -> None:
+    shape = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "layers": 2}
+    config = ModelConfig(family=family, tied=tied, heads=2, kv_heads=1, **shape)
+    model = build_model(config, seq_len=64, seed=0)
+    method_of(name, 3).install(find_sites(model), Rng(0), 0)
+    arch = algebra.Arch(family=family, V=320, d=16, f=24, L=2, heads=2, kv=1, tied=tied)
+    assert counts(model) == algebra.parameter_count(arch, name, 3)

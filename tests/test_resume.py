@@ -1,0 +1,328 @@
+"""A run that was killed and resumed is, bit for bit, the run that never was."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    EVENT,
+    MODEL,
+    STEPS,
+    Killed,
+    differences,
+    kill_at,
+    losses,
+    newest,
+    rows,
+    tiny,
+)
+
+import peptrain.checkpoint
+import peptrain.train as trainer
+from peptrain.checkpoint import Checkpoint, available, save
+from peptrain.config import RunConfig
+from peptrain.errors import CheckpointError
+from peptrain.methods import METHODS
+from peptrain.rundir import RunDir
+from peptrain.train import resume, train
+
+EACH = {"checkpoint_every": 1, "keep": 99, "micro_batch": 2}
+
+
+@pytest.fixture(scope="module")
+def with_dropout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A `model` section for a config.json with attention dropout."""
+    sizes = {
+        "vocab_size": MODEL["vocab_size"],
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    folder = tmp_path_factory.mktemp("model")
+    config = {"model_type": "llama", "attention_dropout": 0.2, **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return dict.fromkeys(MODEL) | {"config": folder}
+
+
+@pytest.fixture(scope="module")
+def configured(corpus: Path, with_dropout: dict[str, Any]) -> Callable[[str, Path], RunConfig]:
+    """Dropout, accumulation, a schedule that moves, clipping, and a checkpoint of every step."""
+
+    def config(name: str, run: Path) -> RunConfig:
+        schedule = {"kind": "cosine", "warmup": 2}
+        optim = {"clip": 0.5, "weight_decay": 0.01}
+        return tiny(
+            name, corpus, run, model=with_dropout, schedule=schedule, optim=optim, train=EACH
+        )
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(
+    configured: Callable[[str, Path], RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The uninterrupted run of a method, trained once."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def run(name: str) -> Path:
+        if not (folder / name).exists():
+            train(configured(name, folder / name))
+        return folder / name
+
+    return run
+
+
+def rewound(run: Path, copy: Path, step: int) -> Path:
+    """A copy of `run` as a kill right after the checkpoint of `step` would leave it."""
+    shutil.copytree(run, copy)
+    for path in available(RunDir(copy).checkpoints):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
+    return copy
+
+
+def fingerprint(run: Path) -> str:
+    """A hash of the final weights and moments."""
+    end = newest(run)
+    digest = hashlib.sha256()
+    for n, tensor in sorted({**end.model, **end.optimizer}.items()):
+        digest.update(n.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("step", [EVENT - 1, EVENT, EVENT + 1])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_kill_around_an_event_changes_no_bit(
+    name: str,
+    step: int,
+    configured: Callable[[str, Path], RunConfig],
+    whole: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(configured(name, run), kill_at("checkpoint", step))
+    assert newest(run).step == step
+    resume(run)
+    assert differences(newest(run), newest(whole(name))) == []
+    assert losses(run) == losses(whole(name))
+    ours, theirs = (rows(r, "end")[0]["held_out_loss"] for r in (run, whole(name)))
+    assert ours == theirs
+
+
+def test_the_runs_above_have_dropout(
+    whole: Callable[[str], Path], corpus: Path, tmp_path: Path
+) -> None:
+    train(tiny("full", corpus, tmp_path / "dry", schedule={"kind": "cosine", "warmup": 2}))
+    dry, wet = losses(tmp_path / "dry")[0][1], losses(whole("full"))[0][1]
+    assert dry != wet and dry == pytest.approx(wet, abs=0.1)
+
+
+def test_a_run_survives_a_kill_at_every_step(
+    configured: Callable[[str, Path], RunConfig], whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(configured("bpt", run), kill_at("checkpoint", 1))
+    for step in range(2, STEPS):
+        with pytest.raises(Killed):
+            resume(run, kill_at("checkpoint", step))
+    resume(run)
+    assert differences(newest(run), newest(whole("bpt"))) == []
+    assert losses(run) == losses(whole("bpt"))
+    assert len(json.loads((run / "env.json").read_text())) == STEPS
+
+
+def test_a_kill_before_the_first_checkpoint_starts_again(
+    configured: Callable[[str, Path], RunConfig], whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(configured("bpt", run), kill_at("step", 1))
+    assert available(RunDir(run).checkpoints) == []
+    resume(run)
+    assert differences(newest(run), newest(whole("bpt"))) == []
+    assert losses(run) == losses(whole("bpt"))
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_kill_while_a_checkpoint_is_written_falls_back_to_the_one_before(
+    half: bool,
+    configured: Callable[[str, Path], RunConfig],
+    whole: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    run, real = tmp_path / "run", peptrain.checkpoint._write
+
+    def killed(directory: Path, saved: Checkpoint) -> None:
+        if half and saved.step == EVENT:
+            (directory / "model.safetensors").write_bytes(b"half")
+            raise Killed
+        real(directory, saved)
+        if saved.step == EVENT:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(peptrain.checkpoint, "_write", killed)
+        train(configured("loro", run))
+    assert newest(run).step == EVENT - 1
+    resume(run)
+    assert differences(newest(run), newest(whole("loro"))) == []
+    assert losses(run) == losses(whole("loro"))
+    assert [p.name[:5] for p in RunDir(run).checkpoints.iterdir()] == ["step-"] * STEPS
+
+
+def test_each_step_has_one_row_after_a_kill_between_a_row_and_its_checkpoint(
+    configured: Callable[[str, Path], RunConfig], whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    sparse = configured("bpt", run)
+    sparse = replace(sparse, train=replace(sparse.train, checkpoint_every=4))
+    with pytest.raises(Killed):
+        train(sparse, kill_at("step", 7))
+    assert [step for step, _ in losses(run)] == list(range(1, 8)) and newest(run).step == 4
+    resume(run)
+    assert losses(run) == losses(whole("bpt"))
+    assert [row["step"] for row in rows(run, "checkpoint")] == [4, 8]
+    assert len(rows(run, "end")) == 1
+
+
+def test_a_last_line_that_a_kill_cut_off_is_passed_over(
+    configured: Callable[[str, Path], RunConfig], whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = rewound(whole("bpt"), tmp_path / "run", 5)
+    metrics = RunDir(run).metrics_file
+    whole_rows = list(RunDir(run).metrics())
+    metrics.write_text(metrics.read_text() + '{"event": "step", "step": 9, "lo')
+    assert list(RunDir(run).metrics()) == whole_rows
+    resume(run)
+    assert losses(run) == losses(whole("bpt"))
+    assert all(json.loads(line) for line in metrics.read_text().splitlines())
+
+
+def test_resuming_a_finished_run_evaluates_it_again_and_changes_nothing(
+    whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = rewound(whole("bpt"), tmp_path / "run", STEPS)
+    before = list(RunDir(run).metrics())
+    events: list[str] = []
+    result = resume(run, lambda row: events.append(row["event"]))
+    assert events == ["start", "end"]
+    assert list(RunDir(run).metrics()) == before
+    assert fingerprint(run) == fingerprint(whole("bpt"))
+    assert result.held_out.loss == rows(run, "end")[0]["held_out_loss"]
+    assert result.tokens_per_second == rows(run, "end")[0]["tokens_per_second"] > 0
+
+
+def without_first_moments(saved: Checkpoint) -> Checkpoint:
+    zeroed = {k: v * 0 if k.endswith("exp_avg") else v for k, v in saved.optimizer.items()}
+    return replace(saved, optimizer=zeroed)
+
+
+def without_second_moments(saved: Checkpoint) -> Checkpoint:
+    zeroed = {k: v * 0 if k.endswith("exp_avg_sq") else v for k, v in saved.optimizer.items()}
+    return replace(saved, optimizer=zeroed)
+
+
+def without_moments(saved: Checkpoint) -> Checkpoint:
+    return replace(saved, optimizer={})
+
+
+def without_clocks(saved: Checkpoint) -> Checkpoint:
+    zeroed = {k: v * 0 if k.endswith("/step") else v for k, v in saved.optimizer.items()}
+    groups = [dict.fromkeys(group, 0) for group in saved.groups]
+    return replace(saved, optimizer=zeroed, groups=groups)
+
+
+def without_one_bit_of_a_weight(saved: Checkpoint) -> Checkpoint:
+    name = min(n for n in saved.model if "layers.1" in n)
+    weight = saved.model[name].clone()
+    weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0).double())
+    return replace(saved, model={**saved.model, name: weight})
+
+
+def without_a_step(saved: Checkpoint) -> Checkpoint:
+    return replace(saved, step=saved.step - 1)
+
+
+def unchanged(saved: Checkpoint) -> Checkpoint:
+    return saved
+
+
+@pytest.mark.parametrize("name", ["bpt", "loro"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        unchanged,
+        without_first_moments,
+        without_second_moments,
+        without_moments,
+        without_clocks,
+        without_one_bit_of_a_weight,
+        without_a_step,
+    ],
+)
+def test_nothing_in_a_checkpoint_can_be_left_out(
+    spoil: Callable[[Checkpoint], Checkpoint],
+    name: str,
+    whole: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    run = rewound(whole(name), tmp_path / "run", EVENT + 1)
+    saved = newest(run)
+    for path in available(RunDir(run).checkpoints):
+        shutil.rmtree(path)
+    save(RunDir(run).checkpoints, spoil(saved), keep=99)
+    resume(run)
+    kept = fingerprint(run) == fingerprint(whole(name))
+    assert kept if spoil is unchanged else not kept
+
+
+def test_what_is_resumed_must_be_a_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no run directory, config\.toml is missing"):
+        resume(tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere: no run directory"):
+        resume(tmp_path / "nowhere")
+
+
+def test_a_resume_under_another_number_of_ranks_weighs_every_row_alike(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """12 rows in micro-batches of 4 on one rank are 6 rows on each of two: 4 and 2."""
+    runs = [tmp_path / "even", tmp_path / "uneven"]
+    for run, micro in zip(runs, (6, 4), strict=True):
+        train(tiny("full", corpus, run, train={"batch_size": 6, "micro_batch": 6, "steps": 4}))
+        shutil.rmtree(RunDir(run).checkpoints / "step-00000004")
+        config = (run / "config.toml").read_text()
+        (run / "config.toml").write_text(
+            config.replace("micro_batch = 6", f"micro_batch = {micro}")
+        )
+        resume(run)
+    even, uneven = (newest(run).model for run in runs)
+    for n in even:
+        torch.testing.assert_close(uneven[n], even[n], rtol=0, atol=1e-9)
+    for (_, one), (_, other) in zip(*(losses(run) for run in runs), strict=True):
+        assert one == pytest.approx(other, abs=1e-9)
+
+
+def test_a_resume_reads_the_runs_own_configuration(
+    whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current directory, say, changes nothing."""
+    run = rewound(whole("full"), tmp_path / "run", EVENT)
+    monkeypatch.chdir(tmp_path)
+    asked: list[int] = []
+    real = trainer._loop
+    monkeypatch.setattr(
+        trainer, "_loop", lambda c, t, *rest: (asked.append(t.step), real(c, t, *rest))
+    )
+    resume(Path("run"))
+    assert asked == [EVENT] and fingerprint(run) == fingerprint(whole("full"))

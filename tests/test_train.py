@@ -1,0 +1,432 @@
+"""The trainer: what it refuses, how it stops, and what it leaves."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import MODEL, STEPS, TRAIN, differences, losses, make_corpus, newest, rows, tiny
+from torch import Tensor
+
+import peptrain.model
+from peptrain.checkpoint import available
+from peptrain.config import load
+from peptrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Diverged,
+    Interrupted,
+    PeptrainError,
+    Unsupported,
+)
+from peptrain.journal import throughput
+from peptrain.methods import METHODS
+from peptrain.model import token_loss
+from peptrain.rundir import RunDir
+from peptrain.train import resume, train
+
+EACH = {"checkpoint_every": 1, "keep": 99}
+
+# The run directory.
+
+
+def test_a_run_directory_has_the_four_promised_things(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "deep" / "down" / "run"
+    seen: list[dict[str, Any]] = []
+    result = train(
+        tiny("bpt", corpus, run, train={"eval_every": 4}), lambda row: seen.append(dict(row))
+    )
+    assert {"config.toml", "env.json", "metrics.jsonl", "checkpoints"} <= {
+        p.name for p in run.iterdir()
+    }
+    assert seen[0]["event"] == "start" and seen[1:] == list(RunDir(run).metrics())
+    assert [row["step"] for row in rows(run, "eval")] == [4]
+    (end,) = rows(run, "end")
+    assert end["step"] == STEPS and end["held_out_loss"] == result.held_out.loss
+    assert end["perplexity"] == pytest.approx(math.exp(end["held_out_loss"]))
+    assert result.run == run and 0 < result.trainable < result.parameters
+    last = rows(run)[-1]
+    assert last["tokens"] == STEPS * TRAIN["batch_size"] * TRAIN["seq_len"]
+    assert last["tokens_per_second"] > 0 and last["grad_norm"] > 0 and last["lr"] == 2e-3
+
+
+def test_without_a_name_a_run_takes_the_first_free_number(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    taken = [train(tiny("full", corpus, train={"steps": 2})).run for _ in range(2)]
+    assert taken == [Path("runs/full-1"), Path("runs/full-2")]
+    assert all(path.is_dir() for path in taken)
+
+
+def test_an_existing_directory_is_never_touched(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match=r"exists and is never overwritten.*peptrain resume"):
+        train(tiny("full", corpus, tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(CheckpointError, match="exists"):
+        train(tiny("full", corpus, tmp_path / "mine.txt"))
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    train(tiny("full", corpus, tmp_path / "empty", train={"steps": 1}))
+
+
+def test_a_directory_that_cannot_be_made_is_named(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"--run .*file/run: can't be written: Not a dir"):
+        train(tiny("full", corpus, tmp_path / "file" / "run"))
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def small_data(folder: Path) -> Path:
+    return make_corpus(folder, words=40)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[PeptrainError], str]] = {
+    "a vocabulary too small": (
+        {"model": {"vocab_size": 290}},
+        ConfigError,
+        r"model\.vocab_size: 290, and token id 299 occurs in .*; set it to 300",
+    ),
+    "sequences too long": (
+        {"train": {"seq_len": 100_000}},
+        DataError,
+        r"training tokens don't fill one window of 100000 \+ 1",
+    ),
+    "a micro-batch that doesn't divide": (
+        {"train": {"micro_batch": 3}},
+        ConfigError,
+        r"train\.micro_batch: 3 .* a divisor of the 4 rows",
+    ),
+    "a warm-up as long as the run": (
+        {"schedule": {"warmup": STEPS}},
+        ConfigError,
+        r"schedule\.warmup: 8 .* leave nothing",
+    ),
+    "heads that don't divide": (
+        {"model": {"heads": 3}},
+        ConfigError,
+        r"model\.hidden_size: 16 .* an even multiple of the 3 heads",
+    ),
+    "key heads that don't divide": (
+        {"model": {"heads": 4, "kv_heads": 3}},
+        ConfigError,
+        r"model\.kv_heads: 3 ",
+    ),
+    "no key heads": ({"model": {"kv_heads": 0}}, ConfigError, r"model\.kv_heads: 0 "),
+    "heads of odd width": (
+        {"model": {"hidden_size": 18, "heads": 2}},
+        ConfigError,
+        r"model\.hidden_size: 18 .* an even multiple of the 2 heads",
+    ),
+    "an absent config.json": (
+        {"model": dict.fromkeys(MODEL) | {"config": Path("/nowhere")}},
+        ConfigError,
+        r"model\.config: /nowhere does not exist",
+    ),
+    "no GPU": ({"train": {"device": "cuda"}}, Unsupported, r"train\.device: cuda .* no GPU"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_is_refused_leaves_no_run_directory(
+    why: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections, error, message = REFUSED[why]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=message):
+        train(tiny("full", corpus, tmp_path / "run", **sections))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "not JSON",
+        '{"model_type": "no-such-model"}',
+        '{"model_type": "llama", "hidden_size": 18, "num_attention_heads": 2}',
+        '{"model_type": "llama", "hidden_size": "wide"}',
+        '{"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 3}',
+        '{"model_type": "gpt2", "n_embd": 16, "n_head": 2, "n_positions": 8}',
+    ],
+)
+def test_a_broken_config_json_is_an_error_for_the_user(
+    broken: str, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(broken)
+    model = dict.fromkeys(MODEL) | {"config": tmp_path}
+    with pytest.raises(ConfigError, match=r"model\.(config|kv_heads): |train\.seq_len: 16 "):
+        train(tiny("full", corpus, tmp_path / "run", model=model))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_not_there_leaves_no_run_directory(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a prepared corpus"):
+        train(tiny("full", tmp_path / "nothing", tmp_path / "run"))
+    with pytest.raises(DataError, match=r"training tokens don't fill one window"):
+        train(tiny("full", small_data(tmp_path), tmp_path / "run", train={"seq_len": 400}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_one_step_needs_no_settings(corpus: Path, tmp_path: Path) -> None:
+    defaults = {"kind": None, "warmup": None}
+    config = tiny("bpt", corpus, tmp_path / "run", schedule=defaults, train={"steps": 1})
+    assert train(config).held_out.tokens > 0
+    assert losses(tmp_path / "run")[0][0] == 1
+
+
+# Divergence.
+
+
+def spoiled(step: int, spoil: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss, spoiled at the `step`-th batch."""
+    calls = iter(range(1, 100))
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        value = token_loss(logits, targets)
+        return spoil(value) if next(calls) == step else value
+
+    return loss
+
+
+def no_number(loss: Tensor) -> Tensor:
+    return loss * math.nan
+
+
+def infinite(loss: Tensor) -> Tensor:
+    return loss + math.inf
+
+
+def no_gradient(loss: Tensor) -> Tensor:
+    """Finite, with a NaN for its gradient: 0 * infinity, the slope of the root at 0."""
+    return loss + (loss * 0).sqrt()
+
+
+def assert_all_finite(run: Path) -> None:
+    for path in available(RunDir(run).checkpoints):
+        saved = peptrain.checkpoint.read(path)
+        for n, tensor in {**saved.model, **saved.optimizer}.items():
+            assert tensor.isfinite().all(), (path.name, n)
+
+
+@pytest.mark.parametrize("spoil", [no_number, infinite, no_gradient])
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_divergence_names_the_step_the_rate_and_the_last_good_checkpoint(
+    log_every: int,
+    spoil: Callable[[Tensor], Tensor],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peptrain.model, "token_loss", spoiled(6, spoil))
+    run, often = tmp_path / "run", {"checkpoint_every": 4, "log_every": log_every}
+    with pytest.raises(Diverged) as caught:
+        train(tiny("bpt", corpus, run, train=often))
+    message = str(caught.value)
+    assert message.startswith("step 6: the loss is ") and "learning rate of 0.002" in message
+    assert f"the last good checkpoint is {run / 'checkpoints' / 'step-00000004'}" in message
+    assert "try a lower optim.lr" in message
+    assert newest(run).step == 4
+    assert_all_finite(run)
+    assert all(math.isfinite(row["loss"]) for row in rows(run))
+    monkeypatch.undo()
+    resume(run)
+    assert [step for step, _ in losses(run)][-1] == STEPS
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("lr", [1e30, 3e38])
+def test_an_absurd_learning_rate_leaves_no_broken_checkpoint(
+    lr: float, name: str, corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = {"optim": {"lr": lr}, "train": {**EACH, "precision": "fp32"}}
+    with pytest.raises(Diverged, match=r"step \d: .*rate of \d.*checkpoint (is|yet).*optim\.lr"):
+        train(tiny(name, corpus, run, **settings))
+    assert_all_finite(run)
+
+
+# Stopping.
+
+SLOW = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from support import tiny
+from peptrain.errors import Interrupted
+from peptrain.train import train
+
+def observe(row):
+    print(row["event"], flush=True)
+    time.sleep(0.2 if row["event"] == "step" else 0)
+
+corpus, *runs = map(Path, sys.argv[1:])
+for run in runs:
+    try:
+        train(tiny("bpt", corpus, run, train={"checkpoint_every": 0}), observe)
+    except Interrupted as stopped:
+        print(stopped, flush=True)
+"""
+
+
+def test_sigterm_and_ctrl_c_save_first(corpus: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    train(tiny("bpt", corpus, whole, train={"checkpoint_every": 0}))
+    wishes = {signal.SIGTERM: tmp_path / "terminated", signal.SIGINT: tmp_path / "ctrl-c"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(corpus), *map(str, wishes.values())],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    for number, run in wishes.items():
+        heard = iter(process.stdout.readline, "")
+        assert "step\n" in heard
+        process.send_signal(number)
+        said = next(line for line in heard if line.startswith("stopped"))
+        step = newest(run).step
+        assert 1 <= step < STEPS
+        assert said.startswith(f"stopped and saved at step {step} of {STEPS}")
+        assert f"`peptrain resume {run}`" in said
+    assert process.wait(60) == 0
+    for run in wishes.values():
+        resume(run)
+        assert differences(newest(run), newest(whole)) == []
+        assert losses(run) == losses(whole)
+
+
+def at_step(step: int, act: Callable[[], None]) -> Callable[[Any], None]:
+    return lambda row: act() if row["event"] == "step" and row["step"] == step else None
+
+
+def test_a_wish_to_stop_in_the_last_step_is_no_interruption(corpus: Path, tmp_path: Path) -> None:
+    ask = at_step(STEPS, lambda: signal.raise_signal(signal.SIGTERM))
+    assert train(tiny("full", corpus, tmp_path / "run"), ask).run == tmp_path / "run"
+    assert len(rows(tmp_path / "run", "end")) == 1
+
+
+def test_the_handlers_come_back_and_a_second_ctrl_c_acts_at_once(
+    corpus: Path, tmp_path: Path
+) -> None:
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny("full", corpus, tmp_path / "run"), at_step(3, twice))
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    once = at_step(3, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted):
+        train(tiny("full", corpus, tmp_path / "other"), once)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_training_runs_in_a_thread_too(corpus: Path, tmp_path: Path) -> None:
+    config = tiny("full", corpus, tmp_path / "run", train={"steps": 1})
+    thread = threading.Thread(target=train, args=(config,))
+    thread.start()
+    thread.join()
+    assert len(rows(tmp_path / "run", "end")) == 1
+
+
+# The arithmetic of a run.
+
+
+def final(run: Path) -> dict[str, Tensor]:
+    return newest(run).model
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_accumulation_is_one_big_batch(name: str, corpus: Path, tmp_path: Path) -> None:
+    ends = {}
+    for micro in (1, 2, 4):
+        train(tiny(name, corpus, tmp_path / str(micro), train={"micro_batch": micro}))
+        ends[micro] = final(tmp_path / str(micro))
+    for n, weight in ends[4].items():
+        for micro in (1, 2):
+            torch.testing.assert_close(ends[micro][n], weight, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_configuration_of_a_run_replays_it(name: str, corpus: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    schedule = {"kind": None, "warmup": None}
+    train(tiny(name, corpus, one, schedule=schedule, train={"precision": None}))
+    shutil.move(one / "config.toml", tmp_path / "saved.toml")
+    replay = load(tmp_path / "saved.toml")
+    assert replay.run is None
+    object.__setattr__(replay, "run", other)
+    train(replay)
+    assert differences(newest(one), newest(other)) == []
+    assert losses(one) == losses(other)
+    assert (other / "config.toml").read_text() == (tmp_path / "saved.toml").read_text()
+
+
+def test_the_seed_decides(corpus: Path, tmp_path: Path) -> None:
+    for i, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(i)  # the caller's own stream doesn't
+        train(tiny("bpt", corpus, tmp_path / str(i), train={"seed": seed}))
+    assert losses(tmp_path / "0") == losses(tmp_path / "1") != losses(tmp_path / "2")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recomputed_activations_change_no_loss(name: str, corpus: Path, tmp_path: Path) -> None:
+    for recompute in (False, True):
+        settings = {"checkpoint_activations": recompute}
+        train(tiny(name, corpus, tmp_path / str(recompute), train=settings))
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_low_precision_trains_on_a_cpu(
+    name: str, precision: str, corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(tiny(name, corpus, run, optim={"lr": 1e-2}, train={"precision": precision, "steps": 16}))
+    means = [loss for _, loss in losses(run)]
+    assert sum(means[-4:]) < sum(means[:4])
+    stored = torch.bfloat16 if precision == "bf16" else torch.float32
+    for n, weight in final(run).items():
+        assert weight.dtype == (torch.float32 if n.endswith((".a", ".b")) else stored), n
+
+
+def test_a_row_is_the_mean_of_its_steps(corpus: Path, tmp_path: Path) -> None:
+    for every in (1, 3):
+        settings = {"log_every": every, "checkpoint_every": 0}
+        train(tiny("full", corpus, tmp_path / str(every), train=settings))
+    each = [loss for _, loss in losses(tmp_path / "1")]
+    assert losses(tmp_path / "3") == [
+        (3, pytest.approx(sum(each[:3]) / 3)),
+        (6, pytest.approx(sum(each[3:6]) / 3)),
+        (8, pytest.approx(sum(each[6:]) / 2)),
+    ]
+
+
+def test_clipping_bounds_what_the_optimizer_sees(corpus: Path, tmp_path: Path) -> None:
+    from peptrain.train import _clip
+
+    weights = torch.nn.ParameterList([torch.zeros(2), torch.zeros(1), torch.zeros(3)])
+    for clip, length in ((1.0, 1.0), (0.0, 13.0), (20.0, 13.0)):
+        weights[0].grad, weights[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
+        assert _clip(weights, clip).item() == pytest.approx(13.0)
+        total = sum(p.grad.square().sum() for p in weights if p.grad is not None)
+        assert math.sqrt(total) == pytest.approx(length, rel=1e-5)
+
+
+def test_throughput_is_tokens_over_seconds() -> None:
+    assert throughput(600, 2.0) == 300.0
+    assert throughput(600, 0.0) == 0.0
