@@ -16,7 +16,16 @@ from torch import nn
 
 import peptrain.checkpoint
 import peptrain.train as trainer
-from peptrain.checkpoint import Checkpoint, agrees, available, capture, latest, load_model, save
+from peptrain.checkpoint import (
+    Checkpoint,
+    agrees,
+    available,
+    capture,
+    latest,
+    load_model,
+    load_optimizer,
+    save,
+)
 from peptrain.config import load
 from peptrain.distributed import World
 from peptrain.errors import CheckpointError
@@ -58,7 +67,7 @@ def test_what_is_read_is_what_was_written(directory: Path) -> None:
 
 def test_a_checkpoint_is_json_and_safetensors(directory: Path) -> None:
     files = sorted(p.name for p in available(directory)[0].iterdir())
-    assert files == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert files == ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
@@ -193,6 +202,10 @@ def lose_a_key(path: Path) -> None:
     path.write_text(json.dumps(state))
 
 
+def another_step(path: Path) -> None:
+    path.write_text(path.read_text().replace('"step": ', '"step": 1'))
+
+
 DAMAGES = [
     ("model.safetensors", truncate),
     ("model.safetensors", flip_a_bit),
@@ -205,7 +218,10 @@ DAMAGES = [
     ("state.json", empty),
     ("state.json", no_json),
     ("state.json", lose_a_key),
+    ("state.json", another_step),
     ("state.json", Path.unlink),
+    ("SHA256SUMS", truncate),
+    ("SHA256SUMS", Path.unlink),
 ]
 
 
@@ -269,6 +285,16 @@ def test_a_checkpoint_of_other_parameters_is_refused() -> None:
         load_model(nn.Linear(3, 2, bias=False), saved.model)
     with pytest.raises(CheckpointError, match=r"weight: \[2, 3\] in the checkpoint, \[2, 4\]"):
         load_model(nn.Linear(4, 2), saved.model)
+
+
+@pytest.mark.parametrize("same_phase, age", [(True, 7), (False, 0)])
+def test_the_clocks_of_groups_end_with_their_phase(same_phase: bool, age: int) -> None:
+    saved, model = replace(checkpoint_of(1), groups=[{"age": 7}]), nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer.param_groups[0]["age"] = 0
+    load_optimizer(model, optimizer, saved, same_phase=same_phase)
+    assert optimizer.param_groups[0]["age"] == age
+    assert len(optimizer.state) == 2
 
 
 def test_the_first_setting_that_differs_is_named_with_both_values() -> None:

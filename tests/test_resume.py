@@ -208,6 +208,14 @@ def test_a_last_line_that_a_kill_cut_off_is_passed_over(
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
 
 
+def test_a_damaged_line_of_metrics_is_named(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    run = rewound(whole("bpt"), tmp_path / "run", 5)
+    metrics = RunDir(run).metrics_file
+    metrics.write_text("{}{\n" + metrics.read_text())
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1: damaged"):
+        resume(run)
+
+
 def test_resuming_a_finished_run_evaluates_it_again_and_changes_nothing(
     whole: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """The trainer: what it refuses, how it stops, and what it leaves."""
 
+import json
 import math
 import os
 import shutil
@@ -13,10 +14,23 @@ from typing import Any
 
 import pytest
 import torch
-from support import MODEL, STEPS, TRAIN, differences, losses, make_corpus, newest, rows, tiny
+from support import (
+    MODEL,
+    STEPS,
+    TRAIN,
+    Killed,
+    differences,
+    losses,
+    make_corpus,
+    newest,
+    rows,
+    tiny,
+)
 from torch import Tensor
 
 import peptrain.model
+import peptrain.train as trainer
+from peptrain.build import open_run
 from peptrain.checkpoint import available
 from peptrain.config import load
 from peptrain.errors import (
@@ -169,6 +183,54 @@ def test_a_broken_config_json_is_an_error_for_the_user(
     assert not (tmp_path / "run").exists()
 
 
+BERT = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 24, "vocab_size": 320}
+BERT |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def test_a_model_that_sees_later_tokens_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """Its loss would be low, and worth nothing."""
+    file = tmp_path / "bert.json"
+    model = dict.fromkeys(MODEL) | {"config": file}
+    file.write_text(json.dumps(BERT))
+    with pytest.raises(Unsupported, match="lets a token see those after it"):
+        train(tiny("full", corpus, tmp_path / "run", model=model))
+    assert not (tmp_path / "run").exists()
+    file.write_text(json.dumps(BERT | {"is_decoder": True}))
+    train(tiny("full", corpus, tmp_path / "run", model=model))
+
+
+def test_a_run_keeps_its_own_config_json(corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "vocab_size": 320}
+    file.write_text(json.dumps(shape | {"num_hidden_layers": 1, "num_attention_heads": 2}))
+    model = dict.fromkeys(MODEL) | {"config": file}
+    run = tmp_path / "run"
+    train(tiny("full", corpus, run, model=model))
+    file.unlink()
+    resume(run)
+    assert open_run(run).model.config.num_hidden_layers == 1
+    own = RunDir(run).model_file
+    own.write_text(own.read_text().replace("24", "32"))
+    with pytest.raises(CheckpointError, match=r"model\.config: "):
+        resume(run)
+
+
+def test_a_kill_while_a_run_directory_is_made_leaves_none(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("full", corpus, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer, "save_tokenizer", kill)
+        train(config)
+    assert not (tmp_path / "run").exists()
+    train(config)
+    assert RunDir(tmp_path / "run").tokenizer.is_dir()
+
+
+def kill(*ignored: object) -> None:
+    raise Killed
+
+
 def test_data_that_is_not_there_leaves_no_run_directory(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a prepared corpus"):
         train(tiny("full", tmp_path / "nothing", tmp_path / "run"))
@@ -310,10 +372,23 @@ def at_step(step: int, act: Callable[[], None]) -> Callable[[Any], None]:
     return lambda row: act() if row["event"] == "step" and row["step"] == step else None
 
 
-def test_a_wish_to_stop_in_the_last_step_is_no_interruption(corpus: Path, tmp_path: Path) -> None:
-    ask = at_step(STEPS, lambda: signal.raise_signal(signal.SIGTERM))
-    assert train(tiny("full", corpus, tmp_path / "run"), ask).run == tmp_path / "run"
-    assert len(rows(tmp_path / "run", "end")) == 1
+def asked_to_stop(loss: Tensor) -> Tensor:
+    signal.raise_signal(signal.SIGTERM)
+    return loss
+
+
+@pytest.mark.parametrize("step", [STEPS - 1, STEPS])
+def test_a_wish_to_stop_in_the_last_step_is_no_interruption(
+    step: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peptrain.model, "token_loss", spoiled(step, asked_to_stop))
+    config = tiny("full", corpus, tmp_path / "run", train={"checkpoint_every": 0})
+    if step < STEPS:
+        with pytest.raises(Interrupted, match=f"saved at step {step} of"):
+            train(config)
+    else:
+        assert train(config).held_out.tokens > 0
+    assert newest(tmp_path / "run").step == step
 
 
 def test_the_handlers_come_back_and_a_second_ctrl_c_acts_at_once(
@@ -380,6 +455,15 @@ def test_the_seed_decides(corpus: Path, tmp_path: Path) -> None:
         torch.manual_seed(i)  # the caller's own stream doesn't
         train(tiny("bpt", corpus, tmp_path / str(i), train={"seed": seed}))
     assert losses(tmp_path / "0") == losses(tmp_path / "1") != losses(tmp_path / "2")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_looking_at_a_training_changes_no_bit(name: str, corpus: Path, tmp_path: Path) -> None:
+    often = {"eval_every": 1, "eval_tokens": 64, "checkpoint_every": 1, "log_every": 1}
+    never = {"eval_every": 0, "checkpoint_every": 0, "log_every": 100}
+    for train_settings, run in ((often, "often"), (never, "never")):
+        train(tiny(name, corpus, tmp_path / run, train=train_settings))
+    assert differences(newest(tmp_path / "often"), newest(tmp_path / "never")) == []
 
 
 @pytest.mark.parametrize("name", METHODS)

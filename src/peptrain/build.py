@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,14 +70,25 @@ class Opened:
         """The same function as a plain Hugging Face model, in the run's dtype."""
         plain = plain_model(self.config)
         load_dense(plain, dense_state(self.model))
-        return plain.eval()
+        plain.eval()
+        return plain
+
+
+def run_config(run: RunDir) -> RunConfig[Method]:
+    """The configuration in a run directory; a config.json is read from the run's own copy."""
+    config = load(run.config_file)
+    if not run.model_file.exists():
+        return config
+    return replace(config, model=replace(config.model, config=run.model_file))
 
 
 def open_run(path: Path) -> Opened:
     """The run in `path` at its newest whole checkpoint. Raises CheckpointError if it has none."""
     run = RunDir.open(path)
-    config = load(run.config_file)
+    config = run_config(run)
     saved = latest(run.checkpoints)
     if saved is None:
         raise CheckpointError(f"{path}: there is no checkpoint in it yet")
-    return Opened(config, saved, rebuild(config, saved, saved.phase).eval())
+    model = rebuild(config, saved, saved.phase)
+    model.eval()
+    return Opened(config, saved, model)

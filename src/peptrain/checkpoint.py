@@ -2,7 +2,8 @@
 
 step-00000600/model.safetensors       every parameter, by name
               optimizer.safetensors   moments, by "parameter name/key"
-              state.json              step, phase, clocks, what the run is, checksums
+              state.json              step, phase, clocks, what the run is
+                  SHA256SUMS              for `sha256sum -c`, and for us on every load
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from peptrain.errors import CheckpointError
 log = logging.getLogger("peptrain")
 FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors")
+STATE, SUMS = "state.json", "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def capture(
     model: nn.Module, optimizer: Optimizer, *, step: int, phase: int, identity: Mapping[str, Any]
 ) -> Checkpoint:
     """The state of training after `step` steps. Shared parameters are kept once."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     moments = {
         f"{names[p]}/{key}": value.detach().cpu().contiguous()
         for p, state in optimizer.state.items()
@@ -150,9 +152,9 @@ def _write(directory: Path, checkpoint: Checkpoint) -> None:
         "phase": checkpoint.phase,
         "groups": checkpoint.groups,
         "identity": checkpoint.identity,
-        "sha256": {name: _sha256(directory / name) for name in FILES},
     }
-    (directory / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    (directory / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    (directory / SUMS).write_text(_sums(directory), encoding="utf-8")
     for file in directory.iterdir():
         _sync(file)
     _sync(directory)
@@ -166,9 +168,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sums(directory: Path) -> str:
+    """What `sha256sum` would print for the files of a checkpoint."""
+    lines = []
+    for name in (*FILES, STATE):
+        with (directory / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)
 
 
 def available(directory: Path) -> list[Path]:
@@ -200,15 +206,16 @@ class _Damaged(Exception):
 def read(path: Path) -> Checkpoint:
     """One checkpoint, its checksums verified."""
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise CheckpointError(
                 f"{path}: format {state['format']}, and this peptrain reads format {FORMAT};"
                 " continue with the version that wrote it"
             )
-        for name in FILES:
-            if _sha256(path / name) != state["sha256"][name]:
-                raise _Damaged(f"{name} has another checksum")
+        written = (path / SUMS).read_text(encoding="utf-8").splitlines()
+        for then, now in zip(written, _sums(path).splitlines(), strict=True):
+            if then != now:
+                raise _Damaged(f"{now.split()[-1]} has another checksum")
         model, moments = (load_file(path / name) for name in FILES)
         return Checkpoint(
             state["step"], state["phase"], model, moments, state["groups"], state["identity"]

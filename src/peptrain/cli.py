@@ -37,7 +37,10 @@ MARKERS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it worked, 1 for an error, 130 when a signal ended it."""
+    """Run one command; 0 when it worked, 1 for an error, 130 when a signal ended it.
+
+    A command line that can't be parsed leaves by SystemExit(2), --help by SystemExit(0).
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     _set_up_output()
     try:
@@ -46,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         console.print(f"[yellow]{escape(str(stop))}", highlight=False, soft_wrap=True)
         return 130
-    except PeptrainError as error:
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped")
+        return 130
+    except (PeptrainError, OSError) as error:
         message = f"[bold red]error:[/] {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         return 1
@@ -75,7 +81,7 @@ def _with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | N
     if args[:1] != ["train"]:
         return args, None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=Path, nargs="?")  # a missing value is tyro's to report
     file = parser.parse_known_args(args)[0].config
     if file is None:
         return args, None
@@ -228,7 +234,7 @@ def _export(
     from peptrain.export import export
 
     export(run, out, form)
-    console.print(f"{form} model in {out}", highlight=False)
+    console.print(f"{form} model in {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +255,9 @@ def _prepare(config: Annotated[_Prepare, arg(name="")]) -> None:
         f" {made.held_out_tokens:,} held-out tokens, {made.bytes_per_token:.2f} bytes a token,"
         f" vocabulary {made.vocab_size:,} (largest id {made.max_id:,}),"
         f" {made.shards} shards{', resumed' if made.resumed else ''}",
+        markup=False,
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -259,6 +267,6 @@ def _methods() -> None:
 
     table = Table("method", "weight", "default lr", box=None)
     for name, cls in methods().items():
-        table.add_row(name, cls.equation, f"{cls.optim_defaults.lr:g}")
+        table.add_row(name, escape(cls.equation), f"{cls.optim_defaults.lr:g}")
     console.print(table)
-    console.print(f"\npresets: {', '.join(PRESETS)}", highlight=False)
+    console.print(f"\npresets: {', '.join(PRESETS)}", highlight=False, soft_wrap=True)

@@ -146,6 +146,12 @@ def _made(config: ModelConfig, seq_len: int) -> PretrainedConfig:
     return _family(config.family or shape.family)(**fields)
 
 
+def config_file(config: ModelConfig) -> Path | None:
+    """The file that `model.config` names, itself or by its directory."""
+    path = config.config
+    return path / "config.json" if path is not None and path.is_dir() else path
+
+
 def _family(name: Family) -> type[PretrainedConfig]:
     from transformers import LlamaConfig, Olmo2Config, Qwen2Config
 
@@ -263,6 +269,13 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten())
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the embedding: one more than the largest id it takes."""
+    table = model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    return table.num_embeddings
+
+
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Parameters of the model, shared ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
@@ -275,3 +288,20 @@ def save_tokenizer(file: Path, end_id: int, out: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_id)
     tokenizer.save_pretrained(out)
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Raise Unsupported for a model that sees later tokens: its loss would be no use, and low."""
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=model.device)
+    was_training = model.training
+    model.eval()  # dropout would tell the two apart
+    logits = model(input_ids=ids, use_cache=False).logits[:, :3]
+    model.train(was_training)
+    # What is masked out counts for an exact 0, so equal up to the order of a kernel's sums.
+    noise = 8 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    if (logits[0] - logits[1]).abs().max() > noise:
+        raise Unsupported(
+            f"model.config: {type(model).__name__} lets a token see those after it, so it can't be"
+            " trained to predict them; set is_decoder in config.json, or choose a decoder"
+        )

@@ -53,7 +53,7 @@ def parameter_groups(
     """The trainable parameters (or `params`) as groups with and without weight decay."""
     chosen = [p for p in (model.parameters() if params is None else params) if p.requires_grad]
     may_decay = decays(model)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in chosen if may_decay(p)], "weight_decay": optim.weight_decay},
         {"params": [p for p in chosen if not may_decay(p)], "weight_decay": 0.0},
     ]

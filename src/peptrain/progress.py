@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from peptrain.data.prepare import Progress as Preparation
 
@@ -22,6 +24,7 @@ class TrainingProgress:
         self._console = console
         self._seen: dict[str, Any] = {}
         self._bar: Progress | None = None
+        self._said = ""
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         self._seen |= row
@@ -50,13 +53,13 @@ class TrainingProgress:
             f" in {seen['precision']}{at}"
         )
         if self._console.is_terminal:
-            self._bar = Progress(
+            self._bar = _BarAndState(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[state]}"),
                 TimeRemainingColumn(),
                 console=self._console,
+                speed_estimate_period=3600,  # rows may be minutes apart
             )
             self._bar.add_task(
                 seen["method"], total=seen["steps"], completed=seen["step"], state=""
@@ -78,10 +81,22 @@ class TrainingProgress:
     def _minutes_left(self) -> float:
         seen = self._seen
         tokens = (seen["steps"] - seen["step"]) * seen["tokens_per_step"]
-        return tokens / max(seen["tokens_per_second"], 1e-9) / 60
+        return float(tokens / max(seen["tokens_per_second"], 1e-9) / 60)
 
     def _say(self, text: str) -> None:
-        self._console.print(f"[bold]{self._seen['method']}[/]  {text}", highlight=False)
+        if text != self._said:  # an evaluation and a checkpoint at one step say the same
+            self._said = text
+            line = f"[bold]{self._seen['method']}[/]  {escape(text)}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+
+class _BarAndState(Progress):
+    """A bar, and below it the state, which leaves no room for a bar in 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield Text(task.fields["state"])
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,24 +36,34 @@ class RunDir:
         return self.path / "tokenizer"
 
     @property
+    def model_file(self) -> Path:
+        return self.path / "model.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     @classmethod
-    def create(cls, path: Path, config: str) -> RunDir:
-        """A new run directory. Raises CheckpointError if something is there or can't be written."""
+    def create(cls, path: Path, fill: Callable[[RunDir], None]) -> RunDir:
+        """A new run directory, which appears once `fill` has written its first files.
+
+        Raises CheckpointError if something is there already or it can't be written.
+        """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise CheckpointError(
                 f"--run {path}: exists and is never overwritten; choose another, or go on with it"
                 f" by `peptrain resume {path}`"
             )
-        run = cls(path)
+        hidden = cls(path.with_name(f".{path.name}.tmp"))
         try:
-            run.checkpoints.mkdir(parents=True)
-            write_atomically(run.config_file, config)
+            shutil.rmtree(hidden.path, ignore_errors=True)
+            hidden.checkpoints.mkdir(parents=True)
+            fill(hidden)
+            hidden.path.replace(path)
         except OSError as error:
+            shutil.rmtree(hidden.path, ignore_errors=True)
             raise CheckpointError(f"--run {path}: can't be written: {error.strerror}") from error
-        return run
+        return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
@@ -74,12 +85,22 @@ class RunDir:
             ) from error
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line cut off by a kill is passed over."""
+        """The rows of metrics.jsonl; a last line cut off by a kill is passed over.
+
+        Raises CheckpointError for a damaged line before that.
+        """
         if not self.metrics_file.exists():
             return
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
+        text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
+        for number, line in enumerate(text.splitlines(keepends=True), 1):
+            if not line.endswith("\n"):
+                return
+            try:
                 yield json.loads(line)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self.metrics_file}:{number}: damaged ({error}); delete that line"
+                ) from error
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step` and the end, which a resumed run writes again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +15,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from peptrain import checkpoint, schedule
-from peptrain.build import build, phase_at, rebuild
-from peptrain.config import RunConfig, dump, load, resolved
+from peptrain.build import build, phase_at, rebuild, run_config
+from peptrain.config import RunConfig, dump, resolved
 from peptrain.data import Corpus, default_corpus
 from peptrain.distributed import World, world
 from peptrain.environment import record_environment
@@ -25,14 +27,17 @@ from peptrain.methods.base import Method
 from peptrain.model import (
     NextTokenLoss,
     autocast,
+    check_causal,
     checkpoint_activations,
     compile_layers,
+    config_file,
     count_parameters,
     save_tokenizer,
+    vocabulary_size,
 )
 from peptrain.optim import state_bytes
 from peptrain.rng import Rng
-from peptrain.rundir import RunDir, first_free
+from peptrain.rundir import RunDir, first_free, write_atomically
 from peptrain.schedule import Schedule
 from peptrain.signals import Stop, stop_on_signals
 
@@ -85,7 +90,7 @@ def resume(path: Path, observe: Observer = silent) -> Result:
     On a CPU the result is the same, bit for bit, as that of an uninterrupted run.
     """
     run = RunDir.open(path)
-    config = load(run.config_file)
+    config = run_config(run)
     with world(config.train.device) as here:
         return _train(config, run, here, observe)
 
@@ -96,6 +101,8 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
     identity = _identity(config, corpus)
     trainee = _restore(config, run, here, identity)
     _check_vocabulary(trainee.model, corpus)
+    if config.model.config is not None:
+        check_causal(trainee.model)
     run = run or _create(config, corpus, here)
     tokens_per_step = config.train.batch_size * config.train.seq_len
     journal = Journal(run, here, observe, tokens_per_step)
@@ -184,7 +191,7 @@ def _accumulate(trainee: Trainee, corpus: Corpus, config: RunConfig[Method], her
         batch_size=t.batch_size,
         seq_len=t.seq_len,
     ).to(here.device, non_blocking=True)
-    parts = windows.split(t.micro_batch)  # resumed on other ranks, the last may be shorter
+    parts = torch.split(windows, t.micro_batch)  # resumed on other ranks, the last may be shorter
     total = torch.zeros((), device=here.device)
     for i, part in enumerate(parts):
         with here.exchange(trainee.loss, i == len(parts) - 1):
@@ -305,7 +312,7 @@ def _check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
 
 
 def _check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(model)
     if corpus.max_id >= vocabulary:
         raise ConfigError(
             f"model.vocab_size: {vocabulary}, and token id {corpus.max_id} occurs in {corpus.path};"
@@ -316,23 +323,35 @@ def _check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
 def _create(config: RunConfig[Method], corpus: Corpus, here: World) -> RunDir:
     path = config.run or here.agree(first_free(Path("runs"), config.method.name))
     if here.main:
-        run = RunDir.create(path, dump(config))
-        save_tokenizer(corpus.tokenizer_file, corpus.eos_id, run.tokenizer)
+        RunDir.create(path, lambda run: _first_files(run, config, corpus))
     here.barrier()
     return RunDir(path)
 
 
+def _first_files(run: RunDir, config: RunConfig[Method], corpus: Corpus) -> None:
+    """All that resume, eval and export need beside the checkpoints and the corpus."""
+    write_atomically(run.config_file, dump(config))
+    save_tokenizer(corpus.tokenizer_file, corpus.eos_id, run.tokenizer)
+    if file := config_file(config.model):
+        shutil.copyfile(file, run.model_file)
+
+
 def _identity(config: RunConfig[Method], corpus: Corpus) -> dict[str, Any]:
-    """What a checkpoint and the run that continues from it must agree in."""
-    sections = {"method": {"name": config.method.name, **asdict(config.method)}}
-    sections["model"] = asdict(config.model)
-    flat = {f"{s}.{k}": _plain(v) for s, values in sections.items() for k, v in values.items()}
-    train = {f"train.{k}": getattr(config.train, k) for k in ("precision", "seed")}
-    return {**flat, **train, "data": corpus.fingerprint}
+    """What a checkpoint and the run that continues from it must agree in.
 
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
+    The learning rate, the schedule and the number of steps may change.
+    """
+    model = asdict(config.model)
+    if file := config_file(config.model):
+        model["config"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    train = {k: getattr(config.train, k) for k in ("precision", "seed", "batch_size", "seq_len")}
+    sections = {
+        "method": {"name": config.method.name, **asdict(config.method)},
+        "model": model,
+        "train": train,
+    }
+    flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
+    return {**flat, "data": corpus.fingerprint}
 
 
 def _start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,14 +52,12 @@ def evaluate(
     here = world or World(0, 1, model.device)
     windows = _windows(tokens[: limit + 1] if limit else tokens, seq_len)
     total, count = torch.zeros((), dtype=torch.float64), 0
-    was_training = model.training
-    model.eval()
-    for batch in _batches(windows[here.rank :: here.size], batch_size):
-        ids = torch.from_numpy(batch).to(here.device)
-        with autocast(precision, here.device):
-            total += _summed_loss(model, ids).cpu()
-        count += batch.shape[0] * (batch.shape[1] - 1)
-    model.train(was_training)
+    with _evaluating(model):
+        for batch in _batches(windows[here.rank :: here.size], batch_size):
+            ids = torch.from_numpy(batch).to(here.device)
+            with autocast(precision, here.device):
+                total += _summed_loss(model, ids).cpu()
+            count += batch.shape[0] * (batch.shape[1] - 1)
     both = here.sum(torch.tensor([total.item(), count], dtype=torch.float64, device=here.device))
     return Evaluation(both[0].item() / both[1].item(), round(both[1].item()))
 
@@ -75,14 +74,25 @@ def evaluate_legacy(
     """The evaluator of the older repositories, to match tables printed with it: the sum of the
     batches' mean losses divided by the number of batches plus 1, which flatters the model."""
     means, count = [], 0
-    model.eval()
-    for batch in _batches(_windows(tokens, seq_len), batch_size):
-        ids = torch.from_numpy(batch).to(model.device)
-        predicted = batch.shape[0] * (batch.shape[1] - 1)
-        with autocast(precision, model.device):
-            means.append(_summed_loss(model, ids).item() / predicted)
-        count += predicted
+    with _evaluating(model):
+        for batch in _batches(_windows(tokens, seq_len), batch_size):
+            ids = torch.from_numpy(batch).to(model.device)
+            predicted = batch.shape[0] * (batch.shape[1] - 1)
+            with autocast(precision, model.device):
+                means.append(_summed_loss(model, ids).item() / predicted)
+            count += predicted
     return Evaluation(sum(means) / (len(means) + 1), count)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation's mode, and back to the one before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _windows(tokens: np.ndarray, seq_len: int) -> list[np.ndarray]:

@@ -9,8 +9,12 @@ import torch
 
 from peptrain.build import open_run
 from peptrain.data import Corpus, default_corpus
+from peptrain.data.tokenizer import load_tokenizer
+from peptrain.errors import DataError
 from peptrain.eval.perplexity import Evaluation, evaluate, evaluate_legacy
+from peptrain.model import vocabulary_size
 from peptrain.rundir import RunDir, write_atomically
+from peptrain.settings import check
 
 
 def evaluate_run(
@@ -25,12 +29,15 @@ def evaluate_run(
 
     data: another prepared corpus than the run's own. legacy: the older repositories' division by
     batches + 1, where the batch size (theirs is 512 at most) does change the number. The result
-    is also kept in eval.json beside the run's other files.
+    is also kept in eval.json beside the run's other files. Raises DataError for a corpus of
+    another tokenizer, whose ids mean other words.
     """
+    check(batch_size is None or batch_size >= 1, "--batch-size", batch_size, "1 or more")
     opened = open_run(path)
     config = opened.config
     source = data or config.data.path
     corpus = Corpus.open(source) if source else default_corpus()
+    _check_ids(RunDir(path), vocabulary_size(opened.model), corpus)
     assert config.train.precision is not None
     measure = evaluate_legacy if legacy else evaluate
     result = measure(
@@ -42,6 +49,20 @@ def evaluate_run(
     )
     _record(RunDir(path), opened.saved.step, corpus, result, legacy)
     return result
+
+
+def _check_ids(run: RunDir, vocabulary: int, corpus: Corpus) -> None:
+    ours, theirs = (load_tokenizer(p).get_vocab() for p in (run.tokenizer, corpus.tokenizer_file))
+    if ours != theirs:
+        raise DataError(
+            f"--data {corpus.path}: prepared with another tokenizer than the run's;"
+            f" prepare that text with --tokenizer {run.tokenizer}"
+        )
+    if corpus.max_id >= vocabulary:
+        raise DataError(
+            f"--data {corpus.path}: token id {corpus.max_id} occurs in it, and the model's"
+            f" vocabulary is {vocabulary}"
+        )
 
 
 def _record(run: RunDir, step: int, corpus: Corpus, result: Evaluation, legacy: bool) -> None:

@@ -34,12 +34,12 @@ class BPTLinear(ReparamLinear):
         n, m = site.shape
         W = site.linear.weight
         initialise(W, init, rng(site.name, purpose="W"))
-        fp32 = {"dtype": torch.promote_types(W.dtype, torch.float32), "device": W.device}
+        wide = torch.promote_types(W.dtype, torch.float32)
         self.weight = W.requires_grad_(False)
         self.U = nn.Parameter(fresh_U(site.name, 0, n, rank, rng, W))
         self.V = nn.Parameter(W.new_zeros(rank, m))
-        self.a = nn.Parameter(torch.ones(n, **fp32))
-        self.b = nn.Parameter(torch.ones(m, **fp32))
+        self.a = nn.Parameter(W.new_ones(n, dtype=wide))
+        self.b = nn.Parameter(W.new_ones(m, dtype=wide))
 
     def forward(self, x: Tensor) -> Tensor:
         y = bpt_linear(x, self.weight, self.U, self.V, self.a, self.b)

@@ -43,7 +43,7 @@ class LowRank(RankMethod):
 
     name: ClassVar[str] = "lowrank"
     equation: ClassVar[str] = "W = B A, both factors trained by AdamW"
-    optim_defaults = replace(Method.optim_defaults, lr=3e-3)
+    optim_defaults = replace(Method.optim_defaults, lr=1e-3)
 
     def install(self, sites: Sequence[Site], rng: Rng, phase: int) -> None:
         for site in self.chosen(sites):

@@ -19,8 +19,8 @@ def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    y = _BPTLinear.apply(x.reshape(-1, x.shape[-1]), W, U, V, a, b, dtype)
-    assert isinstance(y, Tensor)
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor = _BPTLinear.apply(rows, W, U, V, a, b, dtype)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 

@@ -76,6 +76,7 @@ def preconditioned_step(
     def solve(gram: Tensor, rhs: Tensor) -> Tensor:
         e = eps * gram.trace() + torch.finfo(gram.dtype).tiny ** 0.5
         eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-        return torch.linalg.solve_ex(gram + e * eye, rhs)[0]
+        solution: Tensor = torch.linalg.solve_ex(gram + e * eye, rhs)[0]
+        return solution
 
     return B - lr * solve(A @ A.mT, G_B.mT).mT, A - lr * solve(B.mT @ B, G_A)

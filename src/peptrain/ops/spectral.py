@@ -21,8 +21,8 @@ def semi_orthogonal(
     """
     normal = torch.randn(max(n, r), min(n, r), generator=generator, dtype=torch.float64)
     Q, R = torch.linalg.qr(normal.to(device))
-    Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
-    return (Q if n >= r else Q.T).to(dtype).contiguous()
+    frame: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return (frame if n >= r else frame.T).to(dtype).contiguous()
 
 
 def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
