@@ -26,6 +26,7 @@ LEVELS: list[tuple[str, ...]] = [
      "eval/perplexity.py"),
     ("config.py", "build.py", "journal.py"),
     ("environment.py", "progress.py", "export.py", "estimate.py", "report.py", "eval/run.py"),
+    ("trainee.py",),
     ("train.py",),
     ("compare.py",),
     ("cli.py",),
@@ -85,7 +86,7 @@ def test_every_place_in_the_levels_is_a_level_of_its_own() -> None:
 
 
 def test_the_levels_see_imports() -> None:
-    assert {"methods/base.py", "checkpoint.py", "schedule.py", "data/__init__.py"} <= set(
+    assert {"methods/base.py", "checkpoint.py", "signals.py", "data/__init__.py"} <= set(
         imports("train.py")
     )
 
@@ -97,7 +98,7 @@ def test_only_the_command_line_parses_arguments(module: str, user: set[str]) -> 
 
 
 def test_the_trainer_names_no_method() -> None:
-    for file in ("train.py", "build.py", "journal.py", "checkpoint.py", "dense.py"):
+    for file in ("train.py", "trainee.py", "build.py", "journal.py", "checkpoint.py", "dense.py"):
         text = FILES[file].read_text()
         for name, cls in METHODS.items():
             names = {cls.__name__} | ({name} if name != "full" else set())  # "in full" is English

@@ -15,7 +15,6 @@ from support import Killed, differences, kill_at, losses, make_corpus, newest, t
 from torch import nn
 
 import peptrain.checkpoint
-import peptrain.train as trainer
 from peptrain.checkpoint import (
     Checkpoint,
     agrees,
@@ -32,6 +31,7 @@ from peptrain.errors import CheckpointError
 from peptrain.methods import METHODS
 from peptrain.rundir import RunDir
 from peptrain.train import resume, train
+from peptrain.trainee import restore
 
 IDENTITY = {"method.name": "full", "data": "0123"}
 
@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rubbish(
     assert found is not None and differences(found, checkpoint_of(3)) == []
     message = str(caught.value)
     assert "step-00000004: could not be written" in message and "No space left" in message
-    assert "step-00000003 is whole" in message
+    assert "the last good checkpoint is" in message and "step-00000003" in message
     assert f"`peptrain resume {directory.parent}`" in message
 
 
@@ -254,7 +254,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(
     found = latest(directory)
     assert found is not None and differences(found, checkpoint_of(2)) == []
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(CheckpointError, match=r"step-00000002 is whole"):
+    with pytest.raises(CheckpointError, match=r"the last good checkpoint is .*step-00000002"):
         save(directory, checkpoint_of(10), keep)
 
 
@@ -371,7 +371,7 @@ def test_moments_come_back_in_the_dtype_that_they_had(
         train(tiny(name, corpus, run, train=settings), kill_at("checkpoint", 2))
     saved, config = newest(run), load(RunDir(run).config_file)
     alone = World(0, 1, torch.device("cpu"))
-    trainee = trainer._restore(config, RunDir(run), alone, saved.identity)
+    trainee = restore(config, RunDir(run), alone, saved.identity)
     back = capture(trainee.model, trainee.optimizer, step=2, phase=0, identity=saved.identity)
     assert differences(back, saved) == []
     wanted = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)

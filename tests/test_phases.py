@@ -25,7 +25,6 @@ from support import (
 )
 
 import peptrain.methods
-import peptrain.train as trainer
 from peptrain.build import phase_at, rebuild
 from peptrain.checkpoint import Checkpoint, available, read
 from peptrain.config import load
@@ -34,7 +33,8 @@ from peptrain.errors import ConfigError
 from peptrain.methods import METHODS, Full
 from peptrain.methods.base import reparametrized
 from peptrain.rundir import RunDir
-from peptrain.train import Trainee, resume, train
+from peptrain.train import resume, train
+from peptrain.trainee import Trainee, restore
 
 WARM = 4
 KEPT = {"checkpoint_every": 1, "keep": 99}
@@ -65,7 +65,7 @@ def trainee_at(run: Path, step: int, scratch: Path) -> Trainee:
         if path.name > f"step-{step:08d}":
             shutil.rmtree(path)
     config = load(RunDir(run).config_file)
-    return trainer._restore(config, RunDir(scratch), ALONE, newest(scratch).identity)
+    return restore(config, RunDir(scratch), ALONE, newest(scratch).identity)
 
 
 def logits(model: Any) -> torch.Tensor:

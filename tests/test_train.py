@@ -312,7 +312,7 @@ def test_an_absurd_learning_rate_leaves_no_broken_checkpoint(
 ) -> None:
     run = tmp_path / "run"
     settings = {"optim": {"lr": lr}, "train": {**EACH, "precision": "fp32"}}
-    with pytest.raises(Diverged, match=r"step \d: .*rate of \d.*checkpoint (is|yet).*optim\.lr"):
+    with pytest.raises(Diverged, match=r"step \d: .*rate of \d.*checkpoint.*optim\.lr"):
         train(tiny(name, corpus, run, **settings))
     assert_all_finite(run)
 

@@ -127,7 +127,7 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{final}: could not be written: {error}; {_newest(directory)}"
+            f"{final}: could not be written: {error}; {last_good(directory)}"
         ) from error
     done = available(directory)
     whole = [path for path in done if path <= final]  # training passed over a newer one: damaged
@@ -136,11 +136,13 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return final
 
 
-def _newest(directory: Path) -> str:
+def last_good(directory: Path) -> str:
+    """What a message says of the newest checkpoint there."""
     found = available(directory)
     if not found:
         return "there is no earlier checkpoint"
-    return f"{found[-1]} is whole: make room and go on with `peptrain resume {directory.parent}`"
+    again = f"`peptrain resume {directory.parent}` goes on from it"
+    return f"the last good checkpoint is {found[-1]}, and {again}"
 
 
 def _write(directory: Path, checkpoint: Checkpoint) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +14,35 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from peptrain import checkpoint, schedule
-from peptrain.build import build, phase_at, rebuild, run_config
+from peptrain.build import run_config
 from peptrain.config import RunConfig, dump, resolved
 from peptrain.data import Corpus, default_corpus
 from peptrain.distributed import World, world
 from peptrain.environment import record_environment
-from peptrain.errors import ConfigError, DataError, Diverged, Interrupted
+from peptrain.errors import Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, evaluate
 from peptrain.journal import Journal, Observer, silent
 from peptrain.methods.base import Method
 from peptrain.model import (
-    NextTokenLoss,
     autocast,
     check_causal,
-    checkpoint_activations,
-    compile_layers,
     config_file,
     count_parameters,
     save_tokenizer,
-    vocabulary_size,
 )
 from peptrain.optim import state_bytes
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir, first_free, write_atomically
-from peptrain.schedule import Schedule
 from peptrain.signals import Stop, stop_on_signals
+from peptrain.trainee import (
+    Trainee,
+    check_corpus,
+    check_vocabulary,
+    diverged,
+    identity_of,
+    restore,
+    save,
+)
 
 
 @dataclass(frozen=True)
@@ -55,22 +58,6 @@ class Result:
     tokens_per_second: float
     peak_bytes: int
     """Peak GPU memory, 0 on a CPU."""
-
-
-@dataclass
-class Trainee:
-    """A model in one phase of its training, with all that moves it."""
-
-    model: PreTrainedModel
-    loss: nn.Module
-    """The model with its loss, replicated over the ranks."""
-    optimizer: Optimizer
-    schedule: Schedule
-    phase: int
-    step: int
-    """Completed optimizer steps."""
-    end: int
-    """The step at which the phase ends."""
 
 
 def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
@@ -97,12 +84,13 @@ def resume(path: Path, observe: Observer = silent) -> Result:
 
 def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: Observer) -> Result:
     corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
-    _check_corpus(corpus, config)
-    identity = _identity(config, corpus)
-    trainee = _restore(config, run, here, identity)
-    _check_vocabulary(trainee.model, corpus)
+    check_corpus(corpus, config)
+    identity = identity_of(config, corpus)
+    trainee = restore(config, run, here, identity)
+    check_vocabulary(trainee.model, corpus)
     if config.model.config is not None:
-        check_causal(trainee.model)
+        with _eager():
+            check_causal(trainee.model)
     run = run or _create(config, corpus, here)
     tokens_per_step = config.train.batch_size * config.train.seq_len
     journal = Journal(run, here, observe, tokens_per_step)
@@ -113,7 +101,7 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
     with stop_on_signals() as stop:
         _loop(config, trainee, corpus, run, journal, stop, identity)
         while trainee.step < config.train.steps:
-            trainee = _restore(config, run, here, identity)
+            trainee = restore(config, run, here, identity)
             _loop(config, trainee, corpus, run, journal, stop, identity)
     held_out = _evaluate(config, trainee.model, corpus, here, limit=0)
     result = _result(run, trainee, held_out, journal)
@@ -154,7 +142,7 @@ def _loop(
             held_out = _evaluate(config, model, corpus, here, limit=t.eval_tokens)
             journal.evaluation(trainee.step, held_out)
         if saving:
-            _save(trainee, run, here, identity, t.keep)
+            save(trainee, run, here, identity, t.keep)
             journal.write("checkpoint", step=trainee.step)
         if saving or evaluating:
             journal.pause()
@@ -223,13 +211,13 @@ def _flush(journal: Journal, run: RunDir) -> None:
     try:
         journal.flush()
     except Diverged as error:
-        raise Diverged(f"{error}; {_last_good(run)}") from None
+        raise diverged(str(error), run) from None
 
 
-def _last_good(run: RunDir) -> str:
-    found = checkpoint.available(run.checkpoints)
-    last = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-    return f"nothing was saved since, and {last}; try a lower optim.lr"
+def _eager() -> AbstractContextManager[object]:
+    """Compiled layers would be compiled anew for evaluation's mode and shapes."""
+    context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return context
 
 
 def _evaluate(
@@ -237,8 +225,7 @@ def _evaluate(
 ) -> Evaluation:
     t = config.train
     assert t.micro_batch is not None and t.precision is not None
-    # Compiled layers would be compiled anew for evaluation's mode and shapes.
-    with torch.compiler.set_stance("force_eager"):
+    with _eager():
         return evaluate(
             model,
             corpus.held_out(),
@@ -247,76 +234,6 @@ def _evaluate(
             precision=t.precision,
             world=here,
             limit=limit,
-        )
-
-
-def _save(
-    trainee: Trainee, run: RunDir, here: World, identity: Mapping[str, Any], keep: int
-) -> None:
-    if here.main:
-        finite = torch.stack([p.isfinite().all() for p in trainee.model.parameters()])
-        if not finite.all():
-            lr = trainee.optimizer.param_groups[0]["lr"]
-            raise Diverged(
-                f"step {trainee.step}: a weight is not finite at a learning rate of {lr:.3g};"
-                f" {_last_good(run)}"
-            )
-        state = checkpoint.capture(
-            trainee.model,
-            trainee.optimizer,
-            step=trainee.step,
-            phase=trainee.phase,
-            identity=identity,
-        )
-        checkpoint.save(run.checkpoints, state, keep)
-    here.barrier()
-
-
-def _restore(
-    config: RunConfig[Method], run: RunDir | None, here: World, identity: Mapping[str, Any]
-) -> Trainee:
-    """The trainee at the newest checkpoint of `run`, or at the start.
-
-    The one path for a start, a resume and a phase boundary.
-    """
-    saved = checkpoint.latest(run.checkpoints) if run else None
-    step = saved.step if saved else 0
-    phase, end = phase_at(config, step)
-    if saved:
-        checkpoint.agrees(saved, identity)
-        model = rebuild(config, saved, phase)
-    else:
-        model = build(config, phase)
-    model.to(here.device)  # type: ignore[arg-type]
-    model.train()
-    if config.train.checkpoint_activations:
-        checkpoint_activations(model)
-    if config.train.compile:
-        compile_layers(model)
-    optimizer = config.method.optimizer(model, config.optim)
-    if saved:
-        checkpoint.load_optimizer(model, optimizer, saved, same_phase=phase == saved.phase)
-    base = schedule.build(config.schedule, config.train.steps)
-    loss = here.parallelize(NextTokenLoss(model, compile=config.train.compile))
-    return Trainee(model, loss, optimizer, config.method.schedule(base), phase, step, end)
-
-
-def _check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
-    """Raise DataError now for what would end the training later."""
-    corpus.windows(config.train.seq_len)
-    if len(corpus.held_out()) < 2:
-        raise DataError(
-            f"{corpus.path}: the held-out part is empty, so there is nothing to evaluate on;"
-            " prepare it with a larger --held-out, or with --held-out-inputs"
-        )
-
-
-def _check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
-    vocabulary = vocabulary_size(model)
-    if corpus.max_id >= vocabulary:
-        raise ConfigError(
-            f"model.vocab_size: {vocabulary}, and token id {corpus.max_id} occurs in {corpus.path};"
-            f" set it to {corpus.vocab_size}, or prepare the data with the model's own tokenizer"
         )
 
 
@@ -334,24 +251,6 @@ def _first_files(run: RunDir, config: RunConfig[Method], corpus: Corpus) -> None
     save_tokenizer(corpus.tokenizer_file, corpus.eos_id, run.tokenizer)
     if file := config_file(config.model):
         shutil.copyfile(file, run.model_file)
-
-
-def _identity(config: RunConfig[Method], corpus: Corpus) -> dict[str, Any]:
-    """What a checkpoint and the run that continues from it must agree in.
-
-    The learning rate, the schedule and the number of steps may change.
-    """
-    model = asdict(config.model)
-    if file := config_file(config.model):
-        model["config"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    train = {k: getattr(config.train, k) for k in ("precision", "seed", "batch_size", "seq_len")}
-    sections = {
-        "method": {"name": config.method.name, **asdict(config.method)},
-        "model": model,
-        "train": train,
-    }
-    flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
-    return {**flat, "data": corpus.fingerprint}
 
 
 def _start(

@@ -1,0 +1,140 @@
+"""A model in training: built or restored for its phase, checked, and saved."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from peptrain import checkpoint, schedule
+from peptrain.build import build, phase_at, rebuild
+from peptrain.config import RunConfig
+from peptrain.data import Corpus
+from peptrain.distributed import World
+from peptrain.errors import ConfigError, DataError, Diverged
+from peptrain.methods.base import Method
+from peptrain.model import (
+    NextTokenLoss,
+    checkpoint_activations,
+    compile_layers,
+    config_file,
+    vocabulary_size,
+)
+from peptrain.rundir import RunDir
+from peptrain.schedule import Schedule
+
+
+@dataclass
+class Trainee:
+    """A model in one phase of its training, with all that moves it."""
+
+    model: PreTrainedModel
+    loss: nn.Module
+    """The model with its loss, replicated over the ranks."""
+    optimizer: Optimizer
+    schedule: Schedule
+    phase: int
+    step: int
+    """Completed optimizer steps."""
+    end: int
+    """The step at which the phase ends."""
+
+
+def restore(
+    config: RunConfig[Method], run: RunDir | None, here: World, identity: Mapping[str, Any]
+) -> Trainee:
+    """The trainee at the newest checkpoint of `run`, or at the start.
+
+    The one path for a start, a resume and a phase boundary.
+    """
+    saved = checkpoint.latest(run.checkpoints) if run else None
+    step = saved.step if saved else 0
+    phase, end = phase_at(config, step)
+    if saved:
+        checkpoint.agrees(saved, identity)
+        model = rebuild(config, saved, phase)
+    else:
+        model = build(config, phase)
+    model.to(here.device)  # type: ignore[arg-type]
+    model.train()
+    if config.train.checkpoint_activations:
+        checkpoint_activations(model)
+    if config.train.compile:
+        compile_layers(model)
+    optimizer = config.method.optimizer(model, config.optim)
+    if saved:
+        checkpoint.load_optimizer(model, optimizer, saved, same_phase=phase == saved.phase)
+    base = schedule.build(config.schedule, config.train.steps)
+    loss = here.parallelize(NextTokenLoss(model, compile=config.train.compile))
+    return Trainee(model, loss, optimizer, config.method.schedule(base), phase, step, end)
+
+
+def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
+    """Raise DataError now for what would end the training later."""
+    corpus.windows(config.train.seq_len)
+    if len(corpus.held_out()) < 2:
+        raise DataError(
+            f"{corpus.path}: the held-out part is empty, so there is nothing to evaluate on;"
+            " prepare it with a larger --held-out, or with --held-out-inputs"
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
+    """Raise ConfigError unless the model has an embedding for every id that occurs."""
+    vocabulary = vocabulary_size(model)
+    if corpus.max_id >= vocabulary:
+        raise ConfigError(
+            f"model.vocab_size: {vocabulary}, and token id {corpus.max_id} occurs in {corpus.path};"
+            f" set it to {corpus.vocab_size}, or prepare the data with the model's own tokenizer"
+        )
+
+
+def save(
+    trainee: Trainee, run: RunDir, here: World, identity: Mapping[str, Any], keep: int
+) -> None:
+    """Write a checkpoint from the main rank. Raises Diverged rather than save a broken weight."""
+    if here.main:
+        finite = torch.stack([p.isfinite().all() for p in trainee.model.parameters()])
+        if not finite.all():
+            lr = trainee.optimizer.param_groups[0]["lr"]
+            what = f"step {trainee.step}: a weight is not finite at a learning rate of {lr:.3g}"
+            raise diverged(what, run)
+        state = checkpoint.capture(
+            trainee.model,
+            trainee.optimizer,
+            step=trainee.step,
+            phase=trainee.phase,
+            identity=identity,
+        )
+        checkpoint.save(run.checkpoints, state, keep)
+    here.barrier()
+
+
+def diverged(what: str, run: RunDir) -> Diverged:
+    """The error for `what`, with what to do about it."""
+    advice = "nothing was saved since; try a lower optim.lr in the run's config.toml"
+    return Diverged(f"{what}; {checkpoint.last_good(run.checkpoints)}; {advice}")
+
+
+def identity_of(config: RunConfig[Method], corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint and the run that continues from it must agree in.
+
+    The learning rate, the schedule and the number of steps may change.
+    """
+    model = asdict(config.model)
+    if file := config_file(config.model):
+        model["config"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    train = {k: getattr(config.train, k) for k in ("precision", "seed", "batch_size", "seq_len")}
+    sections = {
+        "method": {"name": config.method.name, **asdict(config.method)},
+        "model": model,
+        "train": train,
+    }
+    flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
+    return {**flat, "data": corpus.fingerprint}
