@@ -5,7 +5,8 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["PEPTRAIN_CACHE"] = tempfile.mkdtemp(prefix="peptrain-tests-")
+CACHE = tempfile.TemporaryDirectory(prefix="peptrain-tests-")  # removed when Python exits
+os.environ["PEPTRAIN_CACHE"] = CACHE.name
 
 import pytest
 import torch

@@ -86,7 +86,7 @@ def test_every_place_in_the_levels_is_a_level_of_its_own() -> None:
 
 
 def test_the_levels_see_imports() -> None:
-    assert {"methods/base.py", "checkpoint.py", "signals.py", "data/__init__.py"} <= set(
+    assert {"methods/base.py", "trainee.py", "signals.py", "data/__init__.py"} <= set(
         imports("train.py")
     )
 

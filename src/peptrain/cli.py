@@ -186,7 +186,7 @@ def _demo(run: Path | None = None) -> None:
     directory = run or first_free(Path("runs"), "demo")
     results = [_watched(training) for training in demo(directory)]
     console.print(comparison(results))
-    console.print(NEXT_STEPS)
+    console.print(NEXT_STEPS, soft_wrap=True, highlight=False)
 
 
 def _eval(

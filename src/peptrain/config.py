@@ -46,8 +46,9 @@ class TrainConfig:
     """Steps between rows of metrics.jsonl; the loss is checked as often."""
     eval_every: int | None = interval(0.1)
     """Steps between held-out evaluations; 0 is only at the end. Unset: a tenth of the run."""
-    eval_tokens: int = 131_072
-    """Held-out tokens per evaluation during training, at most; 0 is all."""
+    eval_tokens: int | None = None
+    """Held-out tokens per evaluation during training, at most; 0 is all. The last evaluation
+    takes all. Unset: half of what is trained on between two, from 8,192 to 131,072."""
     checkpoint_every: int | None = interval(0.25, most=1000)
     """Steps between checkpoints; 0 is only at the end. Unset: a quarter of the run, at most
     1000."""
@@ -112,8 +113,13 @@ def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainC
     fitting = [k for k in range(1, rows + 1) if rows % k == 0 and k * train.seq_len <= 16_384]
     micro = train.micro_batch or max(fitting, default=1)
     check(rows % micro == 0, "train.micro_batch", micro, f"a divisor of the {rows} rows of a rank")
+    between = (train.eval_every or train.steps) * train.batch_size * train.seq_len
+    # A forward pass costs a third of a training step: evaluation adds a sixth of the time.
+    eval_tokens = min(131_072, max(8_192, between // 2))
+    if train.eval_tokens is not None:
+        eval_tokens = train.eval_tokens
     precision = train.precision or ("bf16-mixed" if on_gpu else "fp32")
-    return replace(train, micro_batch=micro, precision=precision)
+    return replace(train, micro_batch=micro, precision=precision, eval_tokens=eval_tokens)
 
 
 def parse(table: Mapping[str, Any]) -> RunConfig[Method]:

@@ -139,6 +139,7 @@ def _loop(
         if saving or evaluating or trainee.step % t.log_every == 0:
             _flush(journal, run)
         if evaluating:
+            assert t.eval_tokens is not None
             held_out = _evaluate(config, model, corpus, here, limit=t.eval_tokens)
             journal.evaluation(trainee.step, held_out)
         if saving:

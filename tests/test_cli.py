@@ -1,0 +1,621 @@
+"""The command as a person calls it: what it prints, what it refuses, and its exit codes."""
+
+import gzip
+import io
+import json
+import os
+import re
+import shlex
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from support import MODEL, TINY, rows, tiny
+
+import peptrain.cli
+import peptrain.compare
+import peptrain.data
+from peptrain.cli import main
+from peptrain.compare import DEMO_METHODS, comparison
+from peptrain.config import load
+from peptrain.data import Corpus, embedded
+from peptrain.eval.perplexity import Evaluation
+from peptrain.export import load_factorised
+from peptrain.methods import METHODS
+from peptrain.methods.base import RankMethod
+from peptrain.model import PRESETS
+from peptrain.progress import TrainingProgress
+from peptrain.rundir import RunDir
+from peptrain.train import Result, train
+
+STEPS = 8
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of an error that was expected."""
+        assert self.code == 1 and not self.out, self
+        assert self.err.startswith("error: ") and self.err.count("\n") == 1, self.err
+        return self.err.removeprefix("error: ").rstrip("\n")
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def peptrain_(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Command:
+    """Calls the command line in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(line: str, *arguments: Any) -> Said:
+        capsys.readouterr()
+        try:
+            code = main([*shlex.split(line), *map(str, arguments)])
+        except SystemExit as left:
+            assert isinstance(left.code, int)
+            code = left.code
+        said = capsys.readouterr()
+        assert "Traceback" not in said.out + said.err
+        return Said(code, said.out, said.err)
+
+    return call
+
+
+def flags(method: str, corpus: Path, **given: Any) -> list[str]:
+    """The flags of a tiny run of any method."""
+    known = {f.name for f in fields(METHODS[method])}
+    values: dict[str, Any] = {f"model.{key}": value for key, value in MODEL.items()}
+    values |= {f"method.{key}": value for key, value in TINY.items() if key in known}
+    values |= {"train.steps": STEPS, "train.batch_size": 4, "train.seq_len": 16}
+    values |= {"train.log_every": 1, "data.path": corpus}
+    values |= {key.replace("__", "."): value for key, value in given.items()}
+    return [part for k, v in values.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def spaced(text: str) -> str:
+    """The words of a table or a box, without its frame and line breaks."""
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
+
+
+every_method = pytest.mark.parametrize("name", METHODS)
+COMMANDS = [
+    "", "train", *(f"train {name}" for name in METHODS), "resume", "demo", "eval", "export",
+    "data", "data prepare", "methods",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_explains_itself(line: str, peptrain_: Command) -> None:
+    said = peptrain_(f"{line} --help")
+    assert said.code == 0 and not said.err
+    assert said.out.startswith(f"usage: peptrain {line}".rstrip())
+
+
+def test_the_list_of_commands_above_is_whole(peptrain_: Command) -> None:
+    def listed(line: str) -> list[str]:
+        found = re.search(r"\{([\w,]+)\}", peptrain_(f"{line} --help").out)
+        return found[1].split(",") if found else []
+
+    assert {c.split()[0] for c in COMMANDS if c} == set(listed(""))
+    assert listed("train") == list(METHODS)
+
+
+@every_method
+def test_the_help_shows_the_methods_own_defaults(name: str, peptrain_: Command) -> None:
+    text = spaced(peptrain_(f"train {name} --help").out)
+    method = METHODS[name]
+    assert spaced((method.__doc__ or "").splitlines()[0]) in text
+    lr = re.search(r"--optim\.lr FLOAT .*?\(default: (\S+)\)", text)
+    assert lr and float(lr[1]) == method.optim_defaults.lr
+    for field in fields(method):
+        assert f"--method.{field.name.replace('_', '-')} " in text
+        explained = re.search(rf"--method\.{field.name.replace('_', '-')} (.*?)\(default", text)
+        assert explained and len(explained[1].split()) > 4, field.name
+
+
+def test_methods_are_listed_with_equation_and_learning_rate(
+    peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peptrain.cli, "console", Console(width=200))
+    said = peptrain_("methods")
+    table = {line.split()[0]: spaced(line) for line in said.out.splitlines() if line.strip()}
+    for name, method in METHODS.items():
+        assert f"{name} {method.equation} {method.optim_defaults.lr:g}" in table[name]
+    assert all(preset in table["presets:"] for preset in PRESETS)
+
+
+# From training to export.
+
+
+@every_method
+def test_a_method_trains_and_its_run_is_evaluated_and_exported(
+    name: str, corpus: Path, peptrain_: Command
+) -> None:
+    said = peptrain_(f"train {name} --run run", *flags(name, corpus))
+    assert said.code == 0 and not said.err
+    (end,) = rows(Path("run"), "end")
+    assert said.out.endswith(f"held-out loss {end['held_out_loss']:.4f}, run saved in run\n")
+    config = load(Path("run/config.toml"))
+    assert config.method.name == name and config.model.hidden_size == MODEL["hidden_size"]
+
+    measured = peptrain_("eval run")
+    found = re.fullmatch(r"perplexity (\S+)  loss (\S+)  over ([\d,]+) tokens\n", measured.out)
+    assert found and float(found[2]) == pytest.approx(end["held_out_loss"], abs=1e-4)
+    assert int(found[3].replace(",", "")) == end["held_out_tokens"]
+
+    exported = peptrain_("export run --out dense")
+    assert exported.code == 0 and exported.out.endswith("dense model in dense\n")
+    assert Path("dense/model.safetensors").is_file()
+    small = peptrain_("export run --out small --form factorised")
+    if name in ("lowrank", "loro"):
+        assert small.code == 0 and small.out.endswith("factorised model in small\n")
+        assert load_factorised(Path("small")).dtype == torch.float32
+    else:
+        assert small.error.startswith(f"--form factorised: {name} keeps full matrices")
+    assert "exists and is never overwritten" in peptrain_("export run --out dense").error
+
+
+def test_a_run_takes_the_first_free_name(corpus: Path, peptrain_: Command) -> None:
+    for n in (1, 2):
+        said = peptrain_("train full", *flags("full", corpus, train__steps=1))
+        assert said.out.endswith(f"run saved in runs/full-{n}\n")
+    assert "--run runs/full-1: exists and is never" in peptrain_(
+        "train full --run runs/full-1", *flags("full", corpus)
+    ).error  # fmt: skip
+
+
+def test_a_run_replays_from_its_own_configuration(corpus: Path, peptrain_: Command) -> None:
+    assert peptrain_("train loro --run first", *flags("loro", corpus)).code == 0
+    for line in (
+        "train --config first/config.toml --run again",
+        "train loro --run after --config first/config.toml",
+        "train --config=first/config.toml --run equals",
+    ):
+        assert peptrain_(line).code == 0
+    ends = [
+        rows(Path(run), "end")[0]["held_out_loss"] for run in ("first", "again", "after", "equals")
+    ]
+    assert len(set(ends)) == 1
+    assert Path("again/config.toml").read_text() == Path("first/config.toml").read_text()
+
+
+SETTINGS = """
+[method]
+name = "bpt"
+rank = 3
+[train]
+steps = 4
+batch_size = 2
+seq_len = 16
+[model]
+vocab_size = 320
+hidden_size = 16
+intermediate_size = 24
+layers = 1
+heads = 2
+[data]
+path = "{corpus}"
+"""
+
+
+def test_a_flag_overrides_the_file(corpus: Path, peptrain_: Command) -> None:
+    Path("settings.toml").write_text(SETTINGS.format(corpus=corpus))
+    assert peptrain_("train --config settings.toml --run file").code == 0
+    assert peptrain_(
+        "train bpt --run flag --train.steps 2 --method.rank 2 --config settings.toml"
+    ).code == 0  # fmt: skip
+    file, flag = (load(Path(run) / "config.toml") for run in ("file", "flag"))
+    assert (file.train.steps, file.method.rank) == (4, 3)
+    assert (flag.train.steps, flag.method.rank, flag.train.batch_size) == (2, 2, 2)
+    assert rows(Path("flag"), "end")[0]["step"] == 2
+
+
+def test_a_file_for_another_method_is_refused(corpus: Path, peptrain_: Command) -> None:
+    Path("settings.toml").write_text(SETTINGS.format(corpus=corpus))
+    said = peptrain_("train loro --config settings.toml --run run")
+    assert re.match(r"--config settings.toml: configures bpt, and loro was asked for", said.error)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('[method]\nname = "bpt"\nmerge_evry = 3', "method.merge_evry: unknown key; did you mean"),
+        ('[method]\nname = "bpt"\n[trian]\nsteps = 3', "trian: unknown key; did you mean 'train'?"),
+        ('[method]\nname = "btp"', "method.name: 'btp' is unknown; known are full, bpt"),
+        ('[method]\nname = "bpt"\nrank = "4"', "method.rank: '4' has the wrong type or value"),
+        ('[train]\nsteps = 3', "method.name: missing"),
+        ("steps: 3", "--config settings.toml: not TOML"),
+        (None, "--config settings.toml: No such file"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_file_is_named(
+    content: str | None, message: str, peptrain_: Command
+) -> None:
+    if content is not None:
+        Path("settings.toml").write_text(content)
+    said = peptrain_("train --config settings.toml")
+    assert said.error.startswith(message)
+    assert not Path("runs").exists()
+
+
+# What a command line can get wrong.
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("train bpt --method.rnak 2", r"Unrecognized .*--method\.rnak.*meant: --method\.rank"),
+        ("train bpt --trian.steps 2", r"Unrecognized .*--trian\.steps.*meant: --train\.steps"),
+        ("train loro --method.merge-every 2", r"Unrecognized .*in peptrain train bpt --help"),
+        ("train bpt --method.rank two", r"parsing --method\.rank: .*INT .*'two'"),
+        ("train bpt --method.rank 2.5", r"parsing --method\.rank: .*INT .*'2\.5'"),
+        ("train bpt --method.reset all", r"'all' .*--method\.reset.*'zero', 'magnitude'"),
+        ("train bpt --train.compile yes", r"--train\.compile.*True"),
+        ("train bpt --method.rank", r"--method\.rank"),
+        ("train bpt --config", r"--config"),
+        ("train btp", r"Unrecognized options: btp .*full, bpt"),
+        ("train", r"Expected one of \{full,"),
+        ("trian bpt", r"Unrecognized options: trian.*train, resume"),
+        ("export run", r"--out PATH The directory to make. \(required\)"),
+        ("resume", r"The run directory. \(required\)"),
+        ("data prepare text.txt", r"--out PATH"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_command_line_is_answered(line: str, message: str, peptrain_: Command) -> None:
+    said = peptrain_(line)
+    assert said.code == 2 and not said.out
+    assert re.search(message, spaced(said.err)), said.err
+    assert "usage: pytest" not in said.err
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    "method, given, message",
+    [
+        ("bpt", {"method__rank": 0}, "method.rank: 0 can't be used; give 1 or more"),
+        ("bpt", {"method__reset_fraction": 2}, "method.reset_fraction: 2.0 can't be used"),
+        ("loro", {"method__scale": "wide"}, "method.scale: 'wide' can't be used; give"),
+        ("full", {"optim__lr": -1}, "optim.lr: -1.0 can't be used"),
+        ("full", {"train__steps": 0}, "train.steps: 0 can't be used; give 1 or more"),
+        ("full", {"model__preset": "huge"}, "model.preset: 'huge' is unknown; choose one of tiny"),
+        ("full", {"model__vocab_size": 100}, "model.vocab_size: 100, and token id 299 occurs in"),
+        ("full", {"data__path": "nothing"}, "nothing: not a prepared corpus"),
+        ("full", {"model__config": "nothing"}, "model.config: nothing does not exist"),
+    ],
+)  # fmt: skip
+def test_an_impossible_setting_is_one_line_that_names_it(
+    method: str, given: Mapping[str, Any], message: str, corpus: Path, peptrain_: Command
+) -> None:
+    said = peptrain_(f"train {method} --run run", *flags(method, corpus, **given))
+    assert said.error.startswith(message)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if issubclass(METHODS[n], RankMethod)])
+def test_a_rank_too_large_names_the_largest_useful_one(
+    name: str, corpus: Path, peptrain_: Command
+) -> None:
+    error = peptrain_(f"train {name} --run run", *flags(name, corpus, method__rank=100)).error
+    largest = re.search(r"method.rank: at 100 .* largest useful rank of this model is (\d+)", error)
+    assert largest
+    for rank, code in ((int(largest[1]), 0), (int(largest[1]) + 1, 1)):
+        given = flags(name, corpus, method__rank=rank, train__steps=1)
+        assert peptrain_(f"train {name} --run run-{rank}", *given).code == code
+
+
+@pytest.mark.parametrize("line", ["eval nothing", "resume nothing", "export nothing --out out"])
+def test_what_is_no_run_is_named(line: str, peptrain_: Command) -> None:
+    assert peptrain_(line).error.startswith("nothing: no run directory, config.toml is missing")
+
+
+def test_a_place_in_the_way_of_a_run_is_named(corpus: Path, peptrain_: Command) -> None:
+    Path("file").touch()
+    said = peptrain_("train full --run file/run", *flags("full", corpus))
+    assert said.error.startswith("--run file/run: can't be written")
+
+
+# Preparing data.
+
+
+def test_text_and_packed_json_lines_are_prepared(peptrain_: Command) -> None:
+    Path("a.txt").write_text("tea in a tin, rain on a rose. " * 50)
+    with gzip.open("b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"body": f"line {n} of a rose"}) + "\n" for n in range(40))
+    said = peptrain_(
+        "data prepare a.txt b.jsonl.gz --out made --vocab-size 280 --held-out 0.2 --text-field body"
+    )
+    assert said.code == 0 and not said.err
+    corpus = Corpus.open(Path("made"))
+    assert said.out.startswith("made: 41 documents, ") and said.out.count("\n") == 1
+    assert f" {corpus.train_tokens:,} training and {len(corpus.held_out()):,} held-out" in said.out
+    assert f"vocabulary {corpus.vocab_size:,} (largest id {corpus.max_id:,})" in said.out
+    trained = peptrain_("train full --run run", *flags("full", Path("made"), train__steps=1))
+    assert trained.code == 0
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("junk.txt", bytes(range(256)) * 20, r"junk\.txt: does not look like text"),
+        ("bad.txt", b"fine \xff\xfe then", r"bad\.txt: broken UTF-8 at byte 5 .*--on-bad-utf8"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not JSON"),
+        ("other.jsonl", b'{"txt": "a"}\n', r"other\.jsonl:1: no field 'text' .*'txt'"),
+        ("list.jsonl", b"[1]\n", r"list\.jsonl:1: a JSON list; each line must be one object"),
+        ("cut.txt.gz", gzip.compress(b"tea " * 999)[:-20], r"cut\.txt\.gz: can't be read"),
+        ("empty.txt", b"", r"inputs: no text in empty\.txt"),
+        ("missing.txt", None, r"inputs: missing\.txt: no such file"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_prepared_is_named(
+    name: str, content: bytes | None, message: str, peptrain_: Command
+) -> None:
+    if content is not None:
+        Path(name).write_bytes(content)
+    assert re.match(message, peptrain_(f"data prepare {name} --out made").error)
+    assert not Path("made", "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("--vocab-size 10", "vocab_size: 10 can't be used; give 257 tokens or more"),
+        ("--held-out 1", "held_out: 1.0 can't be used"),
+        ("--tokenizer nothing", "tokenizer: nothing: no such file"),
+        ("--eos-token <no> --tokenizer TOKENIZER", "eos_token: '<no>' is not in the tokenizer"),
+    ],
+)
+def test_settings_that_cannot_prepare_are_named(
+    given: str, message: str, corpus: Path, peptrain_: Command
+) -> None:
+    Path("a.txt").write_text("tea in a tin")
+    given = given.replace("TOKENIZER", str(corpus / "tokenizer.json"))
+    assert peptrain_(f"data prepare a.txt --out made {given}").error.startswith(message)
+
+
+@pytest.mark.xfail(reason="data/index.py names a flag --inputs, which is positional", strict=True)
+def test_a_message_about_a_missing_corpus_gives_a_command_that_works(peptrain_: Command) -> None:
+    Path("TEXT").write_text("tea in a tin, rain on a rose. " * 50)
+    error = peptrain_("train full --data.path made").error
+    command = error.partition("make one with: peptrain ")[2]
+    assert peptrain_(command).code == 0
+    assert Corpus.open(Path("made")).train_tokens
+
+
+# Signals and exit codes.
+
+
+def test_ctrl_c_saves_and_resume_goes_on(
+    corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = TrainingProgress.__call__
+
+    def interrupt(self: TrainingProgress, row: Mapping[str, Any]) -> None:
+        show(self, row)
+        if row["event"] == "step" and row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert peptrain_("train bpt --run whole", *flags("bpt", corpus)).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProgress, "__call__", interrupt)
+        stopped = peptrain_("train bpt --run parted", *flags("bpt", corpus))
+    assert stopped.code == 130 and not stopped.err
+    said = re.search(
+        r"stopped and saved at step (\d) of 8; go on with `peptrain (.+)`", stopped.out
+    )
+    assert said and 3 <= int(said[1]) < STEPS
+    resumed = peptrain_(said[2])
+    assert resumed.code == 0 and f"in fp32 from step {said[1]}\n" in resumed.out
+    ends = [rows(Path(run), "end")[0]["held_out_loss"] for run in ("whole", "parted")]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    "line", ["data prepare a.txt --out made", "eval run", "export run --out out"]
+)
+def test_ctrl_c_elsewhere_is_no_traceback(
+    line: str, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in (
+        "peptrain.data.prepare",
+        "peptrain.eval.run.evaluate_run",
+        "peptrain.export.export",
+    ):
+        monkeypatch.setattr(place, interrupted)
+    said = peptrain_(line)
+    assert said.code == 130 and said.out == "stopped\n" and not said.err
+
+
+# What is seen while training.
+
+NUMBERS = r"loss \d\.\d{3}  held-out \d\.\d{3}  lr \d\.\de-\d\d  [\d,]+ tok/s"
+
+
+def test_a_file_gets_a_whole_line_for_each_evaluation(
+    corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = flags("bpt", corpus, train__eval_every=2, train__checkpoint_every=4, train__log_every=2)
+    said = peptrain_("train bpt --run run", *given)
+    start, *lines, end = said.out.splitlines()
+    assert re.fullmatch(
+        r"bpt  0\.01M of 0\.02M parameters trainable, 8 steps of 64 tokens in fp32", start
+    )
+    # An evaluation and a checkpoint at one step share a line.
+    assert [line.split()[2] for line in lines] == ["2/8", "4/8", "6/8", "8/8"]
+    for line in lines:
+        assert re.fullmatch(rf"bpt  step \d/8  {NUMBERS}(  \d merges)?  \d+\.\d min left", line), (
+            line
+        )
+    assert "2 merges" in lines[-1]
+    (last,) = [r for r in rows(Path("run"), "eval") if r["step"] == 4]
+    assert f"held-out {last['held_out_loss']:.3f}" in lines[1]
+    assert end.startswith("bpt  held-out loss ")
+
+
+def test_the_time_left_is_that_of_the_tokens_left() -> None:
+    out = io.StringIO()
+    progress = TrainingProgress(Console(file=out, width=80))
+    progress(start_row(steps=100, tokens_per_step=600))
+    progress(step_row(40, tokens_per_second=100.0))
+    progress({"event": "eval", "step": 40, "held_out_loss": 2.5})
+    assert "6.0 min left" in out.getvalue()
+
+
+def start_row(**given: Any) -> dict[str, Any]:
+    row = {"event": "start", "run": "runs/x", "method": "lowrank", "step": 0, "steps": 10_000}
+    row |= {"tokens_per_step": 8192, "train_tokens": 10**9, "precision": "bf16-mixed"}
+    return row | {"parameters": 10**9, "trainable": 10**8} | given
+
+
+def step_row(step: int, **given: Any) -> dict[str, Any]:
+    row = {"event": "step", "step": step, "loss": 3.25, "lr": 1e-3, "grad_norm": 1.0}
+    return row | {"tokens": step * 8192, "tokens_per_second": 1_234_567.0} | given
+
+
+def shown(console: Console) -> str:
+    """What stands on a terminal in the end: the last of what was written over."""
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    last = file.getvalue().split("\x1b[2K")[-1]
+    return re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", last)
+
+
+def test_a_terminal_of_80_columns_shows_it_all() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    progress = TrainingProgress(console)
+    progress(start_row())
+    for step in (9_000, 9_500):
+        progress(step_row(step, exact_steps=19.0))
+    progress({"event": "eval", "step": 9_500, "held_out_loss": 3.5})
+    progress.close()
+    frame = shown(console)
+    assert re.search(r"lowrank .*━.* +9500/10000 +(\d:\d\d:\d\d|-:--:--)", frame), frame
+    wanted = "loss 3.250  held-out 3.500  lr 1.0e-03  1,234,567 tok/s  19 exact steps"
+    assert wanted in frame and "…" not in frame
+
+
+def test_training_on_a_terminal_draws_the_bar_and_takes_it_away(
+    corpus: Path, tmp_path: Path
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    config = tiny("bpt", corpus, tmp_path / "run", train={"eval_every": 2})
+    train(config, TrainingProgress(console))
+    frame = shown(console)
+    assert re.search(rf"bpt .*8/8 .*0:00:0\d\s+{NUMBERS}  2 merges", frame), frame
+    assert frame.rstrip().endswith(f"run saved in {tmp_path / 'run'}")
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1  # the cursor came back
+
+
+ABSURD = {"optim__lr": 1e30, "optim__clip": 0}
+
+
+@pytest.mark.parametrize(
+    "every",
+    [
+        0,
+        pytest.param(
+            2, marks=pytest.mark.xfail(reason="a NaN held-out loss is a ValueError", strict=True)
+        ),
+    ],
+)
+def test_the_bar_goes_when_training_diverges(
+    every: int, corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(peptrain.cli, "console", console)
+    said = peptrain_(
+        "train full --run run", *flags("full", corpus, train__eval_every=every, **ABSURD)
+    )
+    assert re.match(r"step \d: .* not finite|step \d: the loss is nan", said.error)
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1
+
+
+def test_names_with_brackets_are_printed_as_they_are(corpus: Path, peptrain_: Command) -> None:
+    long = "a-name-that-is-longer-than-a-line-" * 3 + "[red]of[/red]"
+    assert f"saved in {long}/run\n" in peptrain_(
+        f"train full --run {long}/run", *flags("full", corpus, train__steps=1)
+    ).out  # fmt: skip
+    assert f"in {long}/out\n" in peptrain_(f"export {long}/run --out {long}/out").out
+    Path("a.txt").write_text("tea in a tin, rain on a rose")
+    said = peptrain_(f"data prepare a.txt --out {long}/data --vocab-size 260")
+    assert said.out.startswith(f"{long}/data: ") and said.out.count("\n") == 1
+    assert f"{long}/nothing: no run" in peptrain_(f"eval {long}/nothing").error
+
+
+# The demo.
+
+
+def test_the_demo_trains_each_method_on_the_same_tokens(
+    peptrain_: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PEPTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(embedded, "_sotu_texts", list)
+    monkeypatch.setattr(embedded, "_source_roots", lambda: [Path(json.__file__).parent])
+    small = replace(peptrain.compare.DEMO_TRAIN, steps=4, batch_size=2, seq_len=32, log_every=1)
+    monkeypatch.setattr(peptrain.compare, "DEMO_TRAIN", small)
+    said = peptrain_("demo")
+    assert said.code == 0 and "Try next:" in said.out
+    names = [method.name for method in DEMO_METHODS]
+    assert names == ["full", "bpt", "loro"]
+    runs = {name: Path("runs/demo-1") / name for name in names}
+    configs = [load(run / "config.toml") for run in runs.values()]
+    assert len({(c.model, c.data, c.train) for c in configs}) == 1
+    assert {rows(run)[-1]["tokens"] for run in runs.values()} == {4 * 2 * 32}
+    assert len({rows(run, "end")[0]["held_out_tokens"] for run in runs.values()}) == 1
+    lines = said.out.splitlines()
+    start = next(i for i, line in enumerate(lines) if "trainable" in line and "state" in line)
+    header, *table = lines[start : start + 1 + len(names)]
+    assert spaced(header).strip() == (
+        "method trainable total state MB held-out loss perplexity tokens/s"
+    )
+    for line, (name, run) in zip(table, runs.items(), strict=True):
+        (end,) = rows(run, "end")
+        cells = line.split()
+        assert cells[0] == name
+        assert cells[4:6] == [f"{end['held_out_loss']:.3f}", f"{end['perplexity']:.1f}"]
+    assert list(RunDir(runs["bpt"]).checkpoints.iterdir())
+    assert peptrain_("demo --run runs/demo-1").error.startswith("--run runs/demo-1/full: exists")
+
+
+def test_the_comparison_shows_what_each_run_trains_and_stores() -> None:
+    held_out = Evaluation(loss=2.0, tokens=1000)
+    one = Result(
+        run=Path("runs/demo-1/[b]pt"), held_out=held_out, parameters=2_500_000, trainable=1_234_567,
+        state_bytes=9_876_543, tokens_per_second=12_345.6, peak_bytes=0,
+    )  # fmt: skip
+    console = Console(file=io.StringIO(), width=80)
+    console.print(comparison([one]))
+    assert isinstance(console.file, io.StringIO)
+    header, row = (line.rstrip() for line in console.file.getvalue().splitlines())
+    assert row.split() == ["[b]pt", "1.23M", "2.50M", "9.9", "2.000", "7.4", "12,346"]
+    assert "…" not in header and header.split()[-1] == "tokens/s"
+
+
+def test_preparing_shows_a_bar_on_a_terminal(
+    peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(peptrain.cli, "console", console)
+    Path("a.txt").write_text("tea in a tin, rain on a rose. " * 50)
+    assert peptrain_("data prepare a.txt --out made --vocab-size 260").code == 0
+    frame = shown(console)
+    assert re.search(r"preparing .*1 documents  [\d,]+ tokens", frame) and "made: 1 docu" in frame
