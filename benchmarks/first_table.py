@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import queue
 import subprocess
@@ -154,7 +155,7 @@ def table(args: argparse.Namespace) -> None:
     for row in sorted(rows, key=lambda r: r["run"]):
         ratio = f"{row['tokens_per_second'] / full:.2f}" if full else ""
         print(
-            f"| {row['run']} | {row['loss']:.4f} | {2.718281828459045 ** row['loss']:.1f}"
+            f"| {row['run']} | {row['loss']:.4f} | {math.exp(row['loss']):.1f}"
             f" | {row['trainable'] / 1e6:.1f}M / {row['parameters'] / 1e6:.1f}M"
             f" | {row['state_bytes'] / 1e6:.0f} | {row['tokens_per_second']:,.0f} | {ratio}"
             f" | {row['peak_bytes'] / 2**30:.1f} |"

@@ -8,8 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 CACHE = tempfile.TemporaryDirectory(prefix="peptrain-tests-")  # removed when Python exits
 os.environ["PEPTRAIN_CACHE"] = CACHE.name
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -249,7 +251,7 @@ def test_what_is_wrong_in_a_file_is_named(
     if content is not None:
         Path("settings.toml").write_text(content)
     said = peptrain_("train --config settings.toml")
-    assert said.error.startswith(message)
+    assert said.error.removeprefix(f"{Path.cwd()}/").startswith(message)
     assert not Path("runs").exists()
 
 
@@ -280,7 +282,7 @@ def test_a_mistyped_command_line_is_answered(line: str, message: str, peptrain_:
     said = peptrain_(line)
     assert said.code == 2 and not said.out
     assert re.search(message, spaced(said.err)), said.err
-    assert "usage: pytest" not in said.err
+    assert "usage:" not in said.err  # argparse, which only looks for --config
     assert not list(Path().iterdir())
 
 
@@ -302,7 +304,7 @@ def test_an_impossible_setting_is_one_line_that_names_it(
     method: str, given: Mapping[str, Any], message: str, corpus: Path, peptrain_: Command
 ) -> None:
     said = peptrain_(f"train {method} --run run", *flags(method, corpus, **given))
-    assert said.error.startswith(message)
+    assert said.error.removeprefix(f"{Path.cwd()}/").startswith(message)
     assert not Path("run").exists()
 
 
@@ -356,7 +358,7 @@ def test_text_and_packed_json_lines_are_prepared(peptrain_: Command) -> None:
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not JSON"),
         ("other.jsonl", b'{"txt": "a"}\n', r"other\.jsonl:1: no field 'text' .*'txt'"),
         ("list.jsonl", b"[1]\n", r"list\.jsonl:1: a JSON list; each line must be one object"),
-        ("cut.txt.gz", gzip.compress(b"tea " * 999)[:-20], r"cut\.txt\.gz: can't be read"),
+        ("cut.txt.gz", gzip.compress(b"tea " * 999, mtime=0)[:-20], r"cut\.txt\.gz: can't be read"),
         ("empty.txt", b"", r"inputs: no text in empty\.txt"),
         ("missing.txt", None, r"inputs: missing\.txt: no such file"),
     ],
@@ -387,7 +389,6 @@ def test_settings_that_cannot_prepare_are_named(
     assert peptrain_(f"data prepare a.txt --out made {given}").error.startswith(message)
 
 
-@pytest.mark.xfail(reason="data/index.py names a flag --inputs, which is positional", strict=True)
 def test_a_message_about_a_missing_corpus_gives_a_command_that_works(peptrain_: Command) -> None:
     Path("TEXT").write_text("tea in a tin, rain on a rose. " * 50)
     error = peptrain_("train full --data.path made").error
@@ -469,7 +470,10 @@ def test_a_file_gets_a_whole_line_for_each_evaluation(
     assert end.startswith("bpt  held-out loss ")
 
 
-def test_the_time_left_is_that_of_the_tokens_left() -> None:
+def test_the_time_left_is_that_of_the_pace_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations and checkpoints are a part of it."""
+    clock = iter([0.0, 0.0, 240.0, 240.0])
+    monkeypatch.setattr(peptrain.progress.time, "monotonic", lambda: next(clock))
     out = io.StringIO()
     progress = TrainingProgress(Console(file=out, width=80))
     progress(start_row(steps=100, tokens_per_step=600))
@@ -527,15 +531,7 @@ def test_training_on_a_terminal_draws_the_bar_and_takes_it_away(
 ABSURD = {"optim__lr": 1e30, "optim__clip": 0}
 
 
-@pytest.mark.parametrize(
-    "every",
-    [
-        0,
-        pytest.param(
-            2, marks=pytest.mark.xfail(reason="a NaN held-out loss is a ValueError", strict=True)
-        ),
-    ],
-)
+@pytest.mark.parametrize("every", [0, 1, 2])
 def test_the_bar_goes_when_training_diverges(
     every: int, corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -544,7 +540,7 @@ def test_the_bar_goes_when_training_diverges(
     said = peptrain_(
         "train full --run run", *flags("full", corpus, train__eval_every=every, **ABSURD)
     )
-    assert re.match(r"step \d: .* not finite|step \d: the loss is nan", said.error)
+    assert re.match(r"step \d: .* not finite|step \d: the (held-out )?loss is nan", said.error)
     written = console.file.getvalue()  # type: ignore[attr-defined]
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1
 
@@ -619,3 +615,19 @@ def test_preparing_shows_a_bar_on_a_terminal(
     assert peptrain_("data prepare a.txt --out made --vocab-size 260").code == 0
     frame = shown(console)
     assert re.search(r"preparing .*1 documents  [\d,]+ tokens", frame) and "made: 1 docu" in frame
+
+
+def test_the_readme_s_line_for_several_ranks(corpus: Path, tmp_path: Path) -> None:
+    """`-m --` because torchrun takes --run for an abbreviation of a flag of its own."""
+    tail = flags("full", corpus, train__steps=2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line = ["-m", "--", "peptrain", "train", "full", "--run", str(tmp_path / "run"), *tail]
+    done = subprocess.run(
+        [*torchrun, *line],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("run saved in") == 1

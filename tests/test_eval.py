@@ -254,6 +254,7 @@ def test_the_command_says_that_the_older_evaluator_flatters(
     legacy = capsys.readouterr().out
     assert "legacy: divided by batches + 1, which flatters the model" in legacy
     assert "flatters" not in plain
+    assert [row["legacy"] for row in recorded(runs["full"])[-2:]] == [False, True]
     shown = [f"perplexity {row['perplexity']:.3f}" for row in recorded(runs["full"])[-2:]]
     assert plain.startswith(shown[0]) and legacy.startswith(shown[1])
     assert f"over {recorded(runs['full'])[-1]['tokens']:,} tokens" in plain

@@ -339,6 +339,11 @@ def test_two_ranks_are_one_process(
     assert end["held_out_loss"] == pytest.approx(other_end["held_out_loss"], abs=1e-8)
 
 
+def test_what_rank_0_finds_ends_every_rank(two_ranks: Path) -> None:
+    for rank in (0, 1):
+        assert "exists and is never overwritten" in (two_ranks / f"refused-rank{rank}").read_text()
+
+
 # The one rule for which matrices are adapted.
 
 ranked_methods = pytest.mark.parametrize(

@@ -520,7 +520,9 @@ def test_a_singular_factor_is_reported_and_does_no_harm() -> None:
     before = snapshot(model)
     train(model, optimizer, 1)
     metrics = config.method.after_step(model, optimizer, 1, Rng(0))
-    assert float(metrics["damped_warning"]) == 1 and float(metrics["exact_steps"]) == 1
+    assert (
+        float(metrics["singular_factor_pairs_warning"]) == 1 and float(metrics["exact_steps"]) == 1
+    )
     for name, p in model.named_parameters():
         assert bool(p.isfinite().all()), name
         # Adam's directions over balanced factors move W by about lr; a lost direction may not

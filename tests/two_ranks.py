@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from support import SPREAD, Toy, tiny
 
 import peptrain.train as trainer
+from peptrain.errors import CheckpointError
 from peptrain.methods import METHODS
 
 
@@ -20,13 +21,17 @@ def main(corpus: Path, out: Path) -> None:
     for method in (*METHODS, Toy()):
         name = method if isinstance(method, str) else method.name
 
-        def keeping(config: Any, model: Any, *rest: Any, name: str = name, **named: Any) -> Any:
-            weights = {n: p.detach().contiguous() for n, p in model.named_parameters()}
+        def keeping(config: Any, trainee: Any, *rest: Any, name: str = name, **named: Any) -> Any:
+            weights = {n: p.detach().contiguous() for n, p in trainee.model.named_parameters()}
             save_file(weights, out / f"{name}-rank{rank}.safetensors")
-            return evaluate(config, model, *rest, **named)
+            return evaluate(config, trainee, *rest, **named)
 
         trainer._evaluate = keeping
         trainer.train(tiny(method, corpus, out / name, train=SPREAD))
+    try:
+        trainer.train(tiny("full", corpus, out / "full", train=SPREAD))
+    except CheckpointError as error:  # found by rank 0, and no other rank waits for it
+        (out / f"refused-rank{rank}").write_text(str(error))
 
 
 if __name__ == "__main__":

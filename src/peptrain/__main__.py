@@ -1,7 +1,13 @@
-"""`python -m peptrain`, and so `torchrun -m peptrain`."""
+"""`python -m peptrain`, and so `torchrun -m -- peptrain`."""
 
 import sys
 
-from peptrain.cli import main
+try:
+    from peptrain.cli import main
+except ModuleNotFoundError as missing:
+    if missing.name != "tyro":
+        raise
+    sys.exit("error: the command needs tyro: pip install 'tyro>=1,<2' (the Python API does not)")
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

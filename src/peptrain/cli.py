@@ -28,7 +28,8 @@ from peptrain.optim import OptimConfig
 from peptrain.schedule import ScheduleConfig
 from peptrain.settings import fill
 
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")
+"""Of several ranks the first one speaks; errors come from all."""
 MARKERS = (
     tyro.conf.FlagConversionOff,
     tyro.conf.DisallowNone,

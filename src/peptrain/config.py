@@ -96,6 +96,8 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
     width = hf_config(config.model, config.train.seq_len).get_text_config().hidden_size
     return replace(
         config,
+        model=replace(config.model, config=_absolute(config.model.config)),
+        data=DataConfig(path=_absolute(config.data.path)),
         method=resolve(method, "method", steps, width),
         optim=fill(config.optim, method.optim_defaults, Method.optim_defaults),
         schedule=resolve(
@@ -105,6 +107,11 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
         ),
         train=_resolved_train(resolve(config.train, "train", steps), world_size, on_gpu),
     )
+
+
+def _absolute(path: Path | None) -> Path | None:
+    """A run is looked at from other directories than it was made in."""
+    return path and path.resolve()
 
 
 def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainConfig:

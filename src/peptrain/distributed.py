@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peptrain.errors import Unsupported
+from peptrain.errors import PeptrainError, Unsupported
 
 T = TypeVar("T")
 
@@ -57,9 +57,20 @@ class World:
         waits = isinstance(module, DistributedDataParallel) and not now
         return module.no_sync() if waits else contextlib.nullcontext()  # type: ignore[operator]
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Run `action` on rank 0 while the others wait; its error is raised on every rank.
+
+        Raised on one alone, it would leave the others waiting for ever.
+        """
+        error = None
+        if self.main:
+            try:
+                action()
+            except PeptrainError as raised:
+                error = raised
+        error = self.agree(error)
+        if error is not None:
+            raise error
 
     def parallelize(self, module: nn.Module) -> nn.Module:
         """Replicate over the ranks. The wrapper is new for every phase, because one that has

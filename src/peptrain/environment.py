@@ -10,7 +10,8 @@ import torch
 
 from peptrain import __version__
 from peptrain.distributed import World
-from peptrain.rundir import RunDir, write_atomically
+from peptrain.files import write_atomically
+from peptrain.rundir import RunDir
 
 
 def environment(here: World) -> dict[str, object]:

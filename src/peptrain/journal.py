@@ -89,7 +89,9 @@ class Journal:
         )
         for name, value in metrics.items():
             if name.endswith("_warning") and value:
-                log.warning("step %d: %s = %g", step, name.removesuffix("_warning"), value)
+                log.warning(
+                    "step %d: %g %s", step, value, name.removesuffix("_warning").replace("_", " ")
+                )
 
     def evaluation(self, step: int, held_out: Evaluation) -> None:
         """A row for an evaluation during training."""
@@ -121,9 +123,9 @@ class Journal:
         return seconds
 
 
-def _fields(held_out: Evaluation) -> dict[str, float]:
+def _fields(held_out: Evaluation) -> dict[str, float | None]:
     return {
         "held_out_loss": held_out.loss,
-        "perplexity": held_out.perplexity,
+        "perplexity": held_out.perplexity if math.isfinite(held_out.perplexity) else None,
         "held_out_tokens": held_out.tokens,
     }

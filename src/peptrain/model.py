@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from peptrain.settings import check
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+log = logging.getLogger("peptrain")
 Family = Literal["llama", "qwen2", "olmo2"]
 Precision = Literal["fp32", "bf16-mixed", "bf16", "fp64"]
 
@@ -225,6 +227,11 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     """Every nn.Linear inside a decoder layer, in the model's order."""
     stack, layers = decoder_layers(model)
     width = model.config.get_text_config().hidden_size
+    experts = sum(p.numel() for p in layers.parameters() if p.ndim > 2)
+    if experts:
+        log.warning(
+            "%.1fM parameters of experts are no nn.Linear and stay as they are", experts / 1e6
+        )
     return [
         Site(f"{stack}.{parent_name}.{child}", parent, width)
         for parent_name, parent in layers.named_modules()

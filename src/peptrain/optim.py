@@ -54,7 +54,10 @@ def parameter_groups(
     chosen = [p for p in (model.parameters() if params is None else params) if p.requires_grad]
     may_decay = decays(model)
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in chosen if may_decay(p)], "weight_decay": optim.weight_decay},
+        {
+            "params": [p for p in chosen if may_decay(p)],
+            "weight_decay": float(optim.weight_decay or 0),
+        },
         {"params": [p for p in chosen if not may_decay(p)], "weight_decay": 0.0},
     ]
     return [g for g in groups if g["params"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ class TrainingProgress:
         self._console = console
         self._seen: dict[str, Any] = {}
         self._bar: Progress | None = None
+        self._since, self._from = time.monotonic(), 0
         self._said = ""
 
     def __call__(self, row: Mapping[str, Any]) -> None:
@@ -46,6 +48,7 @@ class TrainingProgress:
 
     def _start(self) -> None:
         seen = self._seen
+        self._since, self._from = time.monotonic(), seen["step"]
         at = f" from step {seen['step']}" if seen["step"] else ""
         self._say(
             f"{seen['trainable'] / 1e6:.2f}M of {seen['parameters'] / 1e6:.2f}M parameters"
@@ -79,9 +82,10 @@ class TrainingProgress:
         return "  ".join(parts)
 
     def _minutes_left(self) -> float:
-        seen = self._seen
-        tokens = (seen["steps"] - seen["step"]) * seen["tokens_per_step"]
-        return float(tokens / max(seen["tokens_per_second"], 1e-9) / 60)
+        """At the pace so far, evaluations and checkpoints included."""
+        done = self._seen["step"] - self._from
+        left = self._seen["steps"] - self._seen["step"]
+        return float((time.monotonic() - self._since) / max(done, 1) * left / 60)
 
     def _say(self, text: str) -> None:
         if text != self._said:  # an evaluation and a checkpoint at one step say the same

@@ -12,7 +12,8 @@ import torch
 class Rng:
     """`rng(site, step)` is a fresh CPU generator, the same on every rank, device and resume.
 
-    Drawing on the CPU keeps the numbers independent of the device, and an address instead of one
+    Drawing on the CPU keeps the numbers independent of the device (only the bits of stochastic
+    rounding, one for each weight, are drawn where they are used), and an address instead of one
     shared stream keeps them independent of how many numbers were drawn before.
     """
 

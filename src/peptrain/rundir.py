@@ -9,7 +9,6 @@ runs/NAME/config.toml      the resolved configuration
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from peptrain.errors import CheckpointError
+from peptrain.files import write_atomically
 
 
 @dataclass(frozen=True)
 class RunDir:
+    """The directory of one run, and the names of what lies in it."""
+
     path: Path
 
     @property
@@ -54,7 +56,7 @@ class RunDir:
                 f"--run {path}: exists and is never overwritten; choose another, or go on with it"
                 f" by `peptrain resume {path}`"
             )
-        hidden = cls(path.with_name(f".{path.name}.tmp"))
+        hidden = cls(path.resolve().with_name(f".{path.resolve().name}.tmp"))
         try:
             shutil.rmtree(hidden.path, ignore_errors=True)
             hidden.checkpoints.mkdir(parents=True)
@@ -114,13 +116,3 @@ def first_free(parent: Path, stem: str) -> Path:
     while (parent / f"{stem}-{n}").exists():
         n += 1
     return parent / f"{stem}-{n}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `path` so that a kill or a full disk leaves the old or the new file, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

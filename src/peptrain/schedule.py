@@ -100,8 +100,8 @@ def warmed_up(base: Callable[[int], float], warmup: int) -> Callable[[int], floa
 def restarted(base: Schedule, *, every: int, rewarm: int, start: int = 0) -> Schedule:
     """The jagged form of `base`: after each restart t0, (t - t0)/rewarm * base(t0 + rewarm).
 
-    Restarts are the multiples of `every` after `start`. Over a cosine this is ReLoRA's jagged
-    cosine (Lialin et al., section 3); with rewarm = 5 it is LORO's default.
+    Restarts are the multiples of `every` after `start`. Over a cosine, with every >= the warm-up,
+    this is ReLoRA's jagged cosine (Lialin et al., section 3); with rewarm = 5, LORO's default.
     """
     if every == 0 or rewarm == 0:
         return base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from peptrain.build import run_config
 from peptrain.config import RunConfig, dump, resolved
@@ -21,6 +21,7 @@ from peptrain.distributed import World, world
 from peptrain.environment import record_environment
 from peptrain.errors import Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, evaluate
+from peptrain.files import write_atomically
 from peptrain.journal import Journal, Observer, silent
 from peptrain.methods.base import Method
 from peptrain.model import (
@@ -32,7 +33,7 @@ from peptrain.model import (
 )
 from peptrain.optim import state_bytes
 from peptrain.rng import Rng
-from peptrain.rundir import RunDir, first_free, write_atomically
+from peptrain.rundir import RunDir, first_free
 from peptrain.signals import Stop, stop_on_signals
 from peptrain.trainee import (
     Trainee,
@@ -93,6 +94,8 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
             check_causal(trainee.model)
     run = run or _create(config, corpus, here)
     tokens_per_step = config.train.batch_size * config.train.seq_len
+    if here.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     journal = Journal(run, here, observe, tokens_per_step)
     if here.main:
         run.rewind(trainee.step)
@@ -101,9 +104,10 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
     with stop_on_signals() as stop:
         _loop(config, trainee, corpus, run, journal, stop, identity)
         while trainee.step < config.train.steps:
+            del trainee  # or both phases' moments would be in memory at once
             trainee = restore(config, run, here, identity)
             _loop(config, trainee, corpus, run, journal, stop, identity)
-    held_out = _evaluate(config, trainee.model, corpus, here, limit=0)
+    held_out = _evaluate(config, trainee, corpus, run, here, limit=0)
     result = _result(run, trainee, held_out, journal)
     journal.end(trainee.step, held_out)
     return result
@@ -140,7 +144,7 @@ def _loop(
             _flush(journal, run)
         if evaluating:
             assert t.eval_tokens is not None
-            held_out = _evaluate(config, model, corpus, here, limit=t.eval_tokens)
+            held_out = _evaluate(config, trainee, corpus, run, here, limit=t.eval_tokens)
             journal.evaluation(trainee.step, held_out)
         if saving:
             save(trainee, run, here, identity, t.keep)
@@ -222,13 +226,19 @@ def _eager() -> AbstractContextManager[object]:
 
 
 def _evaluate(
-    config: RunConfig[Method], model: PreTrainedModel, corpus: Corpus, here: World, limit: int
+    config: RunConfig[Method],
+    trainee: Trainee,
+    corpus: Corpus,
+    run: RunDir,
+    here: World,
+    limit: int,
 ) -> Evaluation:
+    """The held-out loss. Raises Diverged, on every rank, if the last update broke the model."""
     t = config.train
     assert t.micro_batch is not None and t.precision is not None
     with _eager():
-        return evaluate(
-            model,
+        held_out = evaluate(
+            trainee.model,
             corpus.held_out(),
             seq_len=t.seq_len,
             batch_size=t.micro_batch,
@@ -236,13 +246,16 @@ def _evaluate(
             world=here,
             limit=limit,
         )
+    if not math.isfinite(held_out.loss):
+        lr = trainee.optimizer.param_groups[0]["lr"]
+        what = f"step {trainee.step}: the held-out loss is {held_out.loss}"
+        raise diverged(f"{what} at a learning rate of {lr:.3g}", run)
+    return held_out
 
 
 def _create(config: RunConfig[Method], corpus: Corpus, here: World) -> RunDir:
     path = config.run or here.agree(first_free(Path("runs"), config.method.name))
-    if here.main:
-        RunDir.create(path, lambda run: _first_files(run, config, corpus))
-    here.barrier()
+    here.on_main(lambda: RunDir.create(path, lambda run: _first_files(run, config, corpus)))
     return RunDir(path)
 
 

@@ -99,7 +99,8 @@ def save(
     trainee: Trainee, run: RunDir, here: World, identity: Mapping[str, Any], keep: int
 ) -> None:
     """Write a checkpoint from the main rank. Raises Diverged rather than save a broken weight."""
-    if here.main:
+
+    def write() -> None:
         finite = torch.stack([p.isfinite().all() for p in trainee.model.parameters()])
         if not finite.all():
             lr = trainee.optimizer.param_groups[0]["lr"]
@@ -113,7 +114,8 @@ def save(
             identity=identity,
         )
         checkpoint.save(run.checkpoints, state, keep)
-    here.barrier()
+
+    here.on_main(write)
 
 
 def diverged(what: str, run: RunDir) -> Diverged:

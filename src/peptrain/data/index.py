@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peptrain.errors import DataError
+from peptrain.files import write_atomically
 
 FORMAT = 1
 INDEX, JOURNAL = "index.json", "journal.json"
@@ -18,6 +17,7 @@ TOKENIZER, HELD_OUT = "tokenizer.json", "held-out.bin"
 
 
 def shard_name(number: int) -> str:
+    """The file of a shard of training tokens, numbered from 0."""
     return f"train-{number:05d}.bin"
 
 
@@ -90,20 +90,10 @@ def _not_prepared(directory: Path) -> DataError:
         )
     return DataError(
         f"{directory}: not a prepared corpus (no {INDEX} in it);"
-        f" make one with: peptrain data prepare --inputs TEXT --out {directory}"
+        f" make one with: peptrain data prepare TEXT --out {directory}"
     )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomic(path, [json.dumps(content, indent=1).encode() + b"\n"])
-
-
-def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a file that is there whole or not at all, whenever the process or machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write `content` as JSON, whole or not at all."""
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

@@ -15,7 +15,7 @@ import numpy as np
 
 from peptrain.data.config import DEFAULT_VOCAB, PrepareConfig
 from peptrain.data.documents import Inputs, Part, describe
-from peptrain.data.index import JOURNAL, TOKENIZER, Index, write_atomic
+from peptrain.data.index import JOURNAL, TOKENIZER, Index
 from peptrain.data.tokenizer import (
     TRAINED_END,
     encode,
@@ -26,6 +26,7 @@ from peptrain.data.tokenizer import (
 )
 from peptrain.data.writer import Journal, Writer
 from peptrain.errors import DataError
+from peptrain.files import write_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,6 +38,8 @@ UINT16_IDS = 1 << 16
 
 @dataclass(frozen=True)
 class Progress:
+    """How far a preparation is."""
+
     documents: int
     tokens: int
     bytes_done: int
@@ -129,7 +132,7 @@ def _tokenizer_in(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None
             config.vocab_size or DEFAULT_VOCAB,
             config.eos_token or TRAINED_END,
         )
-        write_atomic(path, [tokenizer.to_str().encode()])
+        write_atomically(path, [tokenizer.to_str().encode()])
     return load_tokenizer(path)
 
 

@@ -24,10 +24,10 @@ from peptrain.data.index import (
     JOURNAL,
     TokenFile,
     shard_name,
-    write_atomic,
     write_json,
 )
 from peptrain.errors import ConfigError, DataError
+from peptrain.files import write_atomically
 from peptrain.settings import check
 
 Ids = NDArray[np.unsignedinteger]
@@ -112,7 +112,7 @@ class Writer:
         """Put on the disk what is in memory, and then the journal."""
         if self._train:
             name = shard_name(len(self.journal.shards))
-            write_atomic(self.directory / name, (ids.data for ids in self._train))
+            write_atomically(self.directory / name, (ids.data for ids in self._train))
             self.journal.shards.append(self._tokens[False])
         self._append_held_out()
         self.journal.held_out_tokens += self._tokens[True]
@@ -146,7 +146,7 @@ class Writer:
         if (self.directory / HELD_OUT).stat().st_size != moved * self.dtype.itemsize:
             both = zip(shards, kept, strict=True)
             tails = (np.fromfile(shard, self.dtype)[n:].data for shard, n in both)
-            write_atomic(self.directory / HELD_OUT, tails)
+            write_atomically(self.directory / HELD_OUT, tails)
         for shard, tokens in zip(shards, kept, strict=True):
             if tokens:
                 os.truncate(shard, tokens * self.dtype.itemsize)

@@ -12,8 +12,9 @@ from peptrain.data import Corpus, default_corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import DataError
 from peptrain.eval.perplexity import Evaluation, evaluate, evaluate_legacy
+from peptrain.files import write_atomically
 from peptrain.model import vocabulary_size
-from peptrain.rundir import RunDir, write_atomically
+from peptrain.rundir import RunDir
 from peptrain.settings import check
 
 

@@ -151,6 +151,8 @@ class RankMethod(Method):
                 found = any(_matches(site, pattern) for site in sites)
                 check(found, f"method.{key}", pattern, "a pattern that some matrix's name matches")
         taken = [site for site in sites if self._takes(site)]
+        if not taken and all(_matches(site, self.exclude) for site in sites):
+            raise ConfigError(f"method.exclude: {self.exclude!r} leaves no matrix to adapt")
         if not taken:
             raise ConfigError(
                 f"method.rank: at {self.r} no matrix gets fewer trainable parameters; the"

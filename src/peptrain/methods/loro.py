@@ -11,7 +11,6 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from peptrain.errors import ConfigError
 from peptrain.methods.base import Method, Metrics, Site, reparametrized
 from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
 from peptrain.methods.lowrank import LowRank, LowRankLinear
@@ -37,8 +36,9 @@ class LORO(LowRank):
     """Steps between refreshes of the Adam state. Unset: with every exact step."""
     refresh: Literal["all", "factors", "none"] = "all"
     """Whose Adam state a refresh zeroes: all parameters, the factors alone, or none."""
-    restart_warmup: int = 5
-    """Steps of learning-rate warm-up from 0 after each refresh."""
+    restart_warmup: int | None = interval(0.025, most=5, least=0)
+    """Steps of learning-rate warm-up from 0 after each refresh. Unset: 5, less in runs of under
+    200 steps, whose refreshes are near each other."""
     scale: str = "hidden"
     """c of the approximate step: hidden (r / the model's width), rows (r/n), min, or a number."""
     direction: Literal["adam", "raw"] = "adam"
@@ -50,7 +50,7 @@ class LORO(LowRank):
     precond_eps: float = 1e-6
     """Damping of precond, relative to the trace; 0 is the paper's form, unstable by its report."""
     reference_schedule: bool = False
-    """The schedule of the released code, its shifted cosine included."""
+    """The released code's own shifted cosine and restarts, in place of schedule.kind's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +79,7 @@ class LORO(LowRank):
             "params": factors,
             "factors": True,
             "scales": scales,
-            "weight_decay": optim.weight_decay,
+            "weight_decay": float(optim.weight_decay or 0),
         }
         groups = [*parameter_groups(model, optim, rest), factor_group]
         betas = (optim.beta1, optim.beta2)
@@ -89,13 +89,16 @@ class LORO(LowRank):
         every = self._rule().refresh_every if self.refresh != "none" else 0
         if self.reference_schedule:
             return reference_schedule(base, every)
-        return restarted(base, every=every, rewarm=self.restart_warmup)
+        return restarted(base, every=every, rewarm=self.restart_warmup or 0)
 
     def after_step(self, model: nn.Module, optimizer: Optimizer, step: int, rng: Rng) -> Metrics:
         assert isinstance(optimizer, LOROOptimizer)
         if not self.exact_every or step % self.exact_every:
             return {}
-        return {"exact_steps": step // self.exact_every, "damped_warning": optimizer.damped}
+        return {
+            "exact_steps": step // self.exact_every,
+            "singular_factor_pairs_warning": optimizer.damped,
+        }
 
     def _rule(self) -> Rule:
         assert self.exact_every is not None and self.refresh_every is not None
@@ -117,11 +120,12 @@ class LORO(LowRank):
 
     def _number(self) -> float:
         try:
-            return float(self.scale)
+            number = float(self.scale)
         except ValueError:
-            raise ConfigError(
-                f"method.scale: {self.scale!r} can't be used; give hidden, rows, min or a number"
-            ) from None
+            number = math.nan
+        usable = math.isfinite(number) and number > 0
+        check(usable, "method.scale", self.scale, "hidden, rows, min or a number above 0")
+        return number
 
 
 def reference_schedule(base: Schedule, every: int) -> Schedule:

@@ -48,7 +48,7 @@ class LOROOptimizer(Optimizer):
     ) -> None:
         self.rule = rule
         self.damped: Tensor | int = 0
-        """Factors that were singular at the newest exact step."""
+        """Pairs B, A with a singular factor at the newest exact step."""
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0}
         super().__init__(groups, {**defaults, "factors": False, "scales": [], "clock": 0, "age": 0})
 

@@ -1,4 +1,4 @@
-"""The BPT linear map with its weight formed once, and a backward that forms no n x m gradient."""
+"""The BPT linear map: its weight formed, not its factors applied; no n x m gradient."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y = x (diag(a) (W + U V) diag(b))ᵀ for x: [..., m], W: [n, m], U: [n, r], V: [r, m].
 
-    W gets no gradient. Forming W + U V costs n m r once and saves a pass of r (n + m) per token
-    in the forward; the backward has the two rank-r passes that the gradients of U and V need.
+    W gets no gradient. Forming W + U V costs n m r in either pass, and saves the forward r (n + m)
+    per token; the backward has the two rank-r passes that the gradients of U and V need.
     Computed in autocast's dtype where it is on, else in x's; a and b are applied unrounded.
     """
     device = x.device.type

@@ -16,7 +16,7 @@ def semi_orthogonal(
 ) -> Tensor:
     """A random n x r matrix with orthonormal columns (rows when r > n), uniformly distributed.
 
-    The numbers are drawn on the generator's device in float64, so that they are the same for
+    The numbers are drawn on the CPU in float64, so that they are the same for
     every dtype; QR's signs are fixed by R's diagonal, without which it is not uniform.
     """
     normal = torch.randn(max(n, r), min(n, r), generator=generator, dtype=torch.float64)

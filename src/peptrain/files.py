@@ -1,0 +1,19 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | Iterable[bytes | memoryview]) -> None:
+    """Write `path` so that a kill or a full disk leaves the old or the new file, never half."""
+    chunks = [content.encode()] if isinstance(content, str) else content
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
