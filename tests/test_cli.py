@@ -61,8 +61,9 @@ Command = Callable[..., Said]
 def peptrain_(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Command:
-    """Calls the command line in an empty directory."""
+    """Calls the command line in an empty directory; without settings nothing trains for long."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PEPTRAIN_CACHE", os.devnull)
 
     def call(line: str, *arguments: Any) -> Said:
         capsys.readouterr()

@@ -31,7 +31,7 @@ from peptrain.settings import fill
 console = Console(quiet=os.environ.get("RANK", "0") != "0")
 """Of several ranks the first one speaks; errors come from all."""
 MARKERS = (
-    tyro.conf.FlagConversionOff,
+    tyro.conf.FlagCreatePairsOff,
     tyro.conf.DisallowNone,
     tyro.conf.HelptextFromCommentsOff,
 )
@@ -144,7 +144,9 @@ def _train_by(cls: type[Method], default: RunConfig[Any] | None) -> Callable[...
 
         _watched(lambda observe: train(options, observe))
 
-    options = Annotated[RunConfig[cls], arg(name="", default=default)]  # type: ignore[valid-type]
+    # True and False are written out here: a configuration file may set either.
+    spelt_out = tyro.conf.FlagConversionOff
+    options = Annotated[RunConfig[cls], arg(name="", default=default), spelt_out]  # type: ignore[valid-type]
     train.__annotations__ = {"options": options, "config": Path | None, "return": None}
     return train
 

@@ -86,6 +86,7 @@ class BPT(RankMethod):
 
     name: ClassVar[str] = "bpt"
     equation: ClassVar[str] = "W_eff = diag(a) (W + U V) diag(b), W += U V now and then"
+    # The paper's, ten times full training's; 1e-3 is better at llama-60m (docs/first-table.md).
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
     schedule_defaults = fill(ScheduleConfig(kind="wsd", floor=0.0), Method.schedule_defaults)
 

@@ -43,6 +43,7 @@ class LowRank(RankMethod):
 
     name: ClassVar[str] = "lowrank"
     equation: ClassVar[str] = "W = B A, both factors trained by AdamW"
+    # The best of 5e-4, 1e-3, 3e-3 and 1e-2 at llama-60m (docs/first-table.md).
     optim_defaults = replace(Method.optim_defaults, lr=1e-3)
 
     def install(self, sites: Sequence[Site], rng: Rng, phase: int) -> None:
