@@ -24,7 +24,7 @@ method at its own default learning rate, which is not the best one at this size.
 the methods work and what each one stores; they don't rank them.
 
 Try next:
-  peptrain train loro --train.steps 600            a longer run of one method
+  peptrain train loro --train.steps 1000           a longer run of one method
   peptrain train bpt --method.rank 16 --help       every setting
   peptrain export RUN --out DIR                    a plain Hugging Face model
   peptrain data prepare YOUR.jsonl --out DIR       your own text, then train --data.path DIR

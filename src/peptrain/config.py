@@ -23,7 +23,7 @@ M = TypeVar("M", bound=Method)
 class TrainConfig:
     """Steps, batches, precision and what is written when."""
 
-    steps: int = 600
+    steps: int = 300
     """Optimizer steps."""
     batch_size: int = 32
     """Sequences per optimizer step, over all ranks and micro-batches."""
