@@ -250,7 +250,7 @@ def test_the_command_says_that_the_older_evaluator_flatters(
     run = str(runs["full"])
     assert main(["eval", run]) == 0
     plain = capsys.readouterr().out
-    assert main(["eval", run, "--legacy", "True", "--batch-size", "1"]) == 0
+    assert main(["eval", run, "--legacy", "--batch-size", "1"]) == 0
     legacy = capsys.readouterr().out
     assert "legacy: divided by batches + 1, which flatters the model" in legacy
     assert "flatters" not in plain
