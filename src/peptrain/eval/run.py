@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ def _record(run: RunDir, step: int, corpus: Corpus, result: Evaluation, legacy: 
         "data": corpus.fingerprint,
         "legacy": legacy,
         "loss": result.loss,
-        "perplexity": result.perplexity,
+        "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
         "tokens": result.tokens,
     }
     write_atomically(file, json.dumps([*rows, row], indent=1) + "\n")
