@@ -14,7 +14,8 @@ from peptrain.checkpoint import Checkpoint, available, read
 from peptrain.config import DataConfig, RunConfig, TrainConfig
 from peptrain.data import PrepareConfig, prepare
 from peptrain.methods import METHODS
-from peptrain.methods.base import Method, Metrics, RankMethod, ReparamLinear, Site
+from peptrain.methods.base import Method, Metrics, ReparamLinear, Site
+from peptrain.methods.rank import RankMethod
 from peptrain.model import ModelConfig
 from peptrain.optim import OptimConfig
 from peptrain.rng import Rng
@@ -24,6 +25,7 @@ from peptrain.schedule import ScheduleConfig
 STEPS, EVENT = 8, 3
 """A run, and the interval of whatever a method does now and then: at steps 3 and 6."""
 TINY = {"rank": 2, "merge_every": EVENT, "exact_every": EVENT, "reset_every": EVENT}
+TINY |= {"warm_start_steps": 2, "restart_warmup": 0}
 """Taken by every method that has the field, so a new method needs no line here."""
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "vocab_size": 320}
 TRAIN = {"steps": STEPS, "batch_size": 4, "seq_len": 16, "log_every": 1, "eval_every": 0}
@@ -138,7 +140,7 @@ class Toy(RankMethod):
     def phases(self, steps: int) -> tuple[int, ...]:
         return (self.warm,) if self.cool is None else (self.warm, self.cool)
 
-    def install(self, sites: Sequence[Site], rng: Rng, phase: int) -> None:
+    def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
         for site in self.chosen(sites) if phase == 1 else []:
             site.replace(AddedLinear(site, self.r, rng))
 

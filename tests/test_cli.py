@@ -29,7 +29,7 @@ from peptrain.data import Corpus, embedded
 from peptrain.eval.perplexity import Evaluation
 from peptrain.export import load_factorised
 from peptrain.methods import METHODS
-from peptrain.methods.base import RankMethod
+from peptrain.methods.rank import RankMethod
 from peptrain.model import PRESETS
 from peptrain.progress import TrainingProgress
 from peptrain.rundir import RunDir

@@ -40,8 +40,9 @@ def configured(method: Method, **sections: Any) -> RunConfig[Any]:
 
 def made(method: Method, **sections: Any) -> tuple[nn.Module, Optimizer, RunConfig[Any]]:
     config = configured(method, **sections)
-    model = build(config, 0)
-    return model, config.method.optimizer(model, config.optim), config
+    last = len(config.method.phases(config.train.steps))
+    model = build(config, last)
+    return model, config.method.optimizer(model, config.optim, last), config
 
 
 def back(model: nn.Module, seed: int) -> None:

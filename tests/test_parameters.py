@@ -6,7 +6,8 @@ from slow import algebra
 from transformers import PreTrainedModel
 
 from peptrain.methods import METHODS
-from peptrain.methods.base import Method, RankMethod, reparametrized
+from peptrain.methods.base import Method, reparametrized
+from peptrain.methods.rank import RankMethod
 from peptrain.model import PRESETS, Family, ModelConfig, build_model, count_parameters, find_sites
 from peptrain.rng import Rng
 
@@ -40,7 +41,7 @@ def model_of(preset: str, name: str, rank: int = 8, layers: int | None = None) -
     """The real model with the method's layers, on the meta device: no number is ever drawn."""
     with torch.device("meta"):
         model = build_model(ModelConfig(preset=preset, layers=layers), seq_len=64, seed=0)
-        method_of(name, rank).install(find_sites(model), Rng(0), 0)
+        method_of(name, rank).install(model, find_sites(model), Rng(0), 0)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     return model
 
@@ -119,6 +120,6 @@ def test_a_model_with_real_numbers_counts_the_same(family: Family, tied: bool, n
     shape = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "layers": 2}
     config = ModelConfig(family=family, tied=tied, heads=2, kv_heads=1, **shape)
     model = build_model(config, seq_len=64, seed=0)
-    method_of(name, 3).install(find_sites(model), Rng(0), 0)
+    method_of(name, 3).install(model, find_sites(model), Rng(0), 0)
     arch = algebra.Arch(family=family, V=320, d=16, f=24, L=2, heads=2, kv=1, tied=tied)
     assert counts(model) == algebra.parameter_count(arch, name, 3)

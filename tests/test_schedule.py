@@ -181,12 +181,14 @@ def test_a_restart_begins_at_exactly_0_and_ends_on_the_base(
 
 
 def test_restarts_may_begin_late() -> None:
-    """ReLoRA's warm start is a restart point of its own; the multiples follow it."""
+    """The end of a warm start is a restart point of its own; the multiples after it follow."""
     base = built(100, kind="constant")
     s = restarted(base, every=10, rewarm=4, start=25)
     zeros = [t for t in range(100) if s(t) == 0]
-    assert zeros == [35, 45, 55, 65, 75, 85, 95]
-    assert [s(t) for t in (34, 36, 39)] == [1.0, 0.25, 1.0]
+    assert zeros == [25, 30, 40, 50, 60, 70, 80, 90]
+    assert [s(t) for t in (24, 26, 29, 34)] == [1.0, 0.25, 1.0, 1.0]
+    once = restarted(base, every=0, rewarm=4, start=25)
+    assert [t for t in range(100) if once(t) < 1] == [25, 26, 27, 28]
 
 
 @pytest.mark.parametrize(

@@ -501,12 +501,12 @@ def test_a_row_is_the_mean_of_its_steps(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_clipping_bounds_what_the_optimizer_sees(corpus: Path, tmp_path: Path) -> None:
-    from peptrain.train import _clip
+    from peptrain.optim import clip_gradients
 
     weights = torch.nn.ParameterList([torch.zeros(2), torch.zeros(1), torch.zeros(3)])
     for clip, length in ((1.0, 1.0), (0.0, 13.0), (20.0, 13.0)):
         weights[0].grad, weights[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
-        assert _clip(weights, clip).item() == pytest.approx(13.0)
+        assert clip_gradients(weights, clip).item() == pytest.approx(13.0)
         total = sum(p.grad.square().sum() for p in weights if p.grad is not None)
         assert math.sqrt(total) == pytest.approx(length, rel=1e-5)
 

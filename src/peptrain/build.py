@@ -34,11 +34,12 @@ def plain_model(config: RunConfig[Method]) -> PreTrainedModel:
 def build(
     config: RunConfig[Method], phase: int, dense: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
-    """The model of `phase` on the CPU: fresh, or from the `dense` weights of an earlier phase."""
+    """The model of `phase` on the CPU: fresh, or from `dense` weights that were trained."""
     model = plain_model(config)
     if dense is not None:
         load_dense(model, dense)
-    config.method.install(find_sites(model), Rng(config.train.seed), phase)
+    sites = find_sites(model, fresh=dense is None)
+    config.method.install(model, sites, Rng(config.train.seed), phase)
     return model
 
 

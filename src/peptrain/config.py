@@ -83,6 +83,9 @@ class RunConfig(Generic[M]):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    init_from: Path | None = None
+    """Start from these weights: a run directory, or one in Hugging Face's format. The model's
+    settings, left alone, are taken from it too. Unset: a fresh initialisation."""
     run: Path | None = None
     """The run directory to make. Unset: runs/METHOD-N, the first N that is free."""
 
@@ -98,6 +101,7 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
         config,
         model=replace(config.model, config=_absolute(config.model.config)),
         data=DataConfig(path=_absolute(config.data.path)),
+        init_from=_absolute(config.init_from),
         method=resolve(method, "method", steps, width),
         optim=fill(config.optim, method.optim_defaults, Method.optim_defaults),
         schedule=resolve(
@@ -159,4 +163,4 @@ def load(path: Path) -> RunConfig[Method]:
 
 def dump(config: RunConfig[M]) -> str:
     """`config` as TOML. The run directory is where the file lies, so it is not in it."""
-    return toml.dump(config)
+    return toml.dump(replace(config, run=None))

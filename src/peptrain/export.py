@@ -114,7 +114,7 @@ def load_factorised(path: Path) -> PreTrainedModel:
     dtype = next(iter(tensors.values())).dtype
     config = AutoConfig.from_pretrained(path)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    method.install(find_sites(model), Rng(0), phase=0)
+    method.install(model, find_sites(model), Rng(0), phase=0)
     load_model(model, tensors)
     model.eval()
     return model

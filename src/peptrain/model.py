@@ -223,8 +223,8 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(uniform, key=lambda named: len(named[1]))
 
 
-def find_sites(model: PreTrainedModel) -> list[Site]:
-    """Every nn.Linear inside a decoder layer, in the model's order."""
+def find_sites(model: PreTrainedModel, fresh: bool = True) -> list[Site]:
+    """Every nn.Linear inside a decoder layer, in the model's order; `fresh` as in Site."""
     stack, layers = decoder_layers(model)
     width = model.config.get_text_config().hidden_size
     experts = sum(p.numel() for p in layers.parameters() if p.ndim > 2)
@@ -233,7 +233,7 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
             "%.1fM parameters of experts are no nn.Linear and stay as they are", experts / 1e6
         )
     return [
-        Site(f"{stack}.{parent_name}.{child}", parent, width)
+        Site(f"{stack}.{parent_name}.{child}", parent, width, fresh)
         for parent_name, parent in layers.named_modules()
         for child, module in parent.named_children()
         if isinstance(module, nn.Linear)

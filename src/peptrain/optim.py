@@ -77,9 +77,30 @@ def state_bytes(optimizer: Optimizer) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t.ndim > 0)
 
 
+def set_lr(optimizer: Optimizer, multiplier: float) -> None:
+    """The learning rate of every group: what the optimizer was made with, times `multiplier`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * multiplier
+
+
+def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
+    """The global gradient norm, after scaling the gradients down to `clip` unless that is 0."""
+    params = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    if clip:
+        nn.utils.clip_grads_with_norm_(params, clip, norm)
+    return norm
+
+
 @torch.no_grad()
 def reset_moments(
-    optimizer: Optimizer, p: nn.Parameter, mode: ResetMode, fraction: float, rng: torch.Generator
+    optimizer: Optimizer,
+    p: nn.Parameter,
+    mode: ResetMode,
+    fraction: float,
+    rng: torch.Generator,
+    *,
+    pico_compat: bool = False,
 ) -> None:
     """Forget the Adam moments of one parameter, in place, and restart its bias correction.
 
@@ -87,19 +108,23 @@ def reset_moments(
     random: a random `fraction`. keep: nothing, the step count included. Both moments share one
     mask: an m that outlives its v would be divided by nearly zero. In place, because a popped
     state would be missing from a checkpoint taken at the merge.
+
+    pico_compat does as ReLoRA's released code and its forks do: each moment has a mask of its own
+    (by its own magnitudes) and the step count stays.
     """
     state = optimizer.state.get(p, {})
     if mode == "keep" or not state:
         return
     m, v = state["exp_avg"], state["exp_avg_sq"]
-    state["step"].zero_()
+    if not pico_compat:
+        state["step"].zero_()
     if mode == "zero":
         m.zero_()
         v.zero_()
         return
     kept = keep_mask(m, mode, fraction, rng)
     m.mul_(kept)
-    v.mul_(kept)
+    v.mul_(keep_mask(v, mode, fraction, rng) if pico_compat else kept)
 
 
 def keep_mask(m: Tensor, mode: ResetMode, fraction: float, rng: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from peptrain.errors import ConfigError
@@ -47,6 +48,8 @@ class Schedule:
     warmup: int
     floor: float
     multiplier: Callable[[int], float]
+    over: Callable[[int], Schedule]
+    """The same schedule for a run of so many steps."""
 
     def __call__(self, step: int) -> float:
         return self.multiplier(step)
@@ -61,7 +64,7 @@ def build(config: ScheduleConfig, steps: int) -> Schedule:
             " of the run; set a shorter warm-up or more train.steps"
         )
     multiplier = warmed_up(_after_warmup(config, steps), config.warmup)
-    schedule = Schedule(steps, config.warmup, config.floor, multiplier)
+    schedule = Schedule(steps, config.warmup, config.floor, multiplier, partial(build, config))
     if config.restart_every:
         assert config.restart_warmup is not None
         return restarted(schedule, every=config.restart_every, rewarm=config.restart_warmup)
@@ -100,15 +103,14 @@ def warmed_up(base: Callable[[int], float], warmup: int) -> Callable[[int], floa
 def restarted(base: Schedule, *, every: int, rewarm: int, start: int = 0) -> Schedule:
     """The jagged form of `base`: after each restart t0, (t - t0)/rewarm * base(t0 + rewarm).
 
-    Restarts are the multiples of `every` after `start`. Over a cosine, with every >= the warm-up,
-    this is ReLoRA's jagged cosine (Lialin et al., section 3); with rewarm = 5, LORO's default.
+    Restarts are the multiples of `every` after `start`, and `start` itself if it is not 0: there
+    a warm start ends. An `every` of 0 is never. Over a cosine, with every >= the warm-up, this is
+    ReLoRA's jagged cosine (Lialin et al., section 3); with rewarm = 5, LORO's default.
     """
-    if every == 0 or rewarm == 0:
-        return base
 
     def multiplier(t: int) -> float:
-        t0 = start + (t - start) // every * every
-        if t0 <= start or t - t0 >= rewarm:
+        t0 = max(start, t // every * every if every else 0)
+        if not 0 < t0 <= t < t0 + rewarm:
             return base(t)
         return (t - t0) / rewarm * base(t0 + rewarm)
 

@@ -76,11 +76,12 @@ def _wanted(options: tuple[Any, ...]) -> str:
 
 
 def dump(config: Any) -> str:
-    """A dataclass of sections as TOML; what is None is left out."""
+    """A dataclass of leaves and sections as TOML; what is None is left out."""
     return "\n".join(_lines(config))
 
 
 def _lines(config: Any) -> Iterator[str]:
+    yield from _leaves(config)  # before any section, or they would be part of it
     for section in fields(config):
         value = getattr(config, section.name)
         if not is_dataclass(value):
@@ -89,10 +90,15 @@ def _lines(config: Any) -> Iterator[str]:
         name = getattr(type(value), "name", None)
         if isinstance(name, str):
             yield f"name = {_literal(name)}"
-        for leaf in fields(value):
-            if getattr(value, leaf.name) is not None:
-                yield f"{leaf.name} = {_literal(getattr(value, leaf.name))}"
+        yield from _leaves(value)
         yield ""
+
+
+def _leaves(section: Any) -> Iterator[str]:
+    for leaf in fields(section):
+        value = getattr(section, leaf.name)
+        if value is not None and not is_dataclass(value):
+            yield f"{leaf.name} = {_literal(value)}"
 
 
 def _literal(value: object) -> str:

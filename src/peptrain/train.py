@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from peptrain.build import run_config
 from peptrain.config import RunConfig, dump, resolved
@@ -22,6 +21,7 @@ from peptrain.environment import record_environment
 from peptrain.errors import Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, evaluate
 from peptrain.files import write_atomically
+from peptrain.initial import adopting, compare_tokenizers
 from peptrain.journal import Journal, Observer, silent
 from peptrain.methods.base import Method
 from peptrain.model import (
@@ -31,7 +31,7 @@ from peptrain.model import (
     count_parameters,
     save_tokenizer,
 )
-from peptrain.optim import state_bytes
+from peptrain.optim import clip_gradients, set_lr, state_bytes
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir, first_free
 from peptrain.signals import Stop, stop_on_signals
@@ -68,7 +68,7 @@ def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
     run directory exists or the disk is full; Diverged; Interrupted after Ctrl-C or SIGTERM.
     """
     with world(config.train.device) as here:
-        config = resolved(config, world_size=here.size, on_gpu=here.device.type == "cuda")
+        config = resolved(adopting(config), world_size=here.size, on_gpu=here.device.type == "cuda")
         return _train(config, None, here, observe)
 
 
@@ -92,7 +92,9 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
     if config.model.config is not None:
         with _eager():
             check_causal(trainee.model)
-    run = run or _create(config, corpus, here)
+    if run is None:
+        compare_tokenizers(config, corpus)
+        run = _create(config, corpus, here)
     tokens_per_step = config.train.batch_size * config.train.seq_len
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -126,15 +128,16 @@ def _loop(
     t, method, here, rng = config.train, config.method, journal.world, Rng(config.train.seed)
     model, optimizer = trainee.model, trainee.optimizer
     while trainee.step < trainee.end:
-        lr = _set_lr(optimizer, config.optim.lr, trainee.schedule(trainee.step))
+        set_lr(optimizer, trainee.schedule(trainee.step))
         torch.manual_seed(rng.integer(f"rank {here.rank}", trainee.step, "dropout"))
         loss = _accumulate(trainee, corpus, config, here)
-        norm = _clip(model, config.optim.clip)
+        norm = clip_gradients(model, config.optim.clip)
         optimizer.step()
         optimizer.zero_grad()
         trainee.step += 1
         between = trainee.step < trainee.end
         metrics = method.after_step(model, optimizer, trainee.step, rng) if between else {}
+        lr = optimizer.param_groups[0]["lr"]
         journal.add(trainee.step, lr, loss, norm, metrics)
 
         stopping = _agreed(stop, here, trainee.step % t.log_every == 0)
@@ -162,13 +165,6 @@ def _due(every: int | None, step: int) -> bool:
     return bool(every) and step % (every or 1) == 0
 
 
-def _set_lr(optimizer: Optimizer, lr: float | None, multiplier: float) -> float:
-    assert lr is not None
-    for group in optimizer.param_groups:
-        group["lr"] = lr * multiplier
-    return lr * multiplier
-
-
 def _accumulate(trainee: Trainee, corpus: Corpus, config: RunConfig[Method], here: World) -> Tensor:
     """Gradients of this rank's share of the batch, micro-batch by micro-batch; the mean loss.
 
@@ -193,15 +189,6 @@ def _accumulate(trainee: Trainee, corpus: Corpus, config: RunConfig[Method], her
             loss.backward()
         total = total + loss.detach()
     return total
-
-
-def _clip(model: nn.Module, clip: float | None) -> Tensor:
-    """The global gradient norm, after scaling the gradients down to `clip` unless that is 0."""
-    params = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    if clip:
-        nn.utils.clip_grads_with_norm_(params, clip, norm)
-    return norm
 
 
 def _agreed(stop: Stop, here: World, at_boundary: bool) -> bool:

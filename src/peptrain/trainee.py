@@ -18,6 +18,7 @@ from peptrain.config import RunConfig
 from peptrain.data import Corpus
 from peptrain.distributed import World
 from peptrain.errors import ConfigError, DataError, Diverged
+from peptrain.initial import initial_weights
 from peptrain.methods.base import Method
 from peptrain.model import (
     NextTokenLoss,
@@ -60,16 +61,18 @@ def restore(
         checkpoint.agrees(saved, identity)
         model = rebuild(config, saved, phase)
     else:
-        model = build(config, phase)
+        model = build(config, phase, initial_weights(config))
     model.to(here.device)  # type: ignore[arg-type]
     model.train()
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
     if config.train.compile:
         compile_layers(model)
-    optimizer = config.method.optimizer(model, config.optim)
+    optimizer = config.method.optimizer(model, config.optim, phase)
     if saved:
         checkpoint.load_optimizer(model, optimizer, saved, same_phase=phase == saved.phase)
+        if phase != saved.phase:
+            config.method.enter(model, optimizer, phase)
     base = schedule.build(config.schedule, config.train.steps)
     loss = here.parallelize(NextTokenLoss(model, compile=config.train.compile))
     return Trainee(model, loss, optimizer, config.method.schedule(base), phase, step, end)

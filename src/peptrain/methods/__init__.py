@@ -8,12 +8,14 @@ from importlib.metadata import entry_points
 from peptrain.methods.base import Method
 from peptrain.methods.bpt import BPT
 from peptrain.methods.full import Full
+from peptrain.methods.lora import LoRA
 from peptrain.methods.loro import LORO
 from peptrain.methods.lowrank import LowRank
+from peptrain.methods.relora import ReLoRA
 
-__all__ = ["BPT", "LORO", "METHODS", "Full", "LowRank", "methods"]
+__all__ = ["BPT", "LORO", "METHODS", "Full", "LoRA", "LowRank", "ReLoRA", "methods"]
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, BPT, LowRank, LORO)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, BPT, LoRA, ReLoRA, LowRank, LORO)}
 
 
 def methods() -> dict[str, type[Method]]:

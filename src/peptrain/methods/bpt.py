@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peptrain.methods.base import Method, Metrics, RankMethod, ReparamLinear, Site, reparametrized
+from peptrain.methods.base import Method, Metrics, ReparamLinear, Site, reparametrized
+from peptrain.methods.rank import RankMethod
 from peptrain.ops.linear import bpt_linear, bpt_weight
 from peptrain.ops.rounding import add_
 from peptrain.ops.spectral import semi_orthogonal
@@ -33,7 +33,8 @@ class BPTLinear(ReparamLinear):
         super().__init__(site)
         n, m = site.shape
         W = site.linear.weight
-        initialise(W, init, rng(site.name, purpose="W"))
+        if site.fresh:
+            initialise(W, init, rng(site.name, purpose="W"))
         wide = torch.promote_types(W.dtype, torch.float32)
         self.weight = W.requires_grad_(False)
         self.U = nn.Parameter(fresh_U(site.name, 0, n, rank, rng, W))
@@ -93,7 +94,7 @@ class BPT(RankMethod):
     merge_every: int | None = interval(0.1, most=2000)
     """Steps between merges; 0 is never. Unset: a tenth of the run, at most 2000."""
     init: Init = "kaiming_uniform"
-    """How the frozen W starts; model keeps the model's own initialisation."""
+    """How the frozen W starts, unless --init-from gives it; model keeps what the model drew."""
     reset: ResetMode = "zero"
     """What a merge does to the moments of U and V."""
     reset_fraction: float = 0.99
@@ -110,9 +111,8 @@ class BPT(RankMethod):
     def cost(self, n: int, m: int, rank: int) -> int:
         return rank * (n + m) + n + m
 
-    def install(self, sites: Sequence[Site], rng: Rng, phase: int) -> None:
-        for site in self.chosen(sites):
-            site.replace(BPTLinear(site, self.r, self.init, rng))
+    def layer(self, site: Site, rng: Rng) -> BPTLinear:
+        return BPTLinear(site, self.r, self.init, rng)
 
     def schedule(self, base: Schedule) -> Schedule:
         return restarted(base, every=self.merge_every or 0, rewarm=self.restart_warmup)

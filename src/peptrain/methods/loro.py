@@ -59,15 +59,15 @@ class LORO(LowRank):
         if self.scale not in ("hidden", "rows", "min"):
             self._number()
 
-    def install(self, sites: Sequence[Site], rng: Rng, phase: int) -> None:
-        super().install(sites, rng, phase)
+    def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
+        super().install(model, sites, rng, phase)
         if (self.exact_every or 0) > 600:
             log.warning(
                 "method.exact_every: %d; the paper reports divergence above 650 to 750 steps",
                 self.exact_every,
             )
 
-    def optimizer(self, model: nn.Module, optim: OptimConfig) -> Optimizer:
+    def optimizer(self, model: nn.Module, optim: OptimConfig, phase: int) -> Optimizer:
         assert optim.lr is not None and optim.beta1 is not None and optim.beta2 is not None
         assert optim.eps is not None
         layers = [m for m in reparametrized(model) if isinstance(m, LowRankLinear)]

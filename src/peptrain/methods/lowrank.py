@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,20 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peptrain.methods.base import Method, RankMethod, ReparamLinear, Site
+from peptrain.methods.base import Method, ReparamLinear, Site
+from peptrain.methods.rank import RankMethod
+from peptrain.ops.spectral import best_factors
 from peptrain.rng import Rng
 
 
 class LowRankLinear(ReparamLinear):
-    """W = B A, so y = x Aᵀ Bᵀ. B: [out, r], A: [r, in]; no dense W exists."""
+    """W = B A, so y = x Aᵀ Bᵀ. B: [out, r], A: [r, in]; no dense W exists.
+
+    Drawn by xavier_normal, or the truncated SVD of a W that was trained.
+    """
 
     def __init__(self, site: Site, rank: int, rng: Rng) -> None:
         super().__init__(site)
         n, m = site.shape
         self.width = site.width
-        like = site.linear.weight
-        self.B = nn.Parameter(_xavier_normal(n, rank, rng(site.name, purpose="B")).to(like))
-        self.A = nn.Parameter(_xavier_normal(rank, m, rng(site.name, purpose="A")).to(like))
+        W = site.linear.weight.detach()
+        if site.fresh:
+            B = _xavier_normal(n, rank, rng(site.name, purpose="B"))
+            A = _xavier_normal(rank, m, rng(site.name, purpose="A"))
+        else:
+            B, A = best_factors(W.to(torch.promote_types(W.dtype, torch.float32)), rank)
+        self.B, self.A = nn.Parameter(B.to(W)), nn.Parameter(A.to(W))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.A), self.B, self.bias)
@@ -46,6 +54,5 @@ class LowRank(RankMethod):
     # The best of 5e-4, 1e-3, 3e-3 and 1e-2 at llama-60m (docs/first-table.md).
     optim_defaults = replace(Method.optim_defaults, lr=1e-3)
 
-    def install(self, sites: Sequence[Site], rng: Rng, phase: int) -> None:
-        for site in self.chosen(sites):
-            site.replace(LowRankLinear(site, self.r, rng))
+    def layer(self, site: Site, rng: Rng) -> LowRankLinear:
+        return LowRankLinear(site, self.r, rng)

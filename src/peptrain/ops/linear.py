@@ -1,4 +1,4 @@
-"""The BPT linear map: its weight formed, not its factors applied; no n x m gradient."""
+"""Linear maps with a frozen matrix and a low-rank addition: the sum formed, no n x m gradient."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor)
     per token; the backward has the two rank-r passes that the gradients of U and V need.
     Computed in autocast's dtype where it is on, else in x's; a and b are applied unrounded.
     """
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _BPTLinear.apply(rows, W, U, V, a, b, dtype)  # type: ignore[no-untyped-call]
+    y: Tensor = _BPTLinear.apply(rows, W, U, V, a, b, _compute_dtype(x))  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
@@ -29,6 +26,39 @@ def bpt_weight(W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(W.dtype, a.dtype), torch.float32)
     product = U.to(dtype) @ V.to(dtype)
     return a[:, None] * (W + product) * b
+
+
+def added_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    """y = x (W + B A)ᵀ for x: [..., m], W: [n, m], B: [n, r], A: [r, m]; W gets no gradient.
+
+    As in `bpt_linear` the sum is formed, in autocast's dtype where it is on, else in x's.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor = _AddedLinear.apply(rows, W, B, A, _compute_dtype(x))  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], -1)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+class _AddedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, B: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, W, B, A)
+        ctx.dtype = dtype
+        return F.linear(x.to(dtype), _merged(W, B, A, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, B, A = ctx.saved_tensors
+        dy, rows = grads[0].to(ctx.dtype), x.to(ctx.dtype)
+        dx = dy @ _merged(W, B, A, ctx.dtype)  # formed again: see _BPTLinear
+        dB = dy.mT @ (rows @ A.to(ctx.dtype).mT)
+        dA = (dy @ B.to(ctx.dtype)).mT @ rows
+        return dx.to(x.dtype), None, dB.to(B.dtype), dA.to(A.dtype), None
 
 
 class _BPTLinear(torch.autograd.Function):

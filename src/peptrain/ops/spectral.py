@@ -42,11 +42,19 @@ def from_core(left: Tensor, core: Tensor, right: Tensor, rank: int) -> tuple[Ten
     left: [n, p] and right: [m, q] with orthonormal columns, core: [p, q]. A core smaller than
     `rank` is padded with zero columns and rows.
     """
-    U, sigma, Vt = torch.linalg.svd(core, full_matrices=False)
+    B, A = best_factors(core, rank)
+    return left @ B, A @ right.mT
+
+
+def best_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(B, A) with BA the best rank-`rank` approximation of W and sigma_i(B) = sigma_i(A).
+
+    W: [n, m], B: [n, rank], A: [rank, m]; beyond min(n, m) their columns and rows are zero.
+    """
+    U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)
     k = min(rank, sigma.shape[0])
     root = sigma[:k].sqrt()
-    B = left @ (U[:, :k] * root)
-    A = (Vt[:k] * root[:, None]) @ right.mT
+    B, A = U[:, :k] * root, root[:, None] * Vt[:k]
     if k < rank:
         B = torch.nn.functional.pad(B, (0, rank - k))
         A = torch.nn.functional.pad(A, (0, 0, 0, rank - k))

@@ -1,0 +1,106 @@
+"""Weights to start from: those of a run, or of a directory in Hugging Face's format."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peptrain.build import open_run, plain_model, run_config
+from peptrain.config import RunConfig
+from peptrain.data import Corpus
+from peptrain.data.tokenizer import load_tokenizer
+from peptrain.dense import dense_state
+from peptrain.errors import ConfigError
+from peptrain.methods.base import Method
+from peptrain.model import ModelConfig, dtype_of
+from peptrain.rundir import RunDir
+
+log = logging.getLogger("peptrain")
+
+
+def adopting(config: RunConfig[Any]) -> RunConfig[Any]:
+    """`config` with the model of what it starts from, if it says nothing of the model itself."""
+    path = config.init_from
+    if path is None or config.model != ModelConfig():
+        return config
+    if _is_run(path):
+        return replace(config, model=run_config(RunDir(path)).model)
+    return replace(config, model=ModelConfig(config=path))
+
+
+def initial_weights(config: RunConfig[Method]) -> dict[str, Tensor] | None:
+    """The dense weights that `config` starts from, by Hugging Face's names; None for fresh ones.
+
+    Raises ConfigError when they can't be read or are those of a model of another shape.
+    """
+    path = config.init_from
+    if path is None:
+        return None
+    weights = dense_state(open_run(path).model) if _is_run(path) else _pretrained(path, config)
+    _check_shapes(weights, config)
+    return weights
+
+
+def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
+    """Warn when the weights to start from know other tokens than the corpus has."""
+    if (path := config.init_from) is None:
+        return
+    file = (RunDir(path).tokenizer if _is_run(path) else path) / "tokenizer.json"
+    if not file.is_file():
+        return
+    ours, theirs = (load_tokenizer(f).get_vocab() for f in (corpus.tokenizer_file, file))
+    if ours != theirs:
+        log.warning(
+            "init_from: the tokenizer of %s is not the one of %s, so the weights know other"
+            " tokens; prepare the data with --tokenizer %s", path, corpus.path, file,
+        )  # fmt: skip
+
+
+def _is_run(path: Path) -> bool:
+    if RunDir(path).config_file.is_file():
+        return True
+    if (path / "config.json").is_file():
+        return False
+    raise ConfigError(
+        f"init_from: {path} is no run directory (config.toml) and no Hugging Face directory"
+        " (config.json); give one of the two"
+    )
+
+
+def _pretrained(path: Path, config: RunConfig[Method]) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    assert config.train.precision is not None
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, report = load(
+            path,
+            dtype=dtype_of(config.train.precision),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"init_from: {path} can't be read: {error}") from error
+    # A warning alone would leave them at random numbers.
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"init_from: {path} lacks {missing[0]} and {len(missing) - 1} more weights of its"
+            " model; give a whole causal language model"
+        )
+    return dense_state(model)
+
+
+def _check_shapes(weights: dict[str, Tensor], config: RunConfig[Method]) -> None:
+    wanted = {name: list(p.shape) for name, p in plain_model(config).named_parameters()}
+    given = {name: list(p.shape) for name, p in weights.items()}
+    for name in sorted(wanted.keys() | given.keys()):
+        if (has := given.get(name, "nothing")) != (wants := wanted.get(name, "nothing")):
+            raise ConfigError(
+                f"init_from: {config.init_from} has {has} for {name}, and the model of this run"
+                f" {wants}; leave out all settings of the model, and it is that of init_from"
+            )

@@ -1,0 +1,172 @@
+"""LoRA from scratch: a frozen matrix and a low-rank addition, after a full warm start or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peptrain.methods.base import Method, ReparamLinear, Site
+from peptrain.methods.rank import RankMethod
+from peptrain.ops.linear import added_linear
+from peptrain.ops.rounding import add_
+from peptrain.optim import OptimConfig, adamw
+from peptrain.rng import Rng
+from peptrain.schedule import Schedule, restarted
+from peptrain.settings import check, interval
+
+
+class LoRALinear(ReparamLinear):
+    """W_eff = W + s B A; W frozen, A: [r, in], B: [out, r], s = alpha / r.
+
+    A is random and B = 0, so B is the first to receive a gradient. (The released code starts both
+    at 0, a saddle that no gradient leaves.) Dropout is on the input of A.
+    """
+
+    def __init__(self, site: Site, rank: int, alpha: float, dropout: float, rng: Rng) -> None:
+        super().__init__(site)
+        n, m = site.shape
+        W = site.linear.weight
+        self.alpha, self.dropout = alpha, dropout
+        self.weight = W.requires_grad_(False)
+        self.A = nn.Parameter(fresh_A(site.name, 0, rank, m, rng, W))
+        self.B = nn.Parameter(W.new_zeros(n, rank))
+        self.register_parameter("s", None)
+
+    def train_scale(self) -> None:
+        """Make s a parameter, [1], in at least fp32; it starts at alpha / r."""
+        wide = torch.promote_types(self.B.dtype, torch.float32)
+        self.s = nn.Parameter(self.B.new_full((1,), self.alpha / self.B.shape[1], dtype=wide))
+
+    def sB(self) -> Tensor:
+        s = self.alpha / self.B.shape[1] if self.s is None else self.s
+        return s * self.B
+
+    def forward(self, x: Tensor) -> Tensor:
+        sB = self.sB().to(self.B.dtype)
+        if self.dropout and self.training:
+            y = F.linear(x, self.weight)
+            y = y + F.linear(F.linear(F.dropout(x, self.dropout), self.A), sB)
+        else:
+            y = added_linear(x, self.weight, sB, self.A)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def effective_weight(self) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.weight.to(dtype) + self.sB().to(dtype) @ self.A.to(dtype)
+
+    @torch.no_grad()
+    def merge(self, step: int, rng: Rng) -> None:
+        """W += s B A, A fresh, B = 0: the function stays (ReLoRA, equation 1).
+
+        A trained s returns to alpha / r; left where it went, near 0 say, it might hold the new
+        factors still.
+        """
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        delta = self.sB().to(dtype) @ self.A.to(dtype)
+        add_(self.weight, delta, rng.integer(self.site, step, "round"))
+        r, m = self.A.shape
+        self.A.copy_(fresh_A(self.site, step, r, m, rng, self.A))
+        self.B.zero_()
+        if self.s is not None:
+            self.s.fill_(self.alpha / r)
+
+
+def fresh_A(site: str, step: int, r: int, m: int, rng: Rng, like: Tensor) -> Tensor:
+    """A [r, m] after the merge at `step`: nn.Linear's own kaiming_uniform, U(+-1/sqrt(m))."""
+    A = torch.empty(r, m)
+    nn.init.kaiming_uniform_(A, a=5**0.5, generator=rng(site, step, "A"))
+    return A.to(like)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(RankMethod):
+    """Train B and A of W + s B A around a frozen W; with a warm start, train W in full before."""
+
+    name: ClassVar[str] = "lora"
+    equation: ClassVar[str] = "W_eff = W + s B A, W frozen (after a full warm start, if any)"
+    optim_defaults = replace(Method.optim_defaults, lr=1e-3)
+
+    alpha: float = 32.0
+    """s = alpha / rank."""
+    dropout: float = 0.0
+    """Of the input of A. Above 0 a forward pass is slower: W and B A are applied one by one."""
+    train_scale: bool = False
+    """Whether each adapted matrix trains its s, from alpha / rank."""
+    warm_start_steps: int | None = 0
+    """Steps of full training before the adapters come; 0 is none."""
+    warm_start_lr: float = 1e-3
+    """Peak learning rate of these steps; the default is full training's."""
+    warm_start_then: Literal["continue", "fresh"] = "continue"
+    """continue keeps the schedule and the moments of what trains on; fresh begins both anew, with
+    another warm-up, as the released code does."""
+    restart_warmup: int | None = interval(0.01, most=50, least=0)
+    """Steps of learning-rate warm-up from 0 where the adapters come and after each reset; 0 is
+    none. Unset: a hundredth of the run, at most 50."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.alpha > 0, "method.alpha", self.alpha, "a number above 0")
+        check(0 <= self.dropout < 1, "method.dropout", self.dropout, "0 to below 1")
+        check(self.warm_start_lr >= 0, "method.warm_start_lr", self.warm_start_lr, "0 or more")
+        for key in ("warm_start_steps", "restart_warmup"):
+            check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), "0 or more")
+
+    @property
+    def warm(self) -> int:
+        """The step at which the adapters come."""
+        return self.warm_start_steps or 0
+
+    def cost(self, n: int, m: int, rank: int) -> int:
+        return rank * (n + m) + self.train_scale
+
+    def layer(self, site: Site, rng: Rng) -> LoRALinear:
+        made = LoRALinear(site, self.r, self.alpha, self.dropout, rng)
+        if self.train_scale:
+            made.train_scale()
+        return made
+
+    def phases(self, steps: int) -> tuple[int, ...]:
+        fits = self.warm < steps
+        wanted = f"fewer than the {steps} steps of the run, or train by the method full"
+        check(fits, "method.warm_start_steps", self.warm, wanted)
+        return (self.warm,) if self.warm else ()
+
+    def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
+        if not self._warming(phase):
+            super().install(model, sites, rng, phase)
+        elif not self.train_rest:
+            model.requires_grad_(False)
+            for site in self.chosen(sites):
+                site.linear.weight.requires_grad_(True)
+
+    def optimizer(self, model: nn.Module, optim: OptimConfig, phase: int) -> Optimizer:
+        lr = self.warm_start_lr if self._warming(phase) else optim.lr
+        return adamw(model, replace(optim, lr=lr))
+
+    def enter(self, model: nn.Module, optimizer: Optimizer, phase: int) -> None:
+        if self.warm_start_then == "fresh":
+            optimizer.state.clear()
+
+    def schedule(self, base: Schedule) -> Schedule:
+        return self._restarted(base, 0)
+
+    def _restarted(self, base: Schedule, every: int) -> Schedule:
+        """`base` with a restart at the switch, and at the multiples of `every` after it."""
+        if self.warm and self.warm_start_then == "fresh":
+            base = switched(base, self.warm)
+        return restarted(base, every=every, rewarm=self.restart_warmup or 0, start=self.warm)
+
+    def _warming(self, phase: int) -> bool:
+        return phase == 0 and self.warm > 0
+
+
+def switched(base: Schedule, start: int) -> Schedule:
+    """`base` before `start`, and from there the same schedule for a run of what is left."""
+    rest = base.over(base.steps - start)
+    return replace(base, multiplier=lambda t: base(t) if t < start else rest(t - start))
