@@ -15,6 +15,7 @@ from torch.linalg import pinv, svd
 
 Number = TypeVar("Number", float, Tensor)
 Multiplier = Callable[[int], float]  # of the learning rate, from the 0-based step
+Moments = tuple[Tensor, Tensor, int]  # Adam's m and v of one tensor, and its number of steps
 
 
 def riemannian_gradient(B: Tensor, A: Tensor, G: Tensor) -> Tensor:
@@ -86,6 +87,46 @@ def bpt_forward(
     return y if bias is None else y + bias
 
 
+def relora_effective(W: Tensor, B: Tensor, A: Tensor, s: float | Tensor) -> Tensor:
+    """W_eff = W + s B A (LoRA, ReLoRA)."""
+    return W + s * (B @ A)
+
+
+def relora_merge(W: Tensor, B: Tensor, A: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(W', B') = (W + s B A, 0): W_eff stays whatever A is drawn next (ReLoRA, Algorithm 1)."""
+    return W + s * (B @ A), torch.zeros_like(B)
+
+
+def reset_zero(m: Tensor, v: Tensor) -> Moments:
+    """m = v = 0 and no steps: Adam begins anew."""
+    return torch.zeros_like(m), torch.zeros_like(v), 0
+
+
+def smallest(x: Tensor, p: float) -> Tensor:
+    """A mask, true at the round(p size) elements of smallest |x|; of equal ones the first in
+    row-major order go first. round is Python's: halves to even."""
+    flat = x.flatten().tolist()
+    order = sorted(range(len(flat)), key=lambda i: (abs(flat[i]), i))
+    chosen = set(order[: round(p * len(flat))])
+    return torch.tensor([i in chosen for i in range(len(flat))]).reshape(x.shape)
+
+
+def reset_masked(m: Tensor, v: Tensor, pruned: Tensor) -> Moments:
+    """Zero m and v where pruned is true, the same elements of both; no steps (random pruning)."""
+    return m.masked_fill(pruned, 0.0), v.masked_fill(pruned, 0.0), 0
+
+
+def reset_magnitude(m: Tensor, v: Tensor, p: float) -> Moments:
+    """Zero m and v where |m| is among the round(p size) smallest; no steps."""
+    return reset_masked(m, v, smallest(m, p))
+
+
+def reset_pico(m: Tensor, v: Tensor, k: int, pruned_m: Tensor, pruned_v: Tensor) -> Moments:
+    """Zero m and v each by a mask of its own and keep the step, as the released codes do: where
+    m stays and v goes, the next updates are far larger than lr."""
+    return m.masked_fill(pruned_m, 0.0), v.masked_fill(pruned_v, 0.0), k
+
+
 def adam_update(
     p: Number,
     g: Number,
@@ -133,12 +174,13 @@ def warmup_cosine(N: int, w: int, mn: float) -> Multiplier:
 
 
 def with_restarts(base: Multiplier, starts: Sequence[int], rw: int) -> Multiplier:
-    """(t - t0) / rw * base(t0 + rw) for t0 <= t < t0 + rw at each restart t0, else base(t)."""
+    """(t - t0) / rw * base(t0 + rw) while t - t0 < rw, t0 the last restart not after t (so that the
+    next restart cuts it short); else base(t)."""
 
     def multiplier(t: int) -> float:
-        for t0 in starts:
-            if t0 <= t < t0 + rw:
-                return (t - t0) / rw * base(t0 + rw)
+        t0 = max((start for start in starts if start <= t), default=None)
+        if t0 is not None and t - t0 < rw:
+            return (t - t0) / rw * base(t0 + rw)
         return base(t)
 
     return multiplier
@@ -156,6 +198,23 @@ def relora_jagged(N: int, w: int, R: int, rw: int, mn: float) -> Multiplier:
         return half_cosine((t - w) / (N - w), mn)
 
     return multiplier
+
+
+def relora_schedule(
+    N: int, w: int, R: int, rw: int, mn: float, warm: int = 0, fresh: bool = False
+) -> Multiplier:
+    """warmup_cosine restarted at the end of the warm start and at the multiples of R after it.
+
+    R = 0 never restarts but at the switch; warm = 0 means no warm start and so no switch. With
+    fresh the base from the switch on is warmup_cosine(N - warm, w, mn) at t - warm, the restarts
+    staying at absolute steps. For warm = 0 this is relora_jagged, except where a restart falls
+    inside the first w steps: relora_jagged then keeps t / w, this one restarts. As there, a restart
+    less than rw before the end aims at base beyond N, where the cosine rises again.
+    """
+    whole, rest = warmup_cosine(N, w, mn), warmup_cosine(N - warm, w, mn)
+    periods = range(R, N, R) if R else ()
+    starts = [warm] * (warm > 0) + [t for t in periods if t > warm]
+    return with_restarts(lambda t: rest(t - warm) if fresh and t >= warm else whole(t), starts, rw)
 
 
 def loro_reference(N: int, w: int, R: int, mn: float = 0.1) -> Multiplier:
@@ -197,11 +256,12 @@ class Count(NamedTuple):
     embedding: int  # input embedding and output head, once when tied
 
 
-def parameter_count(arch: Arch, method: str, r: int = 0) -> Count:
-    """Counts by arithmetic for full, bpt, lora, lowrank, loro.
+def parameter_count(arch: Arch, method: str, r: int = 0, trained_scale: bool = False) -> Count:
+    """Counts by arithmetic for full, bpt, lora, relora (after its warm start), lowrank, loro.
 
     Adapt a matrix n x m iff that lowers its trainable count: BPT r(n+m) + n + m < nm, the others
-    r(n+m) < nm. bpt and lora keep the frozen nm in the total; lowrank and loro have no dense W.
+    r(n+m) < nm. bpt, lora and relora keep the frozen nm in the total; lowrank and loro have no
+    dense W. A trained scale is one more parameter per adapted matrix and outside the rule.
     """
     V, d, f, L = arch["V"], arch["d"], arch["f"], arch["L"]
     kv = d // arch["heads"] * arch["kv"]
@@ -212,7 +272,8 @@ def parameter_count(arch: Arch, method: str, r: int = 0) -> Count:
     for n, m in shapes:
         adapter = r * (n + m) + (n + m if method == "bpt" else 0)
         adapted = method != "full" and adapter < n * m
-        frozen = n * m if method in ("bpt", "lora") else 0
+        frozen = n * m if method in ("bpt", "lora", "relora") else 0
+        adapter += trained_scale
         trainable += L * (adapter if adapted else n * m)
         total += L * (frozen + adapter if adapted else n * m)
     return Count(total, trainable, embedding)
