@@ -124,13 +124,20 @@ def shared_flags(args: argparse.Namespace) -> list[str]:
 def speed(args: argparse.Namespace) -> None:
     """Short runs one after another on one GPU, each alone on it."""
     args.per_gpu = 1
-    args.run = [f"{name}:{lr}:0" for name, lr in SPEED_RUNS]
+    args.run = list(SPEED_RUNS)
     args.steps = args.speed_steps
     sweep(args)
     table(args)
 
 
-SPEED_RUNS = (("full", 1e-3), ("bpt", 1e-3), ("lowrank", 3e-3), ("loro", 1e-2))
+SPEED_RUNS = (
+    "full:1e-3:0",
+    "bpt:1e-3:0",
+    "lora:1e-3:0",
+    "relora:1e-3:0:warm_start_steps=0",
+    "lowrank:1e-3:0",
+    "loro:1e-2:0",
+)
 
 
 def prepare_texts(args: argparse.Namespace) -> None:

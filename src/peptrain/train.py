@@ -108,6 +108,7 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
         while trainee.step < config.train.steps:
             del trainee  # or both phases' moments would be in memory at once
             trainee = restore(config, run, here, identity)
+            journal.pause()
             _loop(config, trainee, corpus, run, journal, stop, identity)
     held_out = _evaluate(config, trainee, corpus, run, here, limit=0)
     result = _result(run, trainee, held_out, journal)

@@ -140,9 +140,11 @@ class LoRA(RankMethod):
     def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
         if not self._warming(phase):
             super().install(model, sites, rng, phase)
-        elif not self.train_rest:
+            return
+        chosen = self.chosen(sites)  # now, or a rank that fits nothing would end a run half-way
+        if not self.train_rest:
             model.requires_grad_(False)
-            for site in self.chosen(sites):
+            for site in chosen:
                 site.linear.weight.requires_grad_(True)
 
     def optimizer(self, model: nn.Module, optim: OptimConfig, phase: int) -> Optimizer:
