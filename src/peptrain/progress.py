@@ -105,15 +105,24 @@ class _BarAndState(Progress):
 
 @contextmanager
 def preparing(console: Console) -> Iterator[Callable[[Preparation], None]]:
-    """A bar over the bytes of the input files, with documents and tokens so far."""
+    """A bar over the work where its end is known; documents, tokens and tokens/s so far."""
     columns = (TextColumn("preparing"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}"))
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("", total=None, state="")
+        marks: list[tuple[float, int]] = []
 
         def show(done: Preparation) -> None:
-            state = f"{done.documents:,} documents  {done.tokens:,} tokens"
-            bar.update(task, total=done.bytes_total, completed=done.bytes_done, state=state)
+            marks.append((time.monotonic(), done.tokens))
+            total = None if done.share is None else 1.0
+            bar.update(task, total=total, completed=done.share or 0.0, state=_made(done, marks))
 
         yield show
+
+
+def _made(done: Preparation, marks: list[tuple[float, int]]) -> str:
+    """Documents, tokens, and the pace since the first mark of (seconds, tokens)."""
+    (since, before), (now, tokens) = marks[0], marks[-1]
+    pace = f"  {(tokens - before) / (now - since):,.0f} tok/s" if now > since else ""
+    return f"{done.documents:,} documents  {tokens:,} tokens{pace}"
