@@ -70,6 +70,12 @@ def test_reading_goes_on_after_any_piece(source):
         assert list(source.pieces(piece.position)) == whole[number + 1 :]
 
 
+def test_a_file_that_was_finished_is_not_read_again(source):
+    *_, last = source.pieces(None)
+    write(source.files[0], b"\0" * source.files[0].stat().st_size)
+    assert [piece.text for piece in source.pieces([last.position[0], 0])] == ["one", "two"]
+
+
 def test_a_sample_takes_an_equal_share_of_each_file_and_ends_at_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("peptrain.data.fileset.PIECE_BYTES", 1)
     files = [write(tmp_path / f"{n}.txt", str(n).encode() * 100) for n in range(4)]
