@@ -248,13 +248,9 @@ def test_a_stream_may_be_held_out(hub, config, by_file):
     config = replace(by_file, held_out_inputs=("hf:some/texts:en:validation",))
     assert prepare(config).documents == 120
     assert hub.asked == [("hf://datasets/some/texts", "en", "validation", COMMIT, True)]
+    nothing_left = replace(config, inputs=config.held_out_inputs, out=by_file.out / "other")
     with pytest.raises(DataError, match="no file is left to train on"):
-        name = "hf:some/texts"
-        prepare(
-            replace(
-                config, inputs=(name,), held_out_inputs=(name,), out=config.out.with_name("other")
-            )
-        )
+        prepare(nothing_left)
 
 
 def test_a_tokenizer_is_trained_on_the_beginning_of_a_stream(hub, config, by_file):
