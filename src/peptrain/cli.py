@@ -244,8 +244,7 @@ def _export(
 @dataclass(frozen=True, kw_only=True)
 class _Prepare(PrepareConfig):
     inputs: Positional[tuple[str, ...]]
-    """Files (text, JSON Lines: plain, .gz or .xz; Parquet), directories of them or of
-    save_to_disk, and datasets of the Hugging Face hub as hf:ID[:CONFIG[:SPLIT]]."""
+    """Text, JSON Lines or Parquet files, directories of them, or hf:ID[:CONFIG[:SPLIT]]."""
     held_out_inputs: tuple[str, ...] = ()
     """Inputs to hold out instead; those that are also among the inputs are not trained on."""
 

@@ -19,8 +19,7 @@ class PrepareConfig:
     """What to prepare, and how. Every field is a flag of the command."""
 
     inputs: tuple[str | Path, ...]
-    """Files (text, JSON Lines: plain, .gz or .xz; Parquet), directories of them or of
-    save_to_disk, and datasets of the Hugging Face hub as hf:ID[:CONFIG[:SPLIT]]."""
+    """Text, JSON Lines or Parquet files, directories of them, or hf:ID[:CONFIG[:SPLIT]]."""
     out: Path
     """The directory to make."""
     tokenizer: Path | None = None
@@ -36,8 +35,7 @@ class PrepareConfig:
     held_out_inputs: tuple[str | Path, ...] = ()
     """Inputs to hold out instead; those that are also among the inputs are not trained on."""
     weights: tuple[float, ...] = ()
-    """The share of each input in the bytes of text, in sum 1: documents are taken from all in turn
-    until one ends. Unset: all of one input after all of another."""
+    """The share of each input in the bytes of text, in sum 1. Unset: one input after another."""
     max_tokens: int | None = None
     """Stop at the first end of a document with so many training tokens, end tokens included."""
     shard_tokens: int = 64 * 2**20
