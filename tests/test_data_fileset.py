@@ -55,6 +55,7 @@ def test_missing_foreign_and_empty_inputs_are_named(tmp_path):
 def test_the_folders_of_a_directory_without_files_are_named(tmp_path):
     for number in range(7):
         (tmp_path / f"part-{number}").mkdir()
+    (tmp_path / ".cache").mkdir()
     write(tmp_path / "README.rst")
     named = ", ".join(str(tmp_path / f"part-{number}") for number in range(5))
     with pytest.raises(DataError, match=rf"give one that does: {named} and 2 more$"):

@@ -145,7 +145,7 @@ def test_a_stream_makes_the_corpus_that_a_file_makes(hub, config, by_file):
     assert seen[-1].documents == made.documents == 60 and seen[-1].share is None
     index = Index.load(config.out)
     assert index.settings["inputs"] == f"hf:some/texts@{COMMIT}:en:train"
-    assert index.sources[0]["name"] == "hf:some/texts:en"
+    assert index.sources[0]["source"] == index.settings["inputs"]
 
 
 def test_with_max_tokens_a_stream_has_an_end_to_progress_to(hub, config):

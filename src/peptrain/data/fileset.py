@@ -92,7 +92,7 @@ def _known_files(directory: Path, key: str) -> list[Path]:
     files = [f for f in entries if f.is_file() and content_suffix(f) in KNOWN_SUFFIXES]
     if files:
         return files
-    folders = [str(folder) for folder in entries if folder.is_dir()]
+    folders = [str(f) for f in entries if f.is_dir() and not f.name.startswith(".")]
     more = f" and {len(folders) - NAMED_FOLDERS} more" if len(folders) > NAMED_FOLDERS else ""
     inside = f"; give one that does: {', '.join(folders[:NAMED_FOLDERS])}{more}" if folders else ""
     raise DataError(

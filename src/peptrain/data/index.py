@@ -49,7 +49,7 @@ class Index:
     tokenizer_sha256: str
     settings: dict[str, Any]
     sources: list[dict[str, Any]] = field(default_factory=list)
-    """Name, documents, bytes of text and tokens of each source, held out or not."""
+    """What describes each source, in order, and its documents, bytes of text and tokens."""
 
     @property
     def train_tokens(self) -> int:

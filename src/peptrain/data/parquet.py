@@ -22,9 +22,8 @@ def read_rows(path: Path, text_field: str, errors: str) -> Iterator[Piece]:
     """
     pyarrow, parquet = imported("pyarrow", str(path)), imported("pyarrow.parquet", str(path))
     try:
-        with path.open("rb") as raw:
-            # Buffering ahead would hold every row group read so far.
-            file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=PIECE_BYTES)
+        # Its defaults would hold a whole row group, which may be the whole file.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=PIECE_BYTES) as file:
             _check_column(pyarrow, file.schema_arrow, text_field, str(path))
             yield from _pieces(file, text_field, path, errors)
     except (OSError, pyarrow.ArrowException) as error:

@@ -17,7 +17,7 @@ import numpy as np
 from peptrain.data.config import DEFAULT_VOCAB, PrepareConfig
 from peptrain.data.documents import Inputs, Part, describe
 from peptrain.data.index import JOURNAL, TOKENIZER, Index
-from peptrain.data.source import Taken
+from peptrain.data.source import Source, Taken
 from peptrain.data.tokenizer import (
     TRAINED_END,
     encode,
@@ -99,7 +99,7 @@ def prepare(
         writer = Writer(config.out, _id_type(tokenizer), journal)
         _pack(config, inputs, tokenizer, writer, on_progress)
         _warn_of_an_early_end(config, inputs, writer)
-        index = _finish(config, [source.name for source in sources], tokenizer, writer)
+        index = _finish(config, sources, tokenizer, writer)
     return Prepared(
         path=config.out,
         documents=index.documents,
@@ -207,8 +207,8 @@ def _warn_of_an_early_end(config: PrepareConfig, inputs: Inputs, writer: Writer)
         log.warning(
             "weights: %s ended after %d bytes of text, so the mixture ends with it, at %d training"
             " tokens; for more, give it a smaller weight or more text, or list it more than once,"
-            " each time with a part of its weight; for less, give --max-tokens",
-            *(source.name, of_it.text_bytes, tokens),
+            " each time with a part of its weight; to want no more, give --max-tokens %d",
+            *(source.name, of_it.text_bytes, tokens, tokens),
         )
     elif config.max_tokens is not None:
         wanted = config.max_tokens
@@ -216,7 +216,7 @@ def _warn_of_an_early_end(config: PrepareConfig, inputs: Inputs, writer: Writer)
 
 
 def _finish(
-    config: PrepareConfig, names: Sequence[str], tokenizer: Tokenizer, writer: Writer
+    config: PrepareConfig, sources: Sequence[Source], tokenizer: Tokenizer, writer: Writer
 ) -> Index:
     journal = writer.journal
     if journal.settings["held_out"] and not journal.held_out_tokens:
@@ -240,16 +240,16 @@ def _finish(
         held_out=held_out,
         tokenizer_sha256=sha256((config.out / TOKENIZER).read_bytes()).hexdigest(),
         settings={**journal.settings, "on_bad_utf8": config.on_bad_utf8},
-        sources=[_counts(*both) for both in zip(names, journal.taken, strict=True)],
+        sources=[_counts(*both) for both in zip(sources, journal.taken, strict=True)],
     )
     index.save(config.out)
     (config.out / JOURNAL).unlink()
     return index
 
 
-def _counts(name: str, taken: Taken) -> dict[str, Any]:
+def _counts(source: Source, taken: Taken) -> dict[str, Any]:
     counts = ("documents", "text_bytes", "tokens")
-    return {"name": name, **{key: getattr(taken, key) for key in counts}}
+    return {"source": source.describe(), **{key: getattr(taken, key) for key in counts}}
 
 
 @contextmanager
