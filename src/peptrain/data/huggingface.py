@@ -50,7 +50,11 @@ class HubStream:
         except refused as error:
             raise DataError(f"{key}: {name} can't be opened: {error}") from error
         except Exception as error:  # a network fails in the words of four libraries
-            raise self._unreachable(f"{key}: {name}", error) from error
+            raise DataError(
+                f"{key}: {name} can't be reached ({_briefly(error)}). Where there is no network:"
+                f" download it where there is one, `hf download --repo-type dataset {self._id}"
+                " --local-dir DIR`, and give the files in DIR as inputs"
+            ) from error
         self._start = self._stream.state_dict()
 
     def describe(self) -> str:
@@ -91,17 +95,13 @@ class HubStream:
 
     def _wait(self, failures: int, error: Exception) -> None:
         if failures > len(WAITS):
-            raise self._unreachable(f"{self.name}: broke {failures} times, and now", error)
+            raise DataError(
+                f"{self.name}: the stream broke {failures} times in one place ({_briefly(error)});"
+                " what is finished is kept: give the same command again to go on"
+            ) from error
         seconds = WAITS[failures - 1]
         log.warning("%s: %s; going on in %g s", self.name, _briefly(error), seconds)
         sleep(seconds)
-
-    def _unreachable(self, what: str, error: Exception) -> DataError:
-        return DataError(
-            f"{what} can't be reached ({_briefly(error)}). Where there is no network: download it"
-            f" where there is one, `hf download --repo-type dataset {self._id} --local-dir DIR`,"
-            " and give the files in DIR as inputs"
-        )
 
 
 def parse(name: str, key: str) -> tuple[str, str | None, str | None, str]:
