@@ -131,7 +131,7 @@ def test_every_random_number_has_an_address(file: str) -> None:
             assert not of_random or node.func.attr == "Random", f"{file}:{node.lineno}"
 
 
-HEAVY = ("transformers", "tyro", "tokenizers", "rich")
+HEAVY = ("transformers", "tyro", "tokenizers", "rich", "datasets", "pyarrow")
 
 
 def test_importing_the_package_is_cheap() -> None:

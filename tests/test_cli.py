@@ -25,13 +25,13 @@ import peptrain.data
 from peptrain.cli import main
 from peptrain.compare import DEMO_METHODS, comparison
 from peptrain.config import load
-from peptrain.data import Corpus, embedded
+from peptrain.data import Corpus, Progress, embedded
 from peptrain.eval.perplexity import Evaluation
 from peptrain.export import load_factorised
 from peptrain.methods import METHODS
 from peptrain.methods.rank import RankMethod
 from peptrain.model import PRESETS
-from peptrain.progress import TrainingProgress
+from peptrain.progress import TrainingProgress, preparation_state, preparing
 from peptrain.rundir import RunDir
 from peptrain.train import Result, train
 
@@ -615,7 +615,34 @@ def test_preparing_shows_a_bar_on_a_terminal(
     Path("a.txt").write_text("tea in a tin, rain on a rose. " * 50)
     assert peptrain_("data prepare a.txt --out made --vocab-size 260").code == 0
     frame = shown(console)
-    assert re.search(r"preparing .*1 documents  [\d,]+ tokens", frame) and "made: 1 docu" in frame
+    assert re.search(r"preparing .*\n1 documents  [\d,]+ tokens", frame) and "made: 1 docu" in frame
+
+
+def test_preparing_a_stream_shows_the_pace_and_no_end() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with preparing(console) as show:
+        for batch in range(3):
+            show(Progress(documents=1000 * batch, tokens=10**6 * batch, share=None))
+    assert re.search(r"preparing \S+ *\n2,000 documents  2,000,000 tokens", shown(console))
+    of_this_call = preparation_state(Progress(7, 5_000, None), seconds=2.0, before=1_000)
+    assert of_this_call == "7 documents  5,000 tokens  2,000 tok/s"
+
+
+def test_a_mixture_is_prepared_and_its_end_explained(peptrain_: Command) -> None:
+    Path("a.txt").write_text("tea in a tin, rain on a rose. " * 50)
+    Path("b.txt").write_text("rain on a rose")
+    command = "data prepare a.txt b.txt --out made --vocab-size 280"
+    error = peptrain_(f"{command} --weights 2 3").error
+    assert error.startswith("weights: [2.0, 3.0] sum to 5, not 1; give --weights 0.4 0.6")
+    said = peptrain_(f"{command} --weights 0.4 0.6 --max-tokens 9000")
+    assert said.code == 0 and "made: 2 documents" in said.out
+    assert "weights: b.txt ended after 14 bytes" in re.sub(r"\s+", " ", said.out)
+
+
+def test_a_dataset_that_cannot_be_reached_is_no_traceback(peptrain_: Command) -> None:
+    error = peptrain_("data prepare hf:some/texts --out made").error
+    assert error.startswith("inputs: hf:some/texts can't be reached")
+    assert "hf download --repo-type dataset some/texts" in error
 
 
 def test_the_readme_s_line_for_several_ranks(corpus: Path, tmp_path: Path) -> None:

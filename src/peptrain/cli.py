@@ -69,6 +69,7 @@ def _set_up_output() -> None:
     """Our own log on the terminal, and the libraries' chatter off."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     log = logging.getLogger("peptrain")
     log.handlers[:] = [RichHandler(console=console, show_time=False, show_path=False)]
     log.setLevel(logging.INFO)
@@ -242,8 +243,10 @@ def _export(
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepare(PrepareConfig):
-    inputs: Positional[tuple[Path, ...]]
-    """Text files, JSON Lines, or directories of them; plain, .gz or .xz."""
+    inputs: Positional[tuple[str, ...]]
+    """Text, JSON Lines or Parquet files, directories of them, or hf:ID[:CONFIG[:SPLIT]]."""
+    held_out_inputs: tuple[str, ...] = ()
+    """Inputs to hold out instead; those that are also among the inputs are not trained on."""
 
 
 def _prepare(config: Annotated[_Prepare, arg(name="")]) -> None:

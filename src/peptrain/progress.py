@@ -105,15 +105,25 @@ class _BarAndState(Progress):
 
 @contextmanager
 def preparing(console: Console) -> Iterator[Callable[[Preparation], None]]:
-    """A bar over the bytes of the input files, with documents and tokens so far."""
-    columns = (TextColumn("preparing"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}"))
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
+    """A bar over the work where its end is known; documents, tokens and tokens/s so far."""
+    columns = (TextColumn("preparing"), BarColumn(bar_width=20), TimeRemainingColumn())
+    with _BarAndState(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None, state="")
+        since, before = time.monotonic(), -1
 
         def show(done: Preparation) -> None:
-            state = f"{done.documents:,} documents  {done.tokens:,} tokens"
-            bar.update(task, total=done.bytes_total, completed=done.bytes_done, state=state)
+            nonlocal since, before
+            now = time.monotonic()
+            if before < 0:  # what was finished before an interruption is not of this pace
+                since, before = now, done.tokens
+            total = None if done.share is None else 1.0
+            state = preparation_state(done, now - since, before)
+            bar.update(task, total=total, completed=done.share or 0.0, state=state)
 
         yield show
+
+
+def preparation_state(done: Preparation, seconds: float, before: int) -> str:
+    """Documents, tokens, and the pace of the tokens since there were `before`, seconds ago."""
+    pace = f"  {(done.tokens - before) / seconds:,.0f} tok/s" if seconds > 0 else ""
+    return f"{done.documents:,} documents  {done.tokens:,} tokens{pace}"

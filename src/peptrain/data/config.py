@@ -10,6 +10,7 @@ from peptrain.errors import ConfigError
 from peptrain.settings import check
 
 DEFAULT_VOCAB = 8192
+WEIGHTS_TOLERANCE = 1e-6  # what we print to paste is rounded to nine digits
 SMALLEST_VOCAB = 257  # 256 bytes and an end token
 
 
@@ -17,8 +18,8 @@ SMALLEST_VOCAB = 257  # 256 bytes and an end token
 class PrepareConfig:
     """What to prepare, and how. Every field is a flag of the command."""
 
-    inputs: tuple[Path, ...]
-    """Text files, JSON Lines, or directories of them; plain, .gz or .xz."""
+    inputs: tuple[str | Path, ...]
+    """Text, JSON Lines or Parquet files, directories of them, or hf:ID[:CONFIG[:SPLIT]]."""
     out: Path
     """The directory to make."""
     tokenizer: Path | None = None
@@ -26,13 +27,17 @@ class PrepareConfig:
     vocab_size: int | None = None
     """Tokens of the byte-level BPE to train. Unset: 8192, if no tokenizer is given."""
     text_field: str = "text"
-    """The field of a JSON Lines object that holds the text."""
+    """The field of a JSON Lines object, or the column of a table, that holds the text."""
     eos_token: str | None = None
     """The token to put after each document. Unset: the tokenizer's usual one."""
     held_out: float = 0.01
     """The fraction of documents kept from training, chosen by a hash of the document's number."""
-    held_out_inputs: tuple[Path, ...] = ()
-    """Files to hold out instead; those that are also among the inputs are not trained on."""
+    held_out_inputs: tuple[str | Path, ...] = ()
+    """Inputs to hold out instead; those that are also among the inputs are not trained on."""
+    weights: tuple[float, ...] = ()
+    """The share of each input in the bytes of text, in sum 1. Unset: one input after another."""
+    max_tokens: int | None = None
+    """Stop at the first end of a document with so many training tokens, end tokens included."""
     shard_tokens: int = 64 * 2**20
     """Tokens after which a shard is closed, at the end of a document (or of 1 MB of one)."""
     on_bad_utf8: Literal["error", "replace"] = "error"
@@ -42,6 +47,10 @@ class PrepareConfig:
         check(bool(self.inputs), "inputs", self.inputs, "at least one file or directory")
         check(0 <= self.held_out < 1, "held_out", self.held_out, "a fraction from 0 to below 1")
         check(self.shard_tokens > 0, "shard_tokens", self.shard_tokens, "1 token or more")
+        if self.max_tokens is not None:
+            check(self.max_tokens > 0, "max_tokens", self.max_tokens, "1 token or more")
+        if self.weights:
+            self._check_weights()
         if self.vocab_size is None:
             return
         wanted = f"{SMALLEST_VOCAB} tokens or more"
@@ -50,6 +59,17 @@ class PrepareConfig:
             raise ConfigError(
                 f"vocab_size: {self.vocab_size} is for a tokenizer to be trained, but tokenizer:"
                 f" {self.tokenizer} is given; give one of the two"
+            )
+
+    def _check_weights(self) -> None:
+        given, total = list(self.weights), sum(self.weights)
+        one_each = f"one for each of the {len(self.inputs)} inputs"
+        check(len(given) == len(self.inputs), "weights", given, one_each)
+        check(all(w > 0 for w in given), "weights", given, "positive numbers")
+        if abs(total - 1) > WEIGHTS_TOLERANCE:
+            normalised = " ".join(f"{w / total:.9g}" for w in given)
+            raise ConfigError(
+                f"weights: {given} sum to {total:.9g}, not 1; give --weights {normalised}"
             )
 
     @property

@@ -3,72 +3,119 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from peptrain.data.config import PrepareConfig
-from peptrain.data.sources import PIECE_BYTES, Piece, find_files, read_pieces
+from peptrain.data.fileset import FileSet, find_files
+from peptrain.data.huggingface import SCHEME, HubStream, SavedDataset, is_saved_dataset
+from peptrain.data.mixture import furthest_behind, mixed, one_after_another
+from peptrain.data.source import Piece, Source, Taken
 from peptrain.errors import DataError
 
 
 class Part(NamedTuple):
     """A piece of a document, with its place in the corpus."""
 
-    text: str
-    ends: bool
+    source: int
+    """Number of the source among those to train on and, after them, those to hold out."""
+    piece: Piece
     held_out: bool
-    bytes_done: int
-    """Of all input files as they lie on the disk, read so far."""
 
 
 class Inputs:
-    """The input files; one that is to be held out is not trained on, even if named twice."""
+    """The sources; a file that is to be held out is not trained on, even if named twice."""
 
     def __init__(self, config: PrepareConfig):
-        self._config = config
-        self.held_out = find_files(config.held_out_inputs, "held_out_inputs")
-        apart = {path.resolve() for path in self.held_out}
-        found = find_files(config.inputs, "inputs")
-        self.train = [path for path in found if path.resolve() not in apart]
-        if not self.train:
-            raise DataError("inputs: no file is left to train on; all are in held_out_inputs")
+        self._weights = config.weights
+        apart = [open_source(given, "held_out_inputs", config) for given in config.held_out_inputs]
+        self.held_out = [source for source in apart if source]
+        self.train = list(self._training_sources(config))
         self.fraction = 0.0 if self.held_out else config.held_out
-        self.bytes = _bytes(self.train + self.held_out)
+        self._check_text()
 
-    def parts(self) -> Iterator[Part]:
-        """Every document once, always in the same order, the held-out files last."""
-        number, done = 0, 0
-        for place, path in enumerate(self.train + self.held_out):
-            for text, ends, position in self._read(path):
-                held_out = place >= len(self.train) or is_held_out(number, self.fraction)
-                yield Part(text, ends, held_out, done + position)
-                number += ends
-            done += path.stat().st_size
+    def _training_sources(self, config: PrepareConfig) -> Iterator[Source]:
+        names = {source.name for source in self.held_out}
+        sets = [source for source in self.held_out if isinstance(source, FileSet)]
+        files = {path.resolve() for source in sets for path in source.files}
+        left = 0
+        for given in config.inputs:
+            source = None if str(given) in names else open_source(given, "inputs", config, files)
+            left += source is not None
+            if source:
+                yield source
+            elif config.weights:
+                raise DataError(
+                    f"inputs: {given} is in held_out_inputs; leave it and its weight out"
+                )
+        if not left:
+            raise DataError("inputs: no file is left to train on; all are in held_out_inputs")
+
+    def _check_text(self) -> None:
+        """That training has text to begin with, which is better found before writing."""
+        empty = [s.name for s in self.train if next(s.pieces(None), None) is None]
+        if len(empty) == len(self.train) or (empty and self._weights):
+            raise DataError(f"inputs: no text in {', '.join(empty)}")
+
+    def training(self, taken: Sequence[Taken]) -> Iterator[Part]:
+        """Every document to train on, and those among them that the hash holds out.
+
+        They come always in the same order, from what was `taken` of each source on.
+        """
+        taken = taken[: len(self.train)]
+        number = sum(t.documents for t in taken)
+        if self._weights:
+            pieces = mixed(self.train, self._weights, taken)
+        else:
+            pieces = one_after_another(self.train, taken)
+        for source, piece in pieces:
+            yield Part(source, piece, is_held_out(number, self.fraction))
+            number += piece.ends
+
+    def apart(self, taken: Sequence[Taken]) -> Iterator[Part]:
+        """Every document of the sources to hold out, likewise."""
+        first = len(self.train)
+        for source, piece in one_after_another(self.held_out, taken[first:]):
+            yield Part(first + source, piece, True)
+
+    def ended(self, taken: Sequence[Taken]) -> tuple[Source, Taken]:
+        """The source that ended a weighted mixture: the one whose turn it would be."""
+        taken = taken[: len(self.train)]
+        number = furthest_behind([t.text_bytes for t in taken], self._weights)
+        return self.train[number], taken[number]
+
+    def share_read(self, taken: Sequence[Taken]) -> float | None:
+        """How far the reading is, from 0 to 1; None for streams, of which no one knows the end."""
+        sources = [*self.train, *self.held_out]
+        if any(source.size is None for source in sources):
+            return None
+        read = [(t.bytes_read, source.size or 1) for t, source in zip(taken, sources, strict=True)]
+        if self._weights:  # ends with the first source that does
+            return max(done / size for done, size in read)
+        return sum(done for done, _ in read) / sum(size for _, size in read)
 
     def sample(self, characters: int) -> Iterator[str]:
-        """Up to about so many characters of the training files, an equal share of each.
+        """Up to about so many characters to train on, of each source its share.
 
-        Many files are visited in a shuffled but fixed order, a piece of each, up to the limit.
         Held-out documents are not left out: a tokenizer learns nothing of note from them.
         """
-        files = list(self.train)
-        random.Random(0).shuffle(files)
-        share = max(characters // len(files), PIECE_BYTES)
-        for path in files:
-            room = min(share, characters)
-            for piece in self._read(path):
-                yield piece.text[:room]
-                room -= len(piece.text)
-                characters -= len(piece.text)
-                if room <= 0:
-                    break
-            if characters <= 0:
-                return
+        shares = self._weights or [1 / len(self.train)] * len(self.train)
+        for source, share in zip(self.train, shares, strict=True):
+            yield from source.sample(max(1, int(share * characters)))
 
-    def _read(self, path: Path) -> Iterator[Piece]:
-        return read_pieces(path, self._config.text_field, self._config.decoding_errors)
+
+def open_source(
+    given: str | Path, key: str, config: PrepareConfig, apart: Collection[Path] = ()
+) -> Source | None:
+    """What one input names; None if it is files and all of them are in `apart`."""
+    if str(given).startswith(SCHEME):
+        return HubStream(str(given), key, config.text_field)
+    path = Path(given)
+    if path.is_dir() and is_saved_dataset(path, key):
+        return SavedDataset(path, config.text_field)
+    files = find_files(path, key, apart)
+    return FileSet(str(given), files, config.text_field, config.decoding_errors) if files else None
 
 
 def is_held_out(number: int, fraction: float) -> bool:
@@ -80,12 +127,6 @@ def is_held_out(number: int, fraction: float) -> bool:
     return number > 0 and int.from_bytes(digest, "little") < fraction * 2**64
 
 
-def describe(files: Sequence[Path]) -> str:
-    """Number, size and a hash of names and sizes: tells file sets apart without reading them."""
-    names = "\n".join(f"{path.name} {path.stat().st_size}" for path in files)
-    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
-    return f"{len(files)} files, {_bytes(files)} bytes, {digest}"
-
-
-def _bytes(files: Sequence[Path]) -> int:
-    return sum(path.stat().st_size for path in files)
+def describe(sources: Sequence[Source]) -> str:
+    """Tells sets of sources apart without reading them."""
+    return " + ".join(source.describe() for source in sources)

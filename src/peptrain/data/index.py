@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Index:
     held_out: TokenFile
     tokenizer_sha256: str
     settings: dict[str, Any]
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    """What describes each source, in order, and its documents, bytes of text and tokens."""
 
     @property
     def train_tokens(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Iterator
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from peptrain.data.config import DEFAULT_VOCAB, PrepareConfig
 from peptrain.data.documents import Inputs, Part, describe
 from peptrain.data.index import JOURNAL, TOKENIZER, Index
+from peptrain.data.source import Source, Taken
 from peptrain.data.tokenizer import (
     TRAINED_END,
     encode,
@@ -24,7 +26,7 @@ from peptrain.data.tokenizer import (
     train_tokenizer,
     vocabulary,
 )
-from peptrain.data.writer import Journal, Writer
+from peptrain.data.writer import LEAST_HELD_OUT, Journal, Writer
 from peptrain.errors import DataError
 from peptrain.files import write_atomically
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 SAMPLE_CHARACTERS = 20_000_000  # to train a tokenizer on: 3 s on two cores
 BATCH_CHARACTERS = 4_000_000  # encoded at once: about 1 M tokens, 200 MB of encodings
 UINT16_IDS = 1 << 16
+log = logging.getLogger("peptrain")
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,8 @@ class Progress:
 
     documents: int
     tokens: int
-    bytes_done: int
-    """Of the input files as they lie on the disk, compressed or not."""
-    bytes_total: int
+    share: float | None
+    """Of the work, from 0 to 1; None where no end is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,25 +77,29 @@ def prepare(
 
     The files are the same bytes whenever the inputs and settings are the same, also when the
     call was killed on the way and given again. If the hash holds out no document (a corpus of few
-    documents), the last `held_out` fraction of the token stream is held out instead.
+    documents), the last `held_out` fraction of the token stream is held out instead, and so
+    `max_tokens` counts it.
+
+    A corpus is whole also where it ends early: a weighted mixture ends with the first source that
+    does, as all after it would be another mixture. Then, where `max_tokens` isn't reached, and
+    where too little is held out to train with, a warning is logged.
 
     Raises ConfigError for settings that can't be used and for an `out` that holds anything but an
     unfinished preparation with these settings; DataError for inputs that can't be read.
     """
     inputs = Inputs(config)
-    first = next(inputs.parts(), None)
-    if first is None or first.held_out:  # held-out files come last
-        raise DataError(f"inputs: no text in {', '.join(map(str, config.inputs))}")
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if given:
         end_id(given, config.eos_token)  # a wrong name is better found before writing
     with _disk_errors_explained(config.out):
-        journal = Journal.open(config.out, _settings(config, inputs, given))
-        resumed = journal.pieces > 0
+        sources = [*inputs.train, *inputs.held_out]
+        journal = Journal.open(config.out, _settings(config, inputs, given), len(sources))
+        resumed = any(taken.position is not None for taken in journal.taken)
         tokenizer = _tokenizer_in(config, inputs, given)
         writer = Writer(config.out, _id_type(tokenizer), journal)
         _pack(config, inputs, tokenizer, writer, on_progress)
-        index = _finish(config, tokenizer, writer)
+        _warn_of_an_early_end(config, inputs, writer)
+        index = _finish(config, sources, tokenizer, writer)
     return Prepared(
         path=config.out,
         documents=index.documents,
@@ -105,6 +111,10 @@ def prepare(
         shards=len(index.train),
         resumed=resumed,
     )
+
+
+KEPT = ("text_field", "eos_token", "shard_tokens", "max_tokens")
+"""Settings that are described by their value."""
 
 
 def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) -> dict[str, Any]:
@@ -119,7 +129,8 @@ def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) ->
         "held_out": inputs.fraction,
         "tokenizer": sha256(given.to_str().encode()).hexdigest()[:16] if given else None,
         "vocab_size": None if given else config.vocab_size or DEFAULT_VOCAB,
-        **{key: getattr(config, key) for key in ("text_field", "eos_token", "shard_tokens")},
+        "weights": list(config.weights),
+        **{key: getattr(config, key) for key in KEPT},
     }
 
 
@@ -149,18 +160,29 @@ def _pack(
 ) -> None:
     """Encode every part after those of the journal, and write them."""
     eos = np.array([end_id(tokenizer, config.eos_token)], writer.dtype)
-    total = inputs.bytes
-    for batch in _batches(islice(inputs.parts(), writer.journal.pieces, None)):
-        encoded = encode(tokenizer, [part.text for part in batch], writer.dtype)
-        for part, ids in zip(batch, encoded, strict=True):
-            writer.add(part, np.concatenate([ids, eos]) if part.ends else ids)
-            if writer.pending >= config.shard_tokens:
-                writer.commit()
-        if on_progress:
-            done = batch[-1].bytes_done
-            on_progress(Progress(writer.journal.documents, writer.tokens, done, total))
+    taken, most = writer.journal.taken, config.max_tokens or math.inf
+    for parts, room in ((inputs.training(taken), most), (inputs.apart(taken), math.inf)):
+        for batch in _batches(parts):
+            encoded = encode(tokenizer, [part.piece.text for part in batch], writer.dtype)
+            for part, ids in zip(batch, encoded, strict=True):
+                if writer.reached(room):
+                    break
+                writer.add(part, np.concatenate([ids, eos]) if part.piece.ends else ids)
+                if writer.pending >= config.shard_tokens:
+                    writer.commit()
+            if on_progress:
+                on_progress(_progress(inputs, writer, config.max_tokens))
+            if writer.reached(room):
+                break
     if writer.pending:
         writer.commit()
+
+
+def _progress(inputs: Inputs, writer: Writer, max_tokens: int | None) -> Progress:
+    taken = writer.journal.taken
+    shares = [inputs.share_read(taken), writer.train_tokens / max_tokens if max_tokens else None]
+    share = max((min(share, 1.0) for share in shares if share is not None), default=None)
+    return Progress(sum(t.documents for t in taken), writer.tokens, share)
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
@@ -168,7 +190,7 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
     characters = 0
     for part in parts:
         batch.append(part)
-        characters += len(part.text)
+        characters += len(part.piece.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -176,27 +198,58 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
         yield batch
 
 
-def _finish(config: PrepareConfig, tokenizer: Tokenizer, writer: Writer) -> Index:
+def _warn_of_an_early_end(config: PrepareConfig, inputs: Inputs, writer: Writer) -> None:
+    tokens, taken = writer.train_tokens, writer.journal.taken
+    if config.max_tokens is not None and tokens >= config.max_tokens:
+        return
+    if config.weights:
+        source, of_it = inputs.ended(taken)
+        log.warning(
+            "weights: %s ended after %d bytes of text, so the mixture ends with it, at %d training"
+            " tokens; for more, give it a smaller weight or more text, or list it more than once,"
+            " each time with a part of its weight; to want no more, give --max-tokens %d",
+            *(source.name, of_it.text_bytes, tokens, tokens),
+        )
+    elif config.max_tokens is not None:
+        wanted = config.max_tokens
+        log.warning("max_tokens: %d wanted, and the inputs hold %d; give more", wanted, tokens)
+
+
+def _finish(
+    config: PrepareConfig, sources: Sequence[Source], tokenizer: Tokenizer, writer: Writer
+) -> Index:
     journal = writer.journal
     if journal.settings["held_out"] and not journal.held_out_tokens:
         writer.set_aside_tail(config.held_out)
+    if journal.held_out_tokens < LEAST_HELD_OUT:
+        log.warning(
+            "held_out: training needs %d held-out tokens or more, and this corpus has %d;"
+            " prepare it with a larger --held-out, --held-out-inputs or more text",
+            *(LEAST_HELD_OUT, journal.held_out_tokens),
+        )
     train, held_out, max_id = writer.survey()
     index = Index(
         dtype=writer.dtype.str,
         vocab_size=vocabulary(tokenizer),
         eos_id=end_id(tokenizer, config.eos_token),
         max_id=max_id,
-        documents=journal.documents,
+        documents=sum(taken.documents for taken in journal.taken),
         held_out_documents=journal.held_out_documents,
-        text_bytes=journal.text_bytes,
+        text_bytes=sum(taken.text_bytes for taken in journal.taken),
         train=train,
         held_out=held_out,
         tokenizer_sha256=sha256((config.out / TOKENIZER).read_bytes()).hexdigest(),
         settings={**journal.settings, "on_bad_utf8": config.on_bad_utf8},
+        sources=[_counts(*both) for both in zip(sources, journal.taken, strict=True)],
     )
     index.save(config.out)
     (config.out / JOURNAL).unlink()
     return index
+
+
+def _counts(source: Source, taken: Taken) -> dict[str, Any]:
+    counts = ("documents", "text_bytes", "tokens")
+    return {"source": source.describe(), **{key: getattr(taken, key) for key in counts}}
 
 
 @contextmanager

@@ -26,11 +26,13 @@ from peptrain.data.index import (
     shard_name,
     write_json,
 )
+from peptrain.data.source import Taken
 from peptrain.errors import ConfigError, DataError
 from peptrain.files import write_atomically
 from peptrain.settings import check
 
 Ids = NDArray[np.unsignedinteger]
+LEAST_HELD_OUT = 2  # tokens: a loss needs one to see and one to foretell
 
 
 @dataclass
@@ -38,10 +40,9 @@ class Journal:
     """How far a preparation has come; every count is of the whole corpus so far."""
 
     settings: dict[str, Any]
-    pieces: int = 0
-    documents: int = 0
+    taken: list[Taken]
+    """Of each source: those to train on and, after them, those to hold out."""
     held_out_documents: int = 0
-    text_bytes: int = 0
     held_out_tokens: int = 0
     shards: list[int] = field(default_factory=list)
     """Tokens of each finished shard."""
@@ -50,7 +51,7 @@ class Journal:
         write_json(directory / JOURNAL, asdict(self))
 
     @classmethod
-    def open(cls, directory: Path, settings: dict[str, Any]) -> Journal:
+    def open(cls, directory: Path, settings: dict[str, Any], sources: int) -> Journal:
         """The journal in `directory`, or a new one in a directory that is empty or made here.
 
         Raises ConfigError where something else lies there, or a journal with other settings.
@@ -64,13 +65,14 @@ class Journal:
             return cls._reopen(directory, settings)
         found = sorted(p.name for p in directory.iterdir() if p.name != f"{JOURNAL}.tmp")
         check(not found, "out", str(directory), f"{new}: this one holds {found[:1]}")
-        journal = cls(settings)
+        journal = cls(settings, [Taken() for _ in range(sources)])
         journal.save(directory)
         return journal
 
     @classmethod
     def _reopen(cls, directory: Path, settings: dict[str, Any]) -> Journal:
-        journal = cls(**json.loads((directory / JOURNAL).read_bytes()))
+        found = json.loads((directory / JOURNAL).read_bytes())
+        journal = cls(**found | {"taken": [Taken(**taken) for taken in found["taken"]]})
         for key, begun in journal.settings.items():
             if begun != (now := settings.get(key)):
                 raise ConfigError(
@@ -90,6 +92,11 @@ class Writer:
         self._tokens = {True: 0, False: 0}  # in memory, held out or not
 
     @property
+    def train_tokens(self) -> int:
+        """Training tokens so far, on the disk or in memory."""
+        return sum(self.journal.shards) + self._tokens[False]
+
+    @property
     def pending(self) -> int:
         """Tokens in memory for the next shard, or for the held-out file if those are more."""
         return max(self._tokens.values())
@@ -97,16 +104,17 @@ class Writer:
     @property
     def tokens(self) -> int:
         """All tokens so far, on the disk or in memory."""
-        journal = self.journal
-        return sum(journal.shards) + journal.held_out_tokens + sum(self._tokens.values())
+        return self.train_tokens + self.journal.held_out_tokens + self._tokens[True]
+
+    def reached(self, tokens: float) -> bool:
+        """Whether there are so many training tokens, and the last part ended its document."""
+        return self.train_tokens >= tokens and not any(t.inside for t in self.journal.taken)
 
     def add(self, part: Part, ids: Ids) -> None:
         (self._held_out if part.held_out else self._train).append(ids)
         self._tokens[part.held_out] += len(ids)
-        self.journal.pieces += 1
-        self.journal.documents += part.ends
-        self.journal.held_out_documents += part.ends and part.held_out
-        self.journal.text_bytes += len(part.text.encode())
+        self.journal.taken[part.source].add(part.piece, len(ids))
+        self.journal.held_out_documents += part.piece.ends and part.held_out
 
     def commit(self) -> None:
         """Put on the disk what is in memory, and then the journal."""
@@ -135,13 +143,15 @@ class Writer:
     def set_aside_tail(self, fraction: float) -> None:
         """Move the last `fraction` of the training tokens to the held-out file, still empty.
 
+        At least LEAST_HELD_OUT are moved, if as many are left.
         A process killed in here can do it all again: the tail is copied before any shard is cut,
         and cutting to a length twice is cutting once. Only the index counts what is left.
         """
         lengths = np.array(self.journal.shards, np.int64)
-        moved = int(lengths.sum() * fraction)
+        total = int(lengths.sum())
+        moved = max(int(total * fraction), min(LEAST_HELD_OUT, total // 2))
         starts = lengths.cumsum() - lengths
-        kept: list[int] = np.clip(lengths.sum() - moved - starts, 0, lengths).tolist()
+        kept: list[int] = np.clip(total - moved - starts, 0, lengths).tolist()
         shards = [self.directory / shard_name(number) for number in range(len(kept))]
         if (self.directory / HELD_OUT).stat().st_size != moved * self.dtype.itemsize:
             both = zip(shards, kept, strict=True)

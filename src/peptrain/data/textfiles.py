@@ -1,4 +1,4 @@
-"""Documents from text files and JSON Lines, plain or compressed, in pieces of bounded size."""
+"""Documents of one text file or JSON Lines file, plain or compressed, in pieces of bounded size."""
 
 from __future__ import annotations
 
@@ -7,61 +7,23 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
+from peptrain.data.source import PIECE_BYTES, Piece, field_of, not_a_string
 from peptrain.errors import DataError
 
-PIECE_BYTES = 1 << 20  # of a text file; bounds memory, and one cut in 1 MB costs a token or two
 JSON_SUFFIXES = (".jsonl", ".json")
 TEXT_SUFFIXES = (".txt", ".md")
 UNPACKERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-UNREAD_PACKERS = (".zst", ".bz2", ".zip", ".7z", ".lz4", ".rar", ".tar", ".tgz")
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r"))
 
 
-class Piece(NamedTuple):
-    """A document, or a part of one that is longer than PIECE_BYTES. `text` is never empty."""
-
-    text: str
-    ends: bool
-    """Whether the document ends with this piece."""
-    position: int
-    """Bytes of the file, as it lies on the disk, that were read so far."""
-
-
-def find_files(inputs: Sequence[Path], key: str) -> list[Path]:
-    """The files that `inputs` name; a directory stands for its text and JSON Lines files, sorted.
-
-    Raises DataError, naming the setting `key`, for a path that doesn't exist, a directory without
-    such files, and a form of compression that isn't read.
-    """
-    files = [file for path in inputs for file in _files_at(path, key)]
-    for file in files:
-        if file.suffix.lower() in UNREAD_PACKERS:
-            raise DataError(f"{key}: {file} is packed in a form that isn't read; unpack it first")
-    return files
-
-
-def _files_at(path: Path, key: str) -> list[Path]:
-    if not path.exists():
-        raise DataError(f"{key}: {path}: no such file or directory")
-    if not path.is_dir():
-        return [path]
-    known = JSON_SUFFIXES + TEXT_SUFFIXES
-    files = sorted(f for f in path.iterdir() if f.is_file() and _content_suffix(f) in known)
-    if not files:
-        raise DataError(
-            f"{key}: {path} holds no {', '.join(known)} file, plain, .gz or .xz"
-            " (folders inside it are not searched)"
-        )
-    return files
-
-
-def _content_suffix(path: Path) -> str:
+def content_suffix(path: Path) -> str:
+    """What a file holds by its name, in lower case: ".txt" of A.TXT.gz."""
     packed = path.suffix.lower() in UNPACKERS
     return Path(path.stem if packed else path.name).suffix.lower()
 
@@ -72,7 +34,7 @@ def read_bytes(path: Path) -> bytes:
         with path.open("rb") as raw:
             return _unpacked(raw, path).read()
     except UNREADABLE as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def read_pieces(path: Path, text_field: str, errors: str) -> Iterator[Piece]:
@@ -84,14 +46,14 @@ def read_pieces(path: Path, text_field: str, errors: str) -> Iterator[Piece]:
     try:
         with path.open("rb") as raw:
             stream = _unpacked(raw, path)
-            if _content_suffix(path) in JSON_SUFFIXES:
+            if content_suffix(path) in JSON_SUFFIXES:
                 texts = _json_texts(_decoded(stream, path, errors), path, text_field, errors)
             else:
                 texts = _text_parts(_decoded(_chunks(stream), path, errors))
             for text, ends in texts:
                 yield Piece(text, ends, raw.tell())
     except UNREADABLE as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
@@ -99,7 +61,8 @@ def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
     return unpacker(raw) if unpacker else raw
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def unreadable(path: Path, error: Exception) -> DataError:
+    """What to say of a file that is damaged or can't be opened."""
     return DataError(f"{path}: can't be read ({error}); if it is damaged, fetch it again")
 
 
@@ -163,13 +126,9 @@ def _text_of(line: str, where: str, field: str) -> str:
         raise DataError(f"{where}: not JSON ({said}); each line must be one object") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: a JSON {type(record).__name__}; each line must be one object")
-    if field not in record:
-        keys = ", ".join(map(repr, record)) or "none"
-        raise DataError(f"{where}: no field {field!r} (fields: {keys}); name it with --text-field")
-    text = record[field]
+    text = field_of(record, field, where)
     if not isinstance(text, str):
-        kind = type(text).__name__
-        raise DataError(f"{where}: {field!r} is {kind}, not a string; choose another --text-field")
+        raise not_a_string(where, field, type(text).__name__)
     return text
 
 

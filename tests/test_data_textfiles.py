@@ -1,4 +1,4 @@
-"""Reading documents: nothing is lost or added, and what can't be read is named."""
+"""Text and JSON Lines: nothing is lost or added, and what can't be read is named."""
 
 import gzip
 import json
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peptrain.data import sources
-from peptrain.data.sources import find_files, read_pieces
+from peptrain.data import textfiles
+from peptrain.data.textfiles import read_pieces
 from peptrain.errors import DataError
 
 PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
@@ -57,41 +57,24 @@ def test_documents_without_text_are_left_out(tmp_path):
 def test_a_long_text_comes_in_pieces_that_join_to_it(tmp_path_factory, text, size):
     path = write(tmp_path_factory.mktemp("long") / "a.txt", text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE_BYTES", size)
+        patch.setattr(textfiles, "PIECE_BYTES", size)
         pieces = list(read_pieces(path, "text", "strict"))
     assert "".join(p.text for p in pieces) == text
     assert [p.ends for p in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert pieces[-1].position == path.stat().st_size
+    assert pieces[-1].bytes_read == path.stat().st_size
     if max(len(line.encode()) for line in text.splitlines(keepends=True)) <= size:
         assert all(p.text.endswith("\n") for p in pieces[:-1])
 
 
 def test_pieces_are_bounded(tmp_path):
-    path = write(tmp_path / "a.txt", b"x" * 5 * sources.PIECE_BYTES)
-    assert max(len(p.text) for p in read_pieces(path, "text", "strict")) <= 2 * sources.PIECE_BYTES
-
-
-def test_a_directory_means_its_known_files_sorted(tmp_path):
-    for name in ("b.txt", "a.md", "c.jsonl.xz", "d.json.gz", "e.csv", "f.py", "g.xz"):
-        write(tmp_path / name, b"")
-    (tmp_path / "folder.txt").mkdir()
-    found = [path.name for path in find_files([tmp_path], "inputs")]
-    assert found == ["a.md", "b.txt", "c.jsonl.xz", "d.json.gz"]
+    path = write(tmp_path / "a.txt", b"x" * 5 * textfiles.PIECE_BYTES)
+    assert (
+        max(len(p.text) for p in read_pieces(path, "text", "strict")) <= 2 * textfiles.PIECE_BYTES
+    )
 
 
 def test_a_file_of_another_name_is_text(tmp_path):
-    path = write(tmp_path / "LICENSE", b"free")
-    assert find_files([path], "inputs") == [path]
-    assert read(path) == ["free"]
-
-
-def test_missing_foreign_and_empty_inputs_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"inputs: .*nowhere: no such file"):
-        find_files([tmp_path / "nowhere"], "inputs")
-    with pytest.raises(DataError, match=r"inputs: .* holds no \.jsonl, \.json, \.txt, \.md file"):
-        find_files([tmp_path], "inputs")
-    with pytest.raises(DataError, match=r"held_out_inputs: .*a\.zst is packed in a form"):
-        find_files([write(tmp_path / "a.zst", b"")], "held_out_inputs")
+    assert read(write(tmp_path / "LICENSE", b"free")) == ["free"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
@@ -127,7 +110,7 @@ def test_broken_utf8_names_the_byte(tmp_path):
 def test_broken_utf8_is_found_at_its_byte_wherever_pieces_are_cut(tmp_path_factory, good):
     path = write(tmp_path_factory.mktemp("bad") / "a.txt", good + "€".encode()[:2])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE_BYTES", 7)
+        patch.setattr(textfiles, "PIECE_BYTES", 7)
         with pytest.raises(DataError, match=rf"at byte {len(good)} "):
             read(path)
 
