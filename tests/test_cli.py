@@ -317,7 +317,7 @@ def test_a_rank_too_large_names_the_largest_useful_one(
     largest = re.search(r"method.rank: at 100 .* largest useful rank of this model is (\d+)", error)
     assert largest
     for rank, code in ((int(largest[1]), 0), (int(largest[1]) + 1, 1)):
-        given = flags(name, corpus, method__rank=rank, train__steps=1)
+        given = flags(name, corpus, method__rank=rank, train__steps=3)
         assert peptrain_(f"train {name} --run run-{rank}", *given).code == code
 
 

@@ -25,7 +25,7 @@ def test_the_device_changes_the_losses_by_rounding_only(
         config = {"precision": "fp64", "device": device}
         train(tiny(name, corpus, tmp_path / device, train=config, optim=CALM))
     for (_, cpu), (_, gpu) in zip(losses(tmp_path / "cpu"), losses(tmp_path / "cuda"), strict=True):
-        assert cpu == pytest.approx(gpu, abs=1e-5)
+        assert cpu == pytest.approx(gpu, abs=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])

@@ -9,29 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y = x (diag(a) (W + U V) diag(b))ᵀ for x: [..., m], W: [n, m], U: [n, r], V: [r, m].
-
-    W gets no gradient. Forming W + U V costs n m r in either pass, and saves the forward r (n + m)
-    per token; the backward has the two rank-r passes that the gradients of U and V need.
-    Computed in autocast's dtype where it is on, else in x's; a and b are applied unrounded.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _BPTLinear.apply(rows, W, U, V, a, b, _compute_dtype(x))  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], -1)
-
-
-def bpt_weight(W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """diag(a) (W + U V) diag(b), [n, m], in the widest dtype given, at least fp32."""
-    dtype = torch.promote_types(torch.promote_types(W.dtype, a.dtype), torch.float32)
-    product = U.to(dtype) @ V.to(dtype)
-    return a[:, None] * (W + product) * b
-
-
 def added_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor) -> Tensor:
     """y = x (W + B A)ᵀ for x: [..., m], W: [n, m], B: [n, r], A: [r, m]; W gets no gradient.
 
-    As in `bpt_linear` the sum is formed, in autocast's dtype where it is on, else in x's.
+    Forming W + B A costs n m r in either pass, and saves the forward r (n + m) per token; the
+    backward has the two rank-r passes that the gradients of B and A need. Computed in autocast's
+    dtype where it is on, else in x's.
     """
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _AddedLinear.apply(rows, W, B, A, _compute_dtype(x))  # type: ignore[no-untyped-call]
@@ -55,44 +38,29 @@ class _AddedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, W, B, A = ctx.saved_tensors
         dy, rows = grads[0].to(ctx.dtype), x.to(ctx.dtype)
-        dx = dy @ _merged(W, B, A, ctx.dtype)  # formed again: see _BPTLinear
+        # W + B A is formed again: keeping it until here would hold a copy of every weight at once.
+        dx = dy @ _merged(W, B, A, ctx.dtype)
         dB = dy.mT @ (rows @ A.to(ctx.dtype).mT)
         dA = (dy @ B.to(ctx.dtype)).mT @ rows
         return dx.to(x.dtype), None, dB.to(B.dtype), dA.to(A.dtype), None
 
 
-class _BPTLinear(torch.autograd.Function):
-    """z = (b x) Mᵀ, y = a z with M = W + U V. Unfolded diagonals make their gradients
-    plain sums, Σ dy z and Σ x dx', where folded ones would divide by a and b."""
+def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y = x (diag(a) (W + U V) diag(b))ᵀ for x: [..., m], W: [n, m], U: [n, r], V: [r, m].
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        U: Tensor,
-        V: Tensor,
-        a: Tensor,
-        b: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        z = F.linear((x * b).to(dtype), _merged(W, U, V, dtype))
-        ctx.save_for_backward(x, z, W, U, V, a, b)
-        return (a * z).to(dtype)
+    The diagonals scale the activations, unrounded: then their gradients are plain sums, where
+    those of diagonals folded into the weight would divide by a and b.
+    """
+    dtype = _compute_dtype(x)
+    z = added_linear((x * b).to(dtype), W, U, V)
+    return (a * z).to(dtype)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, z, W, U, V, a, b = ctx.saved_tensors
-        dtype = z.dtype
-        xb, dz = (x * b).to(dtype), (dy * a).to(dtype)
-        # M is formed again: keeping it until here would hold a copy of every weight at once.
-        dxb = dz @ _merged(W, U, V, dtype)
-        dU = dz.mT @ (xb @ V.to(dtype).mT)
-        dV = (dz @ U.to(dtype)).mT @ xb
-        da = (dy.to(a.dtype) * z).sum(0)
-        db = (x.to(b.dtype) * dxb).sum(0)
-        return (dxb * b).to(x.dtype), None, dU.to(U.dtype), dV.to(V.dtype), da, db, None
+
+def bpt_weight(W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """diag(a) (W + U V) diag(b), [n, m], in the widest dtype given, at least fp32."""
+    dtype = torch.promote_types(torch.promote_types(W.dtype, a.dtype), torch.float32)
+    product = U.to(dtype) @ V.to(dtype)
+    return a[:, None] * (W + product) * b
 
 
 def _merged(W: Tensor, U: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
