@@ -25,7 +25,7 @@ LEVELS: list[tuple[str, ...]] = [
     ("model.py", "data/*.py", "checkpoint.py", "dense.py", "eval/__init__.py",
      "eval/perplexity.py"),
     ("config.py", "build.py", "journal.py"),
-    ("environment.py", "progress.py", "export.py", "initial.py", "estimate.py",
+    ("adapt.py", "environment.py", "progress.py", "export.py", "initial.py", "estimate.py",
      "report.py", "eval/run.py"),
     ("trainee.py",),
     ("train.py",),

@@ -179,10 +179,10 @@ def _resume(run: Positional[Path]) -> None:
 
 
 def _demo(run: Path | None = None) -> None:
-    """Train one small model on real English by full training, BPT and LORO; about two minutes.
+    """Train one small model on real English by full training, ReLoRA, BPT and LORO: two minutes.
 
     Args:
-        run: The directory for the three runs. Unset: runs/demo-N, the first N that is free.
+        run: The directory for the four runs. Unset: runs/demo-N, the first N that is free.
     """
     from peptrain.compare import NEXT_STEPS, comparison, demo
     from peptrain.rundir import first_free

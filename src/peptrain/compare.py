@@ -11,10 +11,10 @@ from rich.table import Table
 
 from peptrain.config import RunConfig, TrainConfig
 from peptrain.journal import Observer
-from peptrain.methods import BPT, LORO, Full
+from peptrain.methods import BPT, LORO, Full, ReLoRA
 from peptrain.train import Result, train
 
-DEMO_METHODS = (Full(), BPT(), LORO())
+DEMO_METHODS = (Full(), ReLoRA(), BPT(), LORO())
 DEMO_TRAIN = TrainConfig(steps=120, batch_size=16, seq_len=128, log_every=5, device="cpu")
 """About 30 s a method on two cores."""
 

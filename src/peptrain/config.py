@@ -97,19 +97,28 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
     """
     method, steps = config.method, config.train.steps
     width = hf_config(config.model, config.train.seq_len).get_text_config().hidden_size
+    method, optim, schedule = settled(method, config.optim, config.schedule, steps, width)
     return replace(
         config,
         model=replace(config.model, config=_absolute(config.model.config)),
         data=DataConfig(path=_absolute(config.data.path)),
         init_from=_absolute(config.init_from),
-        method=resolve(method, "method", steps, width),
-        optim=fill(config.optim, method.optim_defaults, Method.optim_defaults),
-        schedule=resolve(
-            fill(config.schedule, method.schedule_defaults, Method.schedule_defaults),
-            "schedule",
-            steps,
-        ),
+        method=method,
+        optim=optim,
+        schedule=schedule,
         train=_resolved_train(resolve(config.train, "train", steps), world_size, on_gpu),
+    )
+
+
+def settled(
+    method: M, optim: OptimConfig, schedule: ScheduleConfig, steps: int, width: int
+) -> tuple[M, OptimConfig, ScheduleConfig]:
+    """What moves a model of hidden size `width` for so many steps, with nothing left unset."""
+    schedule = fill(schedule, method.schedule_defaults, Method.schedule_defaults)
+    return (
+        resolve(method, "method", steps, width),
+        fill(optim, method.optim_defaults, Method.optim_defaults),
+        resolve(schedule, "schedule", steps),
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from peptrain.methods.base import reparametrized
+from peptrain.methods.base import ReparamLinear, reparametrized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +30,20 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
         if layer.bias is not None:
             state[f"{site}.bias"] = layer.bias.detach().clone()
     return state
+
+
+@torch.no_grad()
+def densify(model: nn.Module) -> None:
+    """Put a plain nn.Linear with the effective weight in the place of every replaced layer."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, ReparamLinear):
+            continue
+        dtype = next(p.dtype for p in layer.parameters() if p.ndim == 2)
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(layer.effective_weight().to(dtype))
+        plain.bias = layer.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain.train(layer.training))
 
 
 @torch.no_grad()

@@ -91,8 +91,9 @@ class BPT(RankMethod):
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
     schedule_defaults = fill(ScheduleConfig(kind="wsd", floor=0.0), Method.schedule_defaults)
 
-    merge_every: int | None = interval(0.1, most=2000)
-    """Steps between merges; 0 is never. Unset: a tenth of the run, at most 2000."""
+    merge_every: int | None = interval(0.25, most=2000)
+    """Steps between merges; 0 is never. Unset: a quarter of the run, at most 2000. The paper says
+    only that rarer is better, which docs/first-table.md bears out."""
     init: Init = "kaiming_uniform"
     """How the frozen W starts, unless --init-from gives it; model keeps what the model drew."""
     reset: ResetMode = "zero"
