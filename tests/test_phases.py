@@ -209,3 +209,15 @@ def test_a_method_of_ones_own_trains_unregistered_and_resumes_registered(
     entry = EntryPoint(Toy.name, "support:Toy", "peptrain.methods")
     monkeypatch.setattr(peptrain.methods, "entry_points", lambda group: [entry])
     assert resume(run).run == run and newest(run).step == STEPS
+
+
+def test_the_record_says_what_trains_in_each_phase(
+    whole: Path, corpus: Path, tmp_path: Path
+) -> None:
+    (row,) = rows(whole, "phase")
+    assert (row["step"], row["phase"]) == (WARM, 1)
+    assert 0 < row["trainable"] < row["parameters"]
+    result = train(tiny(Toy(rank=2, warm=WARM), corpus, tmp_path / "run"))
+    full = train(tiny(Full(), corpus, tmp_path / "full"))
+    assert result.trainable == row["trainable"] < full.trainable
+    assert result.state_bytes == full.state_bytes, "the warm start's moments are the most"

@@ -21,8 +21,8 @@ from peptrain.rundir import RunDir
 log = logging.getLogger("peptrain")
 
 Observer = Callable[[Mapping[str, Any]], None]
-"""Told what happens, on the main rank: rows with an "event" of start, step, eval, checkpoint or
-end. It can't change the training."""
+"""Told what happens, on the main rank: rows with an "event" of start, step, eval, checkpoint,
+phase or end. It can't change the training."""
 
 
 def silent(row: Mapping[str, Any]) -> None:

@@ -35,6 +35,8 @@ class TrainingProgress:
         elif row["event"] == "end":
             self.close()
             self._say(f"held-out loss {row['held_out_loss']:.4f}, run saved in {self._seen['run']}")
+        elif row["event"] == "phase":
+            self._say(f"step {row['step']}: {self._trainable()} from here on")
         elif self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=row["step"], state=self._state())
         elif row["event"] in ("eval", "checkpoint"):
@@ -51,8 +53,7 @@ class TrainingProgress:
         self._since, self._from = time.monotonic(), seen["step"]
         at = f" from step {seen['step']}" if seen["step"] else ""
         self._say(
-            f"{seen['trainable'] / 1e6:.2f}M of {seen['parameters'] / 1e6:.2f}M parameters"
-            f" trainable, {seen['steps']} steps of {seen['tokens_per_step']} tokens"
+            f"{self._trainable()}, {seen['steps']} steps of {seen['tokens_per_step']} tokens"
             f" in {seen['precision']}{at}"
         )
         if self._console.is_terminal:
@@ -68,6 +69,10 @@ class TrainingProgress:
                 seen["method"], total=seen["steps"], completed=seen["step"], state=""
             )
             self._bar.start()
+
+    def _trainable(self) -> str:
+        trainable, total = (self._seen[key] / 1e6 for key in ("trainable", "parameters"))
+        return f"{trainable:.2f}M of {total:.2f}M parameters trainable"
 
     def _state(self) -> str:
         seen, parts = self._seen, []

@@ -54,8 +54,9 @@ class Result:
     held_out: Evaluation
     parameters: int
     trainable: int
+    """In the last phase."""
     state_bytes: int
-    """Of the optimizer's moments."""
+    """Of the optimizer's moments, in the phase that has the most of them."""
     tokens_per_second: float
     peak_bytes: int
     """Peak GPU memory, 0 on a CPU."""
@@ -105,13 +106,16 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
         observe(_start(config, run, trainee, corpus))
     with stop_on_signals() as stop:
         _loop(config, trainee, corpus, run, journal, stop, identity)
+        largest_state = state_bytes(trainee.optimizer)
         while trainee.step < config.train.steps:
             del trainee  # or both phases' moments would be in memory at once
             trainee = restore(config, run, here, identity)
+            journal.write("phase", step=trainee.step, phase=trainee.phase, **_sizes(trainee))
             journal.pause()
             _loop(config, trainee, corpus, run, journal, stop, identity)
+            largest_state = max(largest_state, state_bytes(trainee.optimizer))
     held_out = _evaluate(config, trainee, corpus, run, here, limit=0)
-    result = _result(run, trainee, held_out, journal)
+    result = _result(run, trainee, held_out, journal, largest_state)
     journal.end(trainee.step, held_out)
     return result
 
@@ -268,19 +272,26 @@ def _start(
         "tokens_per_step": t.batch_size * t.seq_len,
         "train_tokens": corpus.train_tokens,
         "precision": t.precision,
+        **_sizes(trainee),
+    }
+
+
+def _sizes(trainee: Trainee) -> dict[str, int]:
+    return {
         "parameters": count_parameters(trainee.model),
         "trainable": count_parameters(trainee.model, trainable=True),
     }
 
 
-def _result(run: RunDir, trainee: Trainee, held_out: Evaluation, journal: Journal) -> Result:
+def _result(
+    run: RunDir, trainee: Trainee, held_out: Evaluation, journal: Journal, state_bytes: int
+) -> Result:
     on_gpu = journal.world.device.type == "cuda"
     return Result(
         run=run.path,
         held_out=held_out,
-        parameters=count_parameters(trainee.model),
-        trainable=count_parameters(trainee.model, trainable=True),
-        state_bytes=state_bytes(trainee.optimizer),
+        **_sizes(trainee),
+        state_bytes=state_bytes,
         tokens_per_second=journal.median_throughput(),
         peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
     )
