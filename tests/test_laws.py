@@ -19,8 +19,10 @@ from support import (
     MODEL,
     SPREAD,
     STEPS,
+    Killed,
     Toy,
     differences,
+    kill_at,
     losses,
     newest,
     rows,
@@ -51,6 +53,8 @@ KEEPS_FUNCTION_WITH = {"bpt": {"init": "model"}}
 ZERO_FACTOR = {"bpt", "lora", "relora"}
 MERGES = {"bpt", "relora"}
 
+RESUMED_AFTER = (1, 2, 4)
+KEPT = SPREAD | {"checkpoint_every": 1, "keep": 99}
 QWEN = {"family": "qwen2", "kv_heads": 1}
 """Biases, and matrices of three more shapes."""
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -306,6 +310,10 @@ def test_the_counts_are_those_of_the_closed_form(
 def two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of every method under torchrun, and the weights that each rank ended with."""
     out = tmp_path_factory.mktemp("two-ranks")
+    for step in RESUMED_AFTER:
+        config = tiny("relora", corpus, out / f"resume-{step}", train=KEPT)
+        with pytest.raises(Killed):
+            train(config, kill_at("checkpoint", step))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = Path(__file__).with_name("two_ranks.py")
     done = subprocess.run(
@@ -340,6 +348,18 @@ def test_two_ranks_are_one_process(
     (end,), (other_end,) = rows(run, "end"), rows(two_ranks / name, "end")
     assert end["held_out_tokens"] == other_end["held_out_tokens"]
     assert end["held_out_loss"] == pytest.approx(other_end["held_out_loss"], abs=1e-8)
+
+
+@pytest.mark.parametrize("step", RESUMED_AFTER)
+def test_a_warm_started_run_goes_on_on_two_ranks(
+    step: int, two_ranks: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Stopped in the warm start, at the switch, or after it, by one process."""
+    train(tiny("relora", corpus, tmp_path / "whole", train=KEPT))
+    whole, resumed = newest(tmp_path / "whole"), newest(two_ranks / f"resume-{step}")
+    assert (resumed.step, resumed.phase) == (STEPS, 1)
+    for n, weight in whole.model.items():
+        close(weight, resumed.model[n], 1e-8)
 
 
 def test_what_rank_0_finds_ends_every_rank(two_ranks: Path) -> None:

@@ -1,4 +1,5 @@
-"""Run by torchrun from test_laws.py: train each method on two ranks, keep every rank's weights.
+"""Run by torchrun from test_laws.py: train each method on two ranks, keep every rank's weights;
+then go on with the runs named resume-* that lie in OUT.
 
 python -m torch.distributed.run --standalone --nproc_per_node 2 two_ranks.py CORPUS OUT
 """
@@ -28,6 +29,9 @@ def main(corpus: Path, out: Path) -> None:
 
         trainer._evaluate = keeping
         trainer.train(tiny(method, corpus, out / name, train=SPREAD))
+    trainer._evaluate = evaluate
+    for run in sorted(out.glob("resume-*")):
+        trainer.resume(run)
     try:
         trainer.train(tiny("full", corpus, out / "full", train=SPREAD))
     except CheckpointError as error:  # found by rank 0, and no other rank waits for it
