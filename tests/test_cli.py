@@ -256,6 +256,16 @@ def test_what_is_wrong_in_a_file_is_named(
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("spelt, value", [("true", True), ("false", False), ("False", False)])
+def test_truth_is_spelt_as_in_a_configuration_file(
+    spelt: str, value: bool, corpus: Path, peptrain_: Command
+) -> None:
+    given = flags("lora", corpus, method__train_rest=spelt, train__steps=3)
+    assert peptrain_("train lora --run run", *given).code == 0
+    method = load(Path("run/config.toml")).method
+    assert isinstance(method, RankMethod) and method.train_rest is value
+
+
 # What a command line can get wrong.
 
 

@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional, arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from peptrain import __version__
 from peptrain.config import RunConfig, load
@@ -35,6 +36,23 @@ MARKERS = (
     tyro.conf.DisallowNone,
     tyro.conf.HelptextFromCommentsOff,
 )
+REGISTRY = ConstructorRegistry()
+TRUTHS = {"true": True, "false": False, "True": True, "False": False}
+
+
+@REGISTRY.primitive_rule
+def _truth(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
+    """Values of bool are spelt as in a configuration file; Python's spelling is taken too."""
+    if info.type is not bool:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=lambda given: TRUTHS[given[0]],
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+        choices=tuple(TRUTHS),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_output()
     try:
         args, given = _with_config_file(args)
-        _app(given).cli(prog="peptrain", description=DESCRIPTION, args=args, config=MARKERS)
+        _app(given).cli(
+            prog="peptrain", description=DESCRIPTION, args=args, config=MARKERS, registry=REGISTRY
+        )
     except Interrupted as stop:
         console.print(f"[yellow]{escape(str(stop))}", highlight=False, soft_wrap=True)
         return 130
@@ -145,7 +165,7 @@ def _train_by(cls: type[Method], default: RunConfig[Any] | None) -> Callable[...
 
         _watched(lambda observe: train(options, observe))
 
-    # True and False are written out here: a configuration file may set either.
+    # true and false are written out here: a configuration file may set either.
     spelt_out = tyro.conf.FlagConversionOff
     options = Annotated[RunConfig[cls], arg(name="", default=default), spelt_out]  # type: ignore[valid-type]
     train.__annotations__ = {"options": options, "config": Path | None, "return": None}
