@@ -10,7 +10,7 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ import peptrain.cli
 import peptrain.compare
 import peptrain.data
 from peptrain.cli import main
-from peptrain.config import parse, resolved
+from peptrain.config import RunConfig, parse, resolved
 from peptrain.data import PrepareConfig, embedded
+from peptrain.methods import METHODS
+from peptrain.methods.base import Method
+from peptrain.settings import fill
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -166,3 +169,84 @@ def test_the_extras_that_the_documents_install_exist() -> None:
 def test_there_is_something_to_run() -> None:
     found = [block.language for block in blocks("README.md")]
     assert {"bash", "python", "toml"} <= set(found)
+
+
+PAGES = {path.stem: path for path in (ROOT / "docs" / "methods").glob("*.md")}
+every_page = pytest.mark.parametrize("name", sorted(PAGES))
+FLAG = re.compile(r"--(\w+)\.([\w-]+)(?: ([^-\s]\S*))?")
+
+
+def named(name: str) -> list[tuple[str, str, str]]:
+    """Section, key and value (or "") of each setting in the running text of a method's page."""
+    text = re.sub(r"^```.*?^```", "", PAGES[name].read_text(encoding="utf-8"), flags=re.M | re.S)
+    flags = [match for span in re.findall(r"`([^`]+)`", text) for match in FLAG.findall(span)]
+    dotted = re.findall(r"`(method|optim|schedule|train|model)\.(\w+)`", text)
+    assert flags
+    return [*flags, *((section, key, "") for section, key in dotted)]
+
+
+def sections(name: str) -> dict[str, Any]:
+    """The sections of a run's configuration, with the method's own defaults in them."""
+    method = METHODS[name]()
+    return {
+        **vars(RunConfig(method=method)),
+        "optim": fill(method.optim_defaults, Method.optim_defaults),
+        "schedule": fill(method.schedule_defaults, Method.schedule_defaults),
+    }
+
+
+def as_text(section: Any, key: str) -> str:
+    """A setting's default as the tables of the pages write it."""
+    value = getattr(section, key)
+    rule = next(f.metadata for f in fields(section) if f.name == key)
+    if value is not None:
+        return f"`{value}`" if value != "" else "none"
+    if "same_as" in rule:
+        return f"as `--method.{rule['same_as'].replace('_', '-')}`"
+    part = {0.25: "a quarter", 0.2: "a fifth", 0.1: "a tenth", 0.025: "a fortieth",
+            0.01: "a hundredth"}[rule.get("fraction", rule.get("of_width"))]  # fmt: skip
+    most = f", at most {rule['most']}" if rule.get("most") else ""
+    return f"{part} of d" if "of_width" in rule else f"{part} of the run{most}"
+
+
+def test_every_method_has_a_page_and_the_readme_links_to_it() -> None:
+    assert PAGES.keys() == METHODS.keys()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in PAGES if f"(docs/methods/{name}.md)" not in readme] == []
+
+
+def typed(value: str, default: Any) -> Any:
+    """The value of a flag as TOML would have it."""
+    try:
+        return value if isinstance(default, str) else tomllib.loads(f"v = {value.lower()}")["v"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+@every_page
+def test_the_settings_on_a_methods_page_exist_and_take_the_values_given(name: str) -> None:
+    for section, key, value in named(name):
+        table, key = sections(name)[section], key.replace("-", "_")
+        assert key in {f.name for f in fields(table)}, f"{name}: {section}.{key}"
+        if value:
+            given = {section: {key: typed(value, getattr(table, key))}}
+            parse({**given, "method": {"name": name, **given.get("method", {})}})
+
+
+@every_page
+def test_a_methods_page_names_all_settings_of_its_own(name: str) -> None:
+    own = {f.name for f in fields(METHODS[name])} & vars(METHODS[name])["__annotations__"].keys()
+    on_page = {key.replace("-", "_") for section, key, _ in named(name) if section == "method"}
+    assert own - on_page == set()
+
+
+@every_page
+def test_the_defaults_on_a_methods_page_are_the_codes(name: str) -> None:
+    text = PAGES[name].read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `--(\w+)\.([\w-]+)` \| ([^|]+?) \|", text, flags=re.M)
+    assert rows
+    for section, key, said in rows:
+        default = as_text(sections(name)[section], key.replace("-", "_"))
+        number = re.fullmatch(r"`([\d.e-]+)`", said)
+        agrees = float(number[1]) == float(default.strip("`")) if number else said == default
+        assert agrees, f"{name}: {section}.{key} is {default}"
