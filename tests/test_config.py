@@ -165,14 +165,15 @@ def at(method: Method, steps: int, **train: Any) -> RunConfig[Method]:
 @pytest.mark.parametrize(
     "steps, merge, exact, warmup, decay, evaluate, save",
     [
-        (600, 60, 150, 60, 120, 60, 150),
+        (600, 150, 150, 60, 120, 60, 150),
+        (602, 151, 151, 60, 120, 61, 151),
         (20_000, 2000, 500, 2000, 4000, 2000, 1000),
         (100_000, 2000, 500, 10_000, 20_000, 10_000, 1000),
-        (8, 1, 2, 1, 2, 1, 2),
+        (8, 2, 2, 1, 2, 1, 2),
         (3, 1, 1, 0, 1, 1, 1),
     ],
 )
-def test_intervals_are_fractions_of_the_run_with_a_cap_and_0_for_warmup_alone(
+def test_intervals_and_lengths_are_fractions_of_the_run_with_a_cap(
     steps: int, merge: int, exact: int, warmup: int, decay: int, evaluate: int, save: int
 ) -> None:
     bpt, loro = at(BPT(), steps), at(LORO(), steps)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from peptrain.errors import ConfigError
-from peptrain.settings import check, interval
+from peptrain.settings import check, length
 
 Shape = Literal["constant", "linear", "cosine", "wsd"]
 
@@ -20,9 +20,9 @@ class ScheduleConfig:
 
     kind: Shape | None = None
     """constant | linear | cosine | wsd (warm-up, stable, decay). Unset: the method's own."""
-    warmup: int | None = interval(0.1, least=0)
+    warmup: int | None = length(0.1)
     """Linear warm-up from 0, in steps. Unset: a tenth of the run."""
-    decay: int | None = interval(0.2)
+    decay: int | None = length(0.2)
     """Length of the final decay of wsd, in steps. Unset: a fifth of the run."""
     decay_shape: Literal["cosine", "linear"] | None = None
     """Shape of the decay of wsd. Unset: cosine."""

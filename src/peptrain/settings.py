@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import field, fields, replace
 from typing import Any, TypeVar
 
@@ -18,12 +19,21 @@ def check(holds: bool, key: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{key}: {value!r} can't be used; give {wanted}")
 
 
-def interval(fraction: float, most: int | None = None, least: int = 1) -> Any:
-    """A field in optimizer steps; unset it becomes `fraction` of the run, from `least` to `most`.
+def interval(fraction: float, most: int | None = None) -> Any:
+    """A field for steps between two events; unset it is `fraction` of the run, at most `most`.
 
-    An interval of 0 means never.
+    Rounded up, so that 1 is the least and the last event is not just before the end of the run,
+    where there is no time left for it. An interval of 0 means never.
     """
-    return field(default=None, metadata={"fraction": fraction, "most": most, "least": least})
+    return field(default=None, metadata={"fraction": fraction, "most": most, "up": True})
+
+
+def length(fraction: float, most: int | None = None) -> Any:
+    """A field for so many steps on end; unset it is `fraction` of the run, rounded, at most `most`.
+
+    In a short run that may be 0.
+    """
+    return field(default=None, metadata={"fraction": fraction, "most": most, "up": False})
 
 
 def same_as(other: str) -> Any:
@@ -37,13 +47,14 @@ def of_width(fraction: float) -> Any:
 
 
 def resolve(section: S, name: str, steps: int, width: int = 0) -> S:
-    """`section` with every interval or size that was left unset as an absolute number."""
+    """`section` with every number of steps and size that was left unset as an absolute number."""
     absolute: dict[str, int] = {}
     for item in fields(section):  # type: ignore[arg-type]
         rule, given = item.metadata, getattr(section, item.name)
         if given is None and "fraction" in rule:
-            most = rule["most"] or steps
-            absolute[item.name] = min(max(rule["least"], round(steps * rule["fraction"])), most)
+            part = steps * rule["fraction"]
+            whole = math.ceil(part - 1e-9) if rule["up"] else round(part)  # 30 * 0.1 is above 3
+            absolute[item.name] = min(whole, rule["most"] or steps)
         elif given is None and "same_as" in rule:
             other = rule["same_as"]
             absolute[item.name] = absolute.get(other, getattr(section, other))

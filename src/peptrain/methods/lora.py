@@ -18,7 +18,7 @@ from peptrain.ops.rounding import add_
 from peptrain.optim import OptimConfig, adamw
 from peptrain.rng import Rng
 from peptrain.schedule import Schedule, restarted
-from peptrain.settings import check, interval
+from peptrain.settings import check, length
 
 
 class LoRALinear(ReparamLinear):
@@ -107,7 +107,7 @@ class LoRA(RankMethod):
     warm_start_then: Literal["continue", "fresh"] = "continue"
     """continue keeps the schedule and the moments of what trains on; fresh begins both anew, with
     another warm-up, as the released code does."""
-    restart_warmup: int | None = interval(0.01, most=50, least=0)
+    restart_warmup: int | None = length(0.01, most=50)
     """Steps of learning-rate warm-up from 0 where the adapters come and after each reset; 0 is
     none. Unset: a hundredth of the run, at most 50."""
 

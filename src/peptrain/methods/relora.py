@@ -13,7 +13,7 @@ from peptrain.methods.lora import LoRA, LoRALinear
 from peptrain.optim import ResetMode, reset_moments
 from peptrain.rng import Rng
 from peptrain.schedule import Schedule
-from peptrain.settings import check, interval, same_as
+from peptrain.settings import check, interval, length, same_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ReLoRA(LoRA):
     # by 0.16 nats than 2e-3, and 8e-3 by 0.05 more (docs/first-table.md).
     optim_defaults = replace(Method.optim_defaults, lr=4e-3)
 
-    warm_start_steps: int | None = interval(0.25, least=0)
+    warm_start_steps: int | None = length(0.25)
     """Steps of full training before the adapters come; 0 is none. Unset: a quarter of the run."""
     merge_every: int | None = interval(0.25, most=5000)
     """W += s B A at the multiples of this, after the warm start; 0 is never. Unset: a quarter of
@@ -55,7 +55,7 @@ class ReLoRA(LoRA):
 
     def after_step(self, model: nn.Module, optimizer: Optimizer, step: int, rng: Rng) -> Metrics:
         merges = self._times(self.merge_every, step)
-        resets = self._times(self.reset_every, step)
+        resets = self._times(self.reset_every if self.reset != "keep" else 0, step)
         for layer in reparametrized(model) if merges or resets else ():
             assert isinstance(layer, LoRALinear)
             if merges:
