@@ -386,4 +386,3 @@ def test_fresh_forgets_all_moments_at_the_switch_and_continue_none() -> None:
         walk(model, optimizer, 2)
         config.method.enter(model, optimizer, 1)
         assert bool(optimizer.state) is kept
-
