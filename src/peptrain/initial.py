@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from peptrain.build import open_run, plain_model, run_config
@@ -84,7 +85,7 @@ def _pretrained(path: Path, config: RunConfig[Method]) -> dict[str, Tensor]:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"init_from: {path} can't be read: {error}") from error
     # A warning alone would leave them at random numbers.
     if missing := sorted(report["missing_keys"]):
