@@ -179,6 +179,20 @@ def test_the_model_left_alone_is_that_of_the_source(
     assert config.init_from == sources[source].resolve()
 
 
+def test_a_run_that_started_elsewhere_is_a_source_like_any_other(
+    sources: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Its model is in its own model.json, so what it came from may go."""
+    here = copied(sources["llama tied"], tmp_path)
+    train(starting("bpt", here, corpus, tmp_path / "one", train={"steps": 3}))
+    shutil.rmtree(here)
+    model = built(starting("relora", tmp_path / "one", corpus), phase=1)
+    assert_close(logits(model), logits(model_of(tmp_path / "one")), rtol=0, atol=1e-6)
+    train(starting("relora", tmp_path / "one", corpus, tmp_path / "two", train={"steps": 3}))
+    shutil.rmtree(tmp_path / "one")
+    assert open_run(tmp_path / "two").model.config.rms_norm_eps == HF["llama tied"].rms_norm_eps
+
+
 def test_a_model_that_is_given_and_agrees_is_as_good(
     sources: dict[str, Path], corpus: Path
 ) -> None:

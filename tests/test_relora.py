@@ -144,6 +144,20 @@ def test_a_merge_into_bf16_rounds_up_or_down_and_not_always_to_the_nearest() -> 
     assert abs(bias) < 0.03  # 3072 draws of deviation below 0.5: 0.009
 
 
+def test_the_rounding_of_a_merge_has_the_address_of_its_site_and_step() -> None:
+    merged = []
+    for site, step in (("one", 3), ("one", 3), ("two", 3), ("one", 6)):
+        layer = alone(16, 12, 4, alpha=8.0, dtype=torch.bfloat16)
+        with torch.no_grad():
+            layer.weight.fill_(0.5)
+            layer.A.fill_(1.0)
+            layer.B.fill_(1e-4)
+        layer.site = site
+        layer.merge(step, Rng(0))
+        merged.append(layer.weight.clone())
+    assert [torch.equal(merged[0], W) for W in merged] == [True, True, False, False]
+
+
 def test_a_fresh_a_is_kaiming_and_has_the_address_of_its_site_and_step() -> None:
     like = torch.zeros((), dtype=torch.float64)
     A = fresh_A("one", 3, 50, 400, Rng(0), like)
@@ -378,11 +392,3 @@ def test_each_phase_has_its_own_learning_rate(name: str) -> None:
     assert rates == [0.3, 0.7]
     cold = replace(method, warm_start_steps=0)  # type: ignore[type-var]
     assert cold.optimizer(model, optim, 0).param_groups[0]["lr"] == 0.7
-
-
-def test_fresh_forgets_all_moments_at_the_switch_and_continue_none() -> None:
-    for then, kept in (("continue", True), ("fresh", False)):
-        model, optimizer, config = made(relora(warm_start_then=then))
-        walk(model, optimizer, 2)
-        config.method.enter(model, optimizer, 1)
-        assert bool(optimizer.state) is kept

@@ -16,6 +16,7 @@ from peptrain.config import resolved
 from peptrain.errors import ConfigError
 from peptrain.methods import METHODS
 from peptrain.methods.base import Site, reparametrized
+from peptrain.methods.lora import LoRA
 from peptrain.methods.lowrank import LowRank
 from peptrain.methods.rank import RankMethod
 from peptrain.model import count_parameters
@@ -219,6 +220,14 @@ def test_a_trained_scale_has_its_closed_form(name: str, family: str, kv: int) ->
     wanted = algebra.parameter_count(arch, name, 5, trained_scale=True)
     assert count_parameters(model) == wanted.total
     assert count_parameters(model, trainable=True) == wanted.trainable
+
+
+def test_a_trained_scale_counts_in_the_rule() -> None:
+    """At 3 x 7 the factors of rank 2 are 20 of 21 numbers, and the scale is the 21st."""
+    site = Site("x", nn.ModuleDict({"x": nn.Linear(7, 3)}), 16)
+    assert LoRA(rank=2).chosen([site]) == [site]
+    with pytest.raises(ConfigError, match=r"at 2 .* model is 1$"):
+        LoRA(rank=2, train_scale=True).chosen([site])
 
 
 # --- what it says
