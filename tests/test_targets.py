@@ -169,13 +169,13 @@ def test_a_trained_scale_is_one_of_the_adapters(name: str) -> None:
 def test_the_warm_start_trains_the_chosen_matrices_and_the_rest_if_it_is_to(
     name: str, train_rest: bool
 ) -> None:
-    given = {"targets": "mlp", "exclude": "up", "warm_start_steps": 3, "train_rest": train_rest}
+    given = {"targets": "q,mlp", "exclude": "up", "warm_start_steps": 3, "train_rest": train_rest}
     config = resolved(tiny(tiny_method(name, **given), Path(), model=QWEN), world_size=1,
                       on_gpu=False)  # fmt: skip
     model = build(config, 0)
     assert not list(reparametrized(model))
-    chosen = [(layer, kind) for layer in (0, 1) for kind in ("gate", "down")]
-    sites = {f"model.layers.{layer}.mlp.{kind}_proj" for layer, kind in chosen}
+    taken = ("self_attn.q", "mlp.gate", "mlp.down")  # q has a bias too
+    sites = {f"model.layers.{layer}.{kind}_proj" for layer in (0, 1) for kind in taken}
     everything = {n for n, _ in model.named_parameters()}
     assert trainable(model) == (everything if train_rest else {f"{s}.weight" for s in sites})
     after = build(config, 1)
