@@ -2,33 +2,37 @@
 
 The oracle shares no code with the library: it forms every weight densely, lets autograd run
 through that, writes Adam out and takes the exact step from a dense SVD. It is given the initial
-weights, the batches, and the random U of each merge; its learning rates are its own.
+weights, the batches, and the random U or A of each merge; its learning rates are its own.
 """
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from slow import algebra
 from slow.curves import State, dense_state, sites, slow_curve
 from support import newest, rows, tiny
 from torch import Tensor
 from torch.testing import assert_close
 
-from peptrain.build import build
+from peptrain.build import build, plain_model
 from peptrain.config import RunConfig, resolved
 from peptrain.data import Corpus
 from peptrain.methods.base import Method
 from peptrain.methods.bpt import BPT, fresh_U
 from peptrain.methods.full import Full
+from peptrain.methods.lora import LoRA, fresh_A
 from peptrain.methods.loro import LORO
 from peptrain.methods.lowrank import LowRank
-from peptrain.model import build_model
+from peptrain.methods.relora import ReLoRA
+from peptrain.model import build_model, find_sites
 from peptrain.rng import Rng
 from peptrain.train import train
 
 STEPS, WARMUP, FLOOR, CLIP, RANK, EVERY = 16, 3, 0.1, 0.9, 3, 5
 BETAS, WIDTH = (0.9, 0.95), 16
+PLAIN = algebra.warmup_cosine(STEPS, WARMUP, FLOOR)
 TOLERANCE = 1e-8
 """Measured: 2e-15, and 2e-14 in the final weights. But transformers computes RMSNorm, softmax and
 the rotary tables of a float64 model in float32, where a difference of 1e-16 may flip a rounding."""
@@ -49,15 +53,13 @@ def config_of(method: Method, corpus: Path, run: Path | None, model: Any) -> Run
 
 
 def oracle(
-    config: RunConfig[Any], corpus: Path, restarts: int, **options: Any
+    config: RunConfig[Any], corpus: Path, multiplier: algebra.Multiplier, **options: Any
 ) -> tuple[list[float], State]:
     state = {name: p.detach().clone() for name, p in build(config, 0).named_parameters()}
     plain = build_model(config.model, seq_len=16, seed=1, precision="fp64")
     data = Corpus.open(corpus)
     batch = {"seed": 0, "rank": 0, "world": 1, "batch_size": 4, "seq_len": 16}
     windows = [data.batch(step=t, **batch) for t in range(STEPS)]
-    base = algebra.warmup_cosine(STEPS, WARMUP, FLOOR)
-    multiplier = algebra.with_restarts(base, range(EVERY, STEPS, EVERY), restarts)
 
     def frames(site: str, step: int) -> Tensor:
         U = state[f"{site}.U"]
@@ -78,16 +80,26 @@ def oracle(
     )
 
 
-def agree(config: RunConfig[Any], corpus: Path, restarts: int = 0, **options: Any) -> None:
+def restarting(rewarm: int) -> algebra.Multiplier:
+    """Warm-up and cosine, with a restart at each EVERY-th step."""
+    return algebra.with_restarts(PLAIN, range(EVERY, STEPS, EVERY), rewarm)
+
+
+def agree(
+    config: RunConfig[Any],
+    corpus: Path,
+    multiplier: algebra.Multiplier = PLAIN,
+    **options: Any,
+) -> None:
     run = train(config).run
     steps = rows(run)
-    losses, final = oracle(config, corpus, restarts, **options)
+    losses, final = oracle(config, corpus, multiplier, **options)
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     assert losses[-1] < losses[0] - 0.02 and max(row["grad_norm"] for row in steps) > 1.2 * CLIP
     assert [row["loss"] for row in steps] == pytest.approx(losses, rel=0, abs=TOLERANCE)
     saved = newest(run).model
     assert saved.keys() == final.keys()
-    dense, expected = dense_state(saved), dense_state(final)
+    dense, expected = (dense_state(state, options.get("scale")) for state in (saved, final))
     for name, weight in expected.items():
         assert_close(dense[name], weight, rtol=0, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -113,7 +125,7 @@ def test_bpt(corpus: Path, run: Path, model: dict[str, Any], rewarm: int) -> Non
     """Three merges; biases outside the diagonals; one matrix for embedding and head."""
     method = BPT(rank=RANK, merge_every=EVERY, restart_warmup=rewarm)
     config = config_of(method, corpus, run, model)
-    agree(config, corpus, rewarm, merge_every=EVERY)
+    agree(config, corpus, restarting(rewarm), merge_every=EVERY)
 
 
 @pytest.mark.parametrize("refresh", ["all", "factors"])
@@ -127,7 +139,7 @@ def test_loro(corpus: Path, run: Path, refresh: Any, direction: Any) -> None:
     agree(
         config,
         corpus,
-        2,
+        restarting(2),
         exact_every=EVERY,
         rank=RANK,
         width=WIDTH,
@@ -136,7 +148,100 @@ def test_loro(corpus: Path, run: Path, refresh: Any, direction: Any) -> None:
     )
 
 
+MERGING = {"rank": RANK, "merge_every": EVERY}
+WARM = {"warm_start_steps": 6, "warm_start_lr": 3e-3}
+"""Then merges at 10 and 15, the last step but one."""
+ONLINE = {"merge_every": 2, "reset_every": 6}
+ALPHA = 8.0 * RANK
+"""The oracle rounds the s that it begins to train to float32."""
+QWEN = {"family": "qwen2", "tied": True, "kv_heads": 1}
+RELORA: dict[str, tuple[LoRA, Any]] = {
+    "lora": (LoRA(rank=RANK), {}),
+    "lora, warm": (LoRA(rank=RANK, **WARM), {}),
+    "lora, warm, jagged, qwen2 tied": (LoRA(rank=RANK, restart_warmup=3, **WARM), QWEN),
+    "relora": (ReLoRA(warm_start_steps=0, **MERGING), {}),
+    "warm": (ReLoRA(**MERGING, **WARM), {}),
+    "warm, jagged": (ReLoRA(restart_warmup=2, **MERGING, **WARM), {}),
+    "restart cut by a merge": (ReLoRA(rank=RANK, merge_every=10, restart_warmup=5, **WARM), {}),
+    "fresh, jagged": (ReLoRA(warm_start_then="fresh", restart_warmup=2, **MERGING, **WARM), {}),
+    "fresh": (ReLoRA(warm_start_then="fresh", **MERGING, **WARM), {}),
+    "online": (ReLoRA(rank=RANK, restart_warmup=2, warm_start_steps=3, **ONLINE), {}),
+    "switch at a multiple": (ReLoRA(rank=RANK, warm_start_steps=6, **ONLINE), {}),
+    "no resets": (ReLoRA(reset_every=0, restart_warmup=2, **MERGING, **WARM), {}),
+    "no merges": (ReLoRA(rank=RANK, merge_every=0, reset_every=5, restart_warmup=2, **WARM), {}),
+    "keep": (ReLoRA(reset="keep", restart_warmup=2, **MERGING, **WARM), {}),
+    "A": (ReLoRA(reset_factors="A", **MERGING, **WARM), {}),
+    "magnitude": (ReLoRA(reset="magnitude", reset_fraction=0.7, **MERGING, **WARM), {}),
+    "random, A": (ReLoRA(reset="random", reset_factors="A", **MERGING, **WARM), {}),
+    "pico_compat": (
+        ReLoRA(reset="magnitude", reset_fraction=0.7, pico_compat=True, **MERGING, **WARM), {}
+    ),
+    "scale": (ReLoRA(train_scale=True, alpha=ALPHA, **MERGING, **WARM), {}),
+    "scale, qwen2 tied": (
+        ReLoRA(train_scale=True, alpha=ALPHA, warm_start_steps=0, **MERGING), QWEN
+    ),
+    "warm, jagged, qwen2 tied": (ReLoRA(restart_warmup=2, **MERGING, **WARM), QWEN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RELORA)
+def test_lora_and_relora(corpus: Path, run: Path, case: str) -> None:
+    method, model = RELORA[case]
+    config = config_of(method, corpus, run, model)
+    made = config.method
+    sites = [site.name for site in find_sites(plain_model(config))]
+    every = made.reset_every if isinstance(made, ReLoRA) else 0
+    warm, fresh = made.warm_start_steps, made.warm_start_then == "fresh"
+    jagged = algebra.relora_schedule(
+        STEPS, WARMUP, every, made.restart_warmup, FLOOR, warm=warm, fresh=fresh
+    )
+
+    def factor(site: str, step: int) -> Tensor:
+        """Where the adapters come it has the address of a start: no step."""
+        m = config.model.intermediate_size if "down" in site else WIDTH
+        step = step if step > warm else 0
+        return fresh_A(site, step, RANK, m, Rng(0), torch.zeros((), dtype=torch.float64))
+
+    merging = {
+        "merge_every": made.merge_every,
+        "reset_every": every,
+        "reset": forgetting(made),
+        "reset_factors": made.reset_factors,
+    } if isinstance(made, ReLoRA) else {}  # fmt: skip
+    agree(
+        config,
+        corpus,
+        jagged,
+        scale=made.alpha / RANK,
+        fresh_A=factor,
+        warm=warm,
+        warm_lr=made.warm_start_lr,
+        adapted=sites,
+        trained_scale=made.train_scale,
+        fresh=fresh,
+        **merging,
+    )
+
+
+def forgetting(method: ReLoRA) -> Any:
+    """The oracle's own reset; random ones are drawn at the library's address."""
+    if method.reset in ("zero", "keep"):
+        return method.reset
+
+    def reset(name: str, done: int, m: Tensor, v: Tensor, k: int) -> algebra.Moments:
+        p = method.reset_fraction
+        if method.pico_compat:
+            return algebra.reset_pico(m, v, k, algebra.smallest(m, p), algebra.smallest(v, p))
+        if method.reset == "magnitude":
+            return algebra.reset_magnitude(m, v, p)
+        site, _, letter = name.rpartition(".")
+        draw = torch.rand(m.numel(), generator=Rng(0)(site, done, f"reset {letter}"))
+        return algebra.reset_masked(m, v, algebra.smallest(draw.view_as(m), p))
+
+    return reset
+
+
 def test_the_oracle_covers_every_site(corpus: Path) -> None:
-    for method in (BPT(rank=RANK), LowRank(rank=RANK), LORO(rank=RANK)):
+    for method in (BPT(rank=RANK), LowRank(rank=RANK), LORO(rank=RANK), LoRA(rank=RANK)):
         model = build(config_of(method, corpus, None, {}), 0)
         assert len(sites(dict(model.named_parameters()))) == 14  # type: ignore[arg-type]

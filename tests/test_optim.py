@@ -3,74 +3,28 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from byhand import back, made, moments, seeded, snapshot, walk, zero_gradients
 from slow import algebra
-from support import tiny, tiny_method
+from support import tiny_method
 from torch import Tensor, nn
 from torch.linalg import svdvals
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
-from peptrain.build import build
-from peptrain.config import RunConfig, resolved
 from peptrain.methods import METHODS
-from peptrain.methods.base import Method, reparametrized
+from peptrain.methods.base import reparametrized
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.loro import LORO
 from peptrain.methods.loro_optimizer import LOROOptimizer
 from peptrain.methods.lowrank import LowRankLinear
-from peptrain.model import NextTokenLoss
 from peptrain.optim import OptimConfig, adamw, keep_mask, reset_moments
 from peptrain.rng import Rng
 
 D, R, BETAS = 16, 2, (0.9, 0.999)
 """Hidden size and rank of the tiny model."""
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def configured(method: Method, **sections: Any) -> RunConfig[Any]:
-    return resolved(tiny(method, Path("unused"), **sections), world_size=1, on_gpu=False)
-
-
-def made(method: Method, **sections: Any) -> tuple[nn.Module, Optimizer, RunConfig[Any]]:
-    config = configured(method, **sections)
-    last = len(config.method.phases(config.train.steps))
-    model = build(config, last)
-    return model, config.method.optimizer(model, config.optim, last), config
-
-
-def back(model: nn.Module, seed: int) -> None:
-    """New gradients of a random batch."""
-    model.zero_grad()
-    windows = torch.randint(320, (2, 9), generator=seeded(seed))
-    NextTokenLoss(model)(windows).backward()  # type: ignore[arg-type]
-
-
-def train(model: nn.Module, optimizer: Optimizer, steps: int, start: int = 0) -> None:
-    for seed in range(start, start + steps):
-        back(model, seed)
-        optimizer.step()
-
-
-def zero_gradients(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Copies of all optimizer state, by "parameter/key"."""
-    named = {name: optimizer.state.get(p, {}) for name, p in model.named_parameters()}
-    return {f"{n}/{k}": v.clone() for n, state in named.items() for k, v in state.items()}
 
 
 # --- reset_moments on the AdamW that training uses
@@ -172,7 +126,7 @@ def test_keep_leaves_everything_and_a_reset_before_the_first_step_is_nothing() -
 @pytest.mark.parametrize("reset", ["zero", "magnitude", "random", "keep"])
 def test_a_merge_resets_the_moments_of_u_and_v_alone(reset: str) -> None:
     model, optimizer, config = made(tiny_method("bpt", reset=reset, reset_fraction=0.5))
-    train(model, optimizer, 3)
+    walk(model, optimizer, 3)
     before, weights = moments(model, optimizer), snapshot(model)
     assert not config.method.after_step(model, optimizer, 2, Rng(0))  # not due
     assert torch.equal(moments(model, optimizer)[next(iter(before))], before[next(iter(before))])
@@ -194,7 +148,7 @@ def test_a_merge_resets_the_moments_of_u_and_v_alone(reset: str) -> None:
 
 def test_after_a_merge_a_step_without_gradients_moves_nothing_but_what_was_not_reset() -> None:
     model, optimizer, config = made(tiny_method("bpt"))
-    train(model, optimizer, 3)
+    walk(model, optimizer, 3)
     config.method.after_step(model, optimizer, 3, Rng(0))
     before = snapshot(model)
     zero_gradients(model)
@@ -360,7 +314,7 @@ def test_every_k_th_step_is_exact_without_c(direction: str) -> None:
 @pytest.mark.parametrize("refresh", ["all", "factors", "none"])
 def test_a_refresh_zeroes_what_it_names(refresh: str) -> None:
     model, optimizer = loro_made(exact_every=3, refresh=refresh)
-    train(model, optimizer, 3)
+    walk(model, optimizer, 3)
     names = {name: name.endswith((".B", ".A")) for name, _ in model.named_parameters()}
     for key, value in moments(model, optimizer).items():
         is_factor = names[key.split("/")[0]]
@@ -375,7 +329,7 @@ def test_refreshes_have_a_clock_of_their_own() -> None:
     model, optimizer = loro_made(exact_every=4, refresh_every=2)
     balanced, ages = [], []
     for step in range(1, 9):
-        train(model, optimizer, 1, start=step)
+        walk(model, optimizer, 1, start=step)
         ages.append(optimizer.param_groups[0]["age"])
         _, B, A = next(pairs(model))
         gap = svdvals(B.detach()) - svdvals(A.detach())
@@ -387,7 +341,7 @@ def test_refreshes_have_a_clock_of_their_own() -> None:
 def test_after_a_refresh_a_constant_gradient_moves_by_the_learning_rate() -> None:
     """|update| / (lr c) = 1 at every k: moments and their clock are reset together (trap 4)."""
     model, optimizer = loro_made(exact_every=3, refresh="all")
-    train(model, optimizer, 3)
+    walk(model, optimizer, 3)
     for group in optimizer.param_groups:
         group["eps"] = 0.0
     optimizer.rule = replace(optimizer.rule, exact_every=0, refresh_every=0)
@@ -410,7 +364,7 @@ def test_a_step_at_no_learning_rate_moves_nothing_and_counts() -> None:
         still = snapshot(model)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        train(model, optimizer, 1, start=step)
+        walk(model, optimizer, 1, start=step)
         assert all(g["clock"] == g["age"] == step for g in optimizer.param_groups)
         for name, p in model.named_parameters():
             if not name.endswith((".B", ".A")) or step % 3:
@@ -433,7 +387,7 @@ def test_a_step_at_no_learning_rate_moves_nothing_and_counts() -> None:
 def test_a_state_dict_holds_the_clocks() -> None:
     """Also when the fresh optimizer made its state by a step of lr 0, as torch's DCP does."""
     model, optimizer = loro_made(exact_every=3, refresh_every=2)
-    train(model, optimizer, 5)
+    walk(model, optimizer, 5)
     everyone = [(model, optimizer)]
     for steps_before_loading in (0, 1):
         copied, fresh = loro_made(exact_every=3, refresh_every=2)
@@ -447,7 +401,7 @@ def test_a_state_dict_holds_the_clocks() -> None:
         assert [(g["clock"], g["age"], g["lr"]) for g in fresh.param_groups] == [(5, 1, 0.01)] * 3
         everyone.append((copied, fresh))
     for each in everyone:
-        train(*each, 4, start=5)
+        walk(*each, 4, start=5)
     one, *others = (snapshot(each) for each, _ in everyone)
     assert all(torch.equal(one[name], other[name]) for other in others for name in one)
 
@@ -503,7 +457,7 @@ def test_the_svd_ablation_rebalances_an_approximate_step(update: str) -> None:
     model, optimizer = loro_made(update=update, refresh="none", exact_every=3, retraction="svd")
     for start in range(3):
         for each in ((plain, without), (model, optimizer)):
-            train(*each, 1, start=start)
+            walk(*each, 1, start=start)
     for (_, B, A), (_, B0, A0) in zip(pairs(model), pairs(plain), strict=True):
         W = (B0 @ A0).detach()
         torch.testing.assert_close((B @ A).detach(), W, rtol=0, atol=1e-13)
@@ -519,7 +473,7 @@ def test_a_singular_factor_is_reported_and_does_no_harm() -> None:
     with torch.no_grad():
         B[:, 1] = 2 * B[:, 0]
     before = snapshot(model)
-    train(model, optimizer, 1)
+    walk(model, optimizer, 1)
     metrics = config.method.after_step(model, optimizer, 1, Rng(0))
     assert (
         float(metrics["singular_factor_pairs_warning"]) == 1 and float(metrics["exact_steps"]) == 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from peptrain.build import open_run, plain_model, run_config
@@ -82,17 +84,32 @@ def _pretrained(path: Path, config: RunConfig[Method]) -> dict[str, Tensor]:
             dtype=dtype_of(config.train.precision),
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"init_from: {path} can't be read: {error}") from error
-    # A warning alone would leave them at random numbers.
+    _check_whole(report, path)
+    return dense_state(model)
+
+
+def _check_whole(report: Mapping[str, Any], path: Path) -> None:
+    """Raise ConfigError for weights that would stay at random numbers; warn of unused ones."""
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"init_from: {path} lacks {missing[0]} and {len(missing) - 1} more weights of its"
             " model; give a whole causal language model"
         )
-    return dense_state(model)
+    for name, has, wants in sorted(report["mismatched_keys"]):
+        raise ConfigError(
+            f"init_from: {path} has {list(has)} for {name}, and its config.json says {list(wants)};"
+            " give the config.json of these weights"
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        log.warning(
+            "init_from: %s has %s and %d more weights that its config.json knows nothing of; the"
+            " model starts without them", path, unused[0], len(unused) - 1,
+        )  # fmt: skip
 
 
 def _check_shapes(weights: dict[str, Tensor], config: RunConfig[Method]) -> None:
