@@ -52,7 +52,7 @@ def main(steps: int) -> None:
     for name, method in METHODS.items():
         model = mlp()
         own = {k: v for k, v in SHAPE.items() if k in method.__dataclass_fields__}
-        training = adapt(model, method(**own), steps=steps)
+        training = adapt(model, method(**own), steps=steps, fresh=True)
         for step in range(steps):
             x, y = batch(step)
             F.cross_entropy(model(x), y).backward()

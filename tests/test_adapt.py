@@ -15,9 +15,10 @@ from peptrain.build import plain_model
 from peptrain.config import RunConfig, resolved
 from peptrain.data import Corpus
 from peptrain.errors import ConfigError
-from peptrain.methods import LORO, METHODS, LoRA, ReLoRA
-from peptrain.methods.base import ReparamLinear, reparametrized
+from peptrain.methods import BPT, LORO, METHODS, LoRA, ReLoRA
+from peptrain.methods.base import Method, ReparamLinear, reparametrized
 from peptrain.model import token_loss
+from peptrain.optim import OptimConfig
 from peptrain.schedule import ScheduleConfig
 from peptrain.train import train
 
@@ -60,7 +61,9 @@ def test_a_loop_of_ones_own_is_the_trainers_training(
     config = resolved(given, world_size=1, on_gpu=False)
     data, where = Corpus.open(corpus), {"seed": 0, "rank": 0, "world": 1}
     model = plain_model(config)
-    training = adapt(model, given.method, steps=STEPS, optim=given.optim, schedule=given.schedule)
+    training = adapt(
+        model, given.method, steps=STEPS, optim=given.optim, schedule=given.schedule, fresh=True
+    )
     for step in range(STEPS):
         shape = {"batch_size": TRAIN["batch_size"], "seq_len": TRAIN["seq_len"]}
         windows = data.batch(step=step, **where, **shape)
@@ -73,11 +76,11 @@ def test_a_loop_of_ones_own_is_the_trainers_training(
 @every_method
 @pytest.mark.parametrize("at", [1, 2, 4, 7])
 def test_a_saved_state_goes_on_bit_for_bit(name: str, at: int) -> None:
-    whole = adapt(mlp(), tiny_method(name), steps=STEPS, schedule=CONSTANT)
+    whole = adapt(mlp(), tiny_method(name), steps=STEPS, schedule=CONSTANT, fresh=True)
     go(whole, at)
     saved = copy.deepcopy(whole.state_dict())
     rest = go(whole, STEPS - at)
-    again = adapt(mlp(seed=5), tiny_method(name), steps=STEPS, schedule=CONSTANT)
+    again = adapt(mlp(seed=5), tiny_method(name), steps=STEPS, schedule=CONSTANT, fresh=True)
     again.load_state_dict(saved)
     assert again.done == at and go(again, STEPS - at) == rest
     for key, p in whole.model.named_parameters():
@@ -86,7 +89,7 @@ def test_a_saved_state_goes_on_bit_for_bit(name: str, at: int) -> None:
 
 @every_method
 def test_dense_gives_plain_layers_and_the_same_function(name: str) -> None:
-    training = adapt(mlp(), tiny_method(name), steps=STEPS, schedule=CONSTANT)
+    training = adapt(mlp(), tiny_method(name), steps=STEPS, schedule=CONSTANT, fresh=True)
     go(training, STEPS - 1)
     x, _ = images(99)
     before = training.model(x)
@@ -98,7 +101,7 @@ def test_dense_gives_plain_layers_and_the_same_function(name: str) -> None:
 
 @every_method
 def test_it_learns(name: str) -> None:
-    training = adapt(mlp(), tiny_method(name), steps=200)
+    training = adapt(mlp(), tiny_method(name), steps=200, fresh=True)
     x, y = images(0)
     first = F.cross_entropy(training.model(x), y).item()
     for _ in range(200):
@@ -116,10 +119,77 @@ def test_all_linear_layers_are_eligible_and_the_settings_choose() -> None:
 
 
 def test_linear_layers_that_others_read_are_left_alone() -> None:
-    """MultiheadAttention takes out_proj.weight itself; a factor beside it would do nothing."""
-    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    """Its fast path reads linear1.weight, MultiheadAttention out_proj.weight, past any forward."""
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(16, 16), encoder, nn.Linear(16, 16))
     adapt(model, LoRA(rank=2), steps=4)
-    assert [layer.site for layer in reparametrized(model)] == ["linear1", "linear2"]
+    assert [layer.site for layer in reparametrized(model)] == ["0", "2"]
+
+
+class Tied(nn.Module):
+    """An output head that shares the embedding's matrix, and a layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(40, 16), nn.Linear(16, 40, bias=False)
+        self.head.weight = self.table.weight
+        self.once, self.twice = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.again = self.twice
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.again(self.twice(self.once(self.table(ids)))))
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), BPT(rank=2), LORO(rank=2)])
+def test_shared_weights_are_left_alone(method: Method, caplog: pytest.LogCaptureFixture) -> None:
+    model = Tied()
+    with caplog.at_level("INFO", "peptrain"):
+        training = adapt(model, method, steps=4)
+    assert [layer.site for layer in reparametrized(model)] == ["once"]
+    assert "shared: head, twice" in caplog.text
+    training.dense()
+    assert model.head.weight is model.table.weight and model.again is model.twice
+
+
+def test_an_encoder_decoder_is_adapted_on_both_sides() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    shape = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=40, **shape))
+    adapt(model, LoRA(rank=2), steps=4)
+    sites = [layer.site for layer in reparametrized(model)]
+    assert {site.partition(".")[0] for site in sites} == {"encoder", "decoder"}
+
+
+def test_a_compiled_model_is_adapted_by_its_own_names(corpus: Path) -> None:
+    config = resolved(tiny("lora", corpus), world_size=1, on_gpu=False)
+    plain, compiled = plain_model(config), plain_model(config)
+    adapt(plain, LoRA(rank=2), steps=4)
+    adapt(torch.compile(compiled, backend="eager"), LoRA(rank=2), steps=4)
+    sites = [[layer.site for layer in reparametrized(m)] for m in (plain, compiled)]
+    assert sites[0] == sites[1] and len(sites[0]) == 14
+
+
+def test_a_layer_without_a_parent_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"bare nn\.Linear .*nn\.Sequential"):
+        adapt(nn.Linear(8, 8), LoRA(rank=2), steps=4)
+
+
+def test_a_resumed_training_may_have_another_learning_rate_and_no_other_warm_start() -> None:
+    def begun(lr: float, warm: int) -> Adapted:
+        method = LoRA(rank=2, warm_start_steps=warm, restart_warmup=0)
+        return adapt(mlp(), method, steps=8, optim=OptimConfig(lr=lr), schedule=CONSTANT)
+
+    first = begun(1e-2, 2)
+    go(first, 4)
+    saved = copy.deepcopy(first.state_dict())
+    other = begun(1e-3, 2)
+    other.load_state_dict(saved)
+    x, y = images(4)
+    F.cross_entropy(other.model(x), y).backward()
+    assert other.step()["lr"] == 1e-3
+    with pytest.raises(ConfigError, match="same warm start"):
+        begun(1e-2, 6).load_state_dict(saved)
 
 
 def test_weights_that_were_trained_are_kept() -> None:
@@ -127,12 +197,12 @@ def test_weights_that_were_trained_are_kept() -> None:
     model = mlp()
     before = model(x)
     for name in ("bpt", "lora", "relora", "full"):
-        kept = adapt(copy.deepcopy(model), tiny_method(name), steps=4, trained=True)
+        kept = adapt(copy.deepcopy(model), tiny_method(name), steps=4)
         torch.testing.assert_close(kept.model(x), before, rtol=0, atol=1e-12)
-    anew = adapt(copy.deepcopy(model), tiny_method("bpt"), steps=4)
+    anew = adapt(copy.deepcopy(model), tiny_method("bpt"), steps=4, fresh=True)
     assert not torch.allclose(anew.model(x), before)
     W = model[2].weight.detach()
-    low = adapt(copy.deepcopy(model), LORO(rank=3, include="2"), steps=4, trained=True)
+    low = adapt(copy.deepcopy(model), LORO(rank=3, include="2"), steps=4)
     (layer,) = (m for m in reparametrized(low.model) if m.site == "2")
     sigma = torch.linalg.svdvals(W)
     error = torch.linalg.matrix_norm(W - layer.effective_weight())

@@ -275,7 +275,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
 def test_another_format_is_named_with_ours(directory: Path) -> None:
     state = available(directory)[-1] / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 7}))
-    with pytest.raises(CheckpointError, match=r"step-00000003: format 7, .* reads format 1"):
+    with pytest.raises(CheckpointError, match=r"step-00000003: format 7, .* reads format 2"):
         latest(directory)
 
 

@@ -582,7 +582,7 @@ def test_the_demo_trains_each_method_on_the_same_tokens(
     said = peptrain_("demo")
     assert said.code == 0 and "Try next:" in said.out
     names = [method.name for method in DEMO_METHODS]
-    assert names == ["full", "bpt", "loro"]
+    assert names == ["full", "relora", "bpt", "loro"]
     runs = {name: Path("runs/demo-1") / name for name in names}
     configs = [load(run / "config.toml") for run in runs.values()]
     assert len({(c.model, c.data, c.train) for c in configs}) == 1

@@ -280,7 +280,8 @@ def test_an_id_that_cannot_be_reached_says_what_to_do_offline(config):
         prepare(config)
     assert str(caught.value).startswith("inputs: hf:some/texts:en can't be reached (Offline")
     command = "`hf download --repo-type dataset some/texts --local-dir DIR`"
-    assert command in str(caught.value) and "give the files in DIR as inputs" in str(caught.value)
+    said = str(caught.value)
+    assert command in said and "give the directory of its files as an input" in said
     assert not config.out.exists()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -20,6 +22,8 @@ from peptrain.optim import OptimConfig, clip_gradients, set_lr
 from peptrain.rng import Rng
 from peptrain.schedule import ScheduleConfig
 
+log = logging.getLogger("peptrain")
+
 
 class Adapted:
     """A model whose layers a method has replaced, and what moves it. Made by `adapt`."""
@@ -33,7 +37,7 @@ class Adapted:
         optim: OptimConfig,
         schedule_config: ScheduleConfig,
         seed: int,
-        trained: bool,
+        fresh: bool,
     ) -> None:
         given = (method, optim, schedule_config)
         self.method, self.optim, config = settled(*given, steps, _width(model))
@@ -42,7 +46,7 @@ class Adapted:
         self._bounds = [b for b in self.method.phases(steps) if b < steps]
         self._phase, self._rng = 0, Rng(seed)
         self.schedule = self.method.schedule(schedule.build(config, steps))
-        self.optimizer = self._install(fresh=not trained)
+        self.optimizer = self._install(fresh)
 
     def step(self) -> Metrics:
         """Move along the gradients that a backward pass has left, and do what is due after it.
@@ -73,14 +77,27 @@ class Adapted:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs, but the data's place and dropout's generator."""
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        return {"done": self.done, "model": model, "optimizer": optimizer}
+        return {"done": self.done, "phase": self._phase, "model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, on a model that was adapted just as the one it came from."""
-        while self._phase < bisect_right(self._bounds, state["done"]):
+        """Go on from `state`, on a model that was adapted as the one it came from; the learning
+        rate and the schedule may be others.
+
+        Raises ConfigError for the state of another warm start.
+        """
+        phase = bisect_right(self._bounds, state["done"])
+        if not self._phase <= phase == state["phase"]:
+            raise ConfigError(
+                f"state: {state['done']} steps are done, in phase {state['phase']}; here that is"
+                f" phase {phase}, after {self._phase}; adapt a new model, with the same warm start"
+            )
+        while self._phase < phase:
             self._next_phase()
+        peaks = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
+            group["initial_lr"] = peak
         self.done = state["done"]
 
     def _next_phase(self) -> None:
@@ -88,7 +105,7 @@ class Adapted:
         moments = self.optimizer.state
         densify(self.model)
         self._phase += 1
-        self.optimizer = self._install(fresh=False)
+        self.optimizer = self._install(False)
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 if p in moments:
@@ -109,20 +126,23 @@ def adapt(
     optim: OptimConfig | None = None,
     schedule: ScheduleConfig | None = None,
     seed: int = 0,
-    trained: bool = False,
+    fresh: bool = False,
 ) -> Adapted:
     """Let `method` replace linear layers of `model`, in place, for a training of `steps` steps.
 
-        training = adapt(model, ReLoRA(rank=8), steps=1000)
+        training = adapt(model, ReLoRA(rank=8), steps=1000, fresh=True)
         for x, y in batches:
             loss(model(x), y).backward()
             training.step()
 
-    Of a Hugging Face model the layers inside its decoder are eligible, of any other module every
-    nn.Linear; the method's `targets`, `include` and `exclude` choose among them. `trained` says
-    that the weights are to be kept, and not to be drawn anew. Call it where the model is to stay
-    (its device), and before DistributedDataParallel, which does not outlive the end of a warm
-    start. Settings left unset are the method's own, as in a run.
+    `fresh` says that the weights are only just initialised, so that a method may draw its own, as
+    in a run; else they are kept, or for W = B A approximated by the truncated SVD.
+
+    Of a Hugging Face decoder the layers inside its blocks are eligible, of any other module every
+    nn.Linear whose weight is not shared; the method's `targets`, `include` and `exclude` choose
+    among them. Call it where the model is to stay (its device), and before
+    DistributedDataParallel, which does not outlive the end of a warm start; with a warm start
+    `training.optimizer` is another one after it. Settings left unset are the method's own.
     """
     return Adapted(
         model,
@@ -131,24 +151,47 @@ def adapt(
         optim=optim or OptimConfig(),
         schedule_config=schedule or ScheduleConfig(),
         seed=seed,
-        trained=trained,
+        fresh=fresh,
     )
 
 
 def _sites(model: nn.Module, fresh: bool) -> list[Site]:
-    if isinstance(model, PreTrainedModel):
-        return find_sites(model, fresh)
-    width = _width(model)
-    # Not its subclasses: nn.MultiheadAttention reads the weight of its own past its forward.
-    return [
-        Site(name, model.get_submodule(name.rpartition(".")[0]), width, fresh)
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-    ]
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder:
+        sites = find_sites(model, fresh)
+    else:
+        sites = [Site(name, parent, _width(model), fresh) for name, parent in _linears(model)]
+    shared = _shared(model)
+    if tied := [site.name for site in sites if id(site.linear.weight) in shared]:
+        log.info("left as they are, their weights are shared: %s", ", ".join(tied))
+    return [site for site in sites if site.name not in tied]
+
+
+READ_PAST_FORWARD = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+"""Modules that read their layers' `weight` themselves, where a factor beside it does nothing."""
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every nn.Linear, and no subclass of it, by its name with its parent."""
+    if isinstance(model, nn.Linear):
+        raise ConfigError("model: a bare nn.Linear can't be replaced; wrap it in nn.Sequential")
+    for parent_name, parent in model.named_modules():
+        if isinstance(parent, READ_PAST_FORWARD):
+            continue
+        for name, module in parent.named_children():
+            if type(module) is nn.Linear:
+                yield f"{parent_name}.{name}".removeprefix("."), parent
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """The ids of parameters that more than one name stands for: tied weights, reused layers."""
+    seen = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {key for key, times in seen.items() if times > 1}
 
 
 def _width(model: nn.Module) -> int:
     """The hidden size: what the config says, or the most frequent side of the linear layers."""
+    model = getattr(model, "_orig_mod", model)
     if isinstance(model, PreTrainedModel):
         return int(model.config.get_text_config().hidden_size)
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]

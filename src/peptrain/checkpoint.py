@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from peptrain.errors import CheckpointError
 
 log = logging.getLogger("peptrain")
-FORMAT = 1
+FORMAT = 2
 FILES = ("model.safetensors", "optimizer.safetensors")
 STATE, SUMS = "state.json", "SHA256SUMS"
 
@@ -44,10 +44,18 @@ class Checkpoint:
     """The clocks of the optimizer's groups: their integers, `params` left out."""
     identity: dict[str, Any]
     """What a continuation must agree in: the method, the model, the data, the precision."""
+    end: int = 0
+    """The step at which the phase was to end: what is due between two steps wasn't done there."""
 
 
 def capture(
-    model: nn.Module, optimizer: Optimizer, *, step: int, phase: int, identity: Mapping[str, Any]
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    step: int,
+    phase: int,
+    identity: Mapping[str, Any],
+    end: int = 0,
 ) -> Checkpoint:
     """The state of training after `step` steps. Shared parameters are kept once."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
@@ -58,7 +66,7 @@ def capture(
     }
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     clocks = [{k: v for k, v in g.items() if type(v) is int} for g in optimizer.param_groups]
-    return Checkpoint(step, phase, tensors, moments, clocks, dict(identity))
+    return Checkpoint(step, phase, tensors, moments, clocks, dict(identity), end)
 
 
 @torch.no_grad()
@@ -152,6 +160,7 @@ def _write(directory: Path, checkpoint: Checkpoint) -> None:
         "format": FORMAT,
         "step": checkpoint.step,
         "phase": checkpoint.phase,
+        "end": checkpoint.end,
         "groups": checkpoint.groups,
         "identity": checkpoint.identity,
     }
@@ -219,8 +228,7 @@ def read(path: Path) -> Checkpoint:
             if then != now:
                 raise _Damaged(f"{now.split()[-1]} has another checksum")
         model, moments = (load_file(path / name) for name in FILES)
-        return Checkpoint(
-            state["step"], state["phase"], model, moments, state["groups"], state["identity"]
-        )
+        keys = ("groups", "identity", "end")
+        return Checkpoint(state["step"], state["phase"], model, moments, *(state[k] for k in keys))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _Damaged(str(error)) from error

@@ -29,7 +29,7 @@ from peptrain.optim import OptimConfig
 from peptrain.schedule import ScheduleConfig
 from peptrain.settings import fill
 
-console = Console(quiet=os.environ.get("RANK", "0") != "0")
+console = Console(quiet=os.environ.get("RANK", "0") != "0", emoji=False)
 """Of several ranks the first one speaks; errors come from all."""
 MARKERS = (
     tyro.conf.FlagCreatePairsOff,
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (PeptrainError, OSError) as error:
         message = f"[bold red]error:[/] {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(message, highlight=False, soft_wrap=True)
         return 1
     return 0
 

@@ -11,7 +11,7 @@ from peptrain import toml
 from peptrain.errors import ConfigError
 from peptrain.methods import methods
 from peptrain.methods.base import Method
-from peptrain.model import ModelConfig, Precision, hf_config
+from peptrain.model import DEFAULT_PRESET, ModelConfig, Precision, hf_config
 from peptrain.optim import OptimConfig
 from peptrain.schedule import ScheduleConfig
 from peptrain.settings import check, fill, interval, resolve
@@ -100,7 +100,7 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
     method, optim, schedule = settled(method, config.optim, config.schedule, steps, width)
     return replace(
         config,
-        model=replace(config.model, config=_absolute(config.model.config)),
+        model=_resolved_model(config.model),
         data=DataConfig(path=_absolute(config.data.path)),
         init_from=_absolute(config.init_from),
         method=method,
@@ -108,6 +108,11 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
         schedule=schedule,
         train=_resolved_train(resolve(config.train, "train", steps), world_size, on_gpu),
     )
+
+
+def _resolved_model(model: ModelConfig) -> ModelConfig:
+    preset = model.preset if model.config else model.preset or DEFAULT_PRESET
+    return replace(model, config=_absolute(model.config), preset=preset)
 
 
 def settled(

@@ -18,20 +18,25 @@ from peptrain.data.tokenizer import load_tokenizer
 from peptrain.dense import dense_state
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
-from peptrain.model import ModelConfig, dtype_of
+from peptrain.methods.rank import RankMethod
+from peptrain.model import ModelConfig, dtype_of, hf_config
 from peptrain.rundir import RunDir
 
 log = logging.getLogger("peptrain")
+ADVICE = "leave out all settings of the model, and it is that of init_from"
 
 
 def adopting(config: RunConfig[Any]) -> RunConfig[Any]:
     """`config` with the model of what it starts from, if it says nothing of the model itself."""
     path = config.init_from
-    if path is None or config.model != ModelConfig():
+    if path is None:
+        if isinstance(config.method, RankMethod) and not config.method.train_rest:
+            log.warning(
+                "method.train_rest: false leaves embeddings and head at their random numbers; start"
+                " from trained weights with --init-from"
+            )
         return config
-    if _is_run(path):
-        return replace(config, model=run_config(RunDir(path)).model)
-    return replace(config, model=ModelConfig(config=path))
+    return replace(config, model=_model_of(path)) if config.model == ModelConfig() else config
 
 
 def initial_weights(config: RunConfig[Method]) -> dict[str, Tensor] | None:
@@ -44,7 +49,12 @@ def initial_weights(config: RunConfig[Method]) -> dict[str, Tensor] | None:
         return None
     weights = dense_state(open_run(path).model) if _is_run(path) else _pretrained(path, config)
     _check_shapes(weights, config)
+    _check_function(config)
     return weights
+
+
+def _model_of(path: Path) -> ModelConfig:
+    return run_config(RunDir(path)).model if _is_run(path) else ModelConfig(config=path)
 
 
 def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
@@ -112,6 +122,28 @@ def _check_whole(report: Mapping[str, Any], path: Path) -> None:
         )  # fmt: skip
 
 
+NO_PART_OF_THE_FUNCTION = {
+    *("dtype", "architectures", "transformers_version", "use_cache", "initializer_range"),
+    *("max_position_embeddings", "attention_dropout", "pretraining_tp"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
+
+
+def _check_function(config: RunConfig[Method]) -> None:
+    """Raise ConfigError where equal shapes make another function: other heads, another RoPE."""
+    assert config.init_from is not None
+    theirs = hf_config(_model_of(config.init_from), seq_len=1).to_dict()
+    ours = hf_config(config.model, seq_len=1).to_dict()
+    for key in sorted(theirs.keys() | ours.keys()):
+        if key in NO_PART_OF_THE_FUNCTION or key.startswith("_"):
+            continue
+        if theirs.get(key) != ours.get(key):
+            raise ConfigError(
+                f"init_from: {config.init_from} has {key} {theirs.get(key)!r}, and the model of"
+                f" this run {ours.get(key)!r}; {ADVICE}"
+            )
+
+
 def _check_shapes(weights: dict[str, Tensor], config: RunConfig[Method]) -> None:
     wanted = {name: list(p.shape) for name, p in plain_model(config).named_parameters()}
     given = {name: list(p.shape) for name, p in weights.items()}
@@ -119,5 +151,5 @@ def _check_shapes(weights: dict[str, Tensor], config: RunConfig[Method]) -> None
         if (has := given.get(name, "nothing")) != (wants := wanted.get(name, "nothing")):
             raise ConfigError(
                 f"init_from: {config.init_from} has {has} for {name}, and the model of this run"
-                f" {wants}; leave out all settings of the model, and it is that of init_from"
+                f" {wants}; {ADVICE}"
             )

@@ -58,13 +58,16 @@ PRESETS: dict[str, Shape] = {
     "olmo2-1b": Shape("olmo2", 100352, 2048, 8192, 16, 16, 16),
 }
 
+DEFAULT_PRESET = "tiny"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A preset or a config.json, then what is to differ from it."""
 
-    preset: str = "tiny"
-    """A named architecture (`peptrain methods` lists them with the methods)."""
+    preset: str | None = None
+    """A named architecture (`peptrain methods` lists them with the methods). Unset: tiny, if
+    neither config nor --init-from says otherwise."""
     config: Path | None = None
     """A Hugging Face config.json, or the directory that holds one, instead of a preset."""
     family: Family | None = None
@@ -88,7 +91,7 @@ class ModelConfig:
         for key in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads"):
             value = getattr(self, key)
             check(value is None or value >= 1, f"model.{key}", value, "1 or more")
-        if self.config is None and self.preset not in PRESETS:
+        if self.config is None and (self.preset or DEFAULT_PRESET) not in PRESETS:
             raise ConfigError(
                 f"model.preset: {self.preset!r} is unknown; choose one of {', '.join(PRESETS)},"
                 " or give model.config a config.json"
@@ -130,7 +133,7 @@ def _made(config: ModelConfig, seq_len: int) -> PretrainedConfig:
         wanted.setdefault("num_key_value_heads", wanted["num_attention_heads"])
     if config.config is not None:
         return _from_file(config.config, wanted)
-    shape = PRESETS[config.preset]
+    shape = PRESETS[config.preset or DEFAULT_PRESET]
     preset = {
         "vocab_size": shape.V,
         "hidden_size": shape.d,

@@ -105,8 +105,9 @@ class RunDir:
                 ) from error
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after `step` and the end, which a resumed run writes again."""
-        rows = [r for r in self.metrics() if r["step"] <= step and r["event"] != "end"]
+        """Drop the rows that a run resumed at `step` writes again."""
+        begun = [r for r in self.metrics() if r["step"] <= step and r["event"] != "end"]
+        rows = [r for r in begun if r["event"] != "phase" or r["step"] < step]
         write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 
 

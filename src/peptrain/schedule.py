@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Literal
 from peptrain.errors import ConfigError
 from peptrain.settings import check, length
 
+log = logging.getLogger("peptrain")
 Shape = Literal["constant", "linear", "cosine", "wsd"]
 
 
@@ -55,16 +57,17 @@ class Schedule:
         return self.multiplier(step)
 
 
-def build(config: ScheduleConfig, steps: int) -> Schedule:
-    """The schedule that a resolved `config` describes."""
+def build(config: ScheduleConfig, steps: int, span: str = "of the run") -> Schedule:
+    """The schedule that a resolved `config` describes for the `steps` of a `span`."""
     assert config.warmup is not None and config.floor is not None and config.decay is not None
     if config.warmup >= steps and config.warmup > 0:
         raise ConfigError(
             f"schedule.warmup: {config.warmup} steps of warm-up leave nothing of the {steps} steps"
-            " of the run; set a shorter warm-up or more train.steps"
+            f" {span}; set a shorter warm-up or more train.steps"
         )
     multiplier = warmed_up(_after_warmup(config, steps), config.warmup)
-    schedule = Schedule(steps, config.warmup, config.floor, multiplier, partial(build, config))
+    over = partial(build, config, span="that a warm start leaves")
+    schedule = Schedule(steps, config.warmup, config.floor, multiplier, over)
     if config.restart_every:
         assert config.restart_warmup is not None
         return restarted(schedule, every=config.restart_every, rewarm=config.restart_warmup)
@@ -107,6 +110,12 @@ def restarted(base: Schedule, *, every: int, rewarm: int, start: int = 0) -> Sch
     a warm start ends. An `every` of 0 is never. Over a cosine, with every >= the warm-up, this is
     ReLoRA's jagged cosine (Lialin et al., section 3); with rewarm = 5, LORO's default.
     """
+    if 0 < every <= rewarm:
+        log.warning(
+            "restart_warmup: %d steps, and the learning rate restarts every %d, so it never comes"
+            " back to its height; set fewer",
+            *(rewarm, every),
+        )
 
     def multiplier(t: int) -> float:
         t0 = max(start, t // every * every if every else 0)

@@ -28,12 +28,18 @@ def interval(fraction: float, most: int | None = None) -> Any:
     return field(default=None, metadata={"fraction": fraction, "most": most, "up": True})
 
 
-def length(fraction: float, most: int | None = None) -> Any:
+def length(fraction: float, most: int | None = None, *, changeable: bool = False) -> Any:
     """A field for so many steps on end; unset it is `fraction` of the run, rounded, at most `most`.
 
     In a short run that may be 0.
     """
-    return field(default=None, metadata={"fraction": fraction, "most": most, "up": False})
+    rule = {"fraction": fraction, "most": most, "up": False, "changeable": changeable}
+    return field(default=None, metadata=rule)
+
+
+def changeable(default: Any) -> Any:
+    """A field that may change when a run goes on, as the learning rate and its schedule may."""
+    return field(default=default, metadata={"changeable": True})
 
 
 def same_as(other: str) -> Any:
@@ -60,7 +66,7 @@ def resolve(section: S, name: str, steps: int, width: int = 0) -> S:
             absolute[item.name] = absolute.get(other, getattr(section, other))
         elif given is None and "of_width" in rule:
             absolute[item.name] = max(1, int(width * rule["of_width"]))
-        elif given is not None and "of_width" not in rule and rule and given > steps:
+        elif given is not None and ("fraction" in rule or "same_as" in rule) and given > steps:
             log.warning(
                 "%s.%s: %d is longer than the run of %d steps", name, item.name, given, steps
             )

@@ -104,13 +104,14 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
         run.rewind(trainee.step)
         record_environment(run, here)
         observe(_start(config, run, trainee, corpus))
+    _announce(trainee, journal)
     with stop_on_signals() as stop:
         _loop(config, trainee, corpus, run, journal, stop, identity)
         largest_state = state_bytes(trainee.optimizer)
         while trainee.step < config.train.steps:
             del trainee  # or both phases' moments would be in memory at once
             trainee = restore(config, run, here, identity)
-            journal.write("phase", step=trainee.step, phase=trainee.phase, **_sizes(trainee))
+            _announce(trainee, journal)
             journal.pause()
             _loop(config, trainee, corpus, run, journal, stop, identity)
             largest_state = max(largest_state, state_bytes(trainee.optimizer))
@@ -118,6 +119,11 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
     result = _result(run, trainee, held_out, journal, largest_state)
     journal.end(trainee.step, held_out)
     return result
+
+
+def _announce(trainee: Trainee, journal: Journal) -> None:
+    if trainee.entered:
+        journal.write("phase", step=trainee.step, phase=trainee.phase, **_sizes(trainee))
 
 
 def _loop(

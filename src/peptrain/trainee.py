@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from peptrain.model import (
     config_file,
     vocabulary_size,
 )
+from peptrain.rng import Rng
 from peptrain.rundir import RunDir
 from peptrain.schedule import Schedule
 
@@ -45,6 +46,8 @@ class Trainee:
     """Completed optimizer steps."""
     end: int
     """The step at which the phase ends."""
+    entered: bool = False
+    """Whether it was made at the phase's boundary."""
 
 
 def restore(
@@ -57,6 +60,7 @@ def restore(
     saved = checkpoint.latest(run.checkpoints) if run else None
     step = saved.step if saved else 0
     phase, end = phase_at(config, step)
+    entered = saved is not None and phase != saved.phase
     if saved:
         checkpoint.agrees(saved, identity)
         model = rebuild(config, saved, phase)
@@ -70,12 +74,15 @@ def restore(
         compile_layers(model)
     optimizer = config.method.optimizer(model, config.optim, phase)
     if saved:
-        checkpoint.load_optimizer(model, optimizer, saved, same_phase=phase == saved.phase)
-        if phase != saved.phase:
+        checkpoint.load_optimizer(model, optimizer, saved, same_phase=not entered)
+        if entered:
             config.method.enter(model, optimizer, phase)
+        elif step == saved.end < end:  # the run's end has moved: now it is between two steps
+            config.method.after_step(model, optimizer, step, Rng(config.train.seed))
     base = schedule.build(config.schedule, config.train.steps)
     loss = here.parallelize(NextTokenLoss(model, compile=config.train.compile))
-    return Trainee(model, loss, optimizer, config.method.schedule(base), phase, step, end)
+    moves = config.method.schedule(base)
+    return Trainee(model, loss, optimizer, moves, phase, step, end, entered)
 
 
 def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
@@ -114,6 +121,7 @@ def save(
             trainee.optimizer,
             step=trainee.step,
             phase=trainee.phase,
+            end=trainee.end,
             identity=identity,
         )
         checkpoint.save(run.checkpoints, state, keep)
@@ -123,21 +131,26 @@ def save(
 
 def diverged(what: str, run: RunDir) -> Diverged:
     """The error for `what`, with what to do about it."""
-    advice = "nothing was saved since; try a lower optim.lr in the run's config.toml"
+    rate = "optim.lr, or the method's own in a warm start"
+    advice = f"nothing was saved since; try a lower {rate}, in the run's config.toml"
     return Diverged(f"{what}; {checkpoint.last_good(run.checkpoints)}; {advice}")
 
 
 def identity_of(config: RunConfig[Method], corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint and the run that continues from it must agree in.
 
-    The learning rate, the schedule and the number of steps may change.
+    The learning rates, the schedule and the number of steps may change.
     """
+    method = asdict(config.method)
+    for item in fields(config.method):
+        if item.metadata.get("changeable"):
+            del method[item.name]
     model = asdict(config.model)
     if file := config_file(config.model):
         model["config"] = hashlib.sha256(file.read_bytes()).hexdigest()
     train = {k: getattr(config.train, k) for k in ("precision", "seed", "batch_size", "seq_len")}
     sections = {
-        "method": {"name": config.method.name, **asdict(config.method)},
+        "method": {"name": config.method.name, **method},
         "model": model,
         "train": train,
     }

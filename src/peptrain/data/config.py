@@ -31,7 +31,8 @@ class PrepareConfig:
     eos_token: str | None = None
     """The token to put after each document. Unset: the tokenizer's usual one."""
     held_out: float = 0.01
-    """The fraction of documents kept from training, chosen by a hash of the document's number."""
+    """The fraction of documents kept from training, chosen by a hash of the document's number
+    within its input."""
     held_out_inputs: tuple[str | Path, ...] = ()
     """Inputs to hold out instead; those that are also among the inputs are not trained on."""
     weights: tuple[float, ...] = ()

@@ -61,17 +61,18 @@ class Inputs:
     def training(self, taken: Sequence[Taken]) -> Iterator[Part]:
         """Every document to train on, and those among them that the hash holds out.
 
-        They come always in the same order, from what was `taken` of each source on.
+        They come always in the same order, from what was `taken` of each source on. The hash is of
+        the number within the source: what is listed twice is held out in both places or in none.
         """
         taken = taken[: len(self.train)]
-        number = sum(t.documents for t in taken)
+        numbers = [t.documents for t in taken]
         if self._weights:
             pieces = mixed(self.train, self._weights, taken)
         else:
             pieces = one_after_another(self.train, taken)
         for source, piece in pieces:
-            yield Part(source, piece, is_held_out(number, self.fraction))
-            number += piece.ends
+            yield Part(source, piece, is_held_out(numbers[source], self.fraction))
+            numbers[source] += piece.ends
 
     def apart(self, taken: Sequence[Taken]) -> Iterator[Part]:
         """Every document of the sources to hold out, likewise."""
@@ -119,7 +120,7 @@ def open_source(
 
 
 def is_held_out(number: int, fraction: float) -> bool:
-    """Whether document `number` is among the held-out fraction: a hash, the same everywhere.
+    """Whether document `number` of a source is held out: by a hash, the same everywhere.
 
     The first never is, so that something is left to train on.
     """

@@ -53,7 +53,8 @@ class HubStream:
             raise DataError(
                 f"{key}: {name} can't be reached ({_briefly(error)}). Where there is no network:"
                 f" download it where there is one, `hf download --repo-type dataset {self._id}"
-                " --local-dir DIR`, and give the files in DIR as inputs"
+                " --local-dir DIR` (with --include PATTERN for a part of it), and give the"
+                " directory of its files as an input"
             ) from error
         self._start = self._stream.state_dict()
 

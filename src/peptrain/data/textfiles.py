@@ -127,9 +127,9 @@ def _text_of(line: str, where: str, field: str) -> str:
     if not isinstance(record, dict):
         raise DataError(f"{where}: a JSON {type(record).__name__}; each line must be one object")
     text = field_of(record, field, where)
-    if not isinstance(text, str):
+    if not isinstance(text, str | None):
         raise not_a_string(where, field, type(text).__name__)
-    return text
+    return text or ""
 
 
 def _whole_characters(text: str, where: str, errors: str) -> str:

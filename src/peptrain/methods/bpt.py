@@ -17,7 +17,7 @@ from peptrain.ops.spectral import semi_orthogonal
 from peptrain.optim import ResetMode, reset_moments
 from peptrain.rng import Rng
 from peptrain.schedule import Schedule, ScheduleConfig, restarted
-from peptrain.settings import check, fill, interval
+from peptrain.settings import changeable, check, fill, interval
 
 Init = Literal["kaiming_uniform", "kaiming_normal", "model"]
 
@@ -100,7 +100,7 @@ class BPT(RankMethod):
     """What a merge does to the moments of U and V."""
     reset_fraction: float = 0.99
     """The part that magnitude and random resets remove."""
-    restart_warmup: int = 0
+    restart_warmup: int = changeable(0)
     """Steps of learning-rate warm-up from 0 after each merge; 0 is none."""
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from peptrain.ops.rounding import add_
 from peptrain.optim import OptimConfig, adamw
 from peptrain.rng import Rng
 from peptrain.schedule import Schedule, restarted
-from peptrain.settings import check, length
+from peptrain.settings import changeable, check, length
 
 
 class LoRALinear(ReparamLinear):
@@ -102,12 +102,12 @@ class LoRA(RankMethod):
     """Whether each adapted matrix trains its s, from alpha / rank."""
     warm_start_steps: int | None = 0
     """Steps of full training before the adapters come; 0 is none."""
-    warm_start_lr: float = 1e-3
+    warm_start_lr: float = changeable(1e-3)
     """Peak learning rate of these steps; the default is full training's."""
     warm_start_then: Literal["continue", "fresh"] = "continue"
     """continue keeps the schedule and the moments of what trains on; fresh begins both anew, with
     another warm-up, as the released code does."""
-    restart_warmup: int | None = length(0.01, most=50)
+    restart_warmup: int | None = length(0.01, most=50, changeable=True)
     """Steps of learning-rate warm-up from 0 where the adapters come and after each reset; 0 is
     none. Unset: a hundredth of the run, at most 50."""
 
@@ -135,7 +135,7 @@ class LoRA(RankMethod):
 
     def phases(self, steps: int) -> tuple[int, ...]:
         fits = self.warm < steps
-        wanted = f"fewer than the {steps} steps of the run, or train by the method full"
+        wanted = f"fewer than the {steps} steps of the run, or raise train.steps"
         check(fits, "method.warm_start_steps", self.warm, wanted)
         return (self.warm,) if self.warm else ()
 

@@ -36,7 +36,7 @@ class LORO(LowRank):
     """Steps between refreshes of the Adam state. Unset: with every exact step."""
     refresh: Literal["all", "factors", "none"] = "all"
     """Whose Adam state a refresh zeroes: all parameters, the factors alone, or none."""
-    restart_warmup: int | None = length(0.025, most=5)
+    restart_warmup: int | None = length(0.025, most=5, changeable=True)
     """Steps of learning-rate warm-up from 0 after each refresh. Unset: 5, less in runs of under
     200 steps, whose refreshes are near each other."""
     scale: str = "hidden"

@@ -63,6 +63,7 @@ class RankMethod(Method):
 
     def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
         chosen = self.chosen(sites)
+        self._say_what_stays_dense(chosen, sites)
         if not self.train_rest:
             model.requires_grad_(False)
         for site in chosen:
@@ -75,10 +76,12 @@ class RankMethod(Method):
         """
         if not sites:
             raise Unsupported("the model has no nn.Linear inside its decoder layers to adapt")
+        names = ", ".join(sorted({_leaf(site) for site in sites}))
         for key in ("targets", "include", "exclude"):
             for item in _split(getattr(self, key)):
                 found = any(_matches(site, item) for site in sites)
-                check(found, f"method.{key}", item, "a pattern that some matrix's name matches")
+                wanted = f"a kind, block or pattern that matches some matrix; these end in {names}"
+                check(found, f"method.{key}", item, wanted)
         open_to = [site for site in sites if self._may_take(site)]
         if not open_to:
             raise ConfigError(f"method.exclude: {self.exclude!r} leaves no matrix to adapt")
@@ -88,16 +91,19 @@ class RankMethod(Method):
                 f"method.rank: at {self.r} no matrix gets fewer trainable parameters; the"
                 f" largest useful rank of this model is {self._largest_useful_rank(open_to)}"
             )
+        return taken
+
+    def _say_what_stays_dense(self, taken: Sequence[Site], sites: Sequence[Site]) -> None:
         if len(taken) < len(sites):
             dense = sorted({_leaf(s) for s in sites} - {_leaf(s) for s in taken})
             log.info("%s: %d of %d matrices adapted; dense and %s: %s", self.name, len(taken),
                      len(sites), "trainable" if self.train_rest else "frozen",
                      ", ".join(dense) or "some")  # fmt: skip
-        return taken
 
     def _may_take(self, site: Site) -> bool:
-        wanted = not self.targets or _matches(site, self.targets) or _matches(site, self.include)
-        return wanted and not _matches(site, self.exclude)
+        if _matches(site, self.exclude):
+            return False
+        return not _split(self.targets) or _matches(site, f"{self.targets},{self.include}")
 
     def _takes(self, site: Site) -> bool:
         n, m = site.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -14,6 +15,8 @@ from peptrain.optim import ResetMode, reset_moments
 from peptrain.rng import Rng
 from peptrain.schedule import Schedule
 from peptrain.settings import check, interval, length, same_as
+
+log = logging.getLogger("peptrain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,16 @@ class ReLoRA(LoRA):
         for key in ("merge_every", "reset_every"):
             check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), "0 or more")
         check(0 <= self.reset_fraction <= 1, "method.reset_fraction", self.reset_fraction, "0 to 1")
+
+    def phases(self, steps: int) -> tuple[int, ...]:
+        every = self.merge_every or 0
+        if every and (steps - 1) // every * every <= self.warm:
+            log.warning(
+                "method.merge_every: %d has no multiple between the warm start's %d steps and the"
+                " end of the run at %d, so nothing merges",
+                *(every, self.warm, steps),
+            )
+        return super().phases(steps)
 
     def schedule(self, base: Schedule) -> Schedule:
         return self._restarted(base, self.reset_every or 0)

@@ -18,7 +18,7 @@ def added_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor) -> Tensor:
     """
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _AddedLinear.apply(rows, W, B, A, _compute_dtype(x))  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], W.shape[0])
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -38,11 +38,13 @@ class _AddedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, W, B, A = ctx.saved_tensors
         dy, rows = grads[0].to(ctx.dtype), x.to(ctx.dtype)
-        # W + B A is formed again: keeping it until here would hold a copy of every weight at once.
-        dx = dy @ _merged(W, B, A, ctx.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            # W + B A is formed again: kept until here, there would be a copy of every weight.
+            dx = (dy @ _merged(W, B, A, ctx.dtype)).to(x.dtype)
         dB = dy.mT @ (rows @ A.to(ctx.dtype).mT)
         dA = (dy @ B.to(ctx.dtype)).mT @ rows
-        return dx.to(x.dtype), None, dB.to(B.dtype), dA.to(A.dtype), None
+        return dx, None, dB.to(B.dtype), dA.to(A.dtype), None
 
 
 def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
