@@ -192,6 +192,20 @@ def test_a_source_listed_twice_goes_in_twice(config):
     assert words.count(11) == 20
 
 
+def test_a_document_of_a_source_listed_twice_is_held_out_in_both_places(config, tmp_path):
+    """Held out in one and trained on in the other, it would flatter the held-out loss."""
+    lines = [json.dumps({"text": f"w{n % END} w{n // END}"}) for n in range(1000)]
+    file = tmp_path / "all.jsonl"
+    file.write_text("\n".join(lines))
+    twice = {"inputs": (file, file), "weights": (0.5, 0.5), "held_out": 0.3}
+    made = prepare(replace(config, **twice))
+    corpus = Corpus.open(made.path)
+    train = np.concatenate([np.asarray(shard) for shard in corpus._shards])
+    pairs = [set(zip(ids[::3], ids[1::3], strict=True)) for ids in (train, corpus.held_out())]
+    assert len(pairs[0] | pairs[1]) == 1000 and len(pairs[1]) > 200
+    assert not pairs[0] & pairs[1]
+
+
 @pytest.mark.parametrize("weights", [(), (0.6, 0.3, 0.1)])
 @pytest.mark.parametrize("wanted", [1, 150, 333])
 def test_max_tokens_ends_with_the_document_that_reaches_it(

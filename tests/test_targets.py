@@ -250,7 +250,7 @@ def test_the_log_of_a_choice_by_layer_has_no_kind_to_name(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level("INFO", "peptrain"):
-        chosen(targets="model.layers.0.*")
+        made(LowRank(rank=1, targets="model.layers.0.*"))
     assert [r.message for r in caplog.records] == [
         "lowrank: 7 of 14 matrices adapted; dense and trainable: some"
     ]
