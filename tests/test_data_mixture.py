@@ -1,6 +1,7 @@
 """Several sources: shares as asked at every moment, an order without luck, and early ends."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -171,7 +172,7 @@ def test_the_mixture_ends_with_the_first_source_that_does_and_says_so(config, ca
     made = prepare(config)
     words = [word for word, _ in documents(stream(config))]
     assert words.count(11) == 10
-    said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("weights")]
+    said = ended(caplog)
     assert len(said) == 1
     begin = f"weights: {config.inputs[1]} ended after 190 bytes of text"
     assert said[0].startswith(begin) and f" {made.train_tokens} training tokens" in said[0]
@@ -181,7 +182,21 @@ def test_the_mixture_ends_with_the_first_source_that_does_and_says_so(config, ca
     wanted = replace(wanted, max_tokens=int(said[0].partition("--max-tokens ")[2]))
     prepare(wanted)
     assert stream(wanted) == stream(config)
-    assert not [r for r in caplog.records if r.getMessage().startswith("weights")]
+    assert not ended(caplog)
+
+
+def ended(caplog) -> list[str]:
+    return [r.getMessage() for r in caplog.records if " ended after " in r.getMessage()]
+
+
+def test_shares_that_long_documents_upset_are_named(config, caplog):
+    a, b, _ = config.inputs
+    write(a, 10, [900])
+    write(b, 11, [1] * 900)
+    two = replace(config, inputs=(a, b), weights=(0.25, 0.75), max_tokens=1100)
+    prepare(two)
+    (said,) = [r.getMessage() for r in caplog.records if "came out as" in r.getMessage()]
+    assert re.search(r"weights: the text came out as 0\.9\d 0\.0\d, .* --max-tokens", said)
 
 
 def test_a_source_listed_twice_goes_in_twice(config):
@@ -219,7 +234,8 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(
     assert made.train_tokens == whole.index(END, wanted - 1) + 1
     shards = [np.fromfile(p, "<u2") for p in sorted(config.out.glob("train-*.bin"))]
     assert np.concatenate(shards).tolist() == whole[: made.train_tokens]
-    assert all("held_out" in record.getMessage() for record in caplog.records)
+    wanted = ("held_out", "weights: the text came out as")
+    assert all(record.getMessage().startswith(wanted) for record in caplog.records)
 
 
 def test_max_tokens_counts_no_held_out_token_and_held_out_inputs_come_whole(config, tmp_path):

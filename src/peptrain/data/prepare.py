@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 SAMPLE_CHARACTERS = 20_000_000  # to train a tokenizer on: 3 s on two cores
 BATCH_CHARACTERS = 4_000_000  # encoded at once: about 1 M tokens, 200 MB of encodings
 UINT16_IDS = 1 << 16
+FAR_OFF = 0.02  # of a source's share in a mixture; one long document may be more than that
 log = logging.getLogger("peptrain")
 
 
@@ -99,6 +100,7 @@ def prepare(
         writer = Writer(config.out, _id_type(tokenizer), journal)
         _pack(config, inputs, tokenizer, writer, on_progress)
         _warn_of_an_early_end(config, inputs, writer)
+        _warn_of_other_shares(config, journal)
         index = _finish(config, sources, tokenizer, writer)
     return Prepared(
         path=config.out,
@@ -213,6 +215,17 @@ def _warn_of_an_early_end(config: PrepareConfig, inputs: Inputs, writer: Writer)
     elif config.max_tokens is not None:
         wanted = config.max_tokens
         log.warning("max_tokens: %d wanted, and the inputs hold %d; give more", wanted, tokens)
+
+
+def _warn_of_other_shares(config: PrepareConfig, journal: Journal) -> None:
+    counts = [taken.text_bytes for taken in journal.taken[: len(config.weights)]]
+    shares = [count / sum(counts) for count in counts]
+    if any(abs(share - w) > FAR_OFF for share, w in zip(shares, config.weights, strict=True)):
+        log.warning(
+            "weights: the text came out as %s, because documents are taken whole and some are long;"
+            " a larger --max-tokens brings it nearer to what was asked",
+            " ".join(f"{share:.2f}" for share in shares),
+        )
 
 
 def _finish(
