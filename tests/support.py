@@ -1,18 +1,23 @@
 """What the tests share: a tiny corpus, tiny settings for any method, and ways to look at a run."""
 
 import random
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peptrain.checkpoint import Checkpoint, available, read
-from peptrain.config import DataConfig, RunConfig, TrainConfig
+from peptrain.config import DataConfig, RunConfig, TrainConfig, load
 from peptrain.data import PrepareConfig, prepare
+from peptrain.data.writer import Writer
+from peptrain.distributed import World
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method, Metrics, ReparamLinear, Site
 from peptrain.methods.rank import RankMethod
@@ -21,6 +26,7 @@ from peptrain.optim import OptimConfig
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir
 from peptrain.schedule import ScheduleConfig
+from peptrain.trainee import Trainee, restore
 
 STEPS, EVENT = 8, 3
 """A run, and the interval of whatever a method does now and then: at steps 3 and 6."""
@@ -29,6 +35,7 @@ TINY |= {"warm_start_steps": 2, "restart_warmup": 0}
 """Taken by every method that has the field, so a new method needs no line here."""
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "vocab_size": 320}
 TRAIN = {"steps": STEPS, "batch_size": 4, "seq_len": 16, "log_every": 1, "eval_every": 0}
+ALONE = World(0, 1, torch.device("cpu"))
 SPREAD = {"micro_batch": 1}
 """Of two ranks each accumulates twice."""
 
@@ -107,6 +114,35 @@ def kill_at(event: str, step: int) -> Any:
             raise Killed
 
     return observe
+
+
+def killed_after_commit(number: int, config: PrepareConfig) -> bool:
+    """Prepare, and be killed after commit `number`; False if there are no more commits."""
+    calls, commit = iter(range(10**9)), Writer.commit
+
+    def struck(self: Writer) -> None:
+        commit(self)
+        if next(calls) == number:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "commit", struck)
+        patch.setattr(sys.modules[prepare.__module__], "BATCH_CHARACTERS", 100)
+        try:
+            prepare(config)
+        except Killed:
+            return True
+    return False
+
+
+def trainee_at(run: Path, step: int, scratch: Path) -> Trainee:
+    """What training goes on from after `step` steps, made as every resume makes it."""
+    shutil.copytree(run, scratch)
+    for path in available(RunDir(scratch).checkpoints):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
+    config = load(RunDir(run).config_file)
+    return restore(config, RunDir(scratch), ALONE, newest(scratch).identity)
 
 
 class AddedLinear(ReparamLinear):

@@ -13,13 +13,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from support import Killed
+from support import killed_after_commit
 
 from peptrain.data import Corpus, PrepareConfig, huggingface, prepare
 from peptrain.data.huggingface import HubStream, SavedDataset, parse
 from peptrain.data.index import Index
 from peptrain.data.tokenizer import train_tokenizer
-from peptrain.data.writer import Writer
 from peptrain.errors import ConfigError, DataError
 
 datasets = pytest.importorskip("datasets")
@@ -115,24 +114,6 @@ def content(directory: Path) -> dict[str, bytes]:
 
 def texts(source: Any, position: Any = None) -> list[str]:
     return [piece.text for piece in source.pieces(position)]
-
-
-def killed_after_commit(number: int, config: PrepareConfig) -> bool:
-    calls, commit = iter(range(10**9)), Writer.commit
-
-    def struck(self: Writer) -> None:
-        commit(self)
-        if next(calls) == number:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "commit", struck)
-        patch.setattr(sys.modules[prepare.__module__], "BATCH_CHARACTERS", 100)
-        try:
-            prepare(config)
-        except Killed:
-            return True
-    return False
 
 
 def test_a_stream_makes_the_corpus_that_a_file_makes(hub, config, by_file):

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Killed
+from support import killed_after_commit
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from peptrain.data import Corpus, PrepareConfig, prepare
 from peptrain.data.index import Index
 from peptrain.data.mixture import mixed
 from peptrain.data.source import Piece, Taken
-from peptrain.data.writer import Writer
 from peptrain.errors import ConfigError, DataError
 
 END = 50
@@ -274,24 +273,6 @@ def test_killed_after_any_commit_it_ends_with_the_same_bytes(
         assert prepare(struck).resumed
         assert content(struck.out) == content(config.out)
     assert number >= len(Index.load(config.out).train)
-
-
-def killed_after_commit(number: int, config: PrepareConfig) -> bool:
-    calls, commit = iter(range(10**9)), Writer.commit
-
-    def struck(self: Writer) -> None:
-        commit(self)
-        if next(calls) == number:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "commit", struck)
-        patch.setattr(sys.modules[prepare.__module__], "BATCH_CHARACTERS", 100)
-        try:
-            prepare(config)
-        except Killed:
-            return True
-    return False
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 support.Toy is such a method: full training, then W + B A with W frozen.
 """
 
-import shutil
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -22,23 +21,21 @@ from support import (
     rows,
     same,
     tiny,
+    trainee_at,
 )
 
 import peptrain.methods
 from peptrain.build import phase_at, rebuild
-from peptrain.checkpoint import Checkpoint, available, read
+from peptrain.checkpoint import Checkpoint, read
 from peptrain.config import load
-from peptrain.distributed import World
 from peptrain.errors import ConfigError
 from peptrain.methods import METHODS, Full
 from peptrain.methods.base import reparametrized
 from peptrain.rundir import RunDir
 from peptrain.train import resume, train
-from peptrain.trainee import Trainee, restore
 
 WARM = 4
 KEPT = {"checkpoint_every": 1, "keep": 99}
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -56,16 +53,6 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def at(run: Path, step: int) -> Checkpoint:
     return read(RunDir(run).checkpoints / f"step-{step:08d}")
-
-
-def trainee_at(run: Path, step: int, scratch: Path) -> Trainee:
-    """What training goes on from after `step` steps, made as every resume makes it."""
-    shutil.copytree(run, scratch)
-    for path in available(RunDir(scratch).checkpoints):
-        if path.name > f"step-{step:08d}":
-            shutil.rmtree(path)
-    config = load(RunDir(run).config_file)
-    return restore(config, RunDir(scratch), ALONE, newest(scratch).identity)
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """ReLoRA through the trainer: when things happen, kills near them, its ablation, bad settings."""
 
 import itertools
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,22 @@ import torch
 from byhand import zero_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import STEPS, Killed, differences, kill_at, losses, newest, rows, same, tiny
+from support import (
+    STEPS,
+    Killed,
+    differences,
+    kill_at,
+    losses,
+    newest,
+    rows,
+    same,
+    tiny,
+    trainee_at,
+)
 from torch import nn
 
-from peptrain.checkpoint import Checkpoint, available, read
-from peptrain.config import RunConfig, load, resolved
-from peptrain.distributed import World
+from peptrain.checkpoint import Checkpoint, read
+from peptrain.config import RunConfig, resolved
 from peptrain.errors import ConfigError
 from peptrain.eval.run import evaluate_run
 from peptrain.methods.base import reparametrized
@@ -27,10 +36,8 @@ from peptrain.rng import Rng
 from peptrain.rundir import RunDir
 from peptrain.schedule import ScheduleConfig, build
 from peptrain.train import resume, train
-from peptrain.trainee import Trainee, restore
 
 EACH = {"checkpoint_every": 1, "keep": 99}
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def events(run: Path, name: str) -> dict[int, float]:
@@ -181,23 +188,13 @@ def test_a_kill_before_the_checkpoint_of_an_event_repeats_it(
     assert differences(newest(run), newest(whole)) == []
 
 
-def trainee_after(run: Path, step: int, scratch: Path) -> Trainee:
-    """What a resume goes on from."""
-    shutil.copytree(run, scratch)
-    for path in available(RunDir(scratch).checkpoints):
-        if path.name > f"step-{step:08d}":
-            shutil.rmtree(path)
-    config = load(RunDir(run).config_file)
-    return restore(config, RunDir(scratch), ALONE, newest(scratch).identity)
-
-
 def test_after_a_merge_and_a_resume_a_step_without_gradients_leaves_b_at_0(
     corpus: Path, tmp_path: Path
 ) -> None:
     method = ReLoRA(rank=2, warm_start_steps=2, merge_every=2)
     train(tiny(method, corpus, tmp_path / "run", train=EACH))
     for step, still in ((4, True), (5, False)):
-        trainee = trainee_after(tmp_path / "run", step, tmp_path / f"at {step}")
+        trainee = trainee_at(tmp_path / "run", step, tmp_path / f"at {step}")
         zero_gradients(trainee.model)
         set_lr(trainee.optimizer, 1.0)
         before = {n: p.detach().clone() for n, p in trainee.model.named_parameters()}
@@ -211,7 +208,7 @@ def test_after_a_merge_and_a_resume_a_step_without_gradients_leaves_b_at_0(
 def test_the_switch_keeps_the_moments_of_what_trains_on_and_drops_those_of_w(
     whole: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    saved, trainee = at(whole, 2), trainee_after(whole, 2, tmp_path / "run")
+    saved, trainee = at(whole, 2), trainee_at(whole, 2, tmp_path / "run")
     assert (saved.phase, trainee.phase, trainee.end) == (0, 1, STEPS)
     names = {p: n for n, p in trainee.model.named_parameters()}
     held = {f"{names[p]}/{k}": v for p, s in trainee.optimizer.state.items() for k, v in s.items()}
@@ -224,7 +221,7 @@ def test_the_switch_keeps_the_moments_of_what_trains_on_and_drops_those_of_w(
         assert id(layer.weight) not in in_groups and id(layer.A) in in_groups
     fresh = ReLoRA(rank=2, warm_start_steps=2, warm_start_then="fresh")
     train(tiny(fresh, corpus, tmp_path / "fresh", train=EACH))
-    assert not trainee_after(tmp_path / "fresh", 2, tmp_path / "copy").optimizer.state
+    assert not trainee_at(tmp_path / "fresh", 2, tmp_path / "copy").optimizer.state
 
 
 def test_dropout_is_a_function_of_the_seed_and_evaluation_has_none(

@@ -42,7 +42,8 @@ def adopting(config: RunConfig[Any]) -> RunConfig[Any]:
 def initial_weights(config: RunConfig[Method]) -> dict[str, Tensor] | None:
     """The dense weights that `config` starts from, by Hugging Face's names; None for fresh ones.
 
-    Raises ConfigError when they can't be read or are those of a model of another shape.
+    Raises ConfigError when they can't be read or are those of another model: of another shape, or
+    of the same shapes with another function.
     """
     path = config.init_from
     if path is None:

@@ -22,8 +22,8 @@ def check(holds: bool, key: str, value: object, wanted: str) -> None:
 def interval(fraction: float, most: int | None = None) -> Any:
     """A field for steps between two events; unset it is `fraction` of the run, at most `most`.
 
-    Rounded up, so that 1 is the least and the last event is not just before the end of the run,
-    where there is no time left for it. An interval of 0 means never.
+    Rounded up, so that 1 is the least and, below `most`, the last event is not just before the end
+    of the run, where there is no time left for it. An interval of 0 means never.
     """
     return field(default=None, metadata={"fraction": fraction, "most": most, "up": True})
 

@@ -91,7 +91,7 @@ class LoRA(RankMethod):
     name: ClassVar[str] = "lora"
     equation: ClassVar[str] = "W_eff = W + s B A, W frozen (after a full warm start, if any)"
     # At llama-60m 1e-3 and 2e-3 are alike without a warm start, and more is better after one; in
-    # the default model 2e-3 is ahead of 1e-3 and 4e-3 (docs/first-table.md).
+    # the default model 2e-3 is ahead of 1e-3 and 4e-3 (docs/first-table.md, docs/log.md).
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
 
     alpha: float = 32.0

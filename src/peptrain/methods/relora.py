@@ -45,7 +45,8 @@ class ReLoRA(LoRA):
     """Whose moments are reset; A alone is the paper's Algorithm 1 to the letter."""
     pico_compat: bool = False
     """Reset as the released code and its forks: each moment by a mask of its own, the step count
-    kept. Updates are then up to 50 times the learning rate; for comparisons only."""
+    kept. The first update where an m outlives its v is tens to thousands of times the learning
+    rate (docs/log.md); for comparisons only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
