@@ -27,7 +27,7 @@ LEVELS: list[tuple[str, ...]] = [
     ("config.py", "build.py", "journal.py"),
     ("adapt.py", "environment.py", "progress.py", "export.py", "initial.py", "estimate.py",
      "report.py", "eval/run.py"),
-    ("trainee.py",),
+    ("passes.py", "trainee.py"),
     ("train.py",),
     ("compare.py",),
     ("cli.py",),

@@ -40,6 +40,15 @@ class TrainConfig:
     """torch.compile each decoder layer and the loss."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass (gradient checkpointing): less memory, slower."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """The linear maps of bpt, lora and relora: plain PyTorch, or fused by Triton; auto fuses on a
+    GPU, except in fp64."""
+    cuda_graph: bool = False
+    """Record the forward and backward pass once and replay it: nothing waits for Python, which
+    small models and low-rank ones do otherwise. On one GPU."""
+    memory_budget: float = 1.0
+    """With compile: the part of the activations to keep, 0 to 1; the compiler recomputes the rest,
+    the cheapest first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
     log_every: int = 10
@@ -61,6 +70,9 @@ class TrainConfig:
         for key in ("eval_every", "checkpoint_every", "eval_tokens"):
             value = getattr(self, key)
             check(value is None or value >= 0, f"train.{key}", value, "0 or more")
+        fits = self.memory_budget == 1 or (0 <= self.memory_budget < 1 and self.compile)
+        wanted = "0 to 1, and below 1 with train.compile only"
+        check(fits, "train.memory_budget", self.memory_budget, wanted)
         micro = self.micro_batch
         check(micro is None or micro >= 1, "train.micro_batch", micro, "1 or more")
 

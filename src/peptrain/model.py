@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -243,10 +245,29 @@ def find_sites(model: PreTrainedModel, fresh: bool = True) -> list[Site]:
     ]
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """torch.compile each decoder layer in place: one graph serves all, state keys stay."""
+def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
+    """torch.compile each decoder layer in place: one graph serves all, state keys stay.
+
+    memory_budget: the part of the activations that a compiled layer may keep for its backward
+    pass, of those kept by default; 0 recomputes everything. (It is a setting of the process.)
+    """
+    functorch.activation_memory_budget = memory_budget
     for layer in decoder_layers(model)[1]:
         layer.compile()
+
+
+@contextmanager
+def without_masks() -> Iterator[None]:
+    """While a CUDA graph is recorded: Hugging Face (5.17) takes that for tracing, and for tracing
+    it builds the causal mask that attention is slow with and otherwise does without."""
+    from transformers.utils import import_utils
+
+    asked = import_utils.is_cuda_stream_capturing
+    import_utils.is_cuda_stream_capturing = lambda: False
+    try:
+        yield
+    finally:
+        import_utils.is_cuda_stream_capturing = asked
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

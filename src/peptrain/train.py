@@ -25,7 +25,6 @@ from peptrain.initial import adopting, compare_tokenizers
 from peptrain.journal import Journal, Observer, silent
 from peptrain.methods.base import Method
 from peptrain.model import (
-    autocast,
     check_causal,
     config_file,
     count_parameters,
@@ -177,12 +176,9 @@ def _due(every: int | None, step: int) -> bool:
 
 
 def _accumulate(trainee: Trainee, corpus: Corpus, config: RunConfig[Method], here: World) -> Tensor:
-    """Gradients of this rank's share of the batch, micro-batch by micro-batch; the mean loss.
-
-    Replicas exchange gradients once, on the last micro-batch.
-    """
+    """Gradients of this rank's share of the batch; the mean loss."""
     t = config.train
-    assert t.micro_batch is not None and t.precision is not None
+    assert t.micro_batch is not None
     windows = corpus.batch(
         seed=t.seed,
         step=trainee.step,
@@ -191,15 +187,7 @@ def _accumulate(trainee: Trainee, corpus: Corpus, config: RunConfig[Method], her
         batch_size=t.batch_size,
         seq_len=t.seq_len,
     ).to(here.device, non_blocking=True)
-    parts = torch.split(windows, t.micro_batch)  # resumed on other ranks, the last may be shorter
-    total = torch.zeros((), device=here.device)
-    for i, part in enumerate(parts):
-        with here.exchange(trainee.loss, i == len(parts) - 1):
-            with autocast(t.precision, here.device):
-                loss = trainee.loss(part) * (len(part) / len(windows))
-            loss.backward()
-        total = total + loss.detach()
-    return total
+    return trainee.passes(torch.split(windows, t.micro_batch))
 
 
 def _agreed(stop: Stop, here: World, at_boundary: bool) -> bool:

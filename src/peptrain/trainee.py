@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from peptrain.model import (
     config_file,
     vocabulary_size,
 )
+from peptrain.passes import Passes, kernels_fuse, passes
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir
 from peptrain.schedule import Schedule
@@ -37,8 +37,8 @@ class Trainee:
     """A model in one phase of its training, with all that moves it."""
 
     model: PreTrainedModel
-    loss: nn.Module
-    """The model with its loss, replicated over the ranks."""
+    passes: Passes
+    """Forward and backward, through the model with its loss, replicated over the ranks."""
     optimizer: Optimizer
     schedule: Schedule
     phase: int
@@ -66,13 +66,7 @@ def restore(
         model = rebuild(config, saved, phase)
     else:
         model = build(config, phase, initial_weights(config))
-    model.to(here.device)  # type: ignore[arg-type]
-    model.train()
-    if config.train.checkpoint_activations:
-        checkpoint_activations(model)
-    if config.train.compile:
-        compile_layers(model)
-    optimizer = config.method.optimizer(model, config.optim, phase)
+    optimizer, backward = ready(model, config, here, phase)
     if saved:
         checkpoint.load_optimizer(model, optimizer, saved, same_phase=not entered)
         if entered:
@@ -80,9 +74,27 @@ def restore(
         elif step == saved.end < end:  # the run's end has moved: now it is between two steps
             config.method.after_step(model, optimizer, step, Rng(config.train.seed))
     base = schedule.build(config.schedule, config.train.steps)
-    loss = here.parallelize(NextTokenLoss(model, compile=config.train.compile))
     moves = config.method.schedule(base)
-    return Trainee(model, loss, optimizer, moves, phase, step, end, entered)
+    return Trainee(model, backward, optimizer, moves, phase, step, end, entered)
+
+
+def ready(
+    model: PreTrainedModel, config: RunConfig[Method], here: World, phase: int
+) -> tuple[Optimizer, Passes]:
+    """Put a built model on its device, as fast as `config` asks, with what moves it."""
+    t = config.train
+    assert t.precision is not None
+    model.to(here.device)  # type: ignore[arg-type]
+    model.train()
+    if kernels_fuse(t.kernels, t.precision, here.device):
+        config.method.accelerate(model)
+    if t.checkpoint_activations:
+        checkpoint_activations(model)
+    if t.compile:
+        compile_layers(model, t.memory_budget)
+    optimizer = config.method.optimizer(model, config.optim, phase)
+    loss = here.parallelize(NextTokenLoss(model, compile=t.compile))
+    return optimizer, passes(loss, t.precision, here, cuda_graph=t.cuda_graph)
 
 
 def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:

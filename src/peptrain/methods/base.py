@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass of hyperparameters with six optional hooks."""
+"""What a method is: a frozen dataclass of hyperparameters with seven optional hooks."""
 
 from __future__ import annotations
 
@@ -113,6 +113,10 @@ class Method:
     def enter(self, model: nn.Module, optimizer: Optimizer, phase: int) -> None:
         """Called once as a phase after the first begins. Parameters that kept their name and shape
         have brought their moments along; what shall not go on is forgotten here."""
+
+    def accelerate(self, model: nn.Module) -> None:
+        """Let layers use the fused forms of ops/fused.py, which only a GPU can run. Parameters and
+        their names stay; results are the same to rounding."""
 
     def schedule(self, base: Schedule) -> Schedule:
         """The multiplier of the learning rates over the whole run."""

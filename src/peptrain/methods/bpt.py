@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -19,6 +21,7 @@ from peptrain.rng import Rng
 from peptrain.schedule import Schedule, ScheduleConfig, restarted
 from peptrain.settings import changeable, check, fill, interval
 
+log = logging.getLogger("peptrain")
 Init = Literal["kaiming_uniform", "kaiming_normal", "model"]
 
 
@@ -41,13 +44,19 @@ class BPTLinear(ReparamLinear):
         self.V = nn.Parameter(W.new_zeros(rank, m))
         self.a = nn.Parameter(W.new_ones(n, dtype=wide))
         self.b = nn.Parameter(W.new_ones(m, dtype=wide))
+        self.linear: Callable[..., Tensor] = bpt_linear
+        """The map, plain or fused."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = bpt_linear(x, self.weight, self.U, self.V, self.a, self.b)
+        y = self.linear(x, *self.parts)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.weight, self.U, self.V, self.a, self.b
+
     def effective_weight(self) -> Tensor:
-        return bpt_weight(self.weight, self.U, self.V, self.a, self.b)
+        return bpt_weight(*self.parts)
 
     @torch.no_grad()
     def merge(self, step: int, rng: Rng) -> None:
@@ -114,6 +123,16 @@ class BPT(RankMethod):
 
     def layer(self, site: Site, rng: Rng) -> BPTLinear:
         return BPTLinear(site, self.r, self.init, rng)
+
+    def accelerate(self, model: nn.Module) -> None:
+        from peptrain.methods.bpt_mlp import fuse_mlps
+        from peptrain.ops import fused  # Triton is not everywhere
+
+        for layer in reparametrized(model):
+            assert isinstance(layer, BPTLinear)
+            layer.linear = fused.bpt_linear
+        fuse_mlps(model, BPTLinear)
+        log.info("bpt: linear maps fused by Triton (train.kernels)")
 
     def schedule(self, base: Schedule) -> Schedule:
         return restarted(base, every=self.merge_every or 0, rewarm=self.restart_warmup)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peptrain.methods.base import Method, ReparamLinear, Site
+from peptrain.methods.base import Method, ReparamLinear, Site, reparametrized
 from peptrain.methods.rank import RankMethod
 from peptrain.ops.linear import added_linear
 from peptrain.ops.rounding import add_
@@ -19,6 +20,8 @@ from peptrain.optim import OptimConfig, adamw
 from peptrain.rng import Rng
 from peptrain.schedule import Schedule, restarted
 from peptrain.settings import changeable, check, length
+
+log = logging.getLogger("peptrain")
 
 
 class LoRALinear(ReparamLinear):
@@ -37,6 +40,8 @@ class LoRALinear(ReparamLinear):
         self.A = nn.Parameter(fresh_A(site.name, 0, rank, m, rng, W))
         self.B = nn.Parameter(W.new_zeros(n, rank))
         self.register_parameter("s", None)
+        self.linear: Callable[..., Tensor] = added_linear
+        """The map, plain or fused."""
 
     def train_scale(self) -> None:
         """Make s a parameter, [1], in at least fp32; it starts at alpha / r."""
@@ -53,7 +58,7 @@ class LoRALinear(ReparamLinear):
             y = F.linear(x, self.weight)
             y = y + F.linear(F.linear(F.dropout(x, self.dropout), self.A), sB)
         else:
-            y = added_linear(x, self.weight, sB, self.A)
+            y = self.linear(x, self.weight, sB, self.A)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def effective_weight(self) -> Tensor:
@@ -156,6 +161,14 @@ class LoRA(RankMethod):
     def enter(self, model: nn.Module, optimizer: Optimizer, phase: int) -> None:
         if self.warm_start_then == "fresh":
             optimizer.state.clear()
+
+    def accelerate(self, model: nn.Module) -> None:
+        from peptrain.ops import fused  # Triton is not everywhere
+
+        for layer in reparametrized(model):
+            assert isinstance(layer, LoRALinear)
+            layer.linear = fused.added_linear
+        log.info("%s: linear maps fused by Triton (train.kernels)", self.name)
 
     def schedule(self, base: Schedule) -> Schedule:
         return self._restarted(base, 0)

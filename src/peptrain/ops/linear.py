@@ -17,11 +17,12 @@ def added_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor) -> Tensor:
     dtype where it is on, else in x's.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _AddedLinear.apply(rows, W, B, A, _compute_dtype(x))  # type: ignore[no-untyped-call]
+    y: Tensor = _AddedLinear.apply(rows, W, B, A, compute_dtype(x))  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], W.shape[0])
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x: autocast's where that is on."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype
@@ -53,7 +54,7 @@ def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor)
     The diagonals scale the activations, unrounded: then their gradients are plain sums, where
     those of diagonals folded into the weight would divide by a and b.
     """
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     z = added_linear((x * b).to(dtype), W, U, V)
     return (a * z).to(dtype)
 

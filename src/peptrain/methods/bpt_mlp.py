@@ -1,0 +1,72 @@
+"""SwiGLU between three BPT layers as one fused map, for `BPT.accelerate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from inspect import signature
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peptrain.methods.base import ReparamLinear
+from peptrain.ops.fused import bpt_mlp
+
+
+class FusedMLP(nn.Module):
+    """A Hugging Face MLP whose forward pass is one map; its children and their names stay."""
+
+    roles: tuple[str, str, str]
+    """The children's names: gate, up, down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (getattr(self, name).parts for name in self.roles)
+        return bpt_mlp(x, gate, up, down)
+
+
+def fuse_mlps(model: nn.Module, layer: type[ReparamLinear]) -> None:
+    """Turn every down(silu(gate(x)) * up(x)) of three `layer`s into a FusedMLP, in place.
+
+    They are told by what they compute, not by names; other MLPs keep their forward pass.
+    """
+    fused: dict[type, type] = {}
+    for module in list(model.modules()):
+        for roles in _candidates(module, layer):
+            if _is_swiglu(module, roles):
+                cls = type(module)
+                if cls not in fused:
+                    fused[cls] = type(f"Fused{cls.__name__}", (FusedMLP, cls), {})
+                module.__class__ = fused[cls]
+                assert isinstance(module, FusedMLP)
+                module.roles = roles
+                break
+
+
+def _candidates(module: nn.Module, layer: type[ReparamLinear]) -> Iterator[tuple[str, str, str]]:
+    """Names of three children that could be gate, up and down."""
+    names = [n for n, child in module.named_children() if isinstance(child, layer)]
+    wanted = [p for p in signature(module.forward).parameters.values() if p.default is p.empty]
+    if len(names) != 3 or len(wanted) != 1:
+        return
+    if any(getattr(module, n).bias is not None for n in names):
+        return
+    for gate, up, down in permutations(names):
+        g, u, d = (getattr(module, n) for n in (gate, up, down))
+        if (
+            (g.out_features, g.in_features)
+            == (u.out_features, u.in_features)
+            == (
+                d.in_features,
+                d.out_features,
+            )
+        ):
+            yield gate, up, down
+
+
+@torch.no_grad()
+def _is_swiglu(module: nn.Module, roles: tuple[str, str, str]) -> bool:
+    gate, up, down = (getattr(module, name) for name in roles)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, gate.in_features, generator=generator).to(gate.weight)
+    return torch.equal(module(x), down(F.silu(gate(x)) * up(x)))

@@ -1,0 +1,166 @@
+"""Triton kernels of the fused forms in fused.py, each one custom operator the compiler can't split.
+
+They run on a GPU, and in Triton's interpreter on a CPU (TRITON_INTERPRET=1), where the tests hold
+them to plain PyTorch. Matrices are contiguous; sums are in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 128
+"""Tokens that one program sums before it writes a partial sum."""
+
+
+@triton.jit
+def _merged(
+    W, U, V, a, b, out, n, m, r,
+    SCALED: tl.constexpr, DOT: tl.constexpr, N: tl.constexpr, M: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(1) * N + tl.arange(0, N)
+    j = tl.program_id(0) * M + tl.arange(0, M)
+    here = (i < n)[:, None] & (j < m)[None, :]
+    at = i[:, None].to(tl.int64) * m + j[None, :]
+    w = tl.load(W + at, mask=here, other=0.0)
+    acc = tl.zeros((N, M), tl.float32)
+    for start in range(0, r, R):
+        k = start + tl.arange(0, R)
+        u = tl.load(U + i[:, None] * r + k[None, :], mask=(i < n)[:, None] & (k < r)[None, :],
+                    other=0.0)  # fmt: skip
+        v = tl.load(V + k[:, None] * m + j[None, :], mask=(k < r)[:, None] & (j < m)[None, :],
+                    other=0.0)  # fmt: skip
+        dtype = out.dtype.element_ty
+        acc = tl.dot(u.to(dtype).to(DOT), v.to(dtype).to(DOT), acc, input_precision="ieee")
+    acc += w.to(tl.float32)
+    if SCALED:
+        acc *= tl.load(a + i, mask=i < n, other=0.0)[:, None]
+        acc *= tl.load(b + j, mask=j < m, other=0.0)[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=here)
+
+
+@torch.library.custom_op("peptrain::merged", mutates_args=())
+def merged(
+    W: Tensor, U: Tensor, V: Tensor, a: Tensor | None, b: Tensor | None, *, dtype: torch.dtype,
+    again: bool,
+) -> Tensor:  # fmt: skip
+    """diag(a) (W + U V) diag(b), [n, m] in `dtype`, in one pass; no a and b are ones.
+
+    `again` changes nothing: with it a compiler doesn't recognise in the backward pass what the
+    forward pass had formed, and keep a copy of every weight until then.
+    """
+    n, m = W.shape
+    out = torch.empty(n, m, dtype=dtype, device=W.device)
+    N, M, R = 128, 128, 64
+    grid = (triton.cdiv(m, M), triton.cdiv(n, N))
+    scaled = a is not None
+    _merged[grid](
+        W, U, V, a if scaled else W, b if scaled else W, out, n, m, U.shape[1],
+        SCALED=scaled, DOT=_dot_type(dtype), N=N, M=M, R=R, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def _dot_type(dtype: torch.dtype) -> Any:
+    """What `merged` multiplies in; the interpreter takes bf16's bits for integers."""
+    narrow = dtype == torch.bfloat16 and not triton.knobs.runtime.interpret
+    return tl.bfloat16 if narrow else tl.float32
+
+
+@merged.register_fake
+def _(
+    W: Tensor, U: Tensor, V: Tensor, a: Tensor | None, b: Tensor | None, *, dtype: torch.dtype,
+    again: bool,
+) -> Tensor:  # fmt: skip
+    return W.new_empty(W.shape, dtype=dtype)
+
+
+@triton.jit
+def _column_dots(
+    x, y, out, T, n,
+    ROWS: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    j = tl.program_id(0) * N + tl.arange(0, N)
+    total = tl.zeros((N,), tl.float32)
+    for start in range(0, ROWS, R):
+        t = tl.program_id(1) * ROWS + start + tl.arange(0, R)
+        at = t[:, None].to(tl.int64) * n + j[None, :]
+        here = (t < T)[:, None] & (j < n)[None, :]
+        product = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+        product *= tl.load(y + at, mask=here, other=0.0).to(tl.float32)
+        total += tl.sum(product, 0)
+    tl.store(out + tl.program_id(1) * n + j, total, mask=j < n)
+
+
+@torch.library.custom_op("peptrain::column_dots", mutates_args=())
+def column_dots(x: Tensor, y: Tensor) -> Tensor:
+    """[.., n] partial sums of x * y over the tokens of x, y: [T, n]; their sum over dim 0 is
+    sum_t x_tj y_tj."""
+    T, n = x.shape
+    parts, N = triton.cdiv(T, ROWS), 128
+    out = torch.empty(parts, n, dtype=torch.float32, device=x.device)
+    _column_dots[(triton.cdiv(n, N), parts)](x, y, out, T, n, ROWS=ROWS, R=16, N=N, num_warps=4)
+    return out
+
+
+@column_dots.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty((-(-x.shape[0] // ROWS), x.shape[1]), dtype=torch.float32)
+
+
+@triton.jit
+def _gated_backward(
+    dh, g, u, dg, du, h, sum_g, sum_u, T, n,
+    ROWS: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    j = tl.program_id(0) * N + tl.arange(0, N)
+    total_g = tl.zeros((N,), tl.float32)
+    total_u = tl.zeros((N,), tl.float32)
+    dtype = h.dtype.element_ty
+    for start in range(0, ROWS, R):
+        t = tl.program_id(1) * ROWS + start + tl.arange(0, R)
+        at = t[:, None].to(tl.int64) * n + j[None, :]
+        here = (t < T)[:, None] & (j < n)[None, :]
+        d = tl.load(dh + at, mask=here, other=0.0).to(tl.float32)
+        gate = tl.load(g + at, mask=here, other=0.0).to(tl.float32)
+        up = tl.load(u + at, mask=here, other=0.0).to(tl.float32)
+        sigma = 1 / (1 + tl.exp(-gate))
+        silu = gate * sigma
+        d_gate = d * up * sigma * (1 + gate * (1 - sigma))
+        d_up = d * silu
+        tl.store(dg + at, d_gate.to(dtype), mask=here)
+        tl.store(du + at, d_up.to(dtype), mask=here)
+        tl.store(h + at, (silu * up).to(dtype), mask=here)
+        total_g += tl.sum(d_gate * gate, 0)
+        total_u += tl.sum(d_up * up, 0)
+    tl.store(sum_g + tl.program_id(1) * n + j, total_g, mask=j < n)
+    tl.store(sum_u + tl.program_id(1) * n + j, total_u, mask=j < n)
+
+
+@torch.library.custom_op("peptrain::gated_backward", mutates_args=())
+def gated_backward(
+    dh: Tensor, g: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward pass of h = silu(g) * u, all [T, n], and what the diagonals around it need.
+
+    Returns dg, du, h (formed again) and the partial sums, [.., n], of g dg and of u du = h dh.
+    """
+    T, n = g.shape
+    parts, N = triton.cdiv(T, ROWS), 128
+    dg, du, h = (torch.empty_like(g) for _ in range(3))
+    sum_g, sum_u = (torch.empty(parts, n, dtype=torch.float32, device=g.device) for _ in range(2))
+    grid = (triton.cdiv(n, N), parts)
+    _gated_backward[grid](
+        dh, g, u, dg, du, h, sum_g, sum_u, T, n, ROWS=ROWS, R=16, N=N, num_warps=4
+    )
+    return dg, du, h, sum_g, sum_u
+
+
+@gated_backward.register_fake
+def _(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums = g.new_empty((-(-g.shape[0] // ROWS), g.shape[1]), dtype=torch.float32)
+    return torch.empty_like(g), torch.empty_like(g), torch.empty_like(g), sums, sums.clone()

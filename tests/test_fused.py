@@ -1,0 +1,109 @@
+"""The fused maps, in Triton's interpreter, against plain PyTorch in float64."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton")
+
+from peptrain.ops import fused, linear
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEAR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+"""Largest ||got - wanted|| / ||wanted||; bf16 rounds each number by up to 0.004 of it."""
+
+QUICK = settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.generate])
+"""No shrinking: the interpreter is slow."""
+
+Side = st.integers(1, 150)
+Dtype = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+def weights(n: int, m: int, r: int, seed: int) -> list[Tensor]:
+    """W, U, V, a, b in fp64; the diagonals take both signs and are far from 0."""
+    g = torch.Generator().manual_seed(seed)
+    W, U, V = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((n, m), (n, r), (r, m)))
+    a, b = (torch.rand(k, generator=g, dtype=torch.float64) + 0.5 for k in (n, m))
+    return [W / m**0.5, U / r**0.5, V / m**0.5, a * torch.randn(n, generator=g).sign(), b]
+
+
+def gradients(call, x: Tensor, params: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The output and the gradients of everything but W, for one fixed direction."""
+    leaves = [x.detach().to(DEVICE, dtype, copy=True).requires_grad_()]
+    for p in params:
+        wide = torch.promote_types(dtype, torch.float32)  # the diagonals are at least fp32
+        leaves.append(p.to(DEVICE, dtype if p.ndim == 2 else wide, copy=True))
+    for i, leaf in enumerate(leaves[1:]):
+        leaf.requires_grad_(i % 5 != 0)
+    y = call(*leaves)
+    direction = torch.randn(
+        y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    y.backward(direction.to(y))
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)]
+
+
+def assert_near(
+    got: list[Tensor], wanted: list[Tensor], dtype: torch.dtype, layers: int = 1
+) -> None:
+    for one, other in zip(got, wanted, strict=True):
+        error = (one.double() - other.double()).norm() / other.double().norm()
+        assert error <= layers * NEAR[dtype]
+
+
+@QUICK
+@given(T=Side, n=Side, m=Side, r=st.integers(1, 40), dtype=Dtype, seed=st.integers(0, 99))
+def test_bpt_linear(T: int, n: int, m: int, r: int, dtype: torch.dtype, seed: int) -> None:
+    params = [p.to(dtype).double() if p.ndim == 2 else p for p in weights(n, m, r, seed)]
+    x = torch.randn(T, m, dtype=torch.float64).to(dtype).double()
+    wanted = gradients(linear.bpt_linear, x, params, torch.float64)
+    assert_near(gradients(fused.bpt_linear, x, params, dtype), wanted, dtype)
+
+
+@QUICK
+@given(T=Side, n=Side, m=Side, r=st.integers(1, 40), dtype=Dtype, seed=st.integers(0, 99))
+def test_added_linear(T: int, n: int, m: int, r: int, dtype: torch.dtype, seed: int) -> None:
+    params = [p.to(dtype).double() for p in weights(n, m, r, seed)[:3]]
+    x = torch.randn(T, m, dtype=torch.float64).to(dtype).double()
+    wanted = gradients(linear.added_linear, x, params, torch.float64)
+    assert_near(gradients(fused.added_linear, x, params, dtype), wanted, dtype)
+
+
+def plain_mlp(x: Tensor, *parts: Tensor) -> Tensor:
+    g, u = linear.bpt_linear(x, *parts[:5]), linear.bpt_linear(x, *parts[5:10])
+    return linear.bpt_linear(torch.nn.functional.silu(g) * u, *parts[10:])
+
+
+@QUICK
+@given(T=Side, d=Side, f=Side, r=st.integers(1, 40), dtype=Dtype, seed=st.integers(0, 99))
+def test_bpt_mlp(T: int, d: int, f: int, r: int, dtype: torch.dtype, seed: int) -> None:
+    shapes = ((f, d), (f, d), (d, f))
+    params = [p for i, s in enumerate(shapes) for p in weights(*s, r, seed + 100 * i)]
+    params = [p.to(dtype).double() if p.ndim == 2 else p for p in params]
+    x = torch.randn(T, d, dtype=torch.float64).to(dtype).double()
+    wanted = gradients(plain_mlp, x, params, torch.float64)
+
+    def call(x: Tensor, *parts: Tensor) -> Tensor:
+        return fused.bpt_mlp(x, parts[:5], parts[5:10], parts[10:])
+
+    assert_near(gradients(call, x, params, dtype), wanted, dtype, layers=3)
+
+
+def test_more_tokens_than_one_program_sums() -> None:
+    params = weights(24, 16, 4, 0)
+    x = torch.randn(3, 150, 16, dtype=torch.float64)
+    wanted = gradients(linear.bpt_linear, x, params, torch.float64)
+    assert_near(gradients(fused.bpt_linear, x, params, torch.float32), wanted, torch.float32)
+
+
+def test_a_diagonal_that_is_zero_gives_no_nan() -> None:
+    params = weights(5, 4, 2, 0)
+    params[3][1] = 0
+    for gradient in gradients(fused.bpt_linear, torch.randn(7, 4), params, torch.float32):
+        assert gradient.isfinite().all()
