@@ -1,5 +1,6 @@
 """What only a GPU can show. Run with `pytest -m gpu -n0`."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from peptrain.methods import METHODS
 from peptrain.train import resume, train
 
 pytestmark = pytest.mark.gpu
-CALM = {"eps": 1e-3}
-"""Adam divides a gradient of rounding size by itself; a larger eps keeps rounding small."""
+CALM = {"eps": 0.1}
+"""Adam divides a gradient of rounding size by itself; a larger eps keeps rounding small. At 1e-3
+LORO's losses on a CPU and a GPU were 7e-9 apart at first and 1e-3 after 7 steps."""
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -25,7 +27,7 @@ def test_the_device_changes_the_losses_by_rounding_only(
         config = {"precision": "fp64", "device": device}
         train(tiny(name, corpus, tmp_path / device, train=config, optim=CALM))
     for (_, cpu), (_, gpu) in zip(losses(tmp_path / "cpu"), losses(tmp_path / "cuda"), strict=True):
-        assert cpu == pytest.approx(gpu, abs=1e-4)
+        assert cpu == pytest.approx(gpu, abs=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16"])
@@ -67,3 +69,27 @@ def test_compiled_layers_give_the_same_losses(name: str, corpus: Path, tmp_path:
         losses(tmp_path / "False"), losses(tmp_path / "True"), strict=True
     ):
         assert eager == pytest.approx(compiled, abs=1e-4)
+
+
+@pytest.mark.parametrize("setting", ["cuda_graph", "kernels"])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_makes_a_run_fast_changes_its_losses_by_rounding_only(
+    name: str, setting: str, corpus: Path, tmp_path: Path
+) -> None:
+    """Two micro-batches a step, so that a graph is replayed with and without adding up."""
+    values = {"cuda_graph": (False, True), "kernels": ("torch", "triton")}[setting]
+    for value in values:
+        config = {"precision": "fp32", "device": "cuda", "micro_batch": 2, setting: value}
+        train(tiny(name, corpus, tmp_path / str(value), train=config, optim=CALM))
+    one, other = (losses(tmp_path / str(value)) for value in values)
+    for (_, plain), (_, fast) in zip(one, other, strict=True):
+        assert plain == pytest.approx(fast, abs=1e-5)
+
+
+def test_a_recorded_run_resumes(corpus: Path, tmp_path: Path) -> None:
+    """With the phases of a warm start, each of which records its own graph."""
+    config = {"precision": "bf16-mixed", "device": "cuda", "compile": True, "cuda_graph": True}
+    whole = train(tiny("relora", corpus, tmp_path / "run", train=config | {"checkpoint_every": 5}))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
+    again = resume(tmp_path / "run")
+    assert again.held_out.loss == pytest.approx(whole.held_out.loss, rel=1e-2)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -256,18 +255,34 @@ def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
         layer.compile()
 
 
-@contextmanager
-def without_masks() -> Iterator[None]:
-    """While a CUDA graph is recorded: Hugging Face (5.17) takes that for tracing, and for tracing
-    it builds the causal mask that attention is slow with and otherwise does without."""
-    from transformers.utils import import_utils
+WHOLE_WINDOWS = "causal_sdpa"
+"""Hugging Face's own attention under a name that it makes no masks for."""
 
-    asked = import_utils.is_cuda_stream_capturing
-    import_utils.is_cuda_stream_capturing = lambda: False
-    try:
-        yield
-    finally:
-        import_utils.is_cuda_stream_capturing = asked
+
+@torch.no_grad()
+def attend_without_masks(model: PreTrainedModel, seq_len: int) -> None:
+    """Let attention be causal by PyTorch's flag alone: every window is whole.
+
+    Hugging Face looks in each forward pass whether windows are packed from several texts, and so
+    waits for the device; and for a model that is being recorded or traced it builds the mask that
+    fast kernels don't take. A model whose logits change, such as one with a sliding window, keeps
+    its masks.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if model.config._attn_implementation != "sdpa":
+        return
+    AttentionInterface.register(WHOLE_WINDOWS, sdpa_attention_forward)
+    ids = torch.arange(seq_len, device=model.device)[None] % vocabulary_size(model)
+    was_training = model.training
+    model.eval()
+    before = model(input_ids=ids, use_cache=False).logits
+    model.set_attn_implementation(WHOLE_WINDOWS)
+    if not torch.equal(before, model(input_ids=ids, use_cache=False).logits):
+        model.set_attn_implementation("sdpa")
+        log.info("attention keeps Hugging Face's masks, which do more than hide later tokens")
+    model.train(was_training)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

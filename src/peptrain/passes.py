@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peptrain.distributed import World
 from peptrain.errors import ConfigError, Unsupported
-from peptrain.model import Precision, autocast, without_masks
+from peptrain.model import Precision, autocast
 
 Passes = Callable[[Sequence[Tensor]], Tensor]
 """Micro-batches of windows to their mean loss, their gradients left in the parameters."""
@@ -103,7 +103,7 @@ class Replayed:
     def _recorded(self, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         try:
-            with without_masks(), torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool):
                 loss = self.eager.one(self.windows, self.share)
         except RuntimeError as error:
             raise Unsupported(

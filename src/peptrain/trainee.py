@@ -21,6 +21,7 @@ from peptrain.initial import initial_weights
 from peptrain.methods.base import Method
 from peptrain.model import (
     NextTokenLoss,
+    attend_without_masks,
     checkpoint_activations,
     compile_layers,
     config_file,
@@ -86,6 +87,8 @@ def ready(
     assert t.precision is not None
     model.to(here.device)  # type: ignore[arg-type]
     model.train()
+    if here.device.type == "cuda":
+        attend_without_masks(model, t.seq_len)
     if kernels_fuse(t.kernels, t.precision, here.device):
         config.method.accelerate(model)
     if t.checkpoint_activations:
