@@ -88,7 +88,9 @@ def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
     params = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     if clip:
-        nn.utils.clip_grads_with_norm_(params, clip, norm)
+        for dtype in {p.dtype for p in params}:  # a norm of another dtype would go one by one
+            alike = [p for p in params if p.dtype == dtype]
+            nn.utils.clip_grads_with_norm_(alike, clip, norm.to(dtype))
     return norm
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peptrain.ops.kernels import column_dots, gated_backward, merged
+from peptrain.ops.kernels import added_dots, column_dots, gated_backward, merged
 from peptrain.ops.linear import compute_dtype
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -17,7 +17,7 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def added_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor) -> Tensor:
     """y = x (W + B A)ᵀ, as linear.added_linear, W + B A formed by one kernel in either pass."""
-    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x)).contiguous()
     y: Tensor = _AddedLinear.apply(rows, W, B, A)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], W.shape[0])
 
@@ -28,7 +28,7 @@ def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor)
     The diagonals are folded into the weight, so that neither pass scales activations. Then
     da_i = sum_t y_ti dy_ti / a_i and db_j = sum_t x_tj dx_tj / b_j.
     """
-    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x)).contiguous()
     y: Tensor = _BPTLinear.apply(rows, W, U, V, a, b)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], W.shape[0])
 
@@ -39,7 +39,7 @@ def bpt_mlp(x: Tensor, gate: Parts, up: Parts, down: Parts) -> Tensor:
     Its backward pass forms h = silu(g) u again, and the sums for the diagonals on both sides of
     h cost no pass of their own: they fall off the kernel that SwiGLU's backward needs anyway.
     """
-    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x)).contiguous()
     y: Tensor = _BPTMLP.apply(rows, *gate, *up, *down)  # type: ignore[no-untyped-call]
     return y.view(x.shape)
 
@@ -73,8 +73,9 @@ class _BPTLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, W, U, V, a, b = ctx.saved_tensors
         dy = grads[0].contiguous()
-        dx, dU, dV, db = _input_side(x, dy, W, U, V, a, b)
-        return dx, None, dU, dV, _over(column_dots(y, dy), a), db
+        dx = dy @ merged(W, U, V, a, b, dtype=x.dtype, again=True)
+        dU, dV = _scaled_factor_gradients(x, dy, U, V, a, b)
+        return dx, None, dU, dV, _over(column_dots(y, dy), a), _over(column_dots(x, dx), b)
 
 
 class _BPTMLP(torch.autograd.Function):
@@ -95,20 +96,14 @@ class _BPTMLP(torch.autograd.Function):
         dg, du, h, sums_g, sums_u = gated_backward(dh, g, u)
         dU, dV = _scaled_factor_gradients(h, dy, *down[1:])
         of_down = (None, dU, dV, _over(column_dots(y, dy), down[3]), _over(sums_u, down[4]))
-        dx_g, dU_g, dV_g, db_g = _input_side(x, dg, *gate)
-        dx_u, dU_u, dV_u, db_u = _input_side(x, du, *up)
-        of_gate = (None, dU_g, dV_g, _over(sums_g, gate[3]), db_g)
-        of_up = (None, dU_u, dV_u, _over(sums_u, up[3]), db_u)
-        return dx_g + dx_u, *of_gate, *of_up, *of_down
-
-
-def _input_side(
-    x: Tensor, dy: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dU, dV and db of y = x W_effᵀ."""
-    dx = dy @ merged(W, U, V, a, b, dtype=x.dtype, again=True)
-    dU, dV = _scaled_factor_gradients(x, dy, U, V, a, b)
-    return dx, dU, dV, _over(column_dots(x, dx), b)
+        dx_g = dg @ merged(*gate, dtype=x.dtype, again=True)
+        dx_u = du @ merged(*up, dtype=x.dtype, again=True)
+        dx, dots_g, dots_u = added_dots(x, dx_g, dx_u)
+        dU, dV = _scaled_factor_gradients(x, dg, *gate[1:])
+        of_gate = (None, dU, dV, _over(sums_g, gate[3]), _over(dots_g, gate[4]))
+        dU, dV = _scaled_factor_gradients(x, du, *up[1:])
+        of_up = (None, dU, dV, _over(sums_u, up[3]), _over(dots_u, up[4]))
+        return dx, *of_gate, *of_up, *of_down
 
 
 def _scaled_factor_gradients(

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 128
+ROWS = 64
 """Tokens that one program sums before it writes a partial sum."""
+COLUMNS = 64
+"""These and the other sizes are the best on one H200 of some dozens (docs/log.md)."""
 
 
 @triton.jit
@@ -55,12 +57,12 @@ def merged(
     """
     n, m = W.shape
     out = torch.empty(n, m, dtype=dtype, device=W.device)
-    N, M, R = 128, 128, 64
+    N, M, R = 64, 128, 64
     grid = (triton.cdiv(m, M), triton.cdiv(n, N))
     scaled = a is not None
     _merged[grid](
         W, U, V, a if scaled else W, b if scaled else W, out, n, m, U.shape[1],
-        SCALED=scaled, DOT=_dot_type(dtype), N=N, M=M, R=R, num_warps=8,
+        SCALED=scaled, DOT=_dot_type(dtype), N=N, M=M, R=R, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -82,18 +84,15 @@ def _(
 @triton.jit
 def _column_dots(
     x, y, out, T, n,
-    ROWS: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(0) * N + tl.arange(0, N)
-    total = tl.zeros((N,), tl.float32)
-    for start in range(0, ROWS, R):
-        t = tl.program_id(1) * ROWS + start + tl.arange(0, R)
-        at = t[:, None].to(tl.int64) * n + j[None, :]
-        here = (t < T)[:, None] & (j < n)[None, :]
-        product = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-        product *= tl.load(y + at, mask=here, other=0.0).to(tl.float32)
-        total += tl.sum(product, 0)
-    tl.store(out + tl.program_id(1) * n + j, total, mask=j < n)
+    t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    at = t[:, None].to(tl.int64) * n + j[None, :]
+    here = (t < T)[:, None] & (j < n)[None, :]
+    product = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+    product *= tl.load(y + at, mask=here, other=0.0).to(tl.float32)
+    tl.store(out + tl.program_id(1) * n + j, tl.sum(product, 0), mask=j < n)
 
 
 @torch.library.custom_op("peptrain::column_dots", mutates_args=())
@@ -101,15 +100,56 @@ def column_dots(x: Tensor, y: Tensor) -> Tensor:
     """[.., n] partial sums of x * y over the tokens of x, y: [T, n]; their sum over dim 0 is
     sum_t x_tj y_tj."""
     T, n = x.shape
-    parts, N = triton.cdiv(T, ROWS), 128
-    out = torch.empty(parts, n, dtype=torch.float32, device=x.device)
-    _column_dots[(triton.cdiv(n, N), parts)](x, y, out, T, n, ROWS=ROWS, R=16, N=N, num_warps=4)
+    out = _partial_sums(x)
+    _column_dots[_grid(x)](x, y, out, T, n, ROWS=ROWS, N=COLUMNS, num_warps=2)
     return out
 
 
 @column_dots.register_fake
 def _(x: Tensor, y: Tensor) -> Tensor:
-    return x.new_empty((-(-x.shape[0] // ROWS), x.shape[1]), dtype=torch.float32)
+    return _partial_sums(x)
+
+
+@triton.jit
+def _added_dots(
+    x, y, z, added, sums_y, sums_z, T, n,
+    ROWS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    j = tl.program_id(0) * N + tl.arange(0, N)
+    t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    at = t[:, None].to(tl.int64) * n + j[None, :]
+    here = (t < T)[:, None] & (j < n)[None, :]
+    x_ = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+    y_ = tl.load(y + at, mask=here, other=0.0).to(tl.float32)
+    z_ = tl.load(z + at, mask=here, other=0.0).to(tl.float32)
+    tl.store(added + at, (y_ + z_).to(added.dtype.element_ty), mask=here)
+    at = tl.program_id(1) * n + j
+    tl.store(sums_y + at, tl.sum(x_ * y_, 0), mask=j < n)
+    tl.store(sums_z + at, tl.sum(x_ * z_, 0), mask=j < n)
+
+
+@torch.library.custom_op("peptrain::added_dots", mutates_args=())
+def added_dots(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y + z, and column_dots of x with each of them, in one pass; all are [T, n]."""
+    T, n = x.shape
+    added, sums_y, sums_z = torch.empty_like(y), _partial_sums(x), _partial_sums(x)
+    _added_dots[_grid(x)](x, y, z, added, sums_y, sums_z, T, n, ROWS=ROWS, N=COLUMNS, num_warps=2)
+    return added, sums_y, sums_z
+
+
+@added_dots.register_fake
+def _(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(y), _partial_sums(x), _partial_sums(x)
+
+
+def _partial_sums(x: Tensor) -> Tensor:
+    T, n = x.shape
+    return x.new_empty((-(-T // ROWS), n), dtype=torch.float32)
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    T, n = x.shape
+    return triton.cdiv(n, COLUMNS), triton.cdiv(T, ROWS)
 
 
 @triton.jit
@@ -150,17 +190,15 @@ def gated_backward(
     Returns dg, du, h (formed again) and the partial sums, [.., n], of g dg and of u du = h dh.
     """
     T, n = g.shape
-    parts, N = triton.cdiv(T, ROWS), 128
     dg, du, h = (torch.empty_like(g) for _ in range(3))
-    sum_g, sum_u = (torch.empty(parts, n, dtype=torch.float32, device=g.device) for _ in range(2))
-    grid = (triton.cdiv(n, N), parts)
-    _gated_backward[grid](
-        dh, g, u, dg, du, h, sum_g, sum_u, T, n, ROWS=ROWS, R=16, N=N, num_warps=4
+    sum_g, sum_u = _partial_sums(g), _partial_sums(g)
+    _gated_backward[_grid(g)](
+        dh, g, u, dg, du, h, sum_g, sum_u, T, n, ROWS=ROWS, R=16, N=COLUMNS, num_warps=2
     )
     return dg, du, h, sum_g, sum_u
 
 
 @gated_backward.register_fake
 def _(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sums = g.new_empty((-(-g.shape[0] // ROWS), g.shape[1]), dtype=torch.float32)
-    return torch.empty_like(g), torch.empty_like(g), torch.empty_like(g), sums, sums.clone()
+    dg, du, h = (torch.empty_like(g) for _ in range(3))
+    return dg, du, h, _partial_sums(g), _partial_sums(g)
