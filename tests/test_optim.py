@@ -501,8 +501,11 @@ def test_the_svd_ablation_rebalances_an_approximate_step(update: str) -> None:
         assert not torch.allclose(svdvals(B0.detach()).square(), sigma, atol=1e-3)
 
 
-def test_a_singular_factor_is_reported_and_does_no_harm() -> None:
-    model, optimizer, config = made(loro(exact_every=1, refresh="none"), optim={"lr": 0.01})
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+def test_a_singular_factor_is_reported_and_does_no_harm(precision: str) -> None:
+    model, optimizer, config = made(
+        loro(exact_every=1, refresh="none"), train={"precision": precision}, optim={"lr": 0.01}
+    )
     _, B, _ = next(pairs(model))
     with torch.no_grad():
         B[:, 1] = 2 * B[:, 0]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from peptrain.ops.riemannian import preconditioned_step, riemannian_step
+from peptrain.ops.riemannian_gram import gram_steps_
 from peptrain.ops.spectral import balanced
 
 
@@ -91,7 +92,7 @@ class LOROOptimizer(Optimizer):
                 chosen = zip(params, group["scales"], strict=True)
                 self._adam([p for p, scale in chosen if scale == c], group, c)
         if due:
-            _assign(params, lambda B, A, i: balanced(B, A))
+            _assign(_pairs(params), lambda *pair: balanced(*_wide(*pair)))
 
     def _adam(self, params: list[Tensor], group: dict[str, Any], c: float) -> None:
         """p = (1 - lr decay) p - lr_p c D, moments and all, in one kernel.
@@ -130,32 +131,34 @@ class LOROOptimizer(Optimizer):
         return m, [self.state[p]["exp_avg_sq"] for p in params]
 
     def _exact(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        m, v = self._state(params)
         lr_p = group["lr"] * _correction(group)
-        if self.rule.direction == "adam":
-            directions = [m_p / (v_p.sqrt() + group["eps"]) for m_p, v_p in zip(m, v, strict=True)]
-        else:
-            directions = _gradients(params)
-        damped = []
+        damped = [torch.zeros((), dtype=torch.bool, device=params[0].device)]
 
-        def step(B: Tensor, A: Tensor, i: int) -> tuple[Tensor, Tensor]:
-            D_B, D_A = directions[i].to(B.dtype), directions[i + 1].to(A.dtype)
+        def direction(p: Tensor) -> Tensor:
+            if self.rule.direction == "raw":
+                return _gradients([p])[0]
+            (m,), (v,) = self._state([p])
+            D: Tensor = m / (v.sqrt() + group["eps"])
+            return D
+
+        def reference(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+            B, A, D_B, D_A = _wide(B, A, direction(B), direction(A))
             B, A, singular = riemannian_step(B, A, D_B, D_A, lr_p)
             damped.append(singular)
             return B, A
 
-        _assign(params, step)
+        pairs = _pairs(params)
+        if params[0].dtype != torch.float64:  # its Gram matrices would need more than float64
+            pairs = [pairs[i] for i in gram_steps_(pairs, direction, lr_p)]
+        _assign(pairs, reference)
         self.damped = torch.stack(damped).sum()
 
     def _precondition(self, params: list[Tensor], lr: float) -> None:
-        def step(B: Tensor, A: Tensor, i: int) -> tuple[Tensor, Tensor]:
-            G_B, G_A = params[i].grad, params[i + 1].grad
-            assert G_B is not None and G_A is not None
-            return preconditioned_step(
-                B, A, G_B.to(B.dtype), G_A.to(A.dtype), lr, self.rule.precond_eps
-            )
+        def step(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+            B, A, G_B, G_A = _wide(B, A, *_gradients([B, A]))
+            return preconditioned_step(B, A, G_B, G_A, lr, self.rule.precond_eps)
 
-        _assign(params, step)
+        _assign(_pairs(params), step)
 
     def _due(self, group: dict[str, Any], every: int) -> bool:
         return every > 0 and group["clock"] % every == 0
@@ -182,12 +185,21 @@ def _gradients(params: list[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
+def _pairs(params: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(params[::2], params[1::2], strict=True))
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """In fp32 or better."""
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
 def _assign(
-    params: list[Tensor], step: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    pairs: list[tuple[Tensor, Tensor]],
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> None:
-    """Each pair (B, A) := step(B, A, its index), computed in fp32 or better."""
-    for i in range(0, len(params), 2):
-        dtype = torch.promote_types(params[i].dtype, torch.float32)
-        B, A = step(params[i].to(dtype), params[i + 1].to(dtype), i)
-        params[i].copy_(B)
-        params[i + 1].copy_(A)
+    """Each pair (B, A) := step(B, A)."""
+    for B, A in pairs:
+        new_B, new_A = step(B, A)
+        B.copy_(new_B)
+        A.copy_(new_A)
