@@ -13,7 +13,7 @@ from torch.linalg import norm, qr, svdvals
 from peptrain.ops import riemannian_gram
 from peptrain.ops.riemannian import TOLERANCE, preconditioned_step, riemannian_step
 from peptrain.ops.riemannian_gram import gram_step
-from peptrain.ops.spectral import balanced, semi_orthogonal
+from peptrain.ops.spectral import balanced, orthonormal, semi_orthogonal
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 SINGULAR_SHAPES = [(12, 9, 3), (9, 12, 3), (7, 9, 7), (9, 7, 7), (9, 7, 12), (8, 30, 12)]
@@ -355,6 +355,20 @@ def test_semi_orthogonal_frames(n: int, r: int, seed: int) -> None:
     assert Q.shape == (n, r) and Q.is_contiguous()
     single = semi_orthogonal(n, r, torch.Generator().manual_seed(seed))
     assert torch.equal(single, Q.float())
+
+
+@pytest.mark.parametrize("n, r", [(2, 1), (8, 4), (7, 4), (100, 50), (512, 64), (64, 64)])
+def test_a_frame_spans_what_was_drawn_and_has_the_signs_of_a_positive_diagonal(
+    n: int, r: int
+) -> None:
+    for seed in range(20):
+        X = draw(n, r, seed=seed)
+        Q = orthonormal(X)
+        R = Q.T @ X
+        torch.testing.assert_close(Q.T @ Q, torch.eye(r).double(), rtol=0, atol=1e-14)
+        torch.testing.assert_close(Q @ R, X, rtol=0, atol=1e-12)
+        torch.testing.assert_close(R.tril(-1), torch.zeros_like(R), rtol=0, atol=1e-12)
+        assert bool((R.diagonal() > 0).all())
 
 
 @pytest.mark.parametrize("n, r", [(6, 3), (3, 6), (4, 4)])

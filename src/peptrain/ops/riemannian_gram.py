@@ -25,7 +25,7 @@ def gram_steps_(
     """Replace every pair (B, A) by its exact step along (direction(B), direction(A)).
 
     Returns the indices of the pairs left as they were, for the reference: a factor of theirs is
-    singular, or nearly so. The host waits for the device once, at the end.
+    singular, or nearly so. What is found of all pairs is read from the device once, at the end.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, (B, A) in enumerate(pairs):
@@ -76,8 +76,8 @@ def gram_step(
     rows have equal norms, however inexact the root of a small sigma² is.
     """
     r = B.shape[-1]
-    Q_B, R_B, inverse_B, sound_B = orthonormal(B)
-    Q_A, R_A, inverse_A, sound_A = orthonormal(A.mT)
+    Q_B, R_B, inverse_B, sound_B = cholesky_qr(B)
+    Q_A, R_A, inverse_A, sound_A = cholesky_qr(A.mT)
     Z_B, Z_A = Q_B.mT @ D_B, Q_A.mT @ D_A.mT
     C_B, C_A = D_B - Q_B @ Z_B, D_A.mT - Q_A @ Z_A
     T_A, inverse_T, positive = cholesky(shifted(C_A.mT @ C_A, D_A))
@@ -97,7 +97,7 @@ def gram_step(
     return new_B / torch.where(root > 0, root, 1.0), (new_A * root).mT, sound
 
 
-def orthonormal(B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cholesky_qr(B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(Q, R, R⁻¹, sound) with QR = B, by the Cholesky factor of BᵀB: QᵀQ = I to cond(B)² eps.
 
     Sound: B's condition number is surely below the one from which the reference, in fp32, calls B
