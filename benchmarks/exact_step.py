@@ -125,7 +125,8 @@ def forms(pairs: list[Pair], args: argparse.Namespace) -> None:
     if gpu:
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     wide = torch.promote_types(args.dtype, torch.float32)
-    worst = max(error(reference(p, wide), W) for p, W in zip(samples, right, strict=True))
+    rounded = [[x.to(args.dtype) for x in reference(pair, wide)] for pair in samples]
+    worst = max(error((B, A), W) for (B, A), W in zip(rounded, right, strict=True))
     chosen = [pair for i in range(args.reference) for pair in pairs[7 * i : 7 * i + 7]]
     if chosen:
         work = [lambda pair=pair: reference(pair, wide) for pair in chosen]
