@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from byhand import seeded
 from support import losses, newest, tiny, tiny_method
 
 from peptrain.eval.run import evaluate_run
 from peptrain.export import export
 from peptrain.methods import METHODS
+from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
+from peptrain.ops.riemannian_gram import gram_steps_
+from peptrain.ops.spectral import semi_orthogonal
 from peptrain.train import resume, train
 
 pytestmark = pytest.mark.gpu
@@ -93,3 +97,40 @@ def test_a_recorded_run_resumes(corpus: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
     again = resume(tmp_path / "run")
     assert again.held_out.loss == pytest.approx(whole.held_out.loss, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_loros_ordinary_step_is_that_of_the_cpu(dtype: torch.dtype) -> None:
+    """Its kernel gets a step count of infinity, which every device must take for no correction."""
+    rule = Rule(0, 0, "riemannian", "adam", "adam", 1e-6, "none")
+    found = []
+    for device in ("cpu", "cuda"):
+        params = [torch.nn.Parameter(torch.randn(9, 7, generator=seeded(i))) for i in range(4)]
+        params = [torch.nn.Parameter(p.detach().to(device, dtype)) for p in params]
+        group = {"params": params, "factors": True, "scales": [0.3, 0.3, 2, 2], "weight_decay": 0.1}
+        optimizer = LOROOptimizer([group], rule, lr=0.1, betas=(0.0, 0.9), eps=1e-3)
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = torch.randn(9, 7, generator=seeded(10 * step + i)).to(device, dtype)
+            optimizer.step()
+        found.append([p.detach().cpu() for p in params])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("r", [16, 64])
+def test_loros_exact_step_is_that_of_the_cpu(r: int) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        shapes = [(200, r), (r, 150)] * 3
+        drawn = [torch.randn(*s, generator=seeded(i)).to(device) for i, s in enumerate(shapes)]
+        drawn[2].zero_()
+        pairs = list(zip(drawn[::2], drawn[1::2], strict=True))
+        assert gram_steps_(pairs, torch.sin, 0.5) == [1]
+        found.append([(B @ A).cpu() for B, A in pairs])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("n, r", [(500, 64), (64, 64), (30, 64)])
+def test_a_frame_is_that_of_the_cpu(n: int, r: int) -> None:
+    frames = [semi_orthogonal(n, r, seeded(), device=device) for device in ("cpu", "cuda")]
+    torch.testing.assert_close(frames[1].cpu(), frames[0], rtol=0, atol=1e-6)

@@ -1,6 +1,7 @@
 """Who forgets what and when: resets, weight decay, and LORO's optimizer and its clocks."""
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -274,6 +275,39 @@ def test_approximate_steps_are_loros_adam(scale: str, c: Callable[[int, int], fl
             torch.testing.assert_close(p.detach(), state[name][0], rtol=0, atol=1e-13, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_fused_step_is_the_formula(dtype: torch.dtype) -> None:
+    """p = (1 - lr decay) p - lr_p c D at any k, c and decay: the rate goes into no other term."""
+    at = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 0.01}[dtype]
+    rule = loro_made()[1].rule
+    for seed in range(30):
+        chance = random.Random(seed)
+        lr, eps, decay = 10 ** chance.uniform(-4, -1), 10 ** chance.uniform(-9, -2), seed % 3 * 0.3
+        betas = (chance.uniform(0, 0.95), chance.uniform(0.5, 0.999))
+        cs = [c for c in (chance.uniform(0.01, 2), 0.25, chance.uniform(0.01, 2)) for _ in "BA"]
+        shapes = [(chance.randint(1, 9), chance.randint(1, 9)) for _ in cs]
+        params = [nn.Parameter(torch.randn(*s, generator=seeded(seed)).to(dtype)) for s in shapes]
+        group = {"params": params, "factors": True, "scales": cs, "weight_decay": decay}
+        optimizer = LOROOptimizer([group], rule, lr=lr, betas=betas, eps=eps)
+        optimizer.param_groups[0]["age"] = age = chance.choice([0, 1, 7, 300, 10**5])
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=seeded(seed + 1)).to(dtype)
+            optimizer.state[p] = {"exp_avg": 0.3 * p.grad.sin(), "exp_avg_sq": p.grad.cos() ** 2}
+        before = [
+            [t.detach().double().clone() for t in (p, gradient(p), *state.values())]
+            for p, state in optimizer.state.items()
+        ]
+        optimizer.step()
+        for p, c, (q, g, m, v) in zip(params, cs, before, strict=True):
+            q, m, v = algebra.adam_update(
+                q * (1 - lr * decay), g, m, v, age + 1, lr * c, betas, eps, "loro"
+            )
+            for found, right in zip((p, *optimizer.state[p].values()), (q, m, v), strict=True):
+                assert found.dtype == dtype
+                torch.testing.assert_close(found.detach().double(), right, rtol=at, atol=at)
+            assert optimizer.state[p].keys() == {"exp_avg", "exp_avg_sq"}
+
+
 @pytest.mark.parametrize("direction", ["adam", "raw"])
 def test_every_k_th_step_is_exact_without_c(direction: str) -> None:
     K, lr = 3, 0.01
@@ -467,8 +501,11 @@ def test_the_svd_ablation_rebalances_an_approximate_step(update: str) -> None:
         assert not torch.allclose(svdvals(B0.detach()).square(), sigma, atol=1e-3)
 
 
-def test_a_singular_factor_is_reported_and_does_no_harm() -> None:
-    model, optimizer, config = made(loro(exact_every=1, refresh="none"), optim={"lr": 0.01})
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+def test_a_singular_factor_is_reported_and_does_no_harm(precision: str) -> None:
+    model, optimizer, config = made(
+        loro(exact_every=1, refresh="none"), train={"precision": precision}, optim={"lr": 0.01}
+    )
     _, B, _ = next(pairs(model))
     with torch.no_grad():
         B[:, 1] = 2 * B[:, 0]

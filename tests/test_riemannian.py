@@ -10,8 +10,10 @@ from slow import algebra
 from torch import Tensor
 from torch.linalg import norm, qr, svdvals
 
+from peptrain.ops import riemannian_gram
 from peptrain.ops.riemannian import TOLERANCE, preconditioned_step, riemannian_step
-from peptrain.ops.spectral import balanced, semi_orthogonal
+from peptrain.ops.riemannian_gram import gram_step
+from peptrain.ops.spectral import balanced, orthonormal, semi_orthogonal
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 SINGULAR_SHAPES = [(12, 9, 3), (9, 12, 3), (7, 9, 7), (9, 7, 7), (9, 7, 12), (8, 30, 12)]
@@ -213,6 +215,84 @@ def test_single_precision_survives_singular_factors_and_extreme_scales() -> None
             assert moved < 10 * max(1.0, scale * float(norm(A)))
 
 
+# --- the same step from Gram matrices
+
+
+@EXAMPLES
+@given(factors(), st.sampled_from(["adam", "raw", "of rank 1", "zero"]))
+def test_the_gram_form_is_more_exact_than_the_reference_in_single_precision(
+    case: tuple[Tensor, Tensor, float, int], kind: str
+) -> None:
+    B, A, condition, seed = case
+    assume(condition < 1e5)
+    (n, r), m = B.shape, A.shape[1]
+    G = draw(n, m, seed=seed + 4)
+    D_B, D_A = {
+        "adam": (draw(n, r, seed=seed + 5).tanh(), draw(r, m, seed=seed + 6).tanh()),
+        "raw": (G @ A.T, B.T @ G),
+        "of rank 1": (draw(n, 1, seed=seed) * draw(r, seed=seed), draw(r, 1, seed=seed) * A[:1]),
+        "zero": (0 * B, 0 * A),
+    }[kind]
+    B, A, D_B, D_A = (x.float().double() for x in (B, A, D_B, D_A))
+    outside = torch.eye(n, dtype=B.dtype) - B @ torch.linalg.pinv(B)
+    tangent = torch.linalg.pinv(B).T @ D_A + outside @ D_B @ torch.linalg.pinv(A).T
+    lr = step_of_half_its_norm(B @ A, tangent, r) if kind != "zero" else 0.1
+    expected = algebra.loro_exact_directions(B, A, D_B, D_A, lr)
+    low_B, low_A, _ = riemannian_step(B.float(), A.float(), D_B.float(), D_A.float(), lr)
+    (new_B,), (new_A,), sound = gram_step(*(x[None] for x in (B, A, D_B, D_A)), lr)
+    of_reference = error(low_B.double(), low_A.double(), expected, B @ A)
+    assert error(new_B, new_A, expected, B @ A) < max(of_reference, 1e-7)
+    assert sound
+    # The paper's basis: B' = U Σ^½ and A' = Σ^½ Vᵀ, sigma in descending order.
+    W, norms = new_B @ new_A, norm(new_B, dim=0)
+    near = (1e-7 + 1e-15 * condition**2) * float(norm(W)) + 1e-300
+    torch.testing.assert_close(norms.square(), norm(new_A, dim=1).square(), rtol=0, atol=near)
+    torch.testing.assert_close(norms.square(), svdvals(W)[:r], rtol=0, atol=near)
+    torch.testing.assert_close(new_B.T @ new_B, norms.diag().square(), rtol=0, atol=near)
+    torch.testing.assert_close(new_A @ new_A.T, norms.diag().square(), rtol=0, atol=near)
+
+
+def test_the_gram_form_takes_no_pair_that_may_be_singular() -> None:
+    limit = 1 / (TOLERANCE * 5**0.5 * torch.finfo(torch.float32).eps)
+    bound = 5**0.25
+    for c, taken in ((1.0, True), (0.99 * limit / bound, True), (1.01 * limit, False)):
+        for e in (c, 1.0):
+            B, A = with_condition(20, 5, c, 0), with_condition(15, 5, c / e, 7).T
+            assert gram_step(B[None], A[None], B[None], A[None], 0.1)[2] == taken
+    for n, m, r in SINGULAR_SHAPES:
+        for kind in [*KINDS, "both zero"]:
+            B, A = made_singular(draw(n, r, seed=1), draw(r, m, seed=2), kind)
+            for scale in (1e-30, 1.0, 1e15):
+                low = [(x * scale).float().double()[None] for x in (B, A, B.sign(), A.sign())]
+                assert not gram_step(*low, 0.1)[2]
+    B, A = draw(20, 5, seed=1)[None], draw(5, 15, seed=2)[None]
+    assert not gram_step(B, A, B * torch.nan, A, 0.1)[2]
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 2**30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_pairs_step_in_place_but_the_singular_ones(
+    dtype: torch.dtype, batch_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(riemannian_gram, "BATCH_BYTES", batch_bytes)
+    pairs, singular = [], {1, 4, 6}
+    for i, (n, m) in enumerate([(12, 9), (12, 9), (9, 12), (12, 9), (9, 12), (7, 7), (3, 9)]):
+        pair = made_singular(draw(n, 4, seed=i), draw(4, m, seed=-i), KINDS[i] if i == 4 else "")
+        pairs.append((pair[0].to(dtype), pair[1].to(dtype)))
+    pairs[1][0].zero_()
+    before = [(B.clone(), A.clone()) for B, A in pairs]
+    assert set(riemannian_gram.gram_steps_(pairs, torch.sin, 0.1)) == singular
+    for i, ((B, A), (old_B, old_A)) in enumerate(zip(pairs, before, strict=True)):
+        if i in singular:
+            assert torch.equal(B, old_B) and torch.equal(A, old_A)
+            continue
+        wide = [x.double() for x in (old_B, old_A, old_B.sin(), old_A.sin())]
+        expected = algebra.loro_exact_directions(*wide, 0.1)
+        rounding = 2 * torch.finfo(dtype).eps
+        assert B.dtype == A.dtype == dtype
+        assert error(B.double(), A.double(), expected, expected) < rounding
+
+
 @pytest.mark.parametrize("n, m, r", [(12, 9, 3), (9, 12, 3), (7, 9, 7), (9, 7, 12), (1, 5, 1)])
 def test_balanced_factors_keep_the_product(n: int, m: int, r: int) -> None:
     for rank in {1, (r + 1) // 2, r}:
@@ -275,6 +355,20 @@ def test_semi_orthogonal_frames(n: int, r: int, seed: int) -> None:
     assert Q.shape == (n, r) and Q.is_contiguous()
     single = semi_orthogonal(n, r, torch.Generator().manual_seed(seed))
     assert torch.equal(single, Q.float())
+
+
+@pytest.mark.parametrize("n, r", [(2, 1), (8, 4), (7, 4), (100, 50), (512, 64), (64, 64)])
+def test_a_frame_spans_what_was_drawn_and_has_the_signs_of_a_positive_diagonal(
+    n: int, r: int
+) -> None:
+    for seed in range(20):
+        X = draw(n, r, seed=seed)
+        Q = orthonormal(X)
+        R = Q.T @ X
+        torch.testing.assert_close(Q.T @ Q, torch.eye(r).double(), rtol=0, atol=1e-14)
+        torch.testing.assert_close(Q @ R, X, rtol=0, atol=1e-12)
+        torch.testing.assert_close(R.tril(-1), torch.zeros_like(R), rtol=0, atol=1e-12)
+        assert bool((R.diagonal() > 0).all())
 
 
 @pytest.mark.parametrize("n, r", [(6, 3), (3, 6), (4, 4)])

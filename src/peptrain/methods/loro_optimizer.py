@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 from peptrain.ops.riemannian import preconditioned_step, riemannian_step
+from peptrain.ops.riemannian_gram import gram_steps_
 from peptrain.ops.spectral import balanced
 
 
@@ -67,73 +69,96 @@ class LOROOptimizer(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
+        params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
-        m, root = self._moments(params, group)
-        lr, (beta1, beta2), k = group["lr"], group["betas"], group["age"]
-        lr_p = lr * math.sqrt(1 - beta2**k) / (1 - beta1**k)
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        if not group["factors"]:
-            torch._foreach_addcdiv_(params, m, root, value=-lr_p)
-            return
-        assert len(params) == len(group["params"]), "every factor takes part in the loss"
-        if self._due(group, self.rule.exact_every) and self.rule.retraction == "riemannian":
-            self._exact(params, m, root, lr_p)
-            return
-        if self.rule.update == "precond":
-            self._precondition(params, lr)
-        else:
-            torch._foreach_addcdiv_(params, m, root, [-lr_p * c for c in group["scales"]])
-        if self._due(group, self.rule.exact_every):
-            _assign(params, lambda B, A, i: balanced(B, A))
-
-    def _moments(
-        self, params: list[nn.Parameter], group: dict[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Update both moments; returns m and sqrt v + eps."""
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        grads = [p.grad for p in params if p.grad is not None]
-        m = [self.state[p]["exp_avg"] for p in params]
-        v = [self.state[p]["exp_avg_sq"] for p in params]
-        beta1, beta2 = group["betas"]
+        if not group["factors"]:
+            self._adam(params, group, 1.0)
+            return
+        assert len(params) == len(group["params"]), "every factor takes part in the loss"
+        due = self._due(group, self.rule.exact_every)
+        if due and self.rule.retraction == "riemannian":
+            self._moments(params, group)
+            self._exact(params, group)
+            return
+        if self.rule.update == "precond":
+            self._moments(params, group)
+            self._precondition(params, group["lr"])
+        else:
+            for c in dict.fromkeys(group["scales"]):
+                chosen = zip(params, group["scales"], strict=True)
+                self._adam([p for p, scale in chosen if scale == c], group, c)
+        if due:
+            _assign(_pairs(params), lambda *pair: balanced(*_wide(*pair)))
+
+    def _adam(self, params: list[Tensor], group: dict[str, Any], c: float) -> None:
+        """p = (1 - lr decay) p - lr_p c D, moments and all, in one kernel.
+
+        The kernel is AdamW's. After infinitely many steps its bias correction is 1, so that
+        eps is added where LORO adds it and the learning rate is free to be lr_p c; decay is
+        multiplied by that rate there, by lr here.
+        """
+        m, v = self._state(params)
+        rate = c * _correction(group)
+        adamw(
+            *(params, _gradients(params), m, v),
+            max_exp_avg_sqs=[],
+            state_steps=[params[0].new_full((), math.inf, dtype=torch.float32)] * len(params),
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"] * rate,
+            weight_decay=group["weight_decay"] / rate,
+            eps=group["eps"],
+        )
+
+    def _moments(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """What Adam does before it moves p, for steps of other kinds: decay, then m and v."""
+        (m, v), grads, (beta1, beta2) = self._state(params), _gradients(params), group["betas"]
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
-        root = list(torch._foreach_sqrt(v))
-        torch._foreach_add_(root, group["eps"])
-        return m, root
 
-    def _exact(
-        self, params: list[nn.Parameter], m: list[Tensor], root: list[Tensor], lr_p: float
-    ) -> None:
-        if self.rule.direction == "adam":
-            directions = list(torch._foreach_div(m, root))
-        else:
-            directions = [p.grad for p in params if p.grad is not None]
-        damped = []
+    def _state(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        m = [self.state[p]["exp_avg"] for p in params]
+        return m, [self.state[p]["exp_avg_sq"] for p in params]
 
-        def step(B: Tensor, A: Tensor, i: int) -> tuple[Tensor, Tensor]:
-            D_B, D_A = directions[i].to(B.dtype), directions[i + 1].to(A.dtype)
+    def _exact(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        lr_p = group["lr"] * _correction(group)
+        damped = [torch.zeros((), dtype=torch.bool, device=params[0].device)]
+
+        def direction(p: Tensor) -> Tensor:
+            if self.rule.direction == "raw":
+                return _gradients([p])[0]
+            (m,), (v,) = self._state([p])
+            D: Tensor = m / (v.sqrt() + group["eps"])
+            return D
+
+        def reference(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+            B, A, D_B, D_A = _wide(B, A, direction(B), direction(A))
             B, A, singular = riemannian_step(B, A, D_B, D_A, lr_p)
             damped.append(singular)
             return B, A
 
-        _assign(params, step)
+        pairs = _pairs(params)
+        if params[0].dtype != torch.float64:  # its Gram matrices would need more than float64
+            pairs = [pairs[i] for i in gram_steps_(pairs, direction, lr_p)]
+        _assign(pairs, reference)
         self.damped = torch.stack(damped).sum()
 
-    def _precondition(self, params: list[nn.Parameter], lr: float) -> None:
-        def step(B: Tensor, A: Tensor, i: int) -> tuple[Tensor, Tensor]:
-            G_B, G_A = params[i].grad, params[i + 1].grad
-            assert G_B is not None and G_A is not None
-            return preconditioned_step(
-                B, A, G_B.to(B.dtype), G_A.to(A.dtype), lr, self.rule.precond_eps
-            )
+    def _precondition(self, params: list[Tensor], lr: float) -> None:
+        def step(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+            B, A, G_B, G_A = _wide(B, A, *_gradients([B, A]))
+            return preconditioned_step(B, A, G_B, G_A, lr, self.rule.precond_eps)
 
-        _assign(params, step)
+        _assign(_pairs(params), step)
 
     def _due(self, group: dict[str, Any], every: int) -> bool:
         return every > 0 and group["clock"] % every == 0
@@ -149,12 +174,32 @@ class LOROOptimizer(Optimizer):
         group["age"] = 0
 
 
+def _correction(group: dict[str, Any]) -> float:
+    """lr_p / lr = sqrt(1 - beta2^k) / (1 - beta1^k)."""
+    (beta1, beta2), k = group["betas"], group["age"]
+    rate: float = math.sqrt(1 - beta2**k) / (1 - beta1**k)
+    return rate
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def _pairs(params: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(params[::2], params[1::2], strict=True))
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """In fp32 or better."""
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
 def _assign(
-    params: list[nn.Parameter], step: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    pairs: list[tuple[Tensor, Tensor]],
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> None:
-    """Each pair (B, A) := step(B, A, its index), computed in fp32 or better."""
-    for i in range(0, len(params), 2):
-        dtype = torch.promote_types(params[i].dtype, torch.float32)
-        B, A = step(params[i].to(dtype), params[i + 1].to(dtype), i)
-        params[i].copy_(B)
-        params[i + 1].copy_(A)
+    """Each pair (B, A) := step(B, A)."""
+    for B, A in pairs:
+        new_B, new_A = step(B, A)
+        B.copy_(new_B)
+        A.copy_(new_A)

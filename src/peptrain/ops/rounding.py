@@ -25,6 +25,7 @@ def to_bfloat16(x: Tensor, generator: torch.Generator) -> Tensor:
     bf16 is the upper half of fp32: adding a uniform 16-bit number and cutting the lower half
     carries into the upper one with the right probability.
     """
-    noise = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
-    bits = x.contiguous().view(torch.int32) + noise
-    return (bits & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    bits = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    bits += x.contiguous().view(torch.int32)
+    bits &= -(1 << 16)
+    return bits.view(torch.float32).to(torch.bfloat16)

@@ -16,13 +16,29 @@ def semi_orthogonal(
 ) -> Tensor:
     """A random n x r matrix with orthonormal columns (rows when r > n), uniformly distributed.
 
-    The numbers are drawn on the CPU in float64, so that they are the same for
-    every dtype; QR's signs are fixed by R's diagonal, without which it is not uniform.
+    The numbers are drawn on the CPU in float32, so that they are the same for every dtype and
+    device, and made orthonormal in float64: Q of the QR whose R has a positive diagonal, without
+    which it is not uniform.
     """
-    normal = torch.randn(max(n, r), min(n, r), generator=generator, dtype=torch.float64)
-    Q, R = torch.linalg.qr(normal.to(device))
-    frame: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    normal = torch.randn(max(n, r), min(n, r), generator=generator)
+    frame = orthonormal(normal.to(device).double())
     return (frame if n >= r else frame.T).to(dtype).contiguous()
+
+
+def orthonormal(X: Tensor) -> Tensor:
+    """Q of X = Q R, R with a positive diagonal, for a random X: [n, r], r <= n, in float64.
+
+    A Gaussian X twice as tall as wide is well conditioned (under 6 but for chance), and then two
+    rounds of X R⁻¹, RᵀR = XᵀX, are as exact as Householder's QR, and on a GPU many times faster.
+    """
+    if X.shape[0] < 2 * X.shape[1]:
+        Q, R = torch.linalg.qr(X)
+        signed: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+        return signed
+    for _ in range(2):
+        L = torch.linalg.cholesky_ex(X.T @ X)[0]
+        X = torch.linalg.solve_triangular(L.T, X, upper=True, left=False)
+    return X
 
 
 def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

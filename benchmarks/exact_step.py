@@ -1,0 +1,210 @@
+"""LORO's exact step on the factors of a LLaMA of random weights: milliseconds and errors.
+
+    python benchmarks/exact_step.py [--device cuda] [--layers 24] [--width 2048] [--mlp 5461]
+                                    [--rank 512] [--dtype float32] [--reference 1] [--streams 2 4 8]
+
+One row for each form of the step: the one training takes, from Gram matrices, for all pairs at
+once; and the reference's SVDs and QRs, for the pairs of --reference layers. The error is that of
+W' = B'A' against the reference in float64, relative, the worst of one pair of each shape. Then the
+optimizer's whole steps, exact and ordinary; and the part of the Gram form that is left to improve,
+the eigendecomposition, in one call, one by one, and on several CUDA streams at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
+from peptrain.ops.riemannian import riemannian_step
+from peptrain.ops.riemannian_gram import gram_steps_
+
+LR = 0.003  # lr_p of a first step at lr 0.01
+RULE = Rule(
+    exact_every=1,
+    refresh_every=0,
+    retraction="riemannian",
+    direction="adam",
+    update="adam",
+    precond_eps=0.0,
+    refresh="none",
+)
+Pair = tuple[nn.Parameter, nn.Parameter]
+
+
+def shapes(width: int, mlp: int) -> list[tuple[int, int]]:
+    """(out, in) of q k v o gate up down."""
+    return [(width, width)] * 4 + [(mlp, width)] * 2 + [(width, mlp)]
+
+
+def factors(args: argparse.Namespace) -> list[Pair]:
+    """Xavier's B and A of every matrix, with random gradients."""
+    generator = torch.Generator(args.device).manual_seed(0)
+    given = {"device": args.device, "dtype": args.dtype}
+
+    def parameter(rows: int, columns: int) -> nn.Parameter:
+        p = nn.Parameter(torch.empty(rows, columns, **given))
+        nn.init.xavier_normal_(p, generator=generator)
+        p.grad = torch.randn(rows, columns, generator=generator, **given)
+        return p
+
+    layer = shapes(args.width, args.mlp)
+    return [(parameter(n, args.rank), parameter(args.rank, m)) for n, m in layer * args.layers]
+
+
+def direction(p: Tensor) -> Tensor:
+    """Adam's, after one step."""
+    assert p.grad is not None
+    return p.grad / (p.grad.abs() + 1e-6)
+
+
+def milliseconds(
+    work: Callable[[], object], device: str, warm_ups: int = 1, times: int = 1
+) -> float:
+    """Of one call of `work`, the device waited for."""
+
+    def wait() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    for _ in range(warm_ups):
+        work()
+    wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    wait()
+    return (time.perf_counter() - start) * 1e3 / times
+
+
+def reference(pair: Pair, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    B, A, D_B, D_A = (x.detach().to(dtype) for x in (*pair, direction(pair[0]), direction(pair[1])))
+    return riemannian_step(B, A, D_B, D_A, LR)[:2]
+
+
+def error(found: tuple[Tensor, Tensor], right: Tensor) -> float:
+    W = found[0].detach().double() @ found[1].detach().double()
+    return float(torch.linalg.norm(W - right) / torch.linalg.norm(right))
+
+
+def clones(pairs: list[Pair]) -> list[Pair]:
+    """Copies with the same gradients."""
+    copied = copy.deepcopy(pairs)
+    for new, old in zip(copied, pairs, strict=True):
+        new[0].grad, new[1].grad = old[0].grad, old[1].grad
+    return copied
+
+
+@torch.no_grad()
+def forms(pairs: list[Pair], args: argparse.Namespace) -> None:
+    """One row each: the Gram form and the reference."""
+    gpu = args.device.startswith("cuda")
+    place = f"{torch.cuda.get_device_name() if gpu else platform.machine()}"
+    place += f" | {str(args.dtype).removeprefix('torch.')} | {torch.__version__}"
+    samples = [pairs[i] for i in (0, 4, 6)]
+    right = [B @ A for B, A in (reference(pair, torch.float64) for pair in samples)]
+
+    first = clones(samples)
+    assert gram_steps_(first, direction, LR) == [], "random factors are not singular"
+    worst = max(error(pair, W) for pair, W in zip(first, right, strict=True))
+    moved = clones(pairs)
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    ms = milliseconds(lambda: gram_steps_(moved, direction, LR), args.device) / len(pairs)
+    print("\n| form | device | dtype | torch | ms per pair | error |\n|---|---|---|---|---|---|")
+    print(f"| Gram | {place} | {ms:.2f} | {worst:.1e} |")
+    if gpu:
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    wide = torch.promote_types(args.dtype, torch.float32)
+    rounded = [[x.to(args.dtype) for x in reference(pair, wide)] for pair in samples]
+    worst = max(error((B, A), W) for (B, A), W in zip(rounded, right, strict=True))
+    chosen = [pair for i in range(args.reference) for pair in pairs[7 * i : 7 * i + 7]]
+    if chosen:
+        work = [lambda pair=pair: reference(pair, wide) for pair in chosen]
+        ms = sum(milliseconds(each, args.device, warm_ups=0) for each in work) / len(work)
+        print(f"| reference | {place} | {ms:.2f} | {worst:.1e} |")
+    if gpu:
+        print(f"\nThe Gram form's temporaries: {peak:.2f} GiB at the most.")
+
+
+def whole_steps(pairs: list[Pair], args: argparse.Namespace) -> None:
+    """The optimizer's exact and ordinary step of all pairs."""
+    params = [p for pair in pairs for p in pair]
+    group = {"params": params, "factors": True, "scales": [0.25] * len(params)}
+    optimizer = LOROOptimizer([group], RULE, lr=1e-4, betas=(0.9, 0.999), eps=1e-6)
+    exact = milliseconds(optimizer.step, args.device)
+    optimizer.rule = replace(RULE, exact_every=0)
+    ordinary = milliseconds(optimizer.step, args.device, times=5)
+    numbers = sum(p.numel() for p in params)
+    print(f"\n| step of {len(pairs)} pairs, {numbers / 1e6:.0f} M numbers | ms |\n|---|---|")
+    print(f"| exact | {exact:.0f} |\n| ordinary | {ordinary:.2f} |")
+
+
+def on_streams(H: Tensor, streams: int) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh of every H[i], `streams` of them at a time."""
+    V, sigma = torch.empty_like(H), H.new_empty(H.shape[:2])
+    current = torch.cuda.current_stream()
+    each = [torch.cuda.Stream() for _ in range(streams)]
+
+    def work(k: int) -> None:
+        each[k].wait_stream(current)
+        with torch.cuda.stream(each[k]):
+            for i in range(k, len(H), streams):
+                torch.linalg.eigh(H[i], out=(sigma[i], V[i]))
+
+    with ThreadPoolExecutor(streams) as pool:
+        list(pool.map(work, range(streams)))
+    for stream in each:
+        current.wait_stream(stream)
+    return sigma, V
+
+
+def eigendecompositions(args: argparse.Namespace) -> None:
+    """A batch of 2r x 2r matrices in the ways there are."""
+    size, count = 2 * args.rank, 16
+    X = torch.randn(count, size, size, device=args.device, dtype=torch.float64)
+    H = X @ X.mT / size
+    ways: dict[str, Callable[[], object]] = {
+        "one call": lambda: torch.linalg.eigh(H),
+        "one by one": lambda: [torch.linalg.eigh(h) for h in H],
+    }
+    if args.device.startswith("cuda"):
+        for k in args.streams:
+            ways[f"{k} streams"] = lambda k=k: on_streams(H, k)
+            V = on_streams(H, k)
+            lost = V.mT @ (V @ (V.mT @ H @ V).diagonal(dim1=1, dim2=2).diag_embed() @ V.mT - H) @ V
+            assert float(lost.abs().max()) < 1e-10, "the streams got in each other's way"
+    print(f"\n| eigh of {count} {size} x {size} | ms each |\n|---|---|")
+    for name, way in ways.items():
+        print(f"| {name} | {milliseconds(way, args.device) / count:.2f} |")
+
+
+def main() -> None:
+    plain = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--mlp", type=int, default=5461)
+    parser.add_argument("--rank", type=int, default=512)
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--reference", type=int, default=1, help="layers the reference is timed on")
+    parser.add_argument("--streams", type=int, nargs="*", default=[2, 4, 8])
+    args = parser.parse_args()
+    pairs = factors(args)
+    forms(pairs, args)
+    whole_steps(pairs, args)
+    eigendecompositions(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""LORO's exact step from Gram matrices in float64, for many pairs of fp32 or bf16 factors at once.
+
+The reference, ops/riemannian.py, takes SVDs and QRs, which a GPU is slow at. Here a pair costs one
+eigendecomposition, the rest is Cholesky factors and products. A Gram matrix squares the condition
+number, for which float64 has the room that these factors need. Letters as there; shapes have a
+dimension more in front, the pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from peptrain.ops.riemannian import TOLERANCE
+
+BATCH_BYTES = 2**30
+"""About what the float64 temporaries of one batch of pairs may take."""
+
+
+def gram_steps_(
+    pairs: Sequence[tuple[Tensor, Tensor]], direction: Callable[[Tensor], Tensor], lr: float
+) -> list[int]:
+    """Replace every pair (B, A) by its exact step along (direction(B), direction(A)).
+
+    Returns the indices of the pairs left as they were, for the reference: a factor of theirs is
+    singular, or nearly so. What is found of all pairs is read from the device once, at the end.
+    """
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, (B, A) in enumerate(pairs):
+        alike.setdefault((B.shape, A.shape, B.dtype, A.dtype), []).append(i)
+    order: list[int] = []
+    sound: list[Tensor] = []
+    for indices in alike.values():
+        size = _batch_size(*pairs[indices[0]])
+        for start in range(0, len(indices), size):
+            batch = indices[start : start + size]
+            order += batch
+            sound.append(_replace([pairs[i] for i in batch], direction, lr))
+    return sorted(i for i, fine in zip(order, torch.cat(sound).tolist(), strict=True) if not fine)
+
+
+def _replace(
+    pairs: list[tuple[Tensor, Tensor]], direction: Callable[[Tensor], Tensor], lr: float
+) -> Tensor:
+    """gram_steps_ for pairs of one shape; returns which of them have changed."""
+    B, A = [B for B, _ in pairs], [A for _, A in pairs]
+    D_B, D_A = [direction(p) for p in B], [direction(p) for p in A]
+    b, a, d_b, d_a = (torch.stack(x).double() for x in (B, A, D_B, D_A))
+    new_B, new_A, sound = gram_step(b, a, d_b, d_a, lr)
+    for old, new, ok in zip([*B, *A], [*new_B, *new_A], [*sound, *sound], strict=True):
+        old.copy_(torch.where(ok, new, old))
+    return sound
+
+
+def _batch_size(B: Tensor, A: Tensor) -> int:
+    """So many pairs that their temporaries, some 4 of [n + m, 2r] and 10 of [2r, 2r], fit."""
+    (n, r), m = B.shape, A.shape[1]
+    return max(1, BATCH_BYTES // (8 * (8 * r * (n + m) + 40 * r * r)))
+
+
+def gram_step(
+    B: Tensor, A: Tensor, D_B: Tensor, D_A: Tensor, lr: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B', A', sound): riemannian_step of each pair, in float64; B' and A' mean nothing if unsound.
+
+    With Q_B R_B = B, Q_A R_A = Aᵀ, Z_A = Q_AᵀD_Aᵀ and C_B, C_A what Q_B, Q_A leave of D_B, D_Aᵀ,
+    the right basis is [Q_A P_A], P_A T_A = C_A. In it W' before its truncation is
+
+        Q_B [R_B R_Aᵀ - lr R_B⁻ᵀ Z_Aᵀ, -lr R_B⁻ᵀ T_Aᵀ] + C_B [-lr R_A⁻¹, 0],
+
+    the first bracket `top`. On the left a Gram matrix will do instead of a basis: V Σ² Vᵀ = H =
+    topᵀ top + lr² [R_A⁻ᵀ C_BᵀC_B R_A⁻¹, 0; 0, 0]. The columns of V of the r largest sigma give A',
+    and W' times them gives B'. So B'A' is the projection of W' on the rows of A', and columns and
+    rows have equal norms, however inexact the root of a small sigma² is.
+    """
+    r = B.shape[-1]
+    Q_B, R_B, inverse_B, sound_B = cholesky_qr(B)
+    Q_A, R_A, inverse_A, sound_A = cholesky_qr(A.mT)
+    Z_B, Z_A = Q_B.mT @ D_B, Q_A.mT @ D_A.mT
+    C_B, C_A = D_B - Q_B @ Z_B, D_A.mT - Q_A @ Z_A
+    T_A, inverse_T, positive = cholesky(shifted(C_A.mT @ C_A, D_A))
+
+    top = torch.cat([R_B @ R_A.mT, torch.zeros_like(R_B)], dim=-1)
+    top -= lr * inverse_B.mT @ torch.cat([Z_A.mT, T_A.mT], dim=-1)
+    H = top.mT @ top
+    H[..., :r, :r] += lr**2 * inverse_A.mT @ (C_B.mT @ C_B) @ inverse_A
+    sound = sound_B & sound_A & positive & H.isfinite().flatten(1).all(1)
+    eye = torch.eye(2 * r, dtype=H.dtype, device=H.device)
+    V = torch.linalg.eigh(torch.where(sound[:, None, None], H, eye))[1][..., -r:].flip(-1)
+
+    V_Q, V_P = V[..., :r, :], V[..., r:, :]
+    new_B = Q_B @ (top @ V) - lr * C_B @ (inverse_A @ V_Q)
+    new_A = Q_A @ V_Q + C_A @ (inverse_T @ V_P)
+    root = torch.linalg.vector_norm(new_B, dim=-2, keepdim=True).sqrt()
+    return new_B / torch.where(root > 0, root, 1.0), (new_A * root).mT, sound
+
+
+def cholesky_qr(B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(Q, R, R⁻¹, sound) with QR = B, by the Cholesky factor of BᵀB: QᵀQ = I to cond(B)² eps.
+
+    Sound: B's condition number is surely below the one from which the reference, in fp32, calls B
+    singular.
+    """
+    M = B.mT @ B
+    R, inverse, positive = cholesky(M)
+    limit = 1 / (TOLERANCE * B.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps)
+    return B @ inverse, R, inverse, positive & (condition(M, inverse @ inverse.mT) < limit)
+
+
+def condition(M: Tensor, inverse: Tensor) -> Tensor:
+    """A bound on sqrt(|M| |M⁻¹|), the condition number of B with BᵀB = M, at most r^¼ times it.
+
+    |M|² = |M²| <= |M²|_F, and the Frobenius norm of a square is at most r^½ times |M|².
+    """
+    bound: Tensor = torch.linalg.matrix_norm(M @ M) * torch.linalg.matrix_norm(inverse @ inverse)
+    return bound**0.25
+
+
+def cholesky(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(R, R⁻¹, whether M is positive definite) with RᵀR = M."""
+    L, info = torch.linalg.cholesky_ex(M)
+    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    return L.mT, torch.linalg.solve_triangular(L, eye, upper=False).mT, info == 0
+
+
+def shifted(N: Tensor, D: Tensor) -> Tensor:
+    """N + 8 eps |D|_F² I, for N = CᵀC, C what is left of D: positive definite even for C = 0.
+
+    Where D adds no direction the basis that comes of it is short instead of orthonormal, and the
+    step loses at most lr |D| sqrt(8 eps) of itself, 4e-8 lr |D|.
+    """
+    limits = torch.finfo(N.dtype)
+    shift: Tensor = 8 * limits.eps * D.square().sum((-2, -1), keepdim=True) + limits.tiny**0.5
+    return N + shift * torch.eye(N.shape[-1], dtype=N.dtype, device=N.device)
