@@ -146,20 +146,26 @@ def drawn_on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def step(training: Training, windows: Tensor) -> Tensor:
-    """One optimizer step on `windows` as the trainer takes it; the loss, left on the device."""
-    config, trainee = training.config, training.trainee
-    precision = config.train.precision
+def gradients(training: Training, windows: Tensor) -> Tensor:
+    """Forward and backward as the trainer does them; the loss, left on the device."""
+    precision = training.config.train.precision
     assert precision is not None
-    set_lr(trainee.optimizer, trainee.schedule(trainee.step))
     with autocast(precision, training.here.device):
-        loss: Tensor = trainee.loss(windows)
+        loss: Tensor = training.trainee.loss(windows)
     loss.backward()
-    clip_gradients(trainee.model, config.optim.clip)
+    return loss.detach()
+
+
+def step(training: Training, windows: Tensor) -> Tensor:
+    """One optimizer step on `windows` as the trainer takes it; the loss."""
+    trainee = training.trainee
+    set_lr(trainee.optimizer, trainee.schedule(trainee.step))
+    loss = gradients(training, windows)
+    clip_gradients(trainee.model, training.config.optim.clip)
     trainee.optimizer.step()
     trainee.optimizer.zero_grad()
     trainee.step += 1
-    return loss.detach()
+    return loss
 
 
 def random_windows(training: Training, count: int = 4) -> list[Tensor]:
@@ -226,7 +232,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak() -> None:
+    """Let both peaks be those of what comes, not of what the model was built with."""
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -1,7 +1,7 @@
 """Training speed and peak memory of methods against full training, on one device.
 
-    python benchmarks/speed.py --preset llama-1b --tokens 2048 8192 32768 \\
-        bpt:rank=512 relora:rank=512 loro:rank=512 [--set train.KEY=VALUE] [--json FILE]
+    python benchmarks/speed.py [ROW ...] --preset llama-1b --tokens 2048 8192 32768 \\
+        [--set train.KEY=VALUE] [--json FILE]
 
 A step is what the trainer does: forward and backward of one micro-batch, clipping, the optimizer.
 Merges and exact steps are left out (merges.py has them). For each number of tokens full training is
