@@ -1,0 +1,327 @@
+"""What the benchmarks share: rows, a model in training without a run, clocks, tables, JSON.
+
+A row is METHOD[:KEY=VALUE...], where KEY is a field of the method or, with a dot, of a section
+(train.compile=false). Values are JSON; what is no JSON is a string.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_type_hints
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+import peptrain.environment
+from peptrain import toml
+from peptrain.config import RunConfig, TrainConfig, resolved
+from peptrain.distributed import World
+from peptrain.methods import methods
+from peptrain.methods.base import Method
+from peptrain.model import ModelConfig, autocast, count_parameters, vocabulary_size
+from peptrain.optim import clip_gradients, set_lr
+from peptrain.rng import Rng
+from peptrain.trainee import Trainee, restore
+
+GIB = 2**30
+STEPS = 10_000
+"""Length of the run that the schedule and the intervals are made for. A benchmark takes the first
+few: the learning rate is still near 0, no merge is due, and random tokens can't make it diverge."""
+
+
+def device_of(name: str) -> torch.device:
+    """auto is a GPU if there is one."""
+    on_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+# Rows.
+
+
+def split_row(row: str) -> tuple[str, dict[str, Any]]:
+    """("bpt", {"rank": 64}) of "bpt:rank=64"."""
+    name, *items = row.split(":")
+    return name, settings(items)
+
+
+def settings(items: Sequence[str]) -> dict[str, Any]:
+    """{"rank": 64} of ["rank=64"]."""
+    return {key: _value(text) for key, text in (item.split("=", 1) for item in items)}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def configured(
+    row: str, base: RunConfig[Any], given: Sequence[str] = (), *, device: torch.device
+) -> RunConfig[Method]:
+    """`base`, resolved, with the row's method and, over `given`, the row's own settings.
+
+    Warm starts are left out, unless the row has one: they are full training.
+    """
+    name, own = split_row(row)
+    cls, over = methods()[name], settings(given) | {k: v for k, v in own.items() if "." in k}
+    cold = {"warm_start_steps": 0} if "warm_start_steps" in {f.name for f in fields(cls)} else {}
+    mine = {k: v for k, v in own.items() if "." not in k}
+    config = replace(base, method=toml.parse(cls, cold | mine, "method."))
+    for key, value in over.items():
+        config = _set(config, key, value)
+    return resolved(config, world_size=1, on_gpu=device.type == "cuda")
+
+
+def _set(config: RunConfig[Method], key: str, value: Any) -> RunConfig[Method]:
+    section, _, field = key.partition(".")
+    old = getattr(config, section)
+    hints = get_type_hints(type(old))
+    if field not in hints:
+        raise SystemExit(toml.unknown(key, [f"{section}.{name}" for name in hints]))
+    new = replace(old, **{field: toml.parse_value(hints[field], value, key)})
+    return replace(config, **{section: new})
+
+
+def base_config(
+    model: ModelConfig, rows: int, seq_len: int, *, steps: int = STEPS, **train: Any
+) -> RunConfig[Any]:
+    """Full training of `rows` sequences a step in one micro-batch, writing nothing in between."""
+    shape = {"batch_size": rows, "micro_batch": rows, "seq_len": seq_len, "steps": steps}
+    quiet = {"eval_every": 0, "checkpoint_every": 0}
+    return RunConfig(
+        method=methods()["full"](), model=model, train=TrainConfig(**{**shape, **quiet, **train})
+    )
+
+
+# A model in training.
+
+
+@dataclass
+class Training:
+    """A trainee without a run directory or a corpus."""
+
+    config: RunConfig[Method]
+    here: World
+    trainee: Trainee
+
+    def sizes(self) -> dict[str, int]:
+        model = self.trainee.model
+        return {
+            "parameters": count_parameters(model),
+            "trainable": count_parameters(model, trainable=True),
+        }
+
+
+def start(config: RunConfig[Method], device: torch.device, *, quick: bool = True) -> Training:
+    """What the trainer makes at step 0; `quick` draws the weights on the device."""
+    here = World(0, 1, device)
+    with drawn_on(device) if quick else nullcontext():
+        trainee = restore(config, None, here, {})
+    return Training(config, here, trainee)
+
+
+@contextmanager
+def drawn_on(device: torch.device) -> Iterator[None]:
+    """Models are built on `device` with random numbers of its own.
+
+    The same distributions as the library's draws on the CPU, in seconds where those take minutes.
+    """
+
+    def generator(self: Rng, site: str, step: int = 0, purpose: str = "") -> torch.Generator:
+        return torch.Generator(device).manual_seed(self.integer(site, step, purpose))
+
+    with torch.device(device), patch.object(Rng, "__call__", generator):
+        yield
+
+
+def gradients(training: Training, windows: Tensor) -> Tensor:
+    """Forward and backward as the trainer does them; the loss, left on the device."""
+    precision = training.config.train.precision
+    assert precision is not None
+    with autocast(precision, training.here.device):
+        loss: Tensor = training.trainee.loss(windows)
+    loss.backward()
+    return loss.detach()
+
+
+def step(training: Training, windows: Tensor) -> Tensor:
+    """One optimizer step on `windows` as the trainer takes it; the loss."""
+    trainee = training.trainee
+    set_lr(trainee.optimizer, trainee.schedule(trainee.step))
+    loss = gradients(training, windows)
+    clip_gradients(trainee.model, training.config.optim.clip)
+    trainee.optimizer.step()
+    trainee.optimizer.zero_grad()
+    trainee.step += 1
+    return loss
+
+
+def random_windows(training: Training, count: int = 4) -> list[Tensor]:
+    """Batches of random token ids, of the configured shape, on the device."""
+    t, device = training.config.train, training.here.device
+    shape = (t.batch_size, t.seq_len + 1)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = vocabulary_size(training.trainee.model)
+    return [torch.randint(vocabulary, shape, generator=generator).to(device) for _ in range(count)]
+
+
+def step_times(training: Training, steps: int, warm_up: int) -> list[float]:
+    """Milliseconds of each of `steps` steps, after `warm_up` others."""
+    windows = random_windows(training)
+    for i in range(warm_up):
+        step(training, windows[i % len(windows)])
+    turn = iter(range(steps))
+    return times(
+        lambda: step(training, windows[next(turn) % len(windows)]), steps, training.here.device
+    )
+
+
+def free() -> None:
+    """Return the memory of what is no longer referred to, compiled graphs included."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# Clocks and memory.
+
+
+def times(action: Callable[[], object], repeat: int, device: torch.device) -> list[float]:
+    """Milliseconds of each of `repeat` calls in a row; a GPU is waited for at the end only."""
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for _ in range(repeat):
+            action()
+            marks.append(time.perf_counter())
+        return [1e3 * (b - a) for a, b in pairwise(marks)]
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
+    events[0].record()
+    for event in events[1:]:
+        action()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
+
+
+def waited(action: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call, the host's work and the device's."""
+    synchronize(device)
+    begin = time.perf_counter()
+    action()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def reset_peak() -> None:
+    """Let both peaks be those of what comes, not of what the model was built with."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks() -> dict[str, int]:
+    """Peak bytes since the last reset: in tensors, and held by the allocator. 0 without a GPU."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else 0,
+    }
+
+
+def module_bytes(model: nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """The median and, in brackets, both quartiles."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+# What is printed and written.
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Versions and the device; the commit is for whoever keeps the numbers to add."""
+    found = peptrain.environment.environment(World(0, 1, device))
+    for name in ("triton", "peft", "accelerate"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def announce(device: torch.device, shapes: dict[str, Any]) -> None:
+    """The line above a table: versions and device, then dtype and shapes."""
+    print(", ".join(f"{k} {v}" for k, v in environment(device).items()))
+    print("; ".join(f"{k} {v}" for k, v in shapes.items()) + "\n", flush=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A Markdown table."""
+    for cells in (header, ["---"] * len(header), *rows):
+        print("| " + " | ".join(str(cell) for cell in cells) + " |")
+    print(flush=True)
+
+
+def write(args: argparse.Namespace, device: torch.device, rows: Sequence[dict[str, Any]]) -> None:
+    """Everything that was measured, with its environment, to --json if that was given."""
+    if args.json is None:
+        return
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    found = {"environment": environment(device), "arguments": given, "rows": list(rows)}
+    args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The arguments that every benchmark of a model takes."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--preset", default="llama-1b")
+    made.add_argument("--intermediate-size", type=int, help="f, in place of the preset's")
+    made.add_argument("--layers", type=int, help="L, in place of the preset's")
+    made.add_argument("--precision", default="bf16")
+    made.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    made.add_argument("--json", type=Path, help="where all numbers go")
+    made.set_defaults(**defaults)
+    return made
+
+
+def model_of(args: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(
+        preset=args.preset, intermediate_size=args.intermediate_size, layers=args.layers
+    )
+
+
+def described(config: RunConfig[Method]) -> dict[str, Any]:
+    """The settings of a row, for its JSON."""
+    return {"method": config.method.name} | asdict(config.method) | {"train": asdict(config.train)}

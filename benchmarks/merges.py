@@ -1,0 +1,129 @@
+"""What a merge, or LORO's exact step, of a whole model costs, beside 200 steps of 131,072 tokens.
+
+    python benchmarks/merges.py --preset llama-1b [--ms-per-8192 MS] [ROW ...] [--json FILE]
+
+A merge is timed as the trainer does it: random numbers on the host, the sums on the device, the
+moments zeroed. An exact step is timed less an ordinary optimizer step, between which it alternates.
+Without --ms-per-8192 the row's own steps of 8192 tokens are timed for it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import torch
+from common import (
+    Training,
+    announce,
+    base_config,
+    configured,
+    described,
+    device_of,
+    free,
+    gradients,
+    model_of,
+    parser,
+    random_windows,
+    spread,
+    start,
+    step,
+    step_times,
+    table,
+    waited,
+    write,
+)
+
+from peptrain.methods.loro_optimizer import LOROOptimizer
+from peptrain.rng import Rng
+
+ROWS = ("bpt:rank=512", "relora:rank=512", "loro:rank=512")
+BETWEEN_STEPS, BETWEEN_TOKENS = 200, 131_072
+HEADER = ("row", "event", "ms (quartiles)", "ms/step", "share of 200 steps of 131,072 tokens")
+EVERY = 1000
+"""The interval that rows are configured with. No step comes to it: events are called by hand."""
+INTERVALS = {"bpt": "merge_every", "relora": "merge_every", "loro": "exact_every"}
+
+
+def configured_row(row: str) -> str:
+    return f"{row}:{INTERVALS[row.split(':')[0]]}={EVERY}"
+
+
+def merge_times(training: Training, repeat: int) -> list[float]:
+    """Milliseconds of each merge of all layers; the first, untimed, loads what it needs."""
+    method, trainee = training.config.method, training.trainee
+    rng = Rng(training.config.train.seed)
+
+    def merge() -> None:
+        done = method.after_step(trainee.model, trainee.optimizer, EVERY, rng)
+        assert done, f"{method.name} does nothing between steps"
+
+    return [waited(merge, training.here.device) for _ in range(repeat + 1)][1:]
+
+
+def exact_times(training: Training, repeat: int) -> list[float]:
+    """Milliseconds by which an exact optimizer step is longer than the ordinary one before it."""
+    optimizer, device = training.trainee.optimizer, training.here.device
+    assert isinstance(optimizer, LOROOptimizer)
+    gradients(training, random_windows(training, 1)[0])
+    optimizer.rule = replace(optimizer.rule, exact_every=2, refresh_every=2)
+    if optimizer.param_groups[0]["clock"] % 2:
+        optimizer.step()
+    found = []
+    for _ in range(repeat + 1):
+        usual = waited(optimizer.step, device)
+        found.append(waited(optimizer.step, device) - usual)
+    return found[1:]
+
+
+def measured(row: str, args: Any, device: torch.device) -> dict[str, Any]:
+    base = base_config(model_of(args), args.rows_of_step, args.seq_len, precision=args.precision,
+                       compile=True)  # fmt: skip
+    config = configured(configured_row(row), base, args.set, device=device)
+    training = start(config, device)
+    is_loro = config.method.name == "loro"
+    if args.ms_per_8192 is None:
+        ms = statistics.median(step_times(training, args.steps, args.warm_up))
+    else:
+        ms = args.ms_per_8192
+        step(training, random_windows(training, 1)[0])  # makes the optimizer's moments
+    events = (exact_times if is_loro else merge_times)(training, args.repeat)
+    tokens = 8192 if args.ms_per_8192 else args.rows_of_step * args.seq_len
+    share = statistics.median(events) / (BETWEEN_STEPS * BETWEEN_TOKENS / tokens * ms)
+    event = "exact step" if is_loro else "merge"
+    return {"row": row, "event": event, "event_ms": events, "step_ms": ms, "share": share,
+            **described(config)}  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    return [row["row"], row["event"], spread(row["event_ms"], 1), f"{row['step_ms']:.1f}",
+            f"{row['share']:.4%}"]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("rows", nargs="*", default=ROWS, metavar="ROW")
+    made.add_argument("--ms-per-8192", type=float, help="of a training step; unset: measured")
+    made.add_argument("--rows-of-step", type=int, default=16)
+    made.add_argument("--seq-len", type=int, default=512)
+    made.add_argument("--steps", type=int, default=10)
+    made.add_argument("--warm-up", type=int, default=5)
+    made.add_argument("--repeat", type=int, default=5)
+    args = made.parse_intermixed_args(argv)
+    device = device_of(args.device)
+    announce(device, {"preset": args.preset, "layers": args.layers or "all",
+                      "precision": args.precision, "set": args.set,
+                      "step": f"{args.rows_of_step} x {args.seq_len} tokens"})  # fmt: skip
+    found = []
+    for row in args.rows:
+        found.append(measured(row, args, device))
+        print(" | ".join(cells(found[-1])), flush=True)
+        write(args, device, found)
+        free()
+    print()
+    table(HEADER, [cells(row) for row in found])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Training speed and peak memory of methods against full training, on one device.
+
+    python benchmarks/speed.py [ROW ...] --preset llama-1b --tokens 2048 8192 32768 \\
+        [--set train.KEY=VALUE] [--json FILE]
+
+A step is what the trainer does: forward and backward of one micro-batch, clipping, the optimizer.
+Merges and exact steps are left out (merges.py has them). For each number of tokens full training is
+measured first and again last, to show drift; ratios are to the mean of the two.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from common import (
+    announce,
+    base_config,
+    configured,
+    described,
+    device_of,
+    free,
+    gib,
+    model_of,
+    parser,
+    peaks,
+    reset_peak,
+    spread,
+    start,
+    step_times,
+    table,
+    write,
+)
+
+from peptrain.config import RunConfig
+from peptrain.methods.base import Method
+
+ROWS = ("bpt:rank=512", "relora:rank=512", "lowrank:rank=512", "loro:rank=512")
+HEADER = ("row", "ms/step (quartiles)", "tokens/s", "vs full", "peak GiB", "below full",
+          "trainable / total")  # fmt: skip
+
+
+def measured(
+    row: str, config: RunConfig[Method], device: torch.device, steps: int, warm_up: int
+) -> dict[str, Any]:
+    """One row's numbers; "ms" is absent when it ran out of memory."""
+    tokens = config.train.batch_size * config.train.seq_len
+    found: dict[str, Any] = {"row": row, "tokens": tokens, **described(config)}
+    try:
+        training = start(config, device)
+        reset_peak()  # before the warm-up, which may capture graphs with memory of their own
+        found |= training.sizes()
+        found["ms"] = step_times(training, steps, warm_up)
+        found["tokens_per_second"] = tokens / statistics.median(found["ms"]) * 1e3
+    except torch.OutOfMemoryError:
+        pass
+    return found | peaks()
+
+
+def compared(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The cells of one table; its first and last rows are full training."""
+    fulls = [r for r in (rows[0], rows[-1]) if "ms" in r]
+    rate = statistics.mean(r["tokens_per_second"] for r in fulls) if fulls else None
+    peak = fulls[0]["peak_bytes"] if fulls else None
+    return [cells(row, rate, peak) for row in rows]
+
+
+def cells(row: dict[str, Any], rate: float | None, peak: int | None) -> list[str]:
+    if "ms" not in row:
+        return [row["row"], "out of memory", "", "", f"over {gib(row['peak_bytes'])}", "", ""]
+    return [
+        row["row"],
+        spread(row["ms"]),
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['tokens_per_second'] / rate:.3f}" if rate else "",
+        gib(row["peak_bytes"]),
+        gib(peak - row["peak_bytes"]) if peak is not None else "",
+        f"{row['trainable'] / 1e6:.1f}M / {row['parameters'] / 1e6:.1f}M",
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("rows", nargs="*", default=ROWS, metavar="ROW")
+    made.add_argument("--tokens", type=int, nargs="+", default=[8192], help="B x L of a step")
+    made.add_argument("--seq-len", type=int, default=512)
+    made.add_argument("--steps", type=int, default=30)
+    made.add_argument("--warm-up", type=int, default=5)
+    args = made.parse_intermixed_args(argv)
+    device = device_of(args.device)
+    shapes = {"preset": args.preset, "f": args.intermediate_size or "the preset's"}
+    announce(device, shapes | {"layers": args.layers or "all", "precision": args.precision,
+                               "steps": args.steps, "set": args.set})  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for tokens in args.tokens:
+        base = base_config(model_of(args), tokens // args.seq_len, args.seq_len,
+                           precision=args.precision, compile=True)  # fmt: skip
+        of_size = []
+        for row in ("full", *args.rows, "full"):
+            config = configured(row, base, args.set, device=device)
+            of_size.append(measured(row, config, device, args.steps, args.warm_up))
+            free()
+        print(f"{tokens // args.seq_len} x {args.seq_len} = {tokens} tokens a step")
+        table(HEADER, compared(of_size))
+        found += of_size
+        write(args, device, found)
+
+
+if __name__ == "__main__":
+    main()
