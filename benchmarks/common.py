@@ -29,7 +29,7 @@ from peptrain.config import RunConfig, TrainConfig, resolved
 from peptrain.distributed import World
 from peptrain.methods import methods
 from peptrain.methods.base import Method
-from peptrain.model import ModelConfig, autocast, count_parameters, vocabulary_size
+from peptrain.model import ModelConfig, count_parameters, vocabulary_size
 from peptrain.optim import clip_gradients, set_lr
 from peptrain.rng import Rng
 from peptrain.trainee import Trainee, restore
@@ -146,21 +146,11 @@ def drawn_on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def gradients(training: Training, windows: Tensor) -> Tensor:
-    """Forward and backward as the trainer does them; the loss, left on the device."""
-    precision = training.config.train.precision
-    assert precision is not None
-    with autocast(precision, training.here.device):
-        loss: Tensor = training.trainee.loss(windows)
-    loss.backward()
-    return loss.detach()
-
-
 def step(training: Training, windows: Tensor) -> Tensor:
     """One optimizer step on `windows` as the trainer takes it; the loss."""
     trainee = training.trainee
     set_lr(trainee.optimizer, trainee.schedule(trainee.step))
-    loss = gradients(training, windows)
+    loss = trainee.passes([windows])
     clip_gradients(trainee.model, training.config.optim.clip)
     trainee.optimizer.step()
     trainee.optimizer.zero_grad()
