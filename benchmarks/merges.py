@@ -22,7 +22,6 @@ from common import (
     described,
     device_of,
     free,
-    gradients,
     model_of,
     parser,
     random_windows,
@@ -66,7 +65,7 @@ def exact_times(training: Training, repeat: int) -> list[float]:
     """Milliseconds by which an exact optimizer step is longer than the ordinary one before it."""
     optimizer, device = training.trainee.optimizer, training.here.device
     assert isinstance(optimizer, LOROOptimizer)
-    gradients(training, random_windows(training, 1)[0])
+    training.trainee.passes(random_windows(training, 1))
     optimizer.rule = replace(optimizer.rule, exact_every=2, refresh_every=2)
     if optimizer.param_groups[0]["clock"] % 2:
         optimizer.step()
