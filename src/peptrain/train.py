@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from peptrain.model import (
     check_causal,
     config_file,
     count_parameters,
+    eager_layers,
     save_tokenizer,
 )
 from peptrain.optim import clip_gradients, set_lr, state_bytes
@@ -91,7 +91,7 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
     trainee = restore(config, run, here, identity)
     check_vocabulary(trainee.model, corpus)
     if config.model.config is not None:
-        with _eager():
+        with eager_layers():
             check_causal(trainee.model)
     if run is None:
         compare_tokenizers(config, corpus)
@@ -217,12 +217,6 @@ def _flush(journal: Journal, run: RunDir) -> None:
         raise diverged(str(error), run) from None
 
 
-def _eager() -> AbstractContextManager[object]:
-    """Compiled layers would be compiled anew for evaluation's mode and shapes."""
-    context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return context
-
-
 def _evaluate(
     config: RunConfig[Method],
     trainee: Trainee,
@@ -234,7 +228,7 @@ def _evaluate(
     """The held-out loss. Raises Diverged, on every rank, if the last update broke the model."""
     t = config.train
     assert t.micro_batch is not None and t.precision is not None
-    with _eager():
+    with eager_layers():
         held_out = evaluate(
             trainee.model,
             corpus.held_out(),
