@@ -27,6 +27,7 @@ from peptrain.model import (
     config_file,
     vocabulary_size,
 )
+from peptrain.padding import pad_mlps
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir
 from peptrain.schedule import Schedule
@@ -68,6 +69,8 @@ def restore(
         model = build(config, phase, initial_weights(config))
     model.to(here.device)  # type: ignore[arg-type]
     model.train()
+    if here.device.type == "cuda":
+        pad_mlps(model)
     if config.train.checkpoint_activations:
         checkpoint_activations(model)
     if config.train.compile:
