@@ -39,7 +39,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peptrain.build import build
-from peptrain.model import compile_layers, count_parameters, vocabulary_size
+from peptrain.execution import compile_layers
+from peptrain.model import count_parameters, vocabulary_size
 
 CELLS = ("512x128", "512x64", "512x32", "256x256", "256x128", "256x64",
          "128x512", "128x256", "128x128", "64x1024", "64x512", "64x256")  # fmt: skip

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from peptrain.build import build
 from peptrain.config import RunConfig, resolved
+from peptrain.loss import NextTokenLoss
 from peptrain.methods.base import Method
-from peptrain.model import NextTokenLoss
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -11,6 +11,8 @@ os.environ["PEPTRAIN_CACHE"] = CACHE.name
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 torch.set_num_threads(1)
 
 

@@ -15,9 +15,9 @@ from peptrain.build import plain_model
 from peptrain.config import RunConfig, resolved
 from peptrain.data import Corpus
 from peptrain.errors import ConfigError
+from peptrain.loss import token_loss
 from peptrain.methods import BPT, LORO, METHODS, LoRA, ReLoRA
 from peptrain.methods.base import Method, ReparamLinear, reparametrized
-from peptrain.model import token_loss
 from peptrain.optim import OptimConfig
 from peptrain.schedule import ScheduleConfig
 from peptrain.train import train

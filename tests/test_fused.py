@@ -1,15 +1,11 @@
 """The fused maps, in Triton's interpreter, against plain PyTorch in float64."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 from peptrain.ops import fused, linear

@@ -24,11 +24,12 @@ from peptrain.errors import CheckpointError, ConfigError, PeptrainError
 from peptrain.eval.run import evaluate_run
 from peptrain.export import export
 from peptrain.initial import adopting, initial_weights
+from peptrain.loss import token_loss
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method, reparametrized
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.lowrank import LowRankLinear
-from peptrain.model import ModelConfig, token_loss
+from peptrain.model import ModelConfig
 from peptrain.rundir import RunDir
 from peptrain.train import resume, train
 

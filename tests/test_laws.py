@@ -36,11 +36,12 @@ from peptrain.checkpoint import available
 from peptrain.config import RunConfig, resolved
 from peptrain.dense import dense_state, load_dense
 from peptrain.errors import ConfigError, Unsupported
+from peptrain.loss import NextTokenLoss
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method, ReparamLinear, Site, reparametrized
 from peptrain.methods.bpt import BPT, BPTLinear
 from peptrain.methods.rank import RankMethod
-from peptrain.model import NextTokenLoss, count_parameters
+from peptrain.model import count_parameters
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir
 from peptrain.train import resume, train

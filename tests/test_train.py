@@ -28,7 +28,7 @@ from support import (
 )
 from torch import Tensor
 
-import peptrain.model
+import peptrain.loss
 import peptrain.train as trainer
 from peptrain.build import open_run
 from peptrain.checkpoint import available
@@ -44,7 +44,7 @@ from peptrain.errors import (
 )
 from peptrain.journal import throughput
 from peptrain.methods import METHODS
-from peptrain.model import token_loss
+from peptrain.ops.cross_entropy import linear_cross_entropy
 from peptrain.rundir import RunDir
 from peptrain.train import resume, train
 
@@ -249,12 +249,12 @@ def test_a_run_of_one_step_needs_no_settings(corpus: Path, tmp_path: Path) -> No
 # Divergence.
 
 
-def spoiled(step: int, spoil: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def spoiled(step: int, spoil: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """The loss, spoiled at the `step`-th batch."""
     calls = iter(range(1, 100))
 
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        value = token_loss(logits, targets)
+    def loss(*arguments: Any, **named: Any) -> Tensor:
+        value = linear_cross_entropy(*arguments, **named)
         return spoil(value) if next(calls) == step else value
 
     return loss
@@ -289,7 +289,7 @@ def test_divergence_names_the_step_the_rate_and_the_last_good_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(peptrain.model, "token_loss", spoiled(6, spoil))
+    monkeypatch.setattr(peptrain.loss, "linear_cross_entropy", spoiled(6, spoil))
     run, often = tmp_path / "run", {"checkpoint_every": 4, "log_every": log_every}
     with pytest.raises(Diverged) as caught:
         train(tiny("bpt", corpus, run, train=often))
@@ -381,7 +381,7 @@ def asked_to_stop(loss: Tensor) -> Tensor:
 def test_a_wish_to_stop_in_the_last_step_is_no_interruption(
     step: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peptrain.model, "token_loss", spoiled(step, asked_to_stop))
+    monkeypatch.setattr(peptrain.loss, "linear_cross_entropy", spoiled(step, asked_to_stop))
     config = tiny("full", corpus, tmp_path / "run", train={"checkpoint_every": 0})
     if step < STEPS:
         with pytest.raises(Interrupted, match=f"saved at step {step} of"):

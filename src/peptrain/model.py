@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch._functorch.config as functorch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.methods.base import Site
@@ -242,77 +240,6 @@ def find_sites(model: PreTrainedModel, fresh: bool = True) -> list[Site]:
         for child, module in parent.named_children()
         if isinstance(module, nn.Linear)
     ]
-
-
-def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
-    """torch.compile each decoder layer in place: one graph serves all, state keys stay.
-
-    memory_budget: the part of the activations that a compiled layer may keep for its backward
-    pass, of those kept by default; 0 recomputes everything. (It is a setting of the process.)
-    """
-    functorch.activation_memory_budget = memory_budget
-    for layer in decoder_layers(model)[1]:
-        layer.compile()
-
-
-WHOLE_WINDOWS = "causal_sdpa"
-"""Hugging Face's own attention under a name that it makes no masks for."""
-
-
-@torch.no_grad()
-def attend_without_masks(model: PreTrainedModel, seq_len: int) -> None:
-    """Let attention be causal by PyTorch's flag alone: every window is whole.
-
-    Hugging Face looks in each forward pass whether windows are packed from several texts, and so
-    waits for the device; and for a model that is being recorded or traced it builds the mask that
-    fast kernels don't take. A model whose logits change, such as one with a sliding window, keeps
-    its masks.
-    """
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if model.config._attn_implementation != "sdpa":
-        return
-    AttentionInterface.register(WHOLE_WINDOWS, sdpa_attention_forward)
-    ids = torch.arange(seq_len, device=model.device)[None] % vocabulary_size(model)
-    was_training = model.training
-    model.eval()
-    before = model(input_ids=ids, use_cache=False).logits
-    model.set_attn_implementation(WHOLE_WINDOWS)
-    if not torch.equal(before, model(input_ids=ids, use_cache=False).logits):
-        model.set_attn_implementation("sdpa")
-        log.info("attention keeps Hugging Face's masks, which do more than hide later tokens")
-    model.train(was_training)
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
-    name = "activation_checkpointing_enable"  # transformers 5.17 has the older name only
-    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-class NextTokenLoss(nn.Module):
-    """The mean cross-entropy of windows of tokens, in nats; what is replicated over ranks.
-
-    The loss is computed inside of forward, so that a wrapper sees the output head's use.
-    """
-
-    def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = torch.compile(token_loss) if compile else token_loss
-
-    def forward(self, windows: Tensor) -> Tensor:
-        """windows: [rows, L + 1] token ids; the first L predict the last L."""
-        logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits
-        return self._loss(logits, windows[:, 1:])
-
-
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, in at least fp32. logits: [rows, L, V]; targets: [rows, L]."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, 1), targets.flatten())
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,12 @@ from peptrain.distributed import World, world
 from peptrain.environment import record_environment
 from peptrain.errors import Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, evaluate
+from peptrain.execution import eager_layers
 from peptrain.files import write_atomically
 from peptrain.initial import adopting, compare_tokenizers
 from peptrain.journal import Journal, Observer, silent
 from peptrain.methods.base import Method
-from peptrain.model import (
-    check_causal,
-    config_file,
-    count_parameters,
-    save_tokenizer,
-)
+from peptrain.model import check_causal, config_file, count_parameters, save_tokenizer
 from peptrain.optim import clip_gradients, set_lr, state_bytes
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir, first_free
@@ -90,7 +85,7 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
     trainee = restore(config, run, here, identity)
     check_vocabulary(trainee.model, corpus)
     if config.model.config is not None:
-        with _eager():
+        with eager_layers():
             check_causal(trainee.model)
     if run is None:
         compare_tokenizers(config, corpus)
@@ -205,12 +200,6 @@ def _flush(journal: Journal, run: RunDir) -> None:
         raise diverged(str(error), run) from None
 
 
-def _eager() -> AbstractContextManager[object]:
-    """Compiled layers would be compiled anew for evaluation's mode and shapes."""
-    context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return context
-
-
 def _evaluate(
     config: RunConfig[Method],
     trainee: Trainee,
@@ -222,7 +211,7 @@ def _evaluate(
     """The held-out loss. Raises Diverged, on every rank, if the last update broke the model."""
     t = config.train
     assert t.micro_batch is not None and t.precision is not None
-    with _eager():
+    with eager_layers():
         held_out = evaluate(
             trainee.model,
             corpus.held_out(),

@@ -17,16 +17,12 @@ from peptrain.config import RunConfig
 from peptrain.data import Corpus
 from peptrain.distributed import World
 from peptrain.errors import ConfigError, DataError, Diverged
+from peptrain.execution import attend_without_masks, checkpoint_activations, compile_layers
 from peptrain.initial import initial_weights
+from peptrain.loss import NextTokenLoss
 from peptrain.methods.base import Method
-from peptrain.model import (
-    NextTokenLoss,
-    attend_without_masks,
-    checkpoint_activations,
-    compile_layers,
-    config_file,
-    vocabulary_size,
-)
+from peptrain.model import config_file, vocabulary_size
+from peptrain.padding import pad_mlps
 from peptrain.passes import Passes, kernels_fuse, passes
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir
@@ -87,10 +83,11 @@ def ready(
     assert t.precision is not None
     model.to(here.device)  # type: ignore[arg-type]
     model.train()
-    if here.device.type == "cuda":
-        attend_without_masks(model, t.seq_len)
     if kernels_fuse(t.kernels, t.precision, here.device):
         config.method.accelerate(model)
+    if here.device.type == "cuda":
+        attend_without_masks(model, t.seq_len)
+        pad_mlps(model)
     if t.checkpoint_activations:
         checkpoint_activations(model)
     if t.compile:

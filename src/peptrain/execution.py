@@ -1,0 +1,71 @@
+"""How a Hugging Face model is run: compiled, recomputed, without masks. Never what it computes."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+import torch._functorch.config as functorch
+
+from peptrain.model import decoder_layers, vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("peptrain")
+
+WHOLE_WINDOWS = "causal_sdpa"
+"""Hugging Face's own attention under a name that it makes no masks for."""
+
+
+def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
+    """torch.compile each decoder layer in place: one graph serves all, state keys stay.
+
+    memory_budget: the part of the activations that a compiled layer may keep for its backward
+    pass, of those kept by default; 0 recomputes everything. (It is a setting of the process.)
+    """
+    functorch.activation_memory_budget = memory_budget
+    for layer in decoder_layers(model)[1]:
+        layer.compile()
+
+
+@torch.no_grad()
+def attend_without_masks(model: PreTrainedModel, seq_len: int) -> None:
+    """Let attention be causal by PyTorch's flag alone: every window is whole.
+
+    Hugging Face looks in each forward pass whether windows are packed from several texts, and so
+    waits for the device; and for a model that is being recorded or traced it builds the mask that
+    fast kernels don't take. A model whose logits change, such as one with a sliding window, keeps
+    its masks.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if model.config._attn_implementation != "sdpa":
+        return
+    AttentionInterface.register(WHOLE_WINDOWS, sdpa_attention_forward)
+    ids = torch.arange(seq_len, device=model.device)[None] % vocabulary_size(model)
+    was_training = model.training
+    model.eval()
+    before = model(input_ids=ids, use_cache=False).logits
+    model.set_attn_implementation(WHOLE_WINDOWS)
+    if not torch.equal(before, model(input_ids=ids, use_cache=False).logits):
+        model.set_attn_implementation("sdpa")
+        log.info("attention keeps Hugging Face's masks, which do more than hide later tokens")
+    model.train(was_training)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    name = "activation_checkpointing_enable"  # transformers 5.17 has the older name only
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def eager_layers() -> AbstractContextManager[object]:
+    """A context in which layers that are compiled run as they are: evaluation's mode and shapes
+    would compile them anew."""
+    context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return context

@@ -1,0 +1,145 @@
+"""Cross-entropy of a linear output head, without all of the logits in memory at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peptrain.ops.linear import compute_dtype
+
+LOGITS = 2**28
+"""Elements of the logits that exist at once: 0.5 GiB in bf16, and twice that for their fp32 copy.
+Of 8192 tokens and a vocabulary of 152k they are an eighth."""
+
+Softmax = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    W: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softmax: Softmax | None = None,
+    limit: int = LOGITS,
+) -> Tensor:
+    """The mean over tokens of -log softmax(x Wᵀ + bias)[target], in nats, at least fp32.
+
+    x: [T, d], W: [V, d], targets: [T] in 0..V-1, bias: [V]. The products are in autocast's dtype
+    where it is on, else in x's; the softmax in at least fp32.
+
+    Tokens are taken in chunks of at most `limit` logits, and a chunk's gradients are computed right
+    after its loss, so that its logits can go; the backward pass only multiplies. It may run once:
+    a second time through a retained graph is a RuntimeError. `softmax` is `softmax_` or a compiled
+    form of it.
+    """
+    dtype = compute_dtype(x)
+    rows = _rows(W.shape[0], limit)
+    if not torch.is_grad_enabled():
+        return _loss(x, W, bias, targets, dtype, rows)
+    arguments = (x, W, bias, targets, dtype, rows, softmax or softmax_)
+    loss: Tensor = _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def softmax_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """Overwrite logits [C, V] with scale * softmax(logits); log-probabilities of targets, [C, 1].
+
+    Everything that passes over the logits is here, so this is what to compile.
+    """
+    logp = F.log_softmax(logits, dim=1, dtype=_wide(logits.dtype))
+    picked = logp.gather(1, targets[:, None])
+    torch.exp(logp.add_(math.log(scale)), out=logits)
+    return picked
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        dtype: torch.dtype,
+        rows: int,
+        softmax: Softmax,
+    ) -> Tensor:
+        needs_x, needs_W, needs_bias = ctx.needs_input_grad[:3]
+        total = x.new_zeros((), dtype=_wide(dtype))
+        dx = torch.empty_like(x) if needs_x else None
+        dW = torch.empty_like(W) if needs_W else None
+        dbias = torch.zeros_like(bias) if needs_bias and bias is not None else None
+        with torch.autocast(x.device.type, enabled=False):
+            head = W.to(dtype)
+            for start in range(0, len(x), rows):
+                here = slice(start, start + rows)
+                part = x[here].to(dtype)
+                logits = _logits(part, head, bias)
+                total += _loss_and_gradient(logits, targets[here], 1 / len(x), softmax)
+                if dx is not None:
+                    _product(logits, head, dx[here], add=False)
+                if dW is not None:
+                    _product(logits.mT, part, dW, add=start > 0)
+                if dbias is not None:
+                    dbias += logits.sum(0, dtype=_wide(dtype))
+        ctx.save_for_backward(dx, dW, dbias)
+        return total / len(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, since these may be the largest gradients of all. autograd watches what it saved,
+        # so a second pass, which would multiply twice, is an error.
+        scaled = (g if g is None else g.mul_(grads[0]) for g in ctx.saved_tensors)
+        return (*scaled, None, None, None, None)
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, scale: float, softmax: Softmax) -> Tensor:
+    """The summed loss of logits [C, V], which become scale * (softmax - one hot), its gradient."""
+    picked = softmax(logits, targets, scale)
+    # From log p, not from the p above, which may be rounded to bf16.
+    logits.scatter_(1, targets[:, None], (scale * picked.expm1()).to(logits.dtype))
+    return -picked.sum()
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """out = a b, or out += a b; a sum that is wider than the factors stays so between chunks."""
+    if out.dtype != a.dtype:
+        product = a @ b
+        out.add_(product) if add else out.copy_(product)
+    elif add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def _loss(
+    x: Tensor, W: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype, rows: int
+) -> Tensor:
+    total = x.new_zeros((), dtype=_wide(dtype))
+    head = W.to(dtype)
+    for start in range(0, len(x), rows):
+        here = slice(start, start + rows)
+        logits = _logits(x[here].to(dtype), head, bias).to(total.dtype)
+        total += F.cross_entropy(logits, targets[here], reduction="sum")
+    return total / len(x)
+
+
+def _logits(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, W, None if bias is None else bias.to(W.dtype))
+
+
+def _rows(V: int, limit: int) -> int:
+    """Tokens of a chunk: the largest power of two with at most `limit` logits."""
+    return 1 << max(limit // V, 1).bit_length() - 1
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

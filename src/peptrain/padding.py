@@ -1,0 +1,155 @@
+"""MLPs of odd width, computed at an aligned one: the parameters keep their shapes.
+
+LLaMA-1B's f is 5461, and a matrix product with an odd side falls to a GPU kernel that is several
+times slower. So the linear layers of such an MLP take zeros beyond f as they compute: gate and up
+answer with columns of 0, silu(0) * 0 = 0, and down has zeros for them. What a layer is to all else,
+to optimizers, checkpoints, merges and counts, stays f wide, since only `forward` is another.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peptrain.methods.base import ReparamLinear
+from peptrain.model import decoder_layers
+
+log = logging.getLogger("peptrain")
+
+VECTOR, TILE = 8, 64
+"""In elements. A row of fewer than 8 bf16 numbers more or less is not aligned to the 16 bytes that
+a GPU's loads take; 64 is the side of its tiles."""
+
+
+def pad_mlps(model: nn.Module) -> int:
+    """Compute every gated MLP of an unaligned width at the next multiple of 64; their number.
+
+    Found by structure in the decoder layers: two or more linear layers d -> f and one f -> d under
+    one parent, f not a multiple of 8, d one. Each is tried, and one whose function or gradients
+    would change (a norm over f, say) is left as it is.
+
+    What a layer saves of its parameters for the backward pass are now padded copies: of LLaMA-1B's
+    MLPs 1.6 GB in bf16. nn.Linear under autocast saves a bf16 copy anyway, and with activation
+    checkpointing only one layer's copies exist at a time.
+    """
+    done: Counter[tuple[bool, int]] = Counter()
+    for parent, f in list(_candidates(model)):
+        done[_pad(parent, f), f] += 1
+    for (padded, f), times in done.items():
+        what = f"computed at {_aligned(f)}" if padded else "left as they are, padding changes them"
+        log.info("%d MLPs of width %d: %s", times, f, what)
+    return sum(times for (padded, _), times in done.items() if padded)
+
+
+Linear = nn.Linear | ReparamLinear
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+    """Parents that look like a gated MLP of an unaligned width f, with f."""
+    for parent in decoder_layers(model)[1].modules():
+        linears = _linears(parent)
+        for f in {m.in_features for m in linears if m.in_features % VECTOR}:
+            into = [m for m in linears if m.out_features == f]
+            out_of = [m for m in linears if m.in_features == f]
+            outside = [m.in_features for m in into] + [m.out_features for m in out_of]
+            if len(into) >= 2 and len(out_of) == 1 and not any(d % VECTOR for d in outside):
+                yield parent, f
+
+
+def _linears(parent: nn.Module) -> list[Linear]:
+    return [m for m in parent.children() if isinstance(m, Linear)]
+
+
+def _pad(parent: nn.Module, f: int) -> bool:
+    """Pad what f is a side of in `parent`, unless that changes what it does."""
+    d = next(m.in_features for m in _linears(parent) if m.out_features == f)
+    was_training = parent.training
+    parent.eval()  # dropout would draw, and other numbers for another width
+    wanted = _behaviour(parent, d)
+    _install(parent, f, 2 * f)  # where a mean over the width would show in any dtype
+    same = wanted is not None and _alike(wanted, _behaviour(parent, d))
+    _install(parent, f, _aligned(f)) if same else _uninstall(parent)
+    parent.train(was_training)
+    return same
+
+
+def _behaviour(parent: nn.Module, d: int) -> list[Tensor] | None:
+    """y, and the gradients of x and of all that is trained; None where it takes more than x."""
+    p = next(parent.parameters())
+    x = torch.randn(1, 8, d, generator=torch.Generator().manual_seed(0)).to(p).requires_grad_()
+    trained = [q for q in parent.parameters() if q.requires_grad]
+    try:
+        y = parent(x)
+        grads = torch.autograd.grad(y, [x, *trained], torch.ones_like(y), allow_unused=True)
+    except Exception:  # whatever a module says to an input or a width that it does not take
+        return None
+    return [y.detach(), *(g for g in grads if g is not None)]
+
+
+def _alike(wanted: list[Tensor], found: list[Tensor] | None) -> bool:
+    """Whether all is the same up to rounding, and there is something to compare."""
+    if found is None or len(found) != len(wanted) or not wanted[0].any():
+        return False
+    tolerance = (
+        torch.finfo(wanted[0].dtype).eps ** 0.5
+    )  # 9 % in bf16; a norm changes by 29 % or more
+    pairs = list(zip(wanted, found, strict=True))
+    alike = [(a - b).abs().max() <= tolerance * a.abs().max() for a, b in pairs]
+    return all(a.shape == b.shape for a, b in pairs) and all(map(bool, alike))
+
+
+class _Padded:
+    """Mixed into the class of an MLP: its own forward, on parameters with zeros beyond f."""
+
+    _f: int
+    _working_f: int
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        f, working = self._f, self._working_f
+        padded = {n: _wider(p, f, working) for n, p in self.named_parameters() if f in p.shape}
+        if not padded:  # inside of the call below
+            y: Tensor = super().forward(x)  # type: ignore[misc]
+            return y
+        made: Tensor = functional_call(self, padded, (x,))
+        return made
+
+
+def _wider(p: Tensor, f: int, working: int) -> Tensor:
+    """p with zeros after every side that is f. Their gradients are cut off, NaN or not.
+
+    Raises ValueError where two sides are f, one of which would be a rank.
+    """
+    if p.shape.count(f) > 1:
+        raise ValueError(f"which side of {list(p.shape)} is the width?")
+    pads = [(0, working - f if side == f else 0) for side in reversed(p.shape)]
+    return F.pad(p, [n for pair in pads for n in pair])
+
+
+def _install(mlp: nn.Module, f: int, working: int) -> None:
+    """By class, not by an attribute `forward`: that would make a cycle, which keeps a model that
+    is let go in memory, and a copy would compute with the weights of the original."""
+    if not isinstance(mlp, _Padded):
+        mlp.__class__ = _padded_class(type(mlp))  # type: ignore[arg-type]
+    mlp._f, mlp._working_f = f, working  # type: ignore[assignment]
+
+
+def _uninstall(mlp: nn.Module) -> None:
+    mlp.__class__ = type(mlp).__bases__[1]
+    del mlp._f, mlp._working_f
+
+
+@cache
+def _padded_class(of: type[nn.Module]) -> type[nn.Module]:
+    return type(of.__name__, (_Padded, of), {"__module__": of.__module__})
+
+
+def _aligned(f: int) -> int:
+    return -(-f // TILE) * TILE
