@@ -9,6 +9,8 @@ from support import losses, newest, tiny, tiny_method
 from peptrain.eval.run import evaluate_run
 from peptrain.export import export
 from peptrain.methods import METHODS
+from peptrain.model import token_loss
+from peptrain.ops.cross_entropy import linear_cross_entropy, softmax_
 from peptrain.train import resume, train
 
 pytestmark = pytest.mark.gpu
@@ -67,3 +69,40 @@ def test_compiled_layers_give_the_same_losses(name: str, corpus: Path, tmp_path:
         losses(tmp_path / "False"), losses(tmp_path / "True"), strict=True
     ):
         assert eager == pytest.approx(compiled, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_mlp_of_odd_width_is_padded_and_trains_the_same(
+    name: str, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = {"intermediate_size": 21}
+    for device in ("cpu", "cuda"):
+        config = {"precision": "fp64", "device": device}
+        with caplog.at_level("INFO", "peptrain"):
+            train(tiny(name, corpus, tmp_path / device, model=odd, train=config, optim=CALM))
+        assert ("2 MLPs of width 21: computed at 64" in caplog.text) == (device == "cuda")
+    for (_, cpu), (_, gpu) in zip(losses(tmp_path / "cpu"), losses(tmp_path / "cuda"), strict=True):
+        assert cpu == pytest.approx(gpu, abs=1e-4)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+def test_a_chunked_loss_is_the_plain_one(precision: str, compile: bool) -> None:
+    """Several chunks, the last one short, at a vocabulary that fills a kernel's blocks unevenly."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    draw = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 64, generator=draw).to("cuda", dtype) for n in (700, 5003))
+    targets = torch.randint(5003, (700,), generator=draw).cuda()
+    softmax = torch.compile(softmax_) if compile else None
+    found = []
+    for form in (True, False):
+        leaves = [x.clone().requires_grad_(), W.clone().requires_grad_()]
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            if form:
+                loss = linear_cross_entropy(*leaves, targets, softmax=softmax, limit=256 * 5003)
+            else:
+                loss = token_loss((leaves[0] @ leaves[1].mT)[None], targets[None])
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for ours, plain in zip(*found, strict=True):
+        assert ours.dtype == plain.dtype
+        assert (ours - plain).float().norm() < 0.01 * plain.float().norm()
