@@ -35,6 +35,11 @@ QWEN = {"family": "qwen2", "kv_heads": 1, "tied": True}
 """Biases, grouped keys, and an embedding that is the head too."""
 
 
+FOLDED_BY_ROUNDING = 1e-4
+"""What folding in fp32 may change of the logits, relative to the largest: over 60 seeds of
+lowrank-olmo2 the median was 4e-7 and the largest 6e-5."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One trained run."""
@@ -190,7 +195,7 @@ def test_a_process_without_peptrain_computes_the_runs_logits(
         assert found["logits"].dtype == twin.dtype == opened.model.dtype
         assert relative(found["logits"], twin) < 1e-6, name
         if case.precision != "bf16":
-            assert relative(found["logits"], logits(opened.model)) < 2e-5, name
+            assert relative(found["logits"], logits(opened.model)) < FOLDED_BY_ROUNDING, name
         assert torch.equal(found["generated"], generated(load(exports.dense(name)))), name
 
 
@@ -410,7 +415,8 @@ def test_the_tolerance_lies_between_right_and_wrong_folds(name: str, exports: Ex
         return wide(open_run(exports.run(name)).model)
 
     exact = logits(model())
-    assert relative(with_weights(model(), lambda layer: layer.effective_weight()), exact) < 2e-5
+    right = with_weights(model(), lambda layer: layer.effective_weight())
+    assert relative(right, exact) < FOLDED_BY_ROUNDING
     for cls, fold in WRONG.values():
         if name in FOLDED[cls]:
             assert relative(with_weights(model(), fold), exact) > 10 * max(TOLERANCE.values())

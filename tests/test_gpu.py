@@ -10,8 +10,10 @@ from support import losses, newest, tiny, tiny_method
 
 from peptrain.eval.run import evaluate_run
 from peptrain.export import export
+from peptrain.loss import token_loss
 from peptrain.methods import METHODS
 from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
+from peptrain.ops.cross_entropy import linear_cross_entropy, softmax_
 from peptrain.ops.riemannian_gram import gram_steps_
 from peptrain.ops.spectral import semi_orthogonal
 from peptrain.train import resume, train
@@ -134,3 +136,40 @@ def test_loros_exact_step_is_that_of_the_cpu(r: int) -> None:
 def test_a_frame_is_that_of_the_cpu(n: int, r: int) -> None:
     frames = [semi_orthogonal(n, r, seeded(), device=device) for device in ("cpu", "cuda")]
     torch.testing.assert_close(frames[1].cpu(), frames[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_mlp_of_odd_width_is_padded_and_trains_the_same(
+    name: str, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = {"intermediate_size": 21}
+    for device in ("cpu", "cuda"):
+        config = {"precision": "fp64", "device": device}
+        with caplog.at_level("INFO", "peptrain"):
+            train(tiny(name, corpus, tmp_path / device, model=odd, train=config, optim=CALM))
+        assert ("2 MLPs of width 21: computed at 64" in caplog.text) == (device == "cuda")
+    for (_, cpu), (_, gpu) in zip(losses(tmp_path / "cpu"), losses(tmp_path / "cuda"), strict=True):
+        assert cpu == pytest.approx(gpu, abs=1e-4)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+def test_a_chunked_loss_is_the_plain_one(precision: str, compile: bool) -> None:
+    """Several chunks, the last one short, at a vocabulary that fills a kernel's blocks unevenly."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    draw = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 64, generator=draw).to("cuda", dtype) for n in (700, 5003))
+    targets = torch.randint(5003, (700,), generator=draw).cuda()
+    softmax = torch.compile(softmax_) if compile else None
+    found = []
+    for form in (True, False):
+        leaves = [x.clone().requires_grad_(), W.clone().requires_grad_()]
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            if form:
+                loss = linear_cross_entropy(*leaves, targets, softmax=softmax, limit=256 * 5003)
+            else:
+                loss = token_loss((leaves[0] @ leaves[1].mT)[None], targets[None])
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for ours, plain in zip(*found, strict=True):
+        assert ours.dtype == plain.dtype
+        assert (ours - plain).float().norm() < 0.01 * plain.float().norm()

@@ -21,14 +21,20 @@ WHOLE_WINDOWS = "causal_sdpa"
 
 
 def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
-    """torch.compile each decoder layer in place: one graph serves all, state keys stay.
+    """torch.compile each decoder layer in place: one graph serves all, state keys stay. The norm
+    after the last of them is compiled as well.
 
     memory_budget: the part of the activations that a compiled layer may keep for its backward
     pass, of those kept by default; 0 recomputes everything. (It is a setting of the process.)
     """
     functorch.activation_memory_budget = memory_budget
-    for layer in decoder_layers(model)[1]:
+    name, layers = decoder_layers(model)
+    for layer in layers:
         layer.compile()
+    beside = model.get_submodule(name.rpartition(".")[0]).children()
+    for module in beside:
+        if "Norm" in type(module).__name__:
+            module.compile()
 
 
 @torch.no_grad()

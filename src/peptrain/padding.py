@@ -84,7 +84,8 @@ def _pad(parent: nn.Module, f: int) -> bool:
 def _behaviour(parent: nn.Module, d: int) -> list[Tensor] | None:
     """y, and the gradients of x and of all that is trained; None where it takes more than x."""
     p = next(parent.parameters())
-    x = torch.randn(1, 8, d, generator=torch.Generator().manual_seed(0)).to(p).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 8, d, generator=generator, device="cpu").to(p).requires_grad_()
     trained = [q for q in parent.parameters() if q.requires_grad]
     try:
         y = parent(x)

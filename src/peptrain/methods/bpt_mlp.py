@@ -68,5 +68,5 @@ def _candidates(module: nn.Module, layer: type[ReparamLinear]) -> Iterator[tuple
 def _is_swiglu(module: nn.Module, roles: tuple[str, str, str]) -> bool:
     gate, up, down = (getattr(module, name) for name in roles)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, gate.in_features, generator=generator).to(gate.weight)
+    x = torch.randn(4, gate.in_features, generator=generator, device="cpu").to(gate.weight)
     return torch.equal(module(x), down(F.silu(gate(x)) * up(x)))
