@@ -22,7 +22,7 @@ LEVELS: list[tuple[str, ...]] = [
     ("settings.py", "files.py", "rng.py", "optim.py", "schedule.py", "distributed.py", "rundir.py",
      "signals.py", "toml.py"),
     ("methods/*.py",),
-    ("model.py", "execution.py", "loss.py", "padding.py", "data/*.py", "checkpoint.py",
+    ("model.py", "execution.py", "loss.py", "padding.py", "stacking.py", "data/*.py", "checkpoint.py",
      "dense.py", "eval/__init__.py",
      "eval/perplexity.py"),
     ("config.py", "build.py", "journal.py"),

@@ -10,6 +10,7 @@ import torch
 import torch._functorch.config as functorch
 
 from peptrain.model import decoder_layers, vocabulary_size
+from peptrain.stacking import StackThinLinears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
     functorch.activation_memory_budget = memory_budget
     name, layers = decoder_layers(model)
     for layer in layers:
-        layer.compile()
+        layer.compile(options={"pre_grad_custom_pass": StackThinLinears()})
     beside = model.get_submodule(name.rpartition(".")[0]).children()
     for module in beside:
         if "Norm" in type(module).__name__:
