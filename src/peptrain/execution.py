@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._functorch.config as functorch
+from torch import fx
 
 from peptrain.model import decoder_layers, vocabulary_size
-from peptrain.stacking import StackThinLinears
 
 if TYPE_CHECKING:
+    from torch._inductor.utils import InputType
     from transformers import PreTrainedModel
 
 log = logging.getLogger("peptrain")
 
 WHOLE_WINDOWS = "causal_sdpa"
 """Hugging Face's own attention under a name that it makes no masks for."""
+
+
+def stacking_inductor(graph: fx.GraphModule, inputs: Sequence[InputType]) -> Any:
+    """PyTorch's own compiler after StackThinLinears. One function for all layers, or each of them
+    would be compiled anew."""
+    from torch._inductor.compile_fx import compile_fx  # seconds to import
+
+    from peptrain.stacking import StackThinLinears
+
+    return compile_fx(graph, inputs, config_patches={"pre_grad_custom_pass": StackThinLinears()})
 
 
 def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
@@ -31,7 +43,7 @@ def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
     functorch.activation_memory_budget = memory_budget
     name, layers = decoder_layers(model)
     for layer in layers:
-        layer.compile(options={"pre_grad_custom_pass": StackThinLinears()})
+        layer.compile(backend=stacking_inductor)
     beside = model.get_submodule(name.rpartition(".")[0]).children()
     for module in beside:
         if "Norm" in type(module).__name__:

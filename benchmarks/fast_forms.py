@@ -1,0 +1,97 @@
+"""Whether the fast forms train as the plain ones do: the same losses within seed noise.
+
+    python benchmarks/fast_forms.py [ROW ...] [--steps 300] [--json FILE]
+
+Each row is trained plainly with two seeds (no kernels, no compiler, no graph) and fast with the
+first of them, through the trainer, merges and exact steps included, on the default corpus.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import announce, configured, device_of, free, parser, table, write
+
+from peptrain.config import RunConfig, TrainConfig
+from peptrain.methods import methods
+from peptrain.model import ModelConfig
+from peptrain.train import train
+
+ROWS = ("bpt:rank=128", "relora:rank=128", "loro:rank=128")
+HEADER = ("row", "plain, seed 0", "plain, seed 1", "fast, seed 0", "fast - plain", "seeds apart",
+          "largest gap of 10-step means", "tokens/s, plain and fast")  # fmt: skip
+
+
+def run(row: str, seed: int, fast: bool, args: Any, device: torch.device) -> dict[str, Any]:
+    """The held-out loss, the losses of training and the speed of one run."""
+    on_gpu = device.type == "cuda"
+    vocabulary = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
+    base = RunConfig(
+        method=methods()["full"](),
+        model=ModelConfig(preset=args.preset, layers=args.layers, **vocabulary),
+        train=TrainConfig(
+            steps=args.steps, batch_size=args.batch_size, micro_batch=args.batch_size,
+            seq_len=256, seed=seed, precision=args.precision, log_every=1, eval_every=0,
+            checkpoint_every=0, keep=1, compile=fast, cuda_graph=fast and on_gpu,
+            kernels="auto" if fast else "torch",
+        ),
+    )  # fmt: skip
+    losses: list[float] = []
+
+    def observe(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            losses.append(event["loss"])
+
+    with tempfile.TemporaryDirectory() as directory:
+        config = replace(configured(row, base, args.set, device=device), run=Path(directory) / "r")
+        result = train(config, observe)
+    free()
+    speed = result.tokens_per_second
+    return {"row": row, "seed": seed, "fast": fast, "held_out": result.held_out.loss,
+            "losses": losses, "tokens_per_second": speed}  # fmt: skip
+
+
+def gap(one: list[float], other: list[float]) -> float:
+    """The largest distance of means over ten steps."""
+    means = [[statistics.mean(x[i : i + 10]) for i in range(0, len(x), 10)] for x in (one, other)]
+    return max(abs(a - b) for a, b in zip(*means, strict=True))
+
+
+def cells(plain: dict[str, Any], other: dict[str, Any], fast: dict[str, Any]) -> list[str]:
+    return [
+        plain["row"],
+        *(f"{found['held_out']:.4f}" for found in (plain, other, fast)),
+        f"{fast['held_out'] - plain['held_out']:+.4f}",
+        f"{other['held_out'] - plain['held_out']:+.4f}",
+        f"{gap(plain['losses'], fast['losses']):.4f}",
+        f"{plain['tokens_per_second']:,.0f}, {fast['tokens_per_second']:,.0f}",
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("rows", nargs="*", default=ROWS, metavar="ROW")
+    made.add_argument("--steps", type=int, default=300)
+    made.add_argument("--batch-size", type=int, default=64)
+    made.add_argument("--vocab-size", type=int)
+    made.set_defaults(preset="llama-60m")
+    args = made.parse_intermixed_args(argv)
+    device = device_of(args.device)
+    announce(device, {"preset": args.preset, "precision": args.precision, "steps": args.steps,
+                      "batch": f"{args.batch_size} x 256"})  # fmt: skip
+    found, lines = [], []
+    for row in args.rows:
+        three = [run(row, seed, fast, args, device) for seed, fast in ((0, 0), (1, 0), (0, 1))]
+        found += three
+        lines.append(cells(*three))
+        write(args, device, found)
+    table(HEADER, lines)
+
+
+if __name__ == "__main__":
+    main()
