@@ -45,14 +45,13 @@ ROWS = ("full", "lora", "loro")
 HEADER = ("row", "trainer, thousand tokens/s", "bare", "ratio")
 
 
-def trainer_rates(config: RunConfig[Method]) -> tuple[list[float], int]:
-    """Tokens/s of each row of metrics but the first, which warms up and may compile; and how many
-    parameters train."""
+def trainer_rates(config: RunConfig[Method]) -> list[float]:
+    """Tokens/s of each row of metrics but the first, which warms up and may compile."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        result = train(replace(config, run=run))
+        train(replace(config, run=run))
         rows = [row for row in RunDir(run).metrics() if row["event"] == "step"]
-    return [row["tokens_per_second"] for row in rows[1:]], result.trainable
+    return [row["tokens_per_second"] for row in rows[1:]]
 
 
 def bare_rates(config: RunConfig[Method], device: torch.device) -> list[float]:
@@ -78,7 +77,7 @@ def measured(
     trainer: list[float] = []
     bare: list[float] = []
     for _ in range(rounds):
-        trainer += trainer_rates(config)[0]
+        trainer += trainer_rates(config)
         free()
         bare += bare_rates(config, device)
         free()
