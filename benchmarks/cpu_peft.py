@@ -17,16 +17,16 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import (
+    CLOCKS,
+    Marks,
     announce,
     base_config,
     configured,
@@ -38,7 +38,7 @@ from common import (
     table,
     write,
 )
-from loop import eventless
+from loop import eventless, peptrain_run
 from torch import nn
 from transformers import (
     PrinterCallback,
@@ -52,17 +52,14 @@ from transformers import (
 from peptrain.build import plain_model
 from peptrain.config import DataConfig, RunConfig
 from peptrain.data import Corpus, default_corpus
-from peptrain.journal import throughput
 from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
 from peptrain.model import count_parameters, find_sites
-from peptrain.train import train
 
 CPU = torch.device("cpu")
 ROWS = ("lora", "lora:train_rest=false", "relora", "bpt", "loro", "full")
 BESIDE = {"rest": "Trainer + PEFT, the rest trains too", "adapters": "Trainer + PEFT, adapters",
           "full": "Trainer, full"}  # fmt: skip
-CLOCKS = ("wall", "cpu")
 HEADER = ("row", "thousand tokens/s (quartiles)", "per CPU second", "ratio", "CPU ratio", "beside",
           "trainable")  # fmt: skip
 
@@ -75,24 +72,6 @@ def beside(row: str) -> str:
     return "rest" if own.get("train_rest", True) else "adapters"
 
 
-@dataclass
-class Marks:
-    """When stretches of steps ended, by the clock on the wall and by this process's CPU time."""
-
-    ends: list[tuple[float, float]] = field(default_factory=list)
-
-    def mark(self) -> None:
-        self.ends.append((time.perf_counter(), time.process_time()))
-
-    def rates(self, tokens: int) -> dict[str, list[float]]:
-        """Tokens per second of each stretch but the first, which begins with the run."""
-        gaps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(self.ends)]
-        return {
-            "wall": [throughput(tokens, wall) for wall, _ in gaps],
-            "cpu": [throughput(tokens, cpu) for _, cpu in gaps],
-        }
-
-
 class Clock(TrainerCallback):
     """Marks every so many steps of a Trainer."""
 
@@ -102,17 +81,6 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             self.marks.mark()
-
-
-def peptrain_run(config: RunConfig[Method], marks: Marks) -> int:
-    """Train, marking every row of metrics; how many parameters trained."""
-
-    def observe(row: Mapping[str, Any]) -> None:
-        if row["event"] == "step":
-            marks.mark()
-
-    with tempfile.TemporaryDirectory() as folder:
-        return train(replace(config, run=Path(folder) / "run"), observe).trainable
 
 
 def peft_model(config: RunConfig[Method], kind: str) -> nn.Module:
