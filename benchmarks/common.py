@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,7 @@ import peptrain.environment
 from peptrain import toml
 from peptrain.config import RunConfig, TrainConfig, resolved
 from peptrain.distributed import World
+from peptrain.journal import throughput
 from peptrain.methods import methods
 from peptrain.methods.base import Method
 from peptrain.model import ModelConfig, count_parameters, vocabulary_size
@@ -85,12 +86,12 @@ def configured(
 
 
 def _set(config: RunConfig[Method], key: str, value: Any) -> RunConfig[Method]:
-    section, _, field = key.partition(".")
+    section, _, name = key.partition(".")
     old = getattr(config, section)
     hints = get_type_hints(type(old))
-    if field not in hints:
-        raise SystemExit(toml.unknown(key, [f"{section}.{name}" for name in hints]))
-    new = replace(old, **{field: toml.parse_value(hints[field], value, key)})
+    if name not in hints:
+        raise SystemExit(toml.unknown(key, [f"{section}.{known}" for known in hints]))
+    new = replace(old, **{name: toml.parse_value(hints[name], value, key)})
     return replace(config, **{section: new})
 
 
@@ -219,6 +220,27 @@ def waited(action: Callable[[], object], device: torch.device) -> float:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+CLOCKS = ("wall", "cpu")
+
+
+@dataclass
+class Marks:
+    """When stretches of steps ended, by the clock on the wall and by this process's CPU time."""
+
+    ends: list[tuple[float, float]] = field(default_factory=list)
+
+    def mark(self) -> None:
+        self.ends.append((time.perf_counter(), time.process_time()))
+
+    def rates(self, tokens: int) -> dict[str, list[float]]:
+        """Tokens per second of each stretch but the first, which begins with the run."""
+        gaps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(self.ends)]
+        return {
+            "wall": [throughput(tokens, wall) for wall, _ in gaps],
+            "cpu": [throughput(tokens, cpu) for _, cpu in gaps],
+        }
 
 
 def reset_peak() -> None:

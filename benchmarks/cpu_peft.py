@@ -5,8 +5,11 @@
 
 The same model, ranks, matrices, batch, sequence length and text, fp32 and fused AdamW in both. All
 rows take turns, round by round; a rate is the median over stretches of --log-every steps, without
-the first of each turn. PEFT trains adapters alone, so it is measured as that (beside a row with
-train_rest=false) and with all that is not adapted training too, as peptrain's default has it.
+the first of each turn. Rates are also given per second of CPU time, which other processes disturb
+less; that is of use with OMP_NUM_THREADS=1 only, since idle threads spin.
+
+PEFT trains adapters alone, so it is measured as that (beside a row with train_rest=false) and with
+all that is not adapted training too, as peptrain's default has it.
 """
 
 from __future__ import annotations
@@ -14,14 +17,16 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import (
+    CLOCKS,
+    Marks,
     announce,
     base_config,
     configured,
@@ -33,12 +38,13 @@ from common import (
     table,
     write,
 )
-from loop import eventless, trainer_rates
+from loop import eventless, peptrain_run
 from torch import nn
 from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
@@ -46,7 +52,6 @@ from transformers import (
 from peptrain.build import plain_model
 from peptrain.config import DataConfig, RunConfig
 from peptrain.data import Corpus, default_corpus
-from peptrain.journal import throughput
 from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
 from peptrain.model import count_parameters, find_sites
@@ -55,7 +60,8 @@ CPU = torch.device("cpu")
 ROWS = ("lora", "lora:train_rest=false", "relora", "bpt", "loro", "full")
 BESIDE = {"rest": "Trainer + PEFT, the rest trains too", "adapters": "Trainer + PEFT, adapters",
           "full": "Trainer, full"}  # fmt: skip
-HEADER = ("row", "thousand tokens/s (quartiles)", "beside", "ratio", "trainable")
+HEADER = ("row", "thousand tokens/s (quartiles)", "per CPU second", "ratio", "CPU ratio", "beside",
+          "trainable")  # fmt: skip
 
 
 def beside(row: str) -> str:
@@ -67,13 +73,14 @@ def beside(row: str) -> str:
 
 
 class Clock(TrainerCallback):
-    """The time after each step."""
+    """Marks every so many steps of a Trainer."""
 
-    def __init__(self) -> None:
-        self.marks: list[float] = []
+    def __init__(self, marks: Marks, every: int) -> None:
+        self.marks, self.every = marks, every
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.marks.append(time.perf_counter())
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            self.marks.mark()
 
 
 def peft_model(config: RunConfig[Method], kind: str) -> nn.Module:
@@ -104,9 +111,9 @@ def rows_of(config: RunConfig[Method]) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row[:-1], "labels": row[:-1]} for row in torch.cat(batches)]
 
 
-def peft_rates(config: RunConfig[Method], kind: str) -> tuple[list[float], int]:
-    """Tokens/s of each stretch of a Trainer's run but the first; its trainable parameters."""
-    t, clock = config.train, Clock()
+def trainer_run(config: RunConfig[Method], kind: str, marks: Marks) -> int:
+    """The same by Hugging Face's Trainer, with its own defaults."""
+    t = config.train
     model = peft_model(config, kind)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -128,44 +135,43 @@ def peft_rates(config: RunConfig[Method], kind: str) -> tuple[list[float], int]:
             args=arguments,
             train_dataset=rows_of(config),
             data_collator=default_data_collator,
-            callbacks=[clock],
+            callbacks=[Clock(marks, t.log_every)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    ends = clock.marks[t.log_every - 1 :: t.log_every]
-    tokens = t.log_every * t.batch_size * t.seq_len
-    rates = [throughput(tokens, b - a) for a, b in pairwise(ends)]
-    return rates, count_parameters(model, trainable=True)
+    return count_parameters(model, trainable=True)
 
 
 def measured(configs: dict[str, RunConfig[Method]], rounds: int) -> list[dict[str, Any]]:
-    """Every row, ours and Trainer's, in turns."""
-    kinds = [kind for kind in BESIDE if kind in {beside(row) for row in configs}]
-    found: dict[str, dict[str, Any]] = {BESIDE[kind]: {"rates": []} for kind in kinds}
-    found |= {row: {"rates": [], **described(c)} for row, c in configs.items()}
+    """Every row, Trainer's and ours, in turns."""
     lora = next(c for row, c in configs.items() if split_row(row)[0] == "lora")
+    kinds = [kind for kind in BESIDE if kind in {beside(row) for row in configs}]
+    calls: dict[str, Callable[[Marks], int]] = {
+        BESIDE[kind]: partial(trainer_run, lora, kind) for kind in kinds
+    }
+    calls |= {row: partial(peptrain_run, config) for row, config in configs.items()}
+    tokens = lora.train.log_every * lora.train.batch_size * lora.train.seq_len
+    found: dict[str, dict[str, Any]] = {row: {"row": row, "wall": [], "cpu": []} for row in calls}
     for number in range(rounds):
-        for kind in kinds:
-            rates, trainable = peft_rates(lora, kind)
-            found[BESIDE[kind]]["rates"] += rates
-            found[BESIDE[kind]]["trainable"] = trainable
-        for row, config in configs.items():
-            rates, trainable = trainer_rates(config)
-            found[row]["rates"] += rates
-            found[row]["trainable"] = trainable
+        for row, call in calls.items():
+            marks = Marks()
+            found[row]["trainable"] = call(marks)
+            for clock, rates in marks.rates(tokens).items():
+                found[row][clock] += rates
         load = ", ".join(f"{n:.1f}" for n in os.getloadavg())
         print(f"round {number + 1} of {rounds}: load average {load}", flush=True)
-    return [{"row": row, **numbers} for row, numbers in found.items()]
+    return [row | (described(configs[n]) if n in configs else {}) for n, row in found.items()]
 
 
-def cells(row: dict[str, Any], all_rows: list[dict[str, Any]]) -> list[str]:
-    thousands = spread([rate / 1e3 for rate in row["rates"]])
-    other = BESIDE[beside(row["row"])] if row["row"] not in BESIDE.values() else ""
-    ratio = ""
-    for one in all_rows:
-        if one["row"] == other:
-            ratio = f"{statistics.median(row['rates']) / statistics.median(one['rates']):.2f}"
-    return [row["row"], thousands, other, ratio, f"{row['trainable'] / 1e6:.2f}M"]
+def cells(row: dict[str, Any], all_rows: dict[str, dict[str, Any]]) -> list[str]:
+    rates = [spread([rate / 1e3 for rate in row[clock]]) for clock in CLOCKS]
+    trainable = f"{row['trainable'] / 1e6:.2f}M"
+    if row["row"] in BESIDE.values():
+        return [row["row"], *rates, "", "", "", trainable]
+    other = BESIDE[beside(row["row"])]
+    medians = {r: {c: statistics.median(all_rows[r][c]) for c in CLOCKS} for r in all_rows}
+    ratios = [f"{medians[row['row']][c] / medians[other][c]:.2f}" for c in CLOCKS]
+    return [row["row"], *rates, *ratios, other, trainable]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -188,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
                    "set": args.set})  # fmt: skip
     found = measured(configs, args.rounds)
     print()
-    table(HEADER, [cells(row, found) for row in found])
+    table(HEADER, [cells(row, {r["row"]: r for r in found}) for row in found])
     write(args, CPU, found)
 
 

@@ -4,20 +4,24 @@
 
 `train` reads the corpus, journals, looks for signals and checks losses; the bare loop does forward,
 backward, clipping and the optimizer's step on batches that lie on the device already. They take
-turns; both rates are medians over stretches of --log-every steps.
+turns; both rates are medians over stretches of --log-every steps, without each turn's first. The
+second ratio is by CPU time, which other processes disturb less, but idle threads add to it.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-import time
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import (
+    CLOCKS,
+    Marks,
     announce,
     base_config,
     configured,
@@ -30,67 +34,66 @@ from common import (
     spread,
     start,
     step,
-    synchronize,
     table,
     write,
 )
 
 from peptrain.config import DataConfig, RunConfig
-from peptrain.journal import throughput
 from peptrain.methods.base import Method
-from peptrain.rundir import RunDir
 from peptrain.train import train
 
 ROWS = ("full", "lora", "loro")
-HEADER = ("row", "trainer, thousand tokens/s", "bare", "ratio")
+HEADER = ("row", "trainer, thousand tokens/s (quartiles)", "bare", "ratio", "of CPU time")
 
 
-def trainer_rates(config: RunConfig[Method]) -> tuple[list[float], int]:
-    """Tokens/s of each row of metrics but the first, which warms up and may compile; and how many
-    parameters train."""
+def peptrain_run(config: RunConfig[Method], marks: Marks) -> int:
+    """Train, marking every row of metrics; how many parameters trained."""
+
+    def observe(row: Mapping[str, Any]) -> None:
+        if row["event"] == "step":
+            marks.mark()
+
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        result = train(replace(config, run=run))
-        rows = [row for row in RunDir(run).metrics() if row["event"] == "step"]
-    return [row["tokens_per_second"] for row in rows[1:]], result.trainable
+        return train(replace(config, run=Path(folder) / "run"), observe).trainable
 
 
-def bare_rates(config: RunConfig[Method], device: torch.device) -> list[float]:
-    """Tokens/s of the same stretches of the same steps, and nothing else."""
+def bare_run(config: RunConfig[Method], device: torch.device, marks: Marks) -> None:
+    """The same steps and nothing else, marked as often, the loss read as often."""
     t = config.train
     training = start(config, device, quick=False)
     windows = random_windows(training)
-    rates = []
-    for _ in range(t.steps // t.log_every):
-        begin = time.perf_counter()
-        for i in range(t.log_every):
-            loss = step(training, windows[i % len(windows)])
-        loss.item()
-        synchronize(device)
-        tokens = t.log_every * t.batch_size * t.seq_len
-        rates.append(throughput(tokens, time.perf_counter() - begin))
-    return rates[1:]
+    for i in range(1, t.steps + 1):
+        loss = step(training, windows[i % len(windows)])
+        if i % t.log_every == 0:
+            loss.item()
+            marks.mark()
 
 
 def measured(
     row: str, config: RunConfig[Method], device: torch.device, rounds: int
 ) -> dict[str, Any]:
-    trainer: list[float] = []
-    bare: list[float] = []
+    tokens = config.train.log_every * config.train.batch_size * config.train.seq_len
+    found: dict[str, Any] = {"row": row, **described(config)}
+    calls = {"trainer": partial(peptrain_run, config), "bare": partial(bare_run, config, device)}
+    for name in calls:
+        found[name] = {clock: [] for clock in CLOCKS}
     for _ in range(rounds):
-        trainer += trainer_rates(config)[0]
-        free()
-        bare += bare_rates(config, device)
-        free()
-    ratio = statistics.median(trainer) / statistics.median(bare)
-    found = {"row": row, "trainer": trainer, "bare": bare, "ratio": ratio}
-    return found | described(config)
+        for name, call in calls.items():
+            marks = Marks()
+            call(marks)
+            free()
+            for clock, rates in marks.rates(tokens).items():
+                found[name][clock] += rates
+    return found
+
+
+def ratio(row: dict[str, Any], clock: str) -> float:
+    return statistics.median(row["trainer"][clock]) / statistics.median(row["bare"][clock])
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    thousands = {k: [rate / 1e3 for rate in row[k]] for k in ("trainer", "bare")}
-    return [row["row"], spread(thousands["trainer"]), spread(thousands["bare"]),
-            f"{row['ratio']:.3f}"]  # fmt: skip
+    rates = [spread([rate / 1e3 for rate in row[k]["wall"]]) for k in ("trainer", "bare")]
+    return [row["row"], *rates, *(f"{ratio(row, clock):.3f}" for clock in CLOCKS)]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -97,7 +97,9 @@ def test_the_share_of_a_merge_is_of_the_steps_that_lie_between(
 def test_loop(script: Any, tmp_path: Path, corpus: Path) -> None:
     given = [f"--data={corpus}", "--batch-size=2", "--seq-len=16", "--steps=4", "--log-every=2"]
     rows = numbers(script("loop"), tmp_path / "json", *SMALL, *given, "--rounds=2", "full", "loro")
-    assert all(len(r["trainer"]) == len(r["bare"]) == 2 and r["ratio"] > 0 for r in rows)
+    assert all(
+        len(r[k][c]) == 2 for r in rows for k in ("trainer", "bare") for c in ("wall", "cpu")
+    )
 
 
 def test_cpu_peft(script: Any, tmp_path: Path, corpus: Path) -> None:
@@ -106,6 +108,7 @@ def test_cpu_peft(script: Any, tmp_path: Path, corpus: Path) -> None:
     given = [f"--data={corpus}", "--batch-size=2", "--seq-len=16", "--steps=4", "--log-every=2"]
     rows = numbers(script("cpu_peft"), tmp_path / "json", *SMALL, *given, "--rounds=1",
                    "lora:rank=2", "lora:rank=2:train_rest=false", "full")  # fmt: skip
+    assert all(len(r["wall"]) == len(r["cpu"]) == 1 for r in rows)
     trainable = {r["row"]: r["trainable"] for r in rows}
     assert trainable["Trainer + PEFT, the rest trains too"] == trainable["lora:rank=2"]
     assert trainable["Trainer + PEFT, adapters"] == trainable["lora:rank=2:train_rest=false"]
