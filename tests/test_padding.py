@@ -317,7 +317,9 @@ def test_compiled_padded_layers_compile_once_and_give_the_same_losses(
     settings = {"precision": "fp32", "eval_every": 2}
     train(tiny(name, corpus, tmp_path / "plain", model=ODD, train=settings))
     layers = peptrain.trainee.compile_layers
-    monkeypatch.setattr(peptrain.trainee, "compile_layers", lambda m, *rest: (pad_mlps(m), layers(m, *rest)))
+    monkeypatch.setattr(
+        peptrain.trainee, "compile_layers", lambda m, *rest: (pad_mlps(m), layers(m, *rest))
+    )
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(tiny(name, corpus, tmp_path / "it", model=ODD, train=settings | {"compile": True}))

@@ -41,11 +41,11 @@ class TrainConfig:
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass (gradient checkpointing): less memory, slower."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """The linear maps of bpt, lora and relora: plain PyTorch, or fused by Triton; auto fuses on a
-    GPU, except in fp64."""
-    cuda_graph: bool = False
+    """The linear maps of bpt, lora and relora: plain PyTorch, or fused by Triton; auto fuses with
+    cuda_graph, without which starting the kernels takes longer than they save."""
+    cuda_graph: bool | None = None
     """Record the forward and backward pass once and replay it: nothing waits for Python, which
-    small models and low-rank ones do otherwise. On one GPU."""
+    small models and low-rank ones do otherwise. Unset: with compile, on one GPU."""
     memory_budget: float = 1.0
     """With compile: the part of the activations to keep, 0 to 1; the compiler recomputes the rest,
     the cheapest first."""
@@ -155,8 +155,16 @@ def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainC
     eval_tokens = min(131_072, max(8_192, between // 2))
     if train.eval_tokens is not None:
         eval_tokens = train.eval_tokens
-    precision = train.precision or ("bf16-mixed" if on_gpu else "fp32")
-    return replace(train, micro_batch=micro, precision=precision, eval_tokens=eval_tokens)
+    cuda_graph = train.cuda_graph
+    if cuda_graph is None:
+        cuda_graph = train.compile and on_gpu and world_size == 1
+    return replace(
+        train,
+        micro_batch=micro,
+        precision=train.precision or ("bf16-mixed" if on_gpu else "fp32"),
+        eval_tokens=eval_tokens,
+        cuda_graph=cuda_graph,
+    )
 
 
 def parse(table: Mapping[str, Any]) -> RunConfig[Method]:

@@ -19,7 +19,11 @@ Passes = Callable[[Sequence[Tensor]], Tensor]
 
 
 def kernels_fuse(
-    kernels: Literal["auto", "torch", "triton"], precision: Precision, device: torch.device
+    kernels: Literal["auto", "torch", "triton"],
+    precision: Precision,
+    device: torch.device,
+    *,
+    recorded: bool,
 ) -> bool:
     """Whether linear maps are fused by Triton. Raises ConfigError if that is asked for in vain."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,7 +34,7 @@ def kernels_fuse(
             f"train.kernels: 'triton' needs a GPU, Triton and another precision than fp64; this is"
             f" {device.type} in {precision}; set it to auto"
         )
-    return can and kernels != "torch"
+    return can and (kernels == "triton" or (kernels == "auto" and recorded))
 
 
 class Eager:

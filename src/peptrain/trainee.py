@@ -83,7 +83,7 @@ def ready(
     assert t.precision is not None
     model.to(here.device)  # type: ignore[arg-type]
     model.train()
-    if kernels_fuse(t.kernels, t.precision, here.device):
+    if kernels_fuse(t.kernels, t.precision, here.device, recorded=bool(t.cuda_graph)):
         config.method.accelerate(model)
     if here.device.type == "cuda":
         attend_without_masks(model, t.seq_len)
@@ -94,7 +94,7 @@ def ready(
         compile_layers(model, t.memory_budget)
     optimizer = config.method.optimizer(model, config.optim, phase)
     loss = here.parallelize(NextTokenLoss(model, compile=t.compile))
-    return optimizer, passes(loss, t.precision, here, cuda_graph=t.cuda_graph)
+    return optimizer, passes(loss, t.precision, here, cuda_graph=bool(t.cuda_graph))
 
 
 def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
