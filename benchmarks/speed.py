@@ -6,6 +6,9 @@
 A step is what the trainer does: forward and backward of one micro-batch, clipping, the optimizer.
 Merges and exact steps are left out (merges.py has them). For each number of tokens full training is
 measured first and again last, to show drift; ratios are to the mean of the two.
+
+Peak is of what is in tensors, held what the allocator has taken. A recorded pass keeps its memory
+where PyTorch doesn't count it as tensors, so it has no peak: see train.cuda_graph=false for that.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from peptrain.config import RunConfig
 from peptrain.methods.base import Method
 
 ROWS = ("bpt:rank=512", "relora:rank=512", "lowrank:rank=512", "loro:rank=512")
-HEADER = ("row", "ms/step (quartiles)", "tokens/s", "vs full", "peak GiB", "below full",
+HEADER = ("row", "ms/step (quartiles)", "tokens/s", "vs full", "peak GiB", "held GiB",
           "trainable / total")  # fmt: skip
 
 
@@ -62,11 +65,10 @@ def compared(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The cells of one table; its first and last rows are full training."""
     fulls = [r for r in (rows[0], rows[-1]) if "ms" in r]
     rate = statistics.mean(r["tokens_per_second"] for r in fulls) if fulls else None
-    peak = fulls[0]["peak_bytes"] if fulls else None
-    return [cells(row, rate, peak) for row in rows]
+    return [cells(row, rate) for row in rows]
 
 
-def cells(row: dict[str, Any], rate: float | None, peak: int | None) -> list[str]:
+def cells(row: dict[str, Any], rate: float | None) -> list[str]:
     if "ms" not in row:
         return [row["row"], "out of memory", "", "", f"over {gib(row['peak_bytes'])}", "", ""]
     return [
@@ -74,8 +76,8 @@ def cells(row: dict[str, Any], rate: float | None, peak: int | None) -> list[str
         spread(row["ms"]),
         f"{row['tokens_per_second']:,.0f}",
         f"{row['tokens_per_second'] / rate:.3f}" if rate else "",
-        gib(row["peak_bytes"]),
-        gib(peak - row["peak_bytes"]) if peak is not None else "",
+        "" if row["train"]["cuda_graph"] else gib(row["peak_bytes"]),
+        gib(row["reserved_bytes"]),
         f"{row['trainable'] / 1e6:.1f}M / {row['parameters'] / 1e6:.1f}M",
     ]
 
