@@ -22,7 +22,11 @@ from peptrain.methods import methods
 from peptrain.model import ModelConfig
 from peptrain.train import train
 
-ROWS = ("bpt:rank=128", "relora:rank=128", "loro:rank=128")
+ROWS = (
+    "bpt:rank=128:optim.lr=1e-3",
+    "relora:rank=128:optim.lr=1e-3",
+    "loro:rank=128:optim.lr=1e-2",
+)
 HEADER = ("row", "plain, seed 0", "plain, seed 1", "fast, seed 0", "fast - plain", "seeds apart",
           "largest gap of 10-step means", "tokens/s, plain and fast")  # fmt: skip
 

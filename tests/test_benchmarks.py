@@ -152,12 +152,14 @@ def test_a_row_says_its_settings_over_those_given_for_all(script: Any) -> None:
 def test_ratios_are_to_the_mean_of_both_full_rows(script: Any) -> None:
     def row(name: str, rate: float, peak: int) -> dict[str, Any]:
         return {"row": name, "ms": [1.0], "tokens_per_second": rate, "peak_bytes": peak * 2**30,
+                "reserved_bytes": 9 * 2**30, "train": {"cuda_graph": name == "bpt"},
                 "trainable": 1, "parameters": 2}  # fmt: skip
 
     rows = [row("full", 90, 8), row("bpt", 150, 5), row("full", 110, 8)]
     table = script("speed").compared([*rows[:2], {"row": "big", "peak_bytes": 2**30}, rows[2]])
     assert [cells[3] for cells in table] == ["0.900", "1.500", "", "1.100"]
-    assert [cells[5] for cells in table] == ["0.00", "3.00", "", "0.00"]
+    assert [cells[4] for cells in table] == ["8.00", "", "over 1.00", "8.00"]
+    assert [cells[5] for cells in table] == ["9.00", "9.00", "", "9.00"]
 
 
 def test_the_error_of_a_merge(script: Any) -> None:
