@@ -117,6 +117,8 @@ def _batches(windows: list[np.ndarray], batch_size: int) -> Iterator[np.ndarray]
 
 def _summed_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    losses = F.cross_entropy(wide, ids[:, 1:].flatten(), reduction="none")
-    return losses.sum(dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=ids.device)
+    for row, targets in zip(logits, ids[:, 1:], strict=True):  # wide copies of all would be most
+        wide = row.to(torch.promote_types(row.dtype, torch.float32))  # of the memory
+        total += F.cross_entropy(wide, targets, reduction="none").sum(dtype=torch.float64)
+    return total
