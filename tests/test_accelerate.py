@@ -1,0 +1,157 @@
+"""Faster forms in a model, as far as a CPU can run them: Triton's interpreter, no graph."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from support import ALONE, losses, tiny, tiny_method
+from torch import Tensor, fx, nn
+
+import peptrain.stacking
+from peptrain.config import TrainConfig, resolved
+from peptrain.errors import ConfigError
+from peptrain.loss import NextTokenLoss
+from peptrain.methods.base import reparametrized
+from peptrain.methods.bpt_mlp import FusedMLP
+from peptrain.model import ModelConfig, build_model, find_sites
+from peptrain.passes import Eager, kernels_fuse, passes
+from peptrain.rng import Rng
+from peptrain.stacking import StackThinLinears
+from peptrain.train import train
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "layers": 1, "heads": 2, "vocab_size": 320}
+fused_methods = pytest.mark.parametrize("name", ["bpt", "lora", "relora"])
+
+
+def installed(name: str, **config: Any) -> nn.Module:
+    model = build_model(ModelConfig(**SMALL, **config), seq_len=16, seed=0)
+    tiny_method(name).install(model, find_sites(model), Rng(0), 1)
+    return model
+
+
+@fused_methods
+def test_a_fused_run_has_the_plain_ones_losses(name: str, corpus: Path, tmp_path: Path) -> None:
+    """In two micro-batches, with a merge, in relora's case after a warm start."""
+    pytest.importorskip("triton")
+    for kernels in ("torch", "triton"):
+        settings = {"kernels": kernels, "precision": "fp32", "steps": 4, "micro_batch": 2}
+        calm = {"eps": 0.1}  # Adam divides a gradient of rounding size by itself
+        train(tiny(name, corpus, tmp_path / kernels, model=SMALL, train=settings, optim=calm))
+    plain, fused = losses(tmp_path / "torch"), losses(tmp_path / "triton")
+    assert len(plain) == 4
+    for (_, one), (_, other) in zip(plain, fused, strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+
+
+@fused_methods
+def test_parameters_and_their_names_stay(name: str) -> None:
+    pytest.importorskip("triton")
+    model = installed(name)
+    before = {k: p.shape for k, p in model.state_dict().items()}
+    tiny_method(name).accelerate(model)
+    assert {k: p.shape for k, p in model.state_dict().items()} == before
+    assert len(list(reparametrized(model))) == 7
+
+
+def test_only_swiglu_between_three_bpt_layers_becomes_one_map() -> None:
+    pytest.importorskip("triton")
+    method = tiny_method("bpt")
+    for activation, fused in (("silu", 1), ("gelu", 0)):
+        model = installed("bpt")
+        model.model.layers[0].mlp.act_fn = {"silu": nn.SiLU(), "gelu": nn.GELU()}[activation]
+        method.accelerate(model)
+        assert sum(isinstance(m, FusedMLP) for m in model.modules()) == fused
+    model = build_model(ModelConfig(**SMALL), seq_len=16, seed=0)
+    tiny_method("bpt", targets="gate,up").install(model, find_sites(model), Rng(0), 0)
+    method.accelerate(model)
+    assert not any(isinstance(m, FusedMLP) for m in model.modules())
+
+
+def test_what_cannot_run_is_an_error_that_names_the_setting(
+    monkeypatch: pytest.MonkeyPatch, corpus: Path
+) -> None:
+    cpu = torch.device("cpu")
+    loss = NextTokenLoss(build_model(ModelConfig(**SMALL), seq_len=16, seed=0))
+    with pytest.raises(ConfigError, match=r"train\.cuda_graph"):
+        passes(loss, "fp32", ALONE, cuda_graph=True)
+    assert isinstance(passes(loss, "fp32", ALONE, cuda_graph=False), Eager)
+    with pytest.raises(ConfigError, match=r"train\.kernels.*fp64"):
+        kernels_fuse("triton", "fp64", cpu, recorded=True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match=r"train\.kernels"):
+        kernels_fuse("triton", "fp32", cpu, recorded=True)
+    with pytest.raises(ConfigError, match=r"train\.memory_budget"):
+        TrainConfig(memory_budget=0.5)
+    with pytest.raises(ConfigError, match=r"train\.memory_budget"):
+        TrainConfig(memory_budget=1.5, compile=True)
+
+
+def test_auto_fuses_where_a_graph_is_recorded() -> None:
+    gpu = torch.device("cuda")
+    for recorded in (False, True):
+        assert kernels_fuse("auto", "bf16", gpu, recorded=recorded) == recorded
+    assert not kernels_fuse("auto", "fp64", gpu, recorded=True)
+    assert not kernels_fuse("torch", "bf16", gpu, recorded=True)
+    assert not kernels_fuse("auto", "bf16", torch.device("cpu"), recorded=True)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_graph_comes_with_compile_on_one_gpu(
+    compile: bool, ranks: int, on_gpu: bool, corpus: Path
+) -> None:
+    for given in (None, False, True):
+        config = tiny("bpt", corpus, train={"compile": compile, "cuda_graph": given})
+        found = resolved(config, world_size=ranks, on_gpu=on_gpu).train.cuda_graph
+        assert found == (compile and on_gpu and ranks == 1 if given is None else given)
+
+
+def stacked(monkeypatch: pytest.MonkeyPatch, module: nn.Module, x: Tensor) -> list[int]:
+    """How many maps each product stands for; the result is what it was, with its gradients."""
+    sizes: list[int] = []
+    stack = peptrain.stacking._stack
+
+    def counting(graph: fx.Graph, linears: list[fx.Node]) -> None:
+        sizes.append(len(linears))
+        stack(graph, linears)
+
+    def backend(graph: fx.GraphModule, _: Any) -> Any:
+        StackThinLinears()(graph.graph)
+        graph.recompile()
+        return graph
+
+    monkeypatch.setattr(peptrain.stacking, "_stack", counting)
+    torch._dynamo.reset()
+    results = []
+    for call in (module, torch.compile(module, backend=backend)):
+        module.zero_grad()
+        y = call(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in module.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    return sizes
+
+
+class Maps(nn.Module):
+    def __init__(self, *rows: int, bias: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.each = nn.ModuleList(nn.Linear(8, n, bias=bias).double() for n in rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.tanh()
+        return torch.cat([linear(x).sin() for linear in self.each], -1)
+
+
+def test_thin_maps_of_one_input_are_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.linspace(-1, 1, 48, dtype=torch.float64).view(2, 3, 8)
+    assert stacked(monkeypatch, Maps(2, 3, 1), x) == [3]
+    assert stacked(monkeypatch, Maps(4, 4), x) == [2]
+    assert stacked(monkeypatch, Maps(5, 4), x) == []  # not thin: the copy would cost more
+    assert stacked(monkeypatch, Maps(2, 3, bias=True), x) == []
+    assert stacked(monkeypatch, Maps(2), x) == []
