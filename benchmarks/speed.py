@@ -38,6 +38,7 @@ from common import (
 
 from peptrain.config import RunConfig
 from peptrain.methods.base import Method
+from peptrain.passes import Replayed
 
 ROWS = ("bpt:rank=512", "relora:rank=512", "lowrank:rank=512", "loro:rank=512")
 HEADER = ("row", "ms/step (quartiles)", "tokens/s", "vs full", "peak GiB", "held GiB",
@@ -53,7 +54,7 @@ def measured(
     try:
         training = start(config, device)
         reset_peak()  # before the warm-up, which may capture graphs with memory of their own
-        found |= training.sizes()
+        found |= training.sizes() | {"recorded": isinstance(training.trainee.passes, Replayed)}
         found["ms"] = step_times(training, steps, warm_up)
         found["tokens_per_second"] = tokens / statistics.median(found["ms"]) * 1e3
     except torch.OutOfMemoryError:
@@ -76,7 +77,7 @@ def cells(row: dict[str, Any], rate: float | None) -> list[str]:
         spread(row["ms"]),
         f"{row['tokens_per_second']:,.0f}",
         f"{row['tokens_per_second'] / rate:.3f}" if rate else "",
-        "" if row["train"]["cuda_graph"] else gib(row["peak_bytes"]),
+        "" if row["recorded"] else gib(row["peak_bytes"]),
         gib(row["reserved_bytes"]),
         f"{row['trainable'] / 1e6:.1f}M / {row['parameters'] / 1e6:.1f}M",
     ]

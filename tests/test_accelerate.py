@@ -10,13 +10,14 @@ from support import ALONE, losses, tiny, tiny_method
 from torch import Tensor, fx, nn
 
 import peptrain.stacking
-from peptrain.config import TrainConfig, resolved
+from peptrain.config import TrainConfig
+from peptrain.distributed import World
 from peptrain.errors import ConfigError
 from peptrain.loss import NextTokenLoss
 from peptrain.methods.base import reparametrized
 from peptrain.methods.bpt_mlp import FusedMLP
 from peptrain.model import ModelConfig, build_model, find_sites
-from peptrain.passes import Eager, kernels_fuse, passes
+from peptrain.passes import Eager, kernels_fuse, passes, records
 from peptrain.rng import Rng
 from peptrain.stacking import StackThinLinears
 from peptrain.train import train
@@ -75,8 +76,8 @@ def test_what_cannot_run_is_an_error_that_names_the_setting(
     cpu = torch.device("cpu")
     loss = NextTokenLoss(build_model(ModelConfig(**SMALL), seq_len=16, seed=0))
     with pytest.raises(ConfigError, match=r"train\.cuda_graph"):
-        passes(loss, "fp32", ALONE, cuda_graph=True)
-    assert isinstance(passes(loss, "fp32", ALONE, cuda_graph=False), Eager)
+        records(True, False, ALONE)
+    assert isinstance(passes(loss, "fp32", ALONE, recorded=False), Eager)
     with pytest.raises(ConfigError, match=r"train\.kernels.*fp64"):
         kernels_fuse("triton", "fp64", cpu, recorded=True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -99,14 +100,14 @@ def test_auto_fuses_where_a_graph_is_recorded() -> None:
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_a_graph_comes_with_compile_on_one_gpu(
-    compile: bool, ranks: int, on_gpu: bool, corpus: Path
-) -> None:
-    for given in (None, False, True):
-        config = tiny("bpt", corpus, train={"compile": compile, "cuda_graph": given})
-        found = resolved(config, world_size=ranks, on_gpu=on_gpu).train.cuda_graph
-        assert found == (compile and on_gpu and ranks == 1 if given is None else given)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_graph_comes_with_compile_on_one_gpu(compile: bool, ranks: int, device: str) -> None:
+    here = World(0, ranks, torch.device(device))
+    can = device == "cuda" and ranks == 1
+    assert records(None, compile, here) == (compile and can)
+    assert not records(False, compile, here)
+    if can:
+        assert records(True, compile, here)
 
 
 def stacked(monkeypatch: pytest.MonkeyPatch, module: nn.Module, x: Tensor) -> list[int]:

@@ -152,7 +152,7 @@ def test_a_row_says_its_settings_over_those_given_for_all(script: Any) -> None:
 def test_ratios_are_to_the_mean_of_both_full_rows(script: Any) -> None:
     def row(name: str, rate: float, peak: int) -> dict[str, Any]:
         return {"row": name, "ms": [1.0], "tokens_per_second": rate, "peak_bytes": peak * 2**30,
-                "reserved_bytes": 9 * 2**30, "train": {"cuda_graph": name == "bpt"},
+                "reserved_bytes": 9 * 2**30, "recorded": name == "bpt",
                 "trainable": 1, "parameters": 2}  # fmt: skip
 
     rows = [row("full", 90, 8), row("bpt", 150, 5), row("full", 110, 8)]

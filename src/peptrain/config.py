@@ -155,16 +155,8 @@ def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainC
     eval_tokens = min(131_072, max(8_192, between // 2))
     if train.eval_tokens is not None:
         eval_tokens = train.eval_tokens
-    cuda_graph = train.cuda_graph
-    if cuda_graph is None:
-        cuda_graph = train.compile and on_gpu and world_size == 1
-    return replace(
-        train,
-        micro_batch=micro,
-        precision=train.precision or ("bf16-mixed" if on_gpu else "fp32"),
-        eval_tokens=eval_tokens,
-        cuda_graph=cuda_graph,
-    )
+    precision = train.precision or ("bf16-mixed" if on_gpu else "fp32")
+    return replace(train, micro_batch=micro, precision=precision, eval_tokens=eval_tokens)
 
 
 def parse(table: Mapping[str, Any]) -> RunConfig[Method]:

@@ -95,10 +95,11 @@ class Replayed:
             self.later = self._recorded(self.first[0].pool())
 
     def _warm_up(self) -> None:
-        """Compilation and the libraries' choices happen here: none of it can be recorded."""
+        """Compilation and the libraries' choices happen here: none of it can be recorded. Dropout
+        draws from a copy of the generator, so that the first step's numbers are the seed's."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), torch.random.fork_rng():
             for _ in range(3):
                 self.eager.one(self.windows, self.share)
                 self.eager.loss.zero_grad()
@@ -109,6 +110,8 @@ class Replayed:
         try:
             with torch.cuda.graph(graph, pool=pool):
                 loss = self.eager.one(self.windows, self.share)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise Unsupported(
                 "train.cuda_graph: the passes of this model can't be recorded, most likely because"
@@ -117,14 +120,22 @@ class Replayed:
         return graph, loss
 
 
-def passes(loss: nn.Module, precision: Precision, here: World, *, cuda_graph: bool) -> Passes:
-    """Eager, or Replayed for `cuda_graph`. Raises ConfigError where no graph can be recorded."""
-    eager = Eager(loss, precision, here)
-    if not cuda_graph:
-        return eager
-    if here.device.type != "cuda" or here.size > 1:
+def records(cuda_graph: bool | None, compile: bool, here: World) -> bool:
+    """Whether passes are recorded; unset, where they are compiled and can be. Not settled in the
+    run's configuration, because a run may be resumed on another machine.
+
+    Raises ConfigError if a graph is asked for in vain.
+    """
+    can = here.device.type == "cuda" and here.size == 1
+    if cuda_graph and not can:
         raise ConfigError(
             f"train.cuda_graph: true needs one GPU, and this is {here.size} x {here.device.type};"
-            " set it to false"
+            " leave it out or set it to false"
         )
-    return Replayed(eager)
+    return (compile and can) if cuda_graph is None else cuda_graph
+
+
+def passes(loss: nn.Module, precision: Precision, here: World, *, recorded: bool) -> Passes:
+    """Replayed if they are to be recorded, else Eager."""
+    eager = Eager(loss, precision, here)
+    return Replayed(eager) if recorded else eager

@@ -23,7 +23,7 @@ from peptrain.loss import NextTokenLoss
 from peptrain.methods.base import Method
 from peptrain.model import config_file, vocabulary_size
 from peptrain.padding import pad_mlps
-from peptrain.passes import Passes, kernels_fuse, passes
+from peptrain.passes import Passes, kernels_fuse, passes, records
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir
 from peptrain.schedule import Schedule
@@ -83,7 +83,8 @@ def ready(
     assert t.precision is not None
     model.to(here.device)  # type: ignore[arg-type]
     model.train()
-    if kernels_fuse(t.kernels, t.precision, here.device, recorded=bool(t.cuda_graph)):
+    recorded = records(t.cuda_graph, t.compile, here)
+    if kernels_fuse(t.kernels, t.precision, here.device, recorded=recorded):
         config.method.accelerate(model)
     if here.device.type == "cuda":
         attend_without_masks(model, t.seq_len)
@@ -94,7 +95,7 @@ def ready(
         compile_layers(model, t.memory_budget)
     optimizer = config.method.optimizer(model, config.optim, phase)
     loss = here.parallelize(NextTokenLoss(model, compile=t.compile))
-    return optimizer, passes(loss, t.precision, here, cuda_graph=bool(t.cuda_graph))
+    return optimizer, passes(loss, t.precision, here, recorded=recorded)
 
 
 def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
