@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from support import ALONE, losses, tiny, tiny_method
 from torch import Tensor, fx, nn
 
@@ -146,7 +147,7 @@ class Maps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.tanh()
-        return torch.cat([linear(x).sin() for linear in self.each], -1)
+        return torch.cat([F.linear(linear(x), linear.weight.mT).sin() for linear in self.each], -1)
 
 
 def test_thin_maps_of_one_input_are_stacked(monkeypatch: pytest.MonkeyPatch) -> None:

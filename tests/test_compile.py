@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
-from support import losses, tiny, tiny_method
+from support import MODEL, losses, tiny, tiny_method
+from torch import Tensor
 
+from peptrain.execution import compile_layers
 from peptrain.methods.base import Method
+from peptrain.model import ModelConfig, build_model
 from peptrain.train import train
 
 
@@ -29,3 +32,26 @@ def test_compiled_layers_give_the_same_losses_and_compile_once(
     eager, compiled = losses(tmp_path / "False"), losses(tmp_path / "True")
     for (_, one), (_, other) in zip(eager, compiled, strict=True):
         assert one == pytest.approx(other, abs=1e-3)  # rounding, which Adam makes larger
+
+
+@pytest.mark.slow
+def test_a_second_model_is_compiled_for_its_own_memory_budget() -> None:
+    """Dynamo keeps code by function: a like layer of the same process would take the first's."""
+    torch._dynamo.reset()
+    kept = []
+    for budget in (1.0, 0.1, 1.0):
+        model = build_model(ModelConfig(**MODEL), seq_len=64, seed=0).train()
+        compile_layers(model, budget)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes: dict[int, int] = {}
+
+        def keep(t: Tensor, own: set[int] = own, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            x = torch.zeros(2, 64, dtype=torch.long)
+            model.base_model(input_ids=x, use_cache=False).last_hidden_state.sum().backward()
+        kept.append(sum(size for at, size in sizes.items() if at not in own))
+    assert kept[1] < 0.6 * kept[0] and kept[2] == kept[0]
+    assert torch._functorch.config.activation_memory_budget == 1.0

@@ -136,7 +136,9 @@ def test_the_run_directory_is_not_in_its_own_configuration() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_resolving_leaves_nothing_unset_and_is_idempotent(name: str) -> None:
     full = resolved(RunConfig(method=METHODS[name]()), world_size=1, on_gpu=False)
-    optional = {"config", "path", "run", "family", "cuda_graph"} | {f.name for f in fields(ModelConfig)}
+    optional = {"config", "path", "run", "family", "cuda_graph"} | {
+        f.name for f in fields(ModelConfig)
+    }
     for section in fields(full):
         value = getattr(full, section.name)
         for leaf in fields(value) if dataclasses.is_dataclass(value) else ():

@@ -1,13 +1,20 @@
 """The fused maps, in Triton's interpreter, against plain PyTorch in float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+from peptrain.adapt import adapt
+from peptrain.methods import BPT
+from peptrain.methods.bpt_mlp import FusedMLP
 from peptrain.ops import fused, linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,3 +116,50 @@ def test_a_diagonal_that_is_zero_gives_no_nan() -> None:
     params[3][1] = 0
     for gradient in gradients(fused.bpt_linear, torch.randn(7, 4), params, torch.float32):
         assert gradient.isfinite().all()
+
+
+class MLP(nn.Module):
+    """Something around three linear layers d -> f, d -> f, f -> d."""
+
+    def __init__(self, around: Callable[..., Any]) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(8, 12, bias=False) for _ in range(2))
+        self.down = nn.Linear(12, 8, bias=False)
+        self.around = around
+
+    def forward(self, x: Tensor) -> Any:
+        return self.around(x, self.gate, self.up, self.down)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(
+    "name, around",
+    [
+        ("swiglu", lambda x, g, u, d: d(F.silu(g(x)) * u(x))),
+        ("geglu", lambda x, g, u, d: d(F.gelu(g(x)) * u(x))),
+        ("capped", lambda x, g, u, d: d(F.silu(g(x).clamp(max=7)) * u(x))),
+        ("tuple", lambda x, g, u, d: (d(F.silu(g(x)) * u(x)), None)),
+        ("flat", lambda x, g, u, d: d(F.silu(g(x)) * u(x)).view(*x.shape[:5], 8)),
+    ],
+)
+def test_only_swiglu_is_fused(name: str, around: Callable[..., Any], zero: bool) -> None:
+    """A zero `down`, as some models begin with, shows nothing: it is left plain."""
+    mlp = MLP(around)
+    if zero:
+        nn.init.zeros_(mlp.down.weight)
+    model = nn.Sequential(mlp)
+    method = BPT(rank=2)
+    adapt(model, method, steps=10)
+    method.accelerate(model)
+    assert isinstance(mlp, FusedMLP) == (name == "swiglu" and not zero)
+
+
+def test_matrices_may_be_transposed_views() -> None:
+    W, U, V = weights(24, 16, 4, 0)[:3]
+    x = inputs(9, 16, torch.float64, 0)
+    views = [p.mT.contiguous().mT for p in (W, U, V)]
+    wanted = gradients(linear.added_linear, x, [W, U, V], torch.float64)
+    found = gradients(
+        lambda x, *_: fused.added_linear(x, *(p.float() for p in views)), x, [W], torch.float32
+    )
+    assert_near(found[:2], wanted[:2], torch.float32)

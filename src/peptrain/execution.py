@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,14 +24,22 @@ WHOLE_WINDOWS = "causal_sdpa"
 """Hugging Face's own attention under a name that it makes no masks for."""
 
 
-def stacking_inductor(graph: fx.GraphModule, inputs: Sequence[InputType]) -> Any:
+@cache
+def stacking_inductor(memory_budget: float) -> Callable[..., Any]:
     """PyTorch's own compiler after StackThinLinears. One function for all layers, or each of them
-    would be compiled anew."""
-    from torch._inductor.compile_fx import compile_fx  # seconds to import
+    would be compiled anew; another one for another budget, or a second model of the process would
+    be run with the code of the first."""
 
-    from peptrain.stacking import StackThinLinears
+    def compiled(graph: fx.GraphModule, inputs: Sequence[InputType]) -> Any:
+        from torch._inductor.compile_fx import compile_fx  # seconds to import
 
-    return compile_fx(graph, inputs, config_patches={"pre_grad_custom_pass": StackThinLinears()})
+        from peptrain.stacking import StackThinLinears
+
+        first = {"pre_grad_custom_pass": StackThinLinears()}
+        with functorch.patch(activation_memory_budget=memory_budget):
+            return compile_fx(graph, inputs, config_patches=first)
+
+    return compiled
 
 
 def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
@@ -38,12 +47,11 @@ def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
     after the last of them is compiled as well.
 
     memory_budget: the part of the activations that a compiled layer may keep for its backward
-    pass, of those kept by default; 0 recomputes everything. (It is a setting of the process.)
+    pass, of those kept by default; 0 recomputes everything.
     """
-    functorch.activation_memory_budget = memory_budget
     name, layers = decoder_layers(model)
     for layer in layers:
-        layer.compile(backend=stacking_inductor)
+        layer.compile(backend=stacking_inductor(memory_budget))
     beside = model.get_submodule(name.rpartition(".")[0]).children()
     for module in beside:
         if "Norm" in type(module).__name__:

@@ -75,6 +75,7 @@ class Replayed:
         if self.first is None:
             self._record(parts)
         assert self.first is not None
+        assert len(parts) == self.parts and all(p.shape == self.windows.shape for p in parts)
         total = torch.zeros((), device=self.windows.device)
         for i, part in enumerate(parts):
             graph, loss = self.first if i == 0 or self.later is None else self.later
@@ -86,7 +87,7 @@ class Replayed:
         return total
 
     def _record(self, parts: Sequence[Tensor]) -> None:
-        self.windows, self.share = parts[0].clone(), 1 / len(parts)
+        self.windows, self.parts, self.share = parts[0].clone(), len(parts), 1 / len(parts)
         self._warm_up()
         self.first = self._recorded(torch.cuda.graph_pool_handle())
         params = self.eager.loss.parameters()
@@ -99,7 +100,8 @@ class Replayed:
         draws from a copy of the generator, so that the first step's numbers are the seed's."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.random.fork_rng():
+        gpus = [self.windows.device] if self.windows.is_cuda else []
+        with torch.cuda.stream(stream), torch.random.fork_rng(gpus):  # of all, it would warn
             for _ in range(3):
                 self.eager.one(self.windows, self.share)
                 self.eager.loss.zero_grad()
@@ -110,12 +112,14 @@ class Replayed:
         try:
             with torch.cuda.graph(graph, pool=pool):
                 loss = self.eager.one(self.windows, self.share)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            # Whatever goes wrong may make the end of the recording fail as well.
+            first = error.__context__ or error
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise Unsupported(
                 "train.cuda_graph: the passes of this model can't be recorded, most likely because"
-                f" Python looks at a number on the GPU; set it to false ({error})"
+                f" Python looks at a number on the GPU; set it to false ({first})"
             ) from error
         return graph, loss
 

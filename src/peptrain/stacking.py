@@ -34,10 +34,15 @@ class StackThinLinears(CustomGraphPass):
 
 
 def _plain(node: fx.Node) -> bool:
-    """Whether it is x Wᵀ, without a bias, and W is there from the start."""
+    """Whether it is the inner map of (x Aᵀ) Bᵀ, without a bias, and A is there from the start.
+
+    Another use of y_i might not take a slice: a view, say.
+    """
+    inner = all(user.target is F.linear and user.args[:1] == (node,) for user in node.users)
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     weight = node.args[1] if len(node.args) > 1 else None
-    return bias is None and isinstance(weight, fx.Node) and weight.op == "placeholder"
+    there = isinstance(weight, fx.Node) and weight.op == "placeholder"
+    return inner and bias is None and there
 
 
 def _rows(node: fx.Node) -> list[int]:

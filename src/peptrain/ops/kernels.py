@@ -56,6 +56,7 @@ def merged(
     forward pass had formed, and keep a copy of every weight until then.
     """
     n, m = W.shape
+    W, U, V = W.contiguous(), U.contiguous(), V.contiguous()
     out = torch.empty(n, m, dtype=dtype, device=W.device)
     N, M, R = 64, 128, 64
     grid = (triton.cdiv(m, M), triton.cdiv(n, N))
