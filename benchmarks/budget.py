@@ -137,7 +137,7 @@ def cells(row: dict[str, Any], cap: int, tokens: int) -> list[str]:
     has_event = row["method"] in EVENTS
     return [
         row["row"],
-        gib(row["peak_bytes"]),
+        "" if row["recorded"] else gib(row["peak_bytes"]),
         held,
         f"{usual:.0f}",
         f"{tokens / usual * 1e3:,.0f}",

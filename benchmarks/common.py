@@ -32,6 +32,7 @@ from peptrain.methods import methods
 from peptrain.methods.base import Method
 from peptrain.model import ModelConfig, count_parameters, vocabulary_size
 from peptrain.optim import clip_gradients, set_lr
+from peptrain.passes import Replayed
 from peptrain.rng import Rng
 from peptrain.trainee import Trainee, restore
 
@@ -117,11 +118,12 @@ class Training:
     here: World
     trainee: Trainee
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int | bool]:
         model = self.trainee.model
         return {
             "parameters": count_parameters(model),
             "trainable": count_parameters(model, trainable=True),
+            "recorded": isinstance(self.trainee.passes, Replayed),
         }
 
 

@@ -38,7 +38,6 @@ from common import (
 
 from peptrain.config import RunConfig
 from peptrain.methods.base import Method
-from peptrain.passes import Replayed
 
 ROWS = ("bpt:rank=512", "relora:rank=512", "lowrank:rank=512", "loro:rank=512")
 HEADER = ("row", "ms/step (quartiles)", "tokens/s", "vs full", "peak GiB", "held GiB",
@@ -54,7 +53,7 @@ def measured(
     try:
         training = start(config, device)
         reset_peak()  # before the warm-up, which may capture graphs with memory of their own
-        found |= training.sizes() | {"recorded": isinstance(training.trainee.passes, Replayed)}
+        found |= training.sizes()
         found["ms"] = step_times(training, steps, warm_up)
         found["tokens_per_second"] = tokens / statistics.median(found["ms"]) * 1e3
     except torch.OutOfMemoryError:

@@ -7,7 +7,7 @@ import torch
 from support import ALONE
 from torch import Tensor, nn
 
-from peptrain.errors import Unsupported
+from peptrain.errors import ConfigError, Unsupported
 from peptrain.passes import Eager, Passes, Replayed
 
 
@@ -79,5 +79,5 @@ def test_parts_of_another_number_or_size_are_not_replayed_as_if_they_fitted(
 ) -> None:
     made = replayed()
     made([torch.zeros(8, 5), torch.zeros(8, 5)])
-    with pytest.raises(AssertionError):
+    with pytest.raises(ConfigError, match="train.micro_batch"):
         made([torch.zeros(n, 5) for n in sizes])

@@ -45,7 +45,8 @@ class TrainConfig:
     cuda_graph, without which starting the kernels takes longer than they save."""
     cuda_graph: bool | None = None
     """Record the forward and backward pass once and replay it: nothing waits for Python, which
-    small models and low-rank ones do otherwise. Unset: with compile, on one GPU."""
+    small models and low-rank ones do otherwise. Unset: with compile, on one GPU, if attention does
+    without masks (a sliding window needs them)."""
     memory_budget: float = 1.0
     """With compile: the part of the activations to keep, 0 to 1; the compiler recomputes the rest,
     the cheapest first."""

@@ -59,29 +59,31 @@ def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
 
 
 @torch.no_grad()
-def attend_without_masks(model: PreTrainedModel, seq_len: int) -> None:
-    """Let attention be causal by PyTorch's flag alone: every window is whole.
+def attend_without_masks(model: PreTrainedModel, seq_len: int) -> bool:
+    """Let attention be causal by PyTorch's flag alone: every window is whole. Whether it could.
 
     Hugging Face looks in each forward pass whether windows are packed from several texts, and so
     waits for the device; and for a model that is being recorded or traced it builds the mask that
     fast kernels don't take. A model whose logits change, such as one with a sliding window, keeps
-    its masks.
+    its masks. One without them takes no padding and no cache with several new tokens.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if model.config._attn_implementation != "sdpa":
-        return
+        return False
     AttentionInterface.register(WHOLE_WINDOWS, sdpa_attention_forward)
     ids = torch.arange(seq_len, device=model.device)[None] % vocabulary_size(model)
     was_training = model.training
     model.eval()
     before = model(input_ids=ids, use_cache=False).logits
     model.set_attn_implementation(WHOLE_WINDOWS)
-    if not torch.equal(before, model(input_ids=ids, use_cache=False).logits):
+    same = torch.equal(before, model(input_ids=ids, use_cache=False).logits)
+    if not same:
         model.set_attn_implementation("sdpa")
         log.info("attention keeps Hugging Face's masks, which do more than hide later tokens")
     model.train(was_training)
+    return same
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

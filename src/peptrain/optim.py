@@ -85,12 +85,14 @@ def set_lr(optimizer: Optimizer, multiplier: float) -> None:
 
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
     """The global gradient norm, after scaling the gradients down to `clip` unless that is 0."""
-    params = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
     if clip:
-        for dtype in {p.dtype for p in params}:  # a norm of another dtype would go one by one
-            alike = [p for p in params if p.dtype == dtype]
-            nn.utils.clip_grads_with_norm_(alike, clip, norm.to(dtype))
+        scale = (clip / (norm + 1e-6)).clamp(max=1.0)
+        for dtype, device in {(g.dtype, g.device) for g in grads}:
+            alike = [g for g in grads if (g.dtype, g.device) == (dtype, device)]
+            # PyTorch's own clipping leaves the dtype to foreach, which then goes one by one.
+            torch._foreach_mul_(alike, scale.to(device, dtype))
     return norm
 
 

@@ -75,7 +75,12 @@ class Replayed:
         if self.first is None:
             self._record(parts)
         assert self.first is not None
-        assert len(parts) == self.parts and all(p.shape == self.windows.shape for p in parts)
+        if len(parts) != self.parts or any(p.shape != self.windows.shape for p in parts):
+            raise ConfigError(
+                f"train.micro_batch: {len(parts[0])} does not divide the {sum(map(len, parts))}"
+                " rows of a step as when the pass was recorded; choose a divisor, or set"
+                " train.cuda_graph to false"
+            )
         total = torch.zeros((), device=self.windows.device)
         for i, part in enumerate(parts):
             graph, loss = self.first if i == 0 or self.later is None else self.later
@@ -115,8 +120,9 @@ class Replayed:
         except RuntimeError as error:
             # Whatever goes wrong may make the end of the recording fail as well.
             first = error.__context__ or error
-            if isinstance(first, torch.OutOfMemoryError):
-                raise first from None
+            for each in (error, first):
+                if isinstance(each, torch.OutOfMemoryError):
+                    raise each from None
             raise Unsupported(
                 "train.cuda_graph: the passes of this model can't be recorded, most likely because"
                 f" Python looks at a number on the GPU; set it to false ({first})"
@@ -124,9 +130,9 @@ class Replayed:
         return graph, loss
 
 
-def records(cuda_graph: bool | None, compile: bool, here: World) -> bool:
-    """Whether passes are recorded; unset, where they are compiled and can be. Not settled in the
-    run's configuration, because a run may be resumed on another machine.
+def records(cuda_graph: bool | None, suits: bool, here: World) -> bool:
+    """Whether passes are recorded; unset, where that `suits` the model and can be done. Not settled
+    in the run's configuration, because a run may be resumed on another machine.
 
     Raises ConfigError if a graph is asked for in vain.
     """
@@ -136,7 +142,7 @@ def records(cuda_graph: bool | None, compile: bool, here: World) -> bool:
             f"train.cuda_graph: true needs one GPU, and this is {here.size} x {here.device.type};"
             " leave it out or set it to false"
         )
-    return (compile and can) if cuda_graph is None else cuda_graph
+    return (suits and can) if cuda_graph is None else cuda_graph
 
 
 def passes(loss: nn.Module, precision: Precision, here: World, *, recorded: bool) -> Passes:

@@ -53,14 +53,15 @@ class Result:
     """Of the optimizer's moments, in the phase that has the most of them."""
     tokens_per_second: float
     peak_bytes: int
-    """Peak GPU memory, 0 on a CPU."""
+    """Most GPU memory that PyTorch held (a recorded pass is no tensor to it), 0 on a CPU."""
 
 
 def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
     """Train what `config` describes in a new run directory, to the last step.
 
-    Raises ConfigError, DataError, Unsupported before anything is written; CheckpointError when the
-    run directory exists or the disk is full; Diverged; Interrupted after Ctrl-C or SIGTERM.
+    Raises ConfigError, DataError, Unsupported before anything is written (but for a pass that can't
+    be recorded, which the first step shows); CheckpointError when the run directory exists or the
+    disk is full; Diverged; Interrupted after Ctrl-C or SIGTERM.
     """
     with world(config.train.device) as here:
         config = resolved(adopting(config), world_size=here.size, on_gpu=here.device.type == "cuda")
@@ -276,5 +277,5 @@ def _result(
         **_sizes(trainee),
         state_bytes=state_bytes,
         tokens_per_second=journal.median_throughput(),
-        peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+        peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else 0,
     )

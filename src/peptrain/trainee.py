@@ -83,11 +83,12 @@ def ready(
     assert t.precision is not None
     model.to(here.device)  # type: ignore[arg-type]
     model.train()
-    recorded = records(t.cuda_graph, t.compile, here)
+    on_gpu = here.device.type == "cuda"
+    maskless = on_gpu and attend_without_masks(model, t.seq_len)
+    recorded = records(t.cuda_graph, t.compile and maskless, here)
     if kernels_fuse(t.kernels, t.precision, here.device, recorded=recorded):
         config.method.accelerate(model)
-    if here.device.type == "cuda":
-        attend_without_masks(model, t.seq_len)
+    if on_gpu:
         pad_mlps(model)
     if t.checkpoint_activations:
         checkpoint_activations(model)

@@ -165,10 +165,12 @@ class LoRA(RankMethod):
     def accelerate(self, model: nn.Module) -> None:
         from peptrain.ops import fused  # Triton is not everywhere
 
-        for layer in reparametrized(model):
+        layers = list(reparametrized(model))  # none in a warm start
+        for layer in layers:
             assert isinstance(layer, LoRALinear)
             layer.linear = fused.added_linear
-        log.info("%s: linear maps fused by Triton (train.kernels)", self.name)
+        if layers:
+            log.info("%s: linear maps fused by Triton (train.kernels)", self.name)
 
     def schedule(self, base: Schedule) -> Schedule:
         return self._restarted(base, 0)
