@@ -79,5 +79,5 @@ def test_parts_of_another_number_or_size_are_not_replayed_as_if_they_fitted(
 ) -> None:
     made = replayed()
     made([torch.zeros(8, 5), torch.zeros(8, 5)])
-    with pytest.raises(ConfigError, match="train.micro_batch"):
+    with pytest.raises(ConfigError, match=r"train\.micro_batch"):
         made([torch.zeros(n, 5) for n in sizes])
