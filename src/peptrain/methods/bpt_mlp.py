@@ -53,14 +53,8 @@ def _candidates(module: nn.Module, layer: type[ReparamLinear]) -> Iterator[tuple
         return
     for gate, up, down in permutations(names):
         g, u, d = (getattr(module, n) for n in (gate, up, down))
-        if (
-            (g.out_features, g.in_features)
-            == (u.out_features, u.in_features)
-            == (
-                d.in_features,
-                d.out_features,
-            )
-        ):
+        into = (g.in_features, g.out_features)
+        if into == (u.in_features, u.out_features) == (d.out_features, d.in_features):
             yield gate, up, down
 
 
@@ -69,7 +63,7 @@ def _is_swiglu(module: nn.Module, roles: tuple[str, str, str]) -> bool:
     gate, up, down = (getattr(module, name) for name in roles)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, gate.in_features, generator=generator, device="cpu")
-    x = (x * torch.tensor([1.0, 10.0, 1e2, 1e3])[:, None]).to(gate.weight)  # a cap would show
+    x = (x * x.new_tensor([1.0, 10.0, 1e2, 1e3])[:, None]).to(gate.weight)  # a cap would show
     wanted = down(F.silu(gate(x)) * up(x))
     try:
         y = module(x)
