@@ -14,6 +14,7 @@ import peptrain.stacking
 from peptrain.config import TrainConfig
 from peptrain.distributed import World
 from peptrain.errors import ConfigError
+from peptrain.execution import attend_without_masks
 from peptrain.loss import NextTokenLoss
 from peptrain.methods.base import reparametrized
 from peptrain.methods.bpt_mlp import FusedMLP
@@ -157,3 +158,31 @@ def test_thin_maps_of_one_input_are_stacked(monkeypatch: pytest.MonkeyPatch) -> 
     assert stacked(monkeypatch, Maps(5, 4), x) == []  # not thin: the copy would cost more
     assert stacked(monkeypatch, Maps(2, 3, bias=True), x) == []
     assert stacked(monkeypatch, Maps(2), x) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2"])
+def test_whole_windows_need_no_masks(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import masking_utils
+
+    model = build_model(ModelConfig(family=family, **SMALL), seq_len=16, seed=0)
+    ids = torch.arange(32).view(2, 16)
+    before = model(input_ids=ids, use_cache=False).logits
+    assert attend_without_masks(model, 16)
+
+    def look(*_: Any) -> None:
+        raise AssertionError("waited for the device to look for packed windows")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+
+
+def test_a_sliding_window_keeps_its_masks() -> None:
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 320}
+    config = MistralConfig(**shape, **heads, sliding_window=4, bos_token_id=None, eos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config)
+    assert not attend_without_masks(model, 16)
+    assert model.config._attn_implementation == "sdpa"
+    assert attend_without_masks(model, 4)  # windows that it does not cut

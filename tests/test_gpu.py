@@ -12,6 +12,7 @@ from peptrain.eval.run import evaluate_run
 from peptrain.export import export
 from peptrain.loss import token_loss
 from peptrain.methods import METHODS
+from peptrain.methods.base import Method
 from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
 from peptrain.ops.cross_entropy import linear_cross_entropy, softmax_
 from peptrain.ops.riemannian_gram import gram_steps_
@@ -173,3 +174,22 @@ def test_a_chunked_loss_is_the_plain_one(precision: str, compile: bool) -> None:
     for ours, plain in zip(*found, strict=True):
         assert ours.dtype == plain.dtype
         assert (ours - plain).float().norm() < 0.01 * plain.float().norm()
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        (tiny_method("bpt"), {"checkpoint_activations": True}),
+        (tiny_method("lora", dropout=0.5, warm_start_steps=0), {}),
+    ],
+    ids=["checkpointed", "dropout"],
+)
+def test_a_recorded_run_recomputes_and_draws_as_an_eager_one(
+    method: Method, setting: dict[str, bool], corpus: Path, tmp_path: Path
+) -> None:
+    for graph in (False, True):
+        config = {"precision": "fp32", "device": "cuda", "cuda_graph": graph, "kernels": "torch"}
+        train(tiny(method, corpus, tmp_path / str(graph), train=config | setting, optim=CALM))
+    one, other = losses(tmp_path / "False"), losses(tmp_path / "True")
+    for (_, eager), (_, recorded) in zip(one, other, strict=True):
+        assert eager == pytest.approx(recorded, abs=1e-5)
