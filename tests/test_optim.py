@@ -19,7 +19,7 @@ from peptrain.methods import METHODS
 from peptrain.methods.base import reparametrized
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.loro import LORO
-from peptrain.methods.loro_optimizer import LOROOptimizer
+from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
 from peptrain.methods.lowrank import LowRankLinear
 from peptrain.optim import OptimConfig, adamw, keep_mask, reset_moments
 from peptrain.rng import Rng
@@ -520,3 +520,18 @@ def test_a_singular_factor_is_reported_and_does_no_harm(precision: str) -> None:
         # Adam's directions over balanced factors move W by about lr; a lost direction may not
         # multiply that by 1 / eps.
         assert float((p.detach() - before[name]).abs().max()) < 10, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_that_is_no_number_ends_an_exact_step_as_nan(dtype: torch.dtype) -> None:
+    """And not as an error of the SVD's: the trainer says at which step a run diverged."""
+    rule = Rule(1, 0, "riemannian", "adam", "adam", 0.0, "none")
+    pairs = [
+        torch.randn(s, generator=seeded()).to(dtype).requires_grad_() for s in ((6, 2), (2, 5))
+    ]
+    group = {"params": pairs, "factors": True, "scales": [0.5, 0.5]}
+    optimizer = LOROOptimizer([group], rule, lr=0.1, betas=(0.9, 0.999), eps=1e-6)
+    for p in pairs:
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    assert all(p.isnan().all() for p in pairs)

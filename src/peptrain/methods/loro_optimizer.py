@@ -142,10 +142,12 @@ class LOROOptimizer(Optimizer):
             return D
 
         def reference(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-            B, A, D_B, D_A = _wide(B, A, direction(B), direction(A))
+            given = _wide(B, A, direction(B), direction(A))
+            whole = _finite(given)
+            B, A, D_B, D_A = (torch.where(whole, t, 0.0) for t in given)
             B, A, singular = riemannian_step(B, A, D_B, D_A, lr_p)
             damped.append(singular)
-            return B, A
+            return torch.where(whole, B, torch.nan), torch.where(whole, A, torch.nan)
 
         pairs = _pairs(params)
         if params[0].dtype != torch.float64:  # its Gram matrices would need more than float64
@@ -187,6 +189,12 @@ def _gradients(params: list[Tensor]) -> list[Tensor]:
 
 def _pairs(params: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(params[::2], params[1::2], strict=True))
+
+
+def _finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether all are. An SVD of other numbers is an error of the library's, with no word of the
+    step; NaN goes on to the loss, where the trainer finds it."""
+    return torch.stack([t.isfinite().all() for t in tensors]).all()
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
