@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -163,3 +164,25 @@ def test_matrices_may_be_transposed_views() -> None:
         lambda x, *_: fused.added_linear(x, *(p.float() for p in views)), x, [W], torch.float32
     )
     assert_near(found[:2], wanted[:2], torch.float32)
+
+
+@pytest.mark.parametrize("name", ["added_linear", "bpt_linear"])
+def test_a_compiler_keeps_no_copy_of_the_weight_for_the_backward_pass(name: str) -> None:
+    """It would, were both passes to ask for W + U V in the same words."""
+    params = weights(24, 16, 4, 0)[: 5 if name == "bpt_linear" else 3]
+    W, *rest = (p.float() for p in params)
+    for p in rest:
+        p.requires_grad_()
+    x = inputs(8, 16, torch.float32, 0).float().requires_grad_()
+    kept: list[tuple[int, int]] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append((tuple(t.shape), t.data_ptr()))
+        return t
+
+    torch._dynamo.reset()
+    call = torch.compile(getattr(fused, name), backend="aot_eager_decomp_partition")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call(x, W, *rest)
+    assert kept
+    assert not [at for shape, at in kept if shape in ((24, 16), (16, 24)) and at != W.data_ptr()]

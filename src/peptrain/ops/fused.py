@@ -48,7 +48,7 @@ class _AddedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, B: Tensor, A: Tensor) -> Tensor:
         ctx.save_for_backward(x, W, B, A)
-        return F.linear(x, merged(W, B, A, None, None, dtype=x.dtype, again=False))
+        return F.linear(x, merged(W, B, A, None, None, None, dtype=x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,7 +56,7 @@ class _AddedLinear(torch.autograd.Function):
         dy = grads[0]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ merged(W, B, A, None, None, dtype=x.dtype, again=True)
+            dx = dy @ merged(W, B, A, None, None, dy, dtype=x.dtype)
         return dx, None, *_factor_gradients(x, dy, B, A)
 
 
@@ -65,7 +65,7 @@ class _BPTLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor
     ) -> Tensor:
-        y = F.linear(x, merged(W, U, V, a, b, dtype=x.dtype, again=False))
+        y = F.linear(x, merged(W, U, V, a, b, None, dtype=x.dtype))
         ctx.save_for_backward(x, y, W, U, V, a, b)
         return y
 
@@ -73,7 +73,7 @@ class _BPTLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, W, U, V, a, b = ctx.saved_tensors
         dy = grads[0].contiguous()
-        dx = dy @ merged(W, U, V, a, b, dtype=x.dtype, again=True)
+        dx = dy @ merged(W, U, V, a, b, dy, dtype=x.dtype)
         dU, dV = _scaled_factor_gradients(x, dy, U, V, a, b)
         return dx, None, dU, dV, _over(column_dots(y, dy), a), _over(column_dots(x, dx), b)
 
@@ -81,7 +81,7 @@ class _BPTLinear(torch.autograd.Function):
 class _BPTMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parts: Tensor) -> Tensor:
-        gate, up, down = (merged(*parts[i : i + 5], dtype=x.dtype, again=False) for i in (0, 5, 10))
+        gate, up, down = (merged(*parts[i : i + 5], None, dtype=x.dtype) for i in (0, 5, 10))
         g, u = F.linear(x, gate), F.linear(x, up)
         y = F.linear(F.silu(g) * u, down)
         ctx.save_for_backward(x, g, u, y, *parts)
@@ -92,12 +92,12 @@ class _BPTMLP(torch.autograd.Function):
         x, g, u, y, *parts = ctx.saved_tensors
         gate, up, down = parts[:5], parts[5:10], parts[10:]
         dy = grads[0].contiguous()
-        dh = dy @ merged(*down, dtype=x.dtype, again=True)
+        dh = dy @ merged(*down, dy, dtype=x.dtype)
         dg, du, h, sums_g, sums_u = gated_backward(dh, g, u)
         dU, dV = _scaled_factor_gradients(h, dy, *down[1:])
         of_down = (None, dU, dV, _over(column_dots(y, dy), down[3]), _over(sums_u, down[4]))
-        dx_g = dg @ merged(*gate, dtype=x.dtype, again=True)
-        dx_u = du @ merged(*up, dtype=x.dtype, again=True)
+        dx_g = dg @ merged(*gate, dg, dtype=x.dtype)
+        dx_u = du @ merged(*up, du, dtype=x.dtype)
         dx, dots_g, dots_u = added_dots(x, dx_g, dx_u)
         dU, dV = _scaled_factor_gradients(x, dg, *gate[1:])
         of_gate = (None, dU, dV, _over(sums_g, gate[3]), _over(dots_g, gate[4]))

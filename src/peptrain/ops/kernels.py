@@ -47,13 +47,14 @@ def _merged(
 
 @torch.library.custom_op("peptrain::merged", mutates_args=())
 def merged(
-    W: Tensor, U: Tensor, V: Tensor, a: Tensor | None, b: Tensor | None, *, dtype: torch.dtype,
-    again: bool,
+    W: Tensor, U: Tensor, V: Tensor, a: Tensor | None, b: Tensor | None, after: Tensor | None,
+    *, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """diag(a) (W + U V) diag(b), [n, m] in `dtype`, in one pass; no a and b are ones.
 
-    `again` changes nothing: with it a compiler doesn't recognise in the backward pass what the
-    forward pass had formed, and keep a copy of every weight until then.
+    `after` is not read. The backward pass gives its dy, for two reasons of a compiler's: it would
+    keep what both passes ask for in the same words, and it moves to the forward pass, and keeps,
+    what depends on no gradient. Either is a copy of every weight.
     """
     n, m = W.shape
     W, U, V = W.contiguous(), U.contiguous(), V.contiguous()
@@ -76,8 +77,8 @@ def _dot_type(dtype: torch.dtype) -> Any:
 
 @merged.register_fake
 def _(
-    W: Tensor, U: Tensor, V: Tensor, a: Tensor | None, b: Tensor | None, *, dtype: torch.dtype,
-    again: bool,
+    W: Tensor, U: Tensor, V: Tensor, a: Tensor | None, b: Tensor | None, after: Tensor | None,
+    *, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return W.new_empty(W.shape, dtype=dtype)
 
