@@ -1,4 +1,4 @@
-"""Thin linear maps of one input become one product, and the numbers stay."""
+"""Thin products with a common factor become one, and the numbers stay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 
-from peptrain.stacking import StackThinLinears
+from peptrain.ops.linear import added_linear
+from peptrain.stacking import StackThinLinears, StackThinProducts
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -59,3 +62,85 @@ def test_only_the_inner_maps_of_one_input_are_stacked(forward: Forward, left: in
         torch.testing.assert_close(torch.compile(forward, backend=backend)(x, *params),
                                    forward(x, *params))  # fmt: skip
     assert counts == [left]
+
+
+def in_plain_operators(call: Any, inputs: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The output and gradients of `call` in fp64 with StackThinProducts, and how many products it
+    took away in the forward and in the backward graph."""
+    taken: list[int] = []
+
+    def compiled(graph: fx.GraphModule, _: Any) -> Any:
+        before = len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default))
+        StackThinProducts()(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        after = len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default))
+        taken.append(before - after)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    partition = min_cut_rematerialization_partition  # Inductor's, which finds equal nodes
+    backend = aot_autograd(fw_compiler=compiled, bw_compiler=compiled, partition_fn=partition)
+    return results(torch.compile(call, backend=backend, fullgraph=True), inputs), taken
+
+
+def results(call: Any, inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    y = call(*leaves)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return [y.detach(), *(t.grad for t in leaves if t.grad is not None)]
+
+
+def added(x: Tensor, *weights: Tensor) -> Tensor:
+    maps = zip(weights[::3], weights[1::3], weights[2::3], strict=True)
+    return torch.stack([added_linear(x, *parts) for parts in maps]).sin()
+
+
+def drawn(*shapes: tuple[int, int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+@pytest.mark.parametrize("r, taken", [(2, 4), (4, 4), (5, 0)])
+def test_thin_products_of_a_backward_pass_are_stacked(r: int, taken: int) -> None:
+    """x Aᵀ and (dy B)ᵀ x of three maps of one x with 16 columns; a rank above 4 is not thin."""
+    inputs = drawn((6, 16), *[(8, 16), (8, r), (r, 16)] * 3)
+    found, fewer = in_plain_operators(added, inputs)
+    assert sum(fewer) == taken  # the compiler may have moved x Aᵀ to the forward pass
+    for one, other in zip(found, results(added, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_no_more_products_are_stacked_than_x_has_columns() -> None:
+    inputs = drawn((6, 16), *[(16, 4)] * 6)
+
+    def call(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.cat([x @ W for W in weights], 1).sin()
+
+    found, fewer = in_plain_operators(call, inputs)
+    assert fewer[0] == 3  # four become one, and the other two stay
+    for one, other in zip(found, results(call, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def chained(x: Tensor, W: Tensor) -> Tensor:
+    """x is in three products, the second of which needs the first and the third neither."""
+    first = x @ W
+    second = x @ (W * first.sum())
+    return second + x @ W.sin()
+
+
+def crossed(x: Tensor, W: Tensor) -> Tensor:
+    """Of two factors with two products each, the second of either needs the first of the other."""
+    z = x + 1
+    a, b = x @ W, z @ W.sin()
+    return x @ (W * b.sum()) + z @ (W * a.sum())
+
+
+@pytest.mark.parametrize("call", [chained, crossed])
+def test_a_product_is_not_stacked_with_what_it_needs(call: Any) -> None:
+    inputs = drawn((6, 16), (16, 4))
+    found, fewer = in_plain_operators(call, inputs)
+    assert fewer[0] == 1
+    for one, other in zip(found, results(call, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)

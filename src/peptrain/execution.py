@@ -26,18 +26,21 @@ WHOLE_WINDOWS = "causal_sdpa"
 
 @cache
 def stacking_inductor(memory_budget: float) -> Callable[..., Any]:
-    """PyTorch's own compiler after StackThinLinears. One function for all layers, or each of them
-    would be compiled anew; another one for another budget, or a second model of the process would
-    be run with the code of the first."""
+    """PyTorch's own compiler with the passes of stacking.py. One function for all layers, or each
+    of them would be compiled anew; another one for another budget, or a second model of the process
+    would be run with the code of the first."""
 
     def compiled(graph: fx.GraphModule, inputs: Sequence[InputType]) -> Any:
         from torch._inductor.compile_fx import compile_fx  # seconds to import
 
-        from peptrain.stacking import StackThinLinears
+        from peptrain.stacking import StackThinLinears, StackThinProducts
 
-        first = {"pre_grad_custom_pass": StackThinLinears()}
+        passes = {
+            "pre_grad_custom_pass": StackThinLinears(),
+            "post_grad_custom_pre_pass": StackThinProducts(),
+        }
         with functorch.patch(activation_memory_budget=memory_budget):
-            return compile_fx(graph, inputs, config_patches=first)
+            return compile_fx(graph, inputs, config_patches=passes)
 
     return compiled
 
