@@ -148,7 +148,7 @@ def test_only_swiglu_is_fused(name: str, around: Callable[..., Any], zero: bool)
     mlp = MLP(around)
     if zero:
         nn.init.zeros_(mlp.down.weight)
-    model = nn.Sequential(mlp)
+    model = nn.Sequential(mlp).to(DEVICE)
     method = BPT(rank=2)
     adapt(model, method, steps=10)
     method.accelerate(model)
@@ -161,7 +161,7 @@ def test_matrices_may_be_transposed_views() -> None:
     views = [p.mT.contiguous().mT for p in (W, U, V)]
     wanted = gradients(linear.added_linear, x, [W, U, V], torch.float64)
     found = gradients(
-        lambda x, *_: fused.added_linear(x, *(p.float() for p in views)), x, [W], torch.float32
+        lambda x, *_: fused.added_linear(x, *(p.to(x) for p in views)), x, [W], torch.float32
     )
     assert_near(found[:2], wanted[:2], torch.float32)
 
@@ -170,10 +170,10 @@ def test_matrices_may_be_transposed_views() -> None:
 def test_a_compiler_keeps_no_copy_of_the_weight_for_the_backward_pass(name: str) -> None:
     """It would, were both passes to ask for W + U V in the same words."""
     params = weights(24, 16, 4, 0)[: 5 if name == "bpt_linear" else 3]
-    W, *rest = (p.float() for p in params)
+    W, *rest = (p.to(DEVICE, torch.float32) for p in params)
     for p in rest:
         p.requires_grad_()
-    x = inputs(8, 16, torch.float32, 0).float().requires_grad_()
+    x = inputs(8, 16, torch.float32, 0).to(DEVICE, torch.float32).requires_grad_()
     kept: list[tuple[int, int]] = []
 
     def pack(t: Tensor) -> Tensor:
