@@ -26,16 +26,18 @@ WHOLE_WINDOWS = "causal_sdpa"
 
 @cache
 def stacking_inductor(memory_budget: float) -> Callable[..., Any]:
-    """PyTorch's own compiler with the passes of stacking.py. One function for all layers, or each
+    """PyTorch's own compiler with our passes. One function for all layers, or each
     of them would be compiled anew; another one for another budget, or a second model of the process
     would be run with the code of the first."""
 
     def compiled(graph: fx.GraphModule, inputs: Sequence[InputType]) -> Any:
         from torch._inductor.compile_fx import compile_fx  # seconds to import
 
+        from peptrain.recomputation import KeepAttention
         from peptrain.stacking import StackThinLinears, StackThinProducts
 
         passes = {
+            "joint_custom_pre_pass": KeepAttention(),
             "pre_grad_custom_pass": StackThinLinears(),
             "post_grad_custom_pre_pass": StackThinProducts(),
         }
