@@ -102,9 +102,11 @@ def captured(forward: Callable[[], Tensor]) -> Callable[[], object]:
 def runner(row: str, args: Any, device: torch.device) -> Runner:
     """The model of a row as a run builds it, for inference."""
     base = base_config(model_of(args), 1, longest(args.cells), precision=args.precision)
+    config = configured(row, base, args.set, device=device)
     with drawn_on(device):
-        model = build(configured(row, base, args.set, device=device), phase=0)
+        model = build(config, phase=0)
     model.to(device).eval()
+    config.method.accelerate(model)  # as load_factorised does
     if args.compile:
         compile_layers(model)
     return Runner(model, 1 if args.logits == "last" else 0)

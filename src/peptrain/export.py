@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +118,8 @@ def load_factorised(path: Path) -> PreTrainedModel:
     method.install(model, find_sites(model), Rng(0), phase=0)
     load_model(model, tensors)
     model.eval()
+    if find_spec("triton"):
+        method.accelerate(model)
     return model
 
 
