@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 
 from peptrain.ops.linear import added_linear
 from peptrain.stacking import StackThinLinears, StackThinProducts
@@ -79,8 +80,12 @@ def in_plain_operators(call: Any, inputs: list[Tensor]) -> tuple[list[Tensor], l
         return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
-    partition = min_cut_rematerialization_partition  # Inductor's, which finds equal nodes
-    backend = aot_autograd(fw_compiler=compiled, bw_compiler=compiled, partition_fn=partition)
+    backend = aot_autograd(  # as Inductor makes the graphs
+        fw_compiler=compiled,
+        bw_compiler=compiled,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
     return results(torch.compile(call, backend=backend, fullgraph=True), inputs), taken
 
 
@@ -112,10 +117,10 @@ def test_thin_products_of_a_backward_pass_are_stacked(r: int, taken: int) -> Non
 
 
 def test_no_more_products_are_stacked_than_x_has_columns() -> None:
-    inputs = drawn((6, 16), *[(16, 4)] * 6)
+    inputs = drawn((6, 16), (4, 3), *[(16, 4)] * 6)
 
-    def call(x: Tensor, *weights: Tensor) -> Tensor:
-        return torch.cat([x @ W for W in weights], 1).sin()
+    def call(x: Tensor, M: Tensor, *weights: Tensor) -> Tensor:
+        return torch.cat([x @ W @ M for W in weights], 1).sin()
 
     found, fewer = in_plain_operators(call, inputs)
     assert fewer[0] == 3  # four become one, and the other two stay
@@ -123,23 +128,30 @@ def test_no_more_products_are_stacked_than_x_has_columns() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def chained(x: Tensor, W: Tensor) -> Tensor:
+def test_columns_that_other_operators_read_are_not_stacked() -> None:
+    """They would copy them."""
+    inputs = drawn((6, 16), (16, 4), (16, 4))
+    _, fewer = in_plain_operators(lambda x, W, V: (x @ W).sin() + (x @ V).cos(), inputs)
+    assert fewer[0] == 0
+
+
+def chained(x: Tensor, W: Tensor, M: Tensor) -> Tensor:
     """x is in three products, the second of which needs the first and the third neither."""
-    first = x @ W
-    second = x @ (W * first.sum())
-    return second + x @ W.sin()
+    first = x @ W @ M
+    second = x @ (W * first.sum()) @ M
+    return second + x @ W.sin() @ M
 
 
-def crossed(x: Tensor, W: Tensor) -> Tensor:
+def crossed(x: Tensor, W: Tensor, M: Tensor) -> Tensor:
     """Of two factors with two products each, the second of either needs the first of the other."""
     z = x + 1
-    a, b = x @ W, z @ W.sin()
-    return x @ (W * b.sum()) + z @ (W * a.sum())
+    a, b = x @ W @ M, z @ W.sin() @ M
+    return x @ (W * b.sum()) @ M + z @ (W * a.sum()) @ M
 
 
 @pytest.mark.parametrize("call", [chained, crossed])
 def test_a_product_is_not_stacked_with_what_it_needs(call: Any) -> None:
-    inputs = drawn((6, 16), (16, 4))
+    inputs = drawn((6, 16), (16, 4), (4, 3))
     found, fewer = in_plain_operators(call, inputs)
     assert fewer[0] == 1
     for one, other in zip(found, results(call, inputs), strict=True):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-mm = torch.ops.aten.mm.default
+mm, permute = torch.ops.aten.mm.default, torch.ops.aten.permute.default
 
 
 class StackThinLinears(CustomGraphPass):
@@ -82,7 +82,8 @@ class StackThinProducts(CustomGraphPass):
 
     In the graph that autograd has made, forward or backward: x A_iᵀ and t_iᵀ x of maps whose
     backward pass is written by hand, W + B A for one. Thin: r is at most a quarter of x's columns,
-    and all of them together at most as many, since what is stacked is copied.
+    and all of them together at most as many, since what is stacked is copied. A slice of columns is
+    strided, which another product takes as it is and other operators copy.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -116,7 +117,17 @@ def _operand(node: fx.Node, i: int) -> fx.Node:
 
 def _is_thin(node: fx.Node, common: int) -> bool:
     r, columns = _thickness(node, common)
-    return isinstance(r, int) and isinstance(columns, int) and 4 * r <= columns
+    if not (isinstance(r, int) and isinstance(columns, int) and 4 * r <= columns):
+        return False
+    return common == 1 or _for_products(node)
+
+
+def _for_products(node: fx.Node) -> bool:
+    """Whether other products alone read it, transposed or not, in this pass or the next."""
+    return all(
+        user.op == "output" or user.target is mm or (user.target is permute and _for_products(user))
+        for user in node.users
+    )
 
 
 def _fitting(products: list[fx.Node], common: int) -> list[fx.Node]:
@@ -164,7 +175,7 @@ def _stack_products(graph: fx.Graph, products: Sequence[fx.Node], common: int) -
 
 def _side_by_side(graph: fx.Graph, operands: list[fx.Node], dim: int) -> fx.Node:
     """Transposed ones before they are, so that rows are copied as they lie."""
-    cat, permute = torch.ops.aten.cat.default, torch.ops.aten.permute.default
+    cat = torch.ops.aten.cat.default
     if any(node.target is not permute for node in operands):
         return _call(graph, cat, operands, dim)
     plain = _call(graph, cat, [node.args[0] for node in operands], 1 - dim)
