@@ -125,6 +125,7 @@ def _app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
     app.command(_train_app(given), name="train")
     app.command(name="resume")(_resume)
     app.command(name="demo")(_demo)
+    app.command(name="compare")(_compare)
     app.command(name="eval")(_eval)
     app.command(name="export")(_export)
     app.command(data, name="data")
@@ -211,6 +212,30 @@ def _demo(run: Path | None = None) -> None:
     results = [_watched(training) for training in demo(directory)]
     console.print(comparison(results))
     console.print(NEXT_STEPS, soft_wrap=True, highlight=False)
+
+
+def _compare(grid: Positional[Path], out: Path, workers: int | None = None) -> None:
+    """Train a grid of runs at equal tokens and print their table; a second call goes on.
+
+    Args:
+        grid: A TOML file: [base] for all runs, a [[grid]] block per set of them; any value may be
+            a list.
+        out: The directory of the runs and of the table, as Markdown, CSV, LaTeX and JSON.
+        workers: Runs at a time. Unset: one per GPU, or else one per core.
+    """
+    from peptrain.compare import compare
+    from peptrain.progress import comparing
+    from peptrain.table import terminal
+
+    with comparing(console) as watch:
+        made = compare(grid, out, workers, watch)
+    console.print(terminal(made))
+    text = "\n".join(["", made.caption, *made.notes, f"Written to {out}/table.md, .csv, .tex"])
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if failed := sum(len(line.errors) for line in made.lines):
+        raise PeptrainError(
+            f"{failed} runs failed, see {out}/logs; the same command tries them again"
+        )
 
 
 def _eval(

@@ -1,18 +1,31 @@
-"""Several trainings side by side: the demo, and the table that compares runs."""
+"""Several trainings side by side: the demo and its table, and grids of runs."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 
-from peptrain.config import RunConfig, TrainConfig
+from peptrain.config import RunConfig, TrainConfig, dump
+from peptrain.data import Corpus, default_corpus
+from peptrain.errors import Interrupted
+from peptrain.files import write_atomically
+from peptrain.grid import GridRun, load_grid
 from peptrain.journal import Observer
 from peptrain.methods import BPT, LORO, Full, ReLoRA
+from peptrain.rundir import RunDir
+from peptrain.settings import check
+from peptrain.summary import Outcome, outcome, summarize
+from peptrain.table import Comparison, as_csv, latex, markdown
 from peptrain.train import Result, train
+from peptrain.workers import Job, Status, alone, visible_gpus, work
 
 DEMO_METHODS = (Full(), ReLoRA(), BPT(), LORO())
 DEMO_TRAIN = TrainConfig(steps=120, batch_size=16, seq_len=128, log_every=5, device="cpu")
@@ -60,3 +73,92 @@ def comparison(results: Sequence[Result]) -> Table:
             f"{result.tokens_per_second:,.0f}",
         )
     return table
+
+
+def compare(
+    grid: Path,
+    out: Path,
+    workers: int | None = None,
+    watch: Callable[[Status], None] = lambda status: None,
+) -> Comparison:
+    """Train what is missing of the grid in the file `grid`, and write its table into `out`.
+
+    out/runs/NAME/            the runs, as `peptrain train` makes them
+        logs/NAME.log         what their processes said
+        settings/NAME.toml    what they were started with
+        table.md, table.csv, table.tex, runs.json
+
+    workers: runs at a time; unset, one per GPU, or else one per core. Finished runs are read,
+    interrupted ones resumed, failed ones tried again. A changed grid adds runs; those that are no
+    longer in it stay where they are. Raises what `load_grid` does; DataError without the corpus;
+    CheckpointError while another call works in `out`; Interrupted after Ctrl-C or SIGTERM, when
+    the running ones were saved.
+    """
+    check(workers is None or workers >= 1, "--workers", workers, "1 or more")
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    check(ranks == "1", "WORLD_SIZE", ranks, "1: compare starts its own processes, no torchrun")
+    planned = load_grid(grid)
+    data = planned[0].config.data.path
+    Corpus.open(data) if data else default_corpus()  # before any run waits for it
+    for part in ("runs", "logs", "settings"):
+        (out / part).mkdir(parents=True, exist_ok=True)
+    with alone(out) as lock:
+        before = [outcome(run, _place(run, out)) for run in planned]
+        jobs = [_job(one, out) for one in before if one.end is None]
+        gpus = _gpus(planned)
+        many = workers or len(gpus) or os.cpu_count() or 1
+        status = work(jobs, many, gpus, lock, len(planned) - len(jobs), watch)
+        failed = status.failed
+        outcomes = [outcome(o.planned, o.run, failed.get(o.run.path.name, "")) for o in before]
+        made = Comparison(summarize(outcomes), planned[0].tokens)
+        _write(out, made, outcomes)
+    if status.interrupted:
+        done = sum(one.end is not None for one in outcomes)
+        raise Interrupted(
+            f"stopped and saved, {done} of {len(planned)} runs finished; the same command goes on"
+        )
+    return made
+
+
+def _place(run: GridRun, out: Path) -> RunDir:
+    """Its directory, whatever the grid called it when it was made."""
+    made = (out / "runs").glob(f"*-{run.digest}")
+    return RunDir(next(made, out / "runs" / run.name))
+
+
+def _job(one: Outcome, out: Path) -> Job:
+    name = one.run.path.name
+    settings = out / "settings" / f"{name}.toml"
+    write_atomically(settings, dump(one.planned.config))
+    log = out / "logs" / f"{name}.log"
+    return Job(name, one.run.path, settings, log, one.planned.config.train.steps)
+
+
+def _gpus(planned: Sequence[GridRun]) -> list[str]:
+    if all(run.config.train.device == "cpu" for run in planned):
+        return []
+    return visible_gpus(os.environ, torch.cuda.device_count())
+
+
+def _write(out: Path, made: Comparison, outcomes: Sequence[Outcome]) -> None:
+    write_atomically(out / "table.md", markdown(made))
+    write_atomically(out / "table.csv", as_csv(made))
+    write_atomically(out / "table.tex", latex(made))
+    runs = [
+        {
+            "run": str(one.run.path.relative_to(out)),
+            "configuration": one.planned.label,
+            "method": one.planned.method,
+            "settings": dict(one.planned.settings),
+            "lr": one.planned.lr,
+            "seed": one.planned.seed,
+            "tokens": one.planned.tokens,
+            "state": one.state,
+            "error": one.error or None,
+            **{key: value for key, value in (one.end or {}).items() if key != "event"},
+        }
+        for one in outcomes
+    ]
+    lines = [{**asdict(line), "perplexity": line.perplexity} for line in made.lines]
+    content = {"caption": made.caption, "runs": runs, "configurations": lines}
+    write_atomically(out / "runs.json", json.dumps(content, indent=1) + "\n")

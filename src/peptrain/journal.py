@@ -109,10 +109,10 @@ class Journal:
         """A row for an evaluation during training."""
         self.write("eval", step=step, **_fields(held_out))
 
-    def end(self, step: int, held_out: Evaluation) -> None:
-        """The last row, with the evaluation on the whole held-out part."""
+    def end(self, step: int, held_out: Evaluation, **sizes: int) -> None:
+        """The last row, with the evaluation on the whole held-out part and the model's `sizes`."""
         rate = self.median_throughput()
-        self.write("end", step=step, **_fields(held_out), tokens_per_second=rate)
+        self.write("end", step=step, **_fields(held_out), tokens_per_second=rate, **sizes)
 
     def median_throughput(self) -> float:
         """Tokens per second: the median over the run's rows, unmoved by a slow first one."""

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from peptrain.data.prepare import Progress as Preparation
+from peptrain.workers import Status
 
 EVENTS = ("merges", "exact_steps")
 """Counts that methods report between steps."""
@@ -132,3 +134,49 @@ def preparation_state(done: Preparation, seconds: float, before: int) -> str:
     """Documents, tokens, and the pace of the tokens since there were `before`, seconds ago."""
     pace = f"  {(done.tokens - before) / seconds:,.0f} tok/s" if seconds > 0 else ""
     return f"{done.documents:,} documents  {done.tokens:,} tokens{pace}"
+
+
+@contextmanager
+def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
+    """A line for each run that begins or ends; on a terminal below them what is running now."""
+    told: set[str] = set()
+
+    def tell(key: str, line: str) -> None:
+        if key not in told:
+            told.add(key)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+
+        def show(status: Status) -> None:
+            if status.before:
+                tell("before", f"{status.before} runs were finished before")
+            if status.interrupted:
+                tell("stop", "stopping: the running ones save first")
+            for working in [] if console.is_terminal else status.running.values():
+                tell(f"begin {working.job.name}", f"begun     {working.job.name}")
+            for name, loss in status.finished.items():
+                tell(name, f"finished  {name}  held-out loss {loss:.4f}  ({standing(status)})")
+            for name, error in status.failed.items():
+                tell(name, f"failed    {name}  {error}  ({standing(status)})")
+            if console.is_terminal:
+                live.update(Text("\n".join(_running(status))), refresh=True)
+
+        yield show
+
+
+def standing(status: Status) -> str:
+    """How many runs are done, running and left, and the time they take."""
+    done = status.before + len(status.finished)
+    parts = [f"{done} done", f"{len(status.running)} running", f"{len(status.waiting)} left"]
+    parts += [f"{len(status.failed)} failed"] if status.failed else []
+    seconds = status.seconds_left()
+    parts += [f"{seconds / 60:.1f} min left"] if seconds else []
+    return ", ".join(parts)
+
+
+def _running(status: Status) -> Iterator[str]:
+    for working in status.running.values():
+        loss = "" if working.loss is None else f"  loss {working.loss:.3f}"
+        yield f"running   {working.job.name}  {working.step}/{working.job.steps}{loss}"
+    yield standing(status)

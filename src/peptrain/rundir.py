@@ -8,7 +8,9 @@ runs/NAME/config.toml      the resolved configuration
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from typing import Any
 
 from peptrain.errors import CheckpointError
 from peptrain.files import write_atomically
+
+NEWEST = 16_384  # bytes, dozens of rows
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,20 @@ class RunDir:
                 raise CheckpointError(
                     f"{self.metrics_file}:{number}: damaged ({error}); delete that line"
                 ) from error
+
+    def newest(self, event: str) -> dict[str, Any] | None:
+        """The last row of an event among the newest: a cheap look at a run that goes on."""
+        if not self.metrics_file.exists():
+            return None
+        with self.metrics_file.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - NEWEST))
+            tail = file.read().decode(errors="replace")
+        whole = [line for line in tail.splitlines(keepends=True) if line.endswith("\n")]
+        for line in reversed(whole):
+            with contextlib.suppress(ValueError):  # the first may have been cut
+                if (row := json.loads(line))["event"] == event:
+                    return dict(row)
+        return None
 
     def rewind(self, step: int) -> None:
         """Drop the rows that a run resumed at `step` writes again."""

@@ -16,14 +16,15 @@ from peptrain.errors import ConfigError
 T = TypeVar("T")
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The table in `path`. Raises ConfigError when it is absent or no TOML."""
+def read(path: Path, given_as: str = "--config ") -> dict[str, Any]:
+    """The table in `path`. Raises ConfigError when it is absent or no TOML; `given_as` is what
+    stood before the path on the command line."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from error
+        raise ConfigError(f"{given_as}{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not TOML: {error}") from error
+        raise ConfigError(f"{given_as}{path}: not TOML: {error}") from error
 
 
 def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:

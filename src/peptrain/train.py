@@ -102,17 +102,16 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
     _announce(trainee, journal)
     with stop_on_signals() as stop:
         _loop(config, trainee, corpus, run, journal, stop, identity)
-        largest_state = state_bytes(trainee.optimizer)
         while trainee.step < config.train.steps:
             del trainee  # or both phases' moments would be in memory at once
             trainee = restore(config, run, here, identity)
             _announce(trainee, journal)
             journal.pause()
             _loop(config, trainee, corpus, run, journal, stop, identity)
-            largest_state = max(largest_state, state_bytes(trainee.optimizer))
     held_out = _evaluate(config, trainee, corpus, run, here, limit=0)
-    result = _result(run, trainee, held_out, journal, largest_state)
-    journal.end(trainee.step, held_out)
+    result = _result(run, trainee, held_out, journal)
+    sizes = {"parameters": result.parameters, "trainable": result.trainable}
+    journal.end(trainee.step, held_out, **sizes, state_bytes=result.state_bytes)
     return result
 
 
@@ -158,7 +157,8 @@ def _loop(
             journal.evaluation(trainee.step, held_out)
         if saving:
             save(trainee, run, here, identity, t.keep)
-            journal.write("checkpoint", step=trainee.step)
+            held = state_bytes(optimizer)
+            journal.write("checkpoint", step=trainee.step, state_bytes=held)
         if saving or evaluating:
             journal.pause()
         if stopping and trainee.step < t.steps:
@@ -268,15 +268,15 @@ def _sizes(trainee: Trainee) -> dict[str, int]:
     }
 
 
-def _result(
-    run: RunDir, trainee: Trainee, held_out: Evaluation, journal: Journal, state_bytes: int
-) -> Result:
+def _result(run: RunDir, trainee: Trainee, held_out: Evaluation, journal: Journal) -> Result:
     on_gpu = journal.world.device.type == "cuda"
+    # A phase ends with a checkpoint, whose row outlives this process.
+    held = [row.get("state_bytes", 0) for row in run.metrics() if row["event"] == "checkpoint"]
     return Result(
         run=run.path,
         held_out=held_out,
         **_sizes(trainee),
-        state_bytes=state_bytes,
+        state_bytes=max([state_bytes(trainee.optimizer), *held]),
         tokens_per_second=journal.median_throughput(),
         peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else 0,
     )

@@ -1,0 +1,168 @@
+"""The table of a grid, for the terminal and as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
+
+from peptrain.summary import Line
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+LATEX |= {"±": r"$\pm$", "–": "--"}
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Lines, and what has to be said with them."""
+
+    lines: Sequence[Line]
+    tokens: int
+    """What every run trains on."""
+
+    @property
+    def caption(self) -> str:
+        """What the numbers are, and how the baseline was tuned."""
+        return (
+            f"Held-out loss in nats per token after {self.tokens:,} training tokens: mean over"
+            " seeds and its 95 % interval (Student's t; none for one seed). Perplexity: exp of that"
+            " mean. State: the optimizer's moments, 10^6 bytes. Tokens/s: with as many runs at a"
+            " time as there were workers. Each line is at the learning rate whose mean held-out"
+            " loss is lowest of those tried; (lowest) and (highest) mark a rate at the edge of"
+            " them, beyond which a better one may lie, (only) one that was not tuned. "
+            + _baseline(self.lines)
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What is missing, and why."""
+        found = []
+        for line in self.lines:
+            if line.finished < line.runs:
+                found.append(f"{line.label}: {line.finished} of {line.runs} runs finished")
+            found += [f"failed: {error}" for error in line.errors]
+        return found
+
+
+def _baseline(lines: Sequence[Line]) -> str:
+    full = [line for line in lines if line.method == "full"]
+    if not full:
+        return "There is no full-training baseline in this grid."
+    if all(line.loss is None for line in full):
+        return "The full-training baseline has no result."
+    counts = sorted({len(line.rates) for line in lines if line.method != "full"})
+    rates = sorted({rate for line in full for rate in line.rates})
+    if len(rates) == 1:
+        return f"The full-training baseline ran at one learning rate, {rates[0]:g}: not tuned."
+    listed = ", ".join(f"{rate:g}" for rate in rates)
+    others = ""
+    if counts and counts != [len(rates)]:
+        others = f" (the other lines: {' to '.join(map(str, dict.fromkeys(counts)))} rates)"
+    return f"The full-training baseline is tuned by the same grid, over {listed}{others}."
+
+
+def _known(show: Callable[[float], str], value: float | None) -> str:
+    return UNKNOWN if value is None else show(value)
+
+
+def _loss(line: Line) -> str:
+    if line.loss is None:
+        return "failed" if line.errors else "unfinished"
+    interval = "" if line.half_width is None else f" ± {line.half_width:.3f}"
+    return f"{line.loss:.3f}{interval}"
+
+
+def _rate(line: Line) -> str:
+    place = f" ({line.place})" if line.place else ""
+    return _known(lambda lr: f"{lr:g}{place}", line.lr)
+
+
+COLUMNS: dict[str, Callable[[Line], str]] = {
+    "method": lambda line: line.label,
+    "held-out loss": _loss,
+    "perplexity": lambda line: _known(lambda ppl: f"{ppl:.2f}", line.perplexity),
+    "trainable": lambda line: _known(lambda count: f"{count / 1e6:.2f}M", line.trainable),
+    "state MB": lambda line: _known(lambda size: f"{size / 1e6:.1f}", line.state_bytes),
+    "tokens/s": lambda line: _known(lambda speed: f"{speed:,.0f}", line.tokens_per_second),
+    "best lr": _rate,
+    "seeds": lambda line: str(line.seeds),
+}
+
+
+def _rows(comparison: Comparison) -> Iterator[list[str]]:
+    return ([show(line) for show in COLUMNS.values()] for line in comparison.lines)
+
+
+def terminal(comparison: Comparison) -> Table:
+    """For a person, without the caption."""
+    table = Table(box=None)
+    for n, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if n else "left", overflow="fold")
+    for row in _rows(comparison):
+        table.add_row(*map(escape, row))
+    return table
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table, its caption and the notes."""
+    lines = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)], *_rows(comparison)]
+    table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in lines]
+    notes = [f"- {note}" for note in comparison.notes]
+    return "\n".join([*table, "", comparison.caption, *([""] if notes else []), *notes, ""])
+
+
+def latex(comparison: Comparison) -> str:
+    """A table environment, for the package booktabs."""
+    rows = [" & ".join(map(_tex, row)) + r" \\" for row in _rows(comparison)]
+    caption = _tex(" ".join([comparison.caption, *(f"{note}." for note in comparison.notes)]))
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{caption}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(COLUMNS) - 1)}}}",
+            r"\toprule",
+            " & ".join(map(_tex, COLUMNS)) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _tex(text: str) -> str:
+    return "".join(LATEX.get(sign, sign) for sign in text)
+
+
+def as_csv(comparison: Comparison) -> str:
+    """A line per configuration, numbers in full and in base units; empty is unknown."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["configuration", "method", "held_out_loss", "interval_95_low", "interval_95_high",
+         "perplexity", "trainable_parameters", "optimizer_state_bytes", "tokens_per_second",
+         "best_lr", "best_lr_place", "seeds", "runs_finished", "runs", "errors"]
+    )  # fmt: skip
+    for line in comparison.lines:
+        low, high = interval(line)
+        writer.writerow(
+            [line.label, line.method, line.loss, low, high, line.perplexity, line.trainable,
+             line.state_bytes, line.tokens_per_second, line.lr, line.place, line.seeds,
+             line.finished, line.runs, "; ".join(line.errors)]
+        )  # fmt: skip
+    return out.getvalue()
+
+
+def interval(line: Line) -> tuple[float | None, float | None]:
+    """The ends of the 95 % interval."""
+    if line.loss is None or line.half_width is None:
+        return None, None
+    return line.loss - line.half_width, line.loss + line.half_width
