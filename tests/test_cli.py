@@ -97,8 +97,8 @@ def spaced(text: str) -> str:
 
 every_method = pytest.mark.parametrize("name", METHODS)
 COMMANDS = [
-    "", "train", *(f"train {name}" for name in METHODS), "resume", "demo", "compare", "eval", "export",
-    "data", "data prepare", "methods",
+    "", "train", *(f"train {name}" for name in METHODS), "resume", "demo", "compare", "eval",
+    "export", "data", "data prepare", "methods",
 ]  # fmt: skip
 
 

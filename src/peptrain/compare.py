@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from peptrain.config import RunConfig, TrainConfig, dump
+from peptrain.config import RunConfig, TrainConfig, dump, load
 from peptrain.data import Corpus, default_corpus
-from peptrain.errors import Interrupted
+from peptrain.errors import CheckpointError, Interrupted
 from peptrain.files import write_atomically
 from peptrain.grid import GridRun, load_grid
 from peptrain.journal import Observer
@@ -91,15 +91,16 @@ def compare(
     workers: runs at a time; unset, one per GPU, or else one per core. Finished runs are read,
     interrupted ones resumed, failed ones tried again. A changed grid adds runs; those that are no
     longer in it stay where they are. Raises what `load_grid` does; DataError without the corpus;
-    CheckpointError while another call works in `out`; Interrupted after Ctrl-C or SIGTERM, when
-    the running ones were saved.
+    CheckpointError while another call works in `out`, or for a run whose config.toml was changed;
+    Interrupted after Ctrl-C or SIGTERM, when the running ones were saved.
     """
     check(workers is None or workers >= 1, "--workers", workers, "1 or more")
     ranks = os.environ.get("WORLD_SIZE", "1")
     check(ranks == "1", "WORLD_SIZE", ranks, "1: compare starts its own processes, no torchrun")
     planned = load_grid(grid)
-    data = planned[0].config.data.path
-    Corpus.open(data) if data else default_corpus()  # before any run waits for it
+    path = planned[0].config.data.path
+    corpus = Corpus.open(path) if path else default_corpus()  # made before any run waits for it
+    planned = [replace(run, data=corpus.fingerprint) for run in planned]
     for part in ("runs", "logs", "settings"):
         (out / part).mkdir(parents=True, exist_ok=True)
     with alone(out) as lock:
@@ -123,7 +124,13 @@ def compare(
 def _place(run: GridRun, out: Path) -> RunDir:
     """Its directory, whatever the grid called it when it was made."""
     made = (out / "runs").glob(f"*-{run.digest}")
-    return RunDir(next(made, out / "runs" / run.name))
+    place = RunDir(next(made, out / "runs" / run.name))
+    if place.config_file.is_file() and dump(load(place.config_file)) != dump(run.config):
+        raise CheckpointError(
+            f"{place.path}: its config.toml is not what the grid asks for; copy it anew from"
+            f" {out / 'settings' / place.path.name}.toml, or move the run away"
+        )
+    return place
 
 
 def _job(one: Outcome, out: Path) -> Job:

@@ -33,6 +33,8 @@ class GridRun:
     settings: Mapping[str, Any]
     """What its block says, and the lists of [base], by dotted key; but for the method's name, the
     learning rate and the seed."""
+    data: str = ""
+    """The corpus' fingerprint, once it is opened."""
 
     @property
     def method(self) -> str:
@@ -60,8 +62,8 @@ class GridRun:
 
     @property
     def digest(self) -> str:
-        """Of every setting: a run with another digest is another run."""
-        return hashlib.sha256(dump(self.config).encode()).hexdigest()[:8]
+        """Of every setting and the corpus: a run with another digest is another run."""
+        return hashlib.sha256((dump(self.config) + self.data).encode()).hexdigest()[:8]
 
     @property
     def configuration(self) -> str:

@@ -154,7 +154,8 @@ def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
             if status.interrupted:
                 tell("stop", "stopping: the running ones save first")
             for working in [] if console.is_terminal else status.running.values():
-                tell(f"begin {working.job.name}", f"begun     {working.job.name}")
+                at = f"  from step {working.begun}" if working.begun else ""
+                tell(f"begin {working.job.name}", f"begun     {working.job.name}{at}")
             for name, loss in status.finished.items():
                 tell(name, f"finished  {name}  held-out loss {loss:.4f}  ({standing(status)})")
             for name, error in status.failed.items():

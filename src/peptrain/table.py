@@ -31,7 +31,7 @@ class Comparison:
         """What the numbers are, and how the baseline was tuned."""
         return (
             f"Held-out loss in nats per token after {self.tokens:,} training tokens: mean over"
-            " seeds and its 95 % interval (Student's t; none for one seed). Perplexity: exp of that"
+            " seeds and its 95 % interval (Student's t; none for one seed). Ppl: exp of that"
             " mean. State: the optimizer's moments, 10^6 bytes. Tokens/s: with as many runs at a"
             " time as there were workers. Each line is at the learning rate whose mean held-out"
             " loss is lowest of those tried; (lowest) and (highest) mark a rate at the edge of"
@@ -46,7 +46,8 @@ class Comparison:
         for line in self.lines:
             if line.finished < line.runs:
                 found.append(f"{line.label}: {line.finished} of {line.runs} runs finished")
-            found += [f"failed: {error}" for error in line.errors]
+            # The advice that follows a semicolon is in the run's log.
+            found += [f"failed: {error.split('; ')[0]}" for error in line.errors]
         return found
 
 
@@ -86,7 +87,7 @@ def _rate(line: Line) -> str:
 COLUMNS: dict[str, Callable[[Line], str]] = {
     "method": lambda line: line.label,
     "held-out loss": _loss,
-    "perplexity": lambda line: _known(lambda ppl: f"{ppl:.2f}", line.perplexity),
+    "ppl": lambda line: _known(lambda ppl: f"{ppl:.2f}", line.perplexity),
     "trainable": lambda line: _known(lambda count: f"{count / 1e6:.2f}M", line.trainable),
     "state MB": lambda line: _known(lambda size: f"{size / 1e6:.1f}", line.state_bytes),
     "tokens/s": lambda line: _known(lambda speed: f"{speed:,.0f}", line.tokens_per_second),

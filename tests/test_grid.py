@@ -1,0 +1,194 @@
+"""What a grid's file describes: its runs, their names, and what it may not say."""
+
+import math
+import tomllib
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peptrain.config import dump, parse, resolved
+from peptrain.errors import ConfigError
+from peptrain.grid import GridRun, expand, load_grid
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "compare.toml"
+
+
+def runs(text: str) -> list[GridRun]:
+    return expand(tomllib.loads(text))
+
+
+def test_a_block_is_the_product_of_its_lists() -> None:
+    found = runs("""
+        [base]
+        train.seed = [0, 1]
+        train.steps = 50
+        optim.lr = [1e-3, 2e-3]
+        [[grid]]
+        method.name = "full"
+        [[grid]]
+        method.name = ["bpt", "lowrank"]
+        method.rank = [4, 8]
+        optim.lr = 5e-3
+    """)
+    seen = [(r.method, getattr(r.config.method, "rank", None), r.lr, r.seed) for r in found]
+    full = [("full", None, lr, seed) for lr, seed in product((1e-3, 2e-3), (0, 1))]
+    others = [(m, rank, 5e-3, s) for m, rank, s in product(("bpt", "lowrank"), (4, 8), (0, 1))]
+    assert sorted(seen, key=str) == sorted(full + others, key=str)
+    assert {r.config.train.steps for r in found} == {50}
+    assert {r.tokens for r in found} == {50 * 32 * 256}
+
+
+def test_a_run_is_configured_as_by_its_own_file() -> None:
+    (run,) = runs("""
+        [base.train]
+        steps = 40
+        device = "cpu"
+        [[grid]]
+        method = { name = "relora", rank = 8, warm_start_steps = 10 }
+        schedule.kind = "wsd"
+    """)
+    own = {
+        "train": {"steps": 40, "device": "cpu"},
+        "method": {"name": "relora", "rank": 8, "warm_start_steps": 10},
+        "schedule": {"kind": "wsd"},
+    }
+    assert run.config == resolved(parse(own), world_size=1, on_gpu=False)
+    assert run.lr == 4e-3  # the method's own
+    assert run.label == "relora rank=8 warm_start_steps=10 schedule.kind=wsd"
+
+
+def test_what_base_says_once_is_not_in_the_label_and_its_lists_are() -> None:
+    text = """
+        [base]
+        train.steps = 40
+        schedule.warmup = [2, 4]
+        [[grid]]
+        method.name = "full"
+    """
+    assert [r.label for r in runs(text)] == ["full schedule.warmup=2", "full schedule.warmup=4"]
+
+
+def test_seeds_and_rates_share_a_configuration_and_nothing_else_does() -> None:
+    found = runs("""
+        [base]
+        train.seed = [0, 1, 2]
+        optim.lr = [1e-3, 2e-3]
+        [[grid]]
+        method.name = "bpt"
+        method.rank = [4, 8]
+        method.merge_every = [10, 20]
+    """)
+    assert len(found) == 24
+    assert len({r.configuration for r in found}) == len({r.label for r in found}) == 4
+    assert all((a.configuration == b.configuration) == (a.label == b.label)
+               for a in found for b in found)  # fmt: skip
+
+
+SETTINGS = {
+    "method.rank": st.integers(1, 64),
+    "method.merge_every": st.integers(0, 300),
+    "optim.lr": st.floats(1e-6, 1.0),
+    "train.seed": st.integers(0, 99),
+    "schedule.kind": st.sampled_from(["cosine", "linear", "wsd"]),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.fixed_dictionaries({k: st.lists(v, min_size=1, max_size=3, unique=True)
+                              for k, v in SETTINGS.items()}), st.data())  # fmt: skip
+def test_any_product_has_distinct_stable_names(lists: dict[str, Any], data: st.DataObject) -> None:
+    block = {"method.name": "bpt", **lists}
+    found = expand({"grid": [block]})
+    assert len(found) == math.prod(map(len, lists.values()))
+    names = [run.name for run in found]
+    assert len(set(names)) == len(names) and all(len(name) < 200 for name in names)
+    chosen = data.draw(st.sampled_from(list(product(*lists.values()))))
+    alone = dict(zip(lists, chosen, strict=True))
+    (run,) = expand(
+        {"base": {"optim": {"lr": 0.5}}, "grid": [{"method": {"name": "bpt"}, **alone}]}
+    )
+    assert run.name in names, "a run's name doesn't depend on the rest of the grid"
+    assert dump(run.config) in {dump(other.config) for other in found}
+
+
+def test_a_name_is_a_plain_file_name() -> None:
+    (run,) = runs("""
+        [[grid]]
+        method.name = "bpt"
+        method.targets = "q,v,*.mlp/up"
+        method.train_rest = false
+    """)
+    assert run.name == f"bpt-targets=q_v_.mlp_up-train_rest=false-lr=0.002-seed=0-{run.digest}"
+
+
+@pytest.mark.parametrize("change", ["train.steps = 31", "optim.clip = 0.5", "train.seed = 1"])
+def test_another_setting_is_another_run(change: str) -> None:
+    text = '[[grid]]\nmethod.name = "full"\ntrain.batch_size = 4\n'
+    (one,), (other,) = runs(text), runs(text + change)
+    assert one.digest != other.digest
+
+
+FULL = '[[grid]]\nmethod.name = "full"\n'
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "grid: empty; write a [[grid]] block"),
+        ("grid = []", "grid: empty; write a [[grid]] block"),
+        ("[base.train]\nsteps = 3", "grid: empty"),
+        ('[grid]\nmethod.name = "full"', "grid: must be blocks, each under [[grid]]"),
+        (f"base = 3\n{FULL}", "base: 3 must be a table"),
+        (f"[bsae.train]\nsteps = 3\n{FULL}", "bsae: unknown key; did you mean 'base'?"),
+        ("[[grid]]\ntrain.steps = 3", "[[grid]] 1: method.name: missing"),
+        (f'{FULL}[[grid]]\nmethod.name = "btp"', "[[grid]] 2: method.name: 'btp' is unknown"),
+        (f"{FULL}method.rank = 3", "[[grid]] 1: method.rank: unknown key"),
+        ('[[grid]]\nmethod.name = "bpt"\nmethod.merge_evry = [3, 4]',
+         "[[grid]] 1: method.merge_evry: unknown key; did you mean 'method.merge_every'?"),
+        (f"{FULL}trian.steps = 3", "[[grid]] 1: trian: unknown key; did you mean 'train'?"),
+        (f"{FULL}optim.lr = []", "[[grid]] 1: optim.lr: [] makes no run"),
+        (f'{FULL}optim.lr = [1e-3, "2e-3"]', "[[grid]] 1: optim.lr: '2e-3' has the wrong type"),
+        (f"{FULL}optim.lr = [[1e-3]]", "[[grid]] 1: optim.lr: [0.001] has the wrong type"),
+        (f"{FULL}optim.lr = [-1e-3]", "[[grid]] 1: optim.lr: -0.001 can't be used; give"),
+        (f"{FULL}train.micro_batch = 5", "[[grid]] 1: train.micro_batch: 5 can't be used; give"),
+        (f"[base]\ntrain = 3\n{FULL}train.steps = 3", "[[grid]] 1: train.steps: train is a value"),
+        (f'{FULL}run = "runs/x"', "[[grid]] 1: run: compare names the runs itself"),
+        (f"{FULL}train.seed = [0, 1, 0]", "grid: two identical runs, 'full' and 'full', both"),
+        (f"{FULL}optim.lr = [1e-3, 0.001]", "grid: two identical runs"),
+        (f"{FULL}{FULL}train.steps = 300", "grid: two identical runs, 'full' and 'full train"),
+        (f"{FULL}train.steps = [30, 60]", "train.steps x batch_size x seq_len: 245760 in 'full"),
+        (f"{FULL}train.batch_size = [8, 16]", "train.steps x batch_size x seq_len: 614400"),
+        (f"{FULL}train.seq_len = [64, 128]", "train.seq_len: 64 in 'full train.seq_len=64' and"),
+        (f'{FULL}data.path = ["a", "b"]', "data.path: "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_grid_is_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        runs(text)
+    assert str(error.value).startswith(message)
+
+
+def test_fewer_steps_of_larger_batches_are_equal_tokens() -> None:
+    text = f"{FULL}train = {{ steps = 60, batch_size = 8 }}\n"
+    text += f"{FULL}train = {{ steps = 30, batch_size = 16 }}"
+    assert [run.config.train.steps for run in runs(text)] == [60, 30]
+
+
+@pytest.mark.parametrize("content, message", [(None, "No such file"), ("grid: x", "not TOML")])
+def test_a_file_that_is_no_grid_is_named(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        load_grid(path)
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_the_example_has_a_tuned_baseline() -> None:
+    found = load_grid(EXAMPLE)
+    assert {r.method for r in found} == {"full", "bpt", "relora", "loro"}
+    assert len({r.lr for r in found if r.method == "full"}) == 3

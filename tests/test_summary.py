@@ -1,0 +1,196 @@
+"""The numbers of a grid's table against values worked out by hand, and their exports."""
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from peptrain.grid import GridRun, expand
+from peptrain.rundir import RunDir
+from peptrain.summary import Line, Outcome, half_width, student_t, summarize
+from peptrain.table import Comparison, as_csv, latex, markdown, terminal
+
+PRINTED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042,
+           100: 1.984}  # fmt: skip
+"""The two-sided 95 % points of Student's t as statistics books print them."""
+
+
+@pytest.mark.parametrize("df", PRINTED)
+def test_students_t_is_that_of_the_books(df: int) -> None:
+    assert student_t(0.95, df) == pytest.approx(PRINTED[df], abs=5e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.floats(0.5, 0.99))
+def test_students_t_holds_its_share_of_the_density(df: int, confidence: float) -> None:
+    t = student_t(confidence, df)
+    x = torch.linspace(-t, t, 200_001, dtype=torch.float64)
+    constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
+    density = torch.exp(constant - (df + 1) / 2 * torch.log1p(x**2 / df))
+    assert torch.trapezoid(density, x).item() == pytest.approx(confidence, abs=1e-6)
+
+
+def test_the_interval_of_three_values_by_hand() -> None:
+    # mean 2.2, deviations -0.2, 0, 0.2: s = 0.2; t(2) = 4.303; 4.303 * 0.2 / sqrt 3 = 0.4968
+    assert half_width([2.0, 2.2, 2.4]) == pytest.approx(0.4968, abs=1e-4)
+    assert half_width([2.0]) is None
+
+
+def end(loss: float, **given: Any) -> dict[str, Any]:
+    row = {"event": "end", "held_out_loss": loss, "trainable": 1_234_567, "state_bytes": 9_876_543}
+    return row | {"tokens_per_second": 1000.0} | given
+
+
+def planned(method: str = "bpt", **keys: Any) -> list[GridRun]:
+    return expand({"grid": [{"method.name": method, **keys}]})
+
+
+def outcomes(losses: dict[tuple[float, int], Any], **keys: Any) -> list[Outcome]:
+    """By (learning rate, seed): a loss, an error, or None for what wasn't run."""
+    runs = planned(**{"optim.lr": sorted({lr for lr, _ in losses}),
+                      "train.seed": sorted({seed for _, seed in losses}), **keys})  # fmt: skip
+    found = []
+    for run in runs:
+        got = losses[run.lr, run.seed]
+        row = end(got, tokens_per_second=1000.0 * (1 + run.seed)) if type(got) is float else None
+        error = got if isinstance(got, str) else ""
+        found.append(Outcome(run, RunDir(Path("runs") / run.name), row, error))
+    return found
+
+
+def test_the_best_rate_has_the_lowest_mean_over_seeds() -> None:
+    # 1e-3 has the lowest single loss, 2e-3 the lowest mean: (3.0 + 3.2) / 2 = 3.1 < 3.15.
+    (line,) = summarize(outcomes({
+        (1e-3, 0): 2.9, (1e-3, 1): 3.4, (2e-3, 0): 3.0, (2e-3, 1): 3.2,
+        (4e-3, 0): 3.3, (4e-3, 1): 3.3,
+    }))  # fmt: skip
+    assert (line.lr, line.place, line.seeds) == (2e-3, "", 2)
+    assert line.loss == pytest.approx(3.1)
+    # s = 0.1 sqrt 2, t(1) = 12.706: 12.706 * 0.1 sqrt 2 / sqrt 2
+    assert line.half_width == pytest.approx(1.2706, abs=1e-4)
+    assert line.perplexity == pytest.approx(22.198, abs=1e-3)
+    assert (line.trainable, line.state_bytes, line.tokens_per_second) == (
+        1_234_567,
+        9_876_543,
+        1500,
+    )
+    assert (line.runs, line.finished, line.rates) == (6, 6, (1e-3, 2e-3, 4e-3))
+
+
+DIVERGED = "step 2: the held-out loss is nan at a learning rate of 4e-3; there is no checkpoint"
+
+
+@pytest.mark.parametrize(
+    "losses, lr, place",
+    [
+        ([3.0, 3.1, 3.2], 1e-3, "lowest"),
+        ([3.2, 3.1, 3.0], 4e-3, "highest"),
+        ([3.2, 3.0, 3.1], 2e-3, ""),
+        ([3.2, 3.0, DIVERGED], 2e-3, ""),  # a rate that diverged was tried
+        ([3.2, 3.0, "ended by SIGKILL"], 2e-3, "highest"),  # and one that crashed was not
+        ([3.2, 3.0, None], 2e-3, "highest"),
+        ([None, 3.0, None], 2e-3, "only"),
+        ([DIVERGED, DIVERGED, DIVERGED], None, ""),
+        ([None, None, None], None, ""),
+    ],
+)
+def test_a_best_rate_at_the_edge_is_marked(losses: Any, lr: float | None, place: str) -> None:
+    of_rate = dict(zip((1e-3, 2e-3, 4e-3), losses, strict=True))
+    (line,) = summarize(outcomes({(rate, 0): loss for rate, loss in of_rate.items()}))
+    assert (line.lr, line.place) == (lr, place)
+    assert line.loss == (of_rate[lr] if lr else None) and line.half_width is None
+
+
+@pytest.mark.parametrize("broken", [DIVERGED, "crash", None])
+def test_a_rate_with_an_unfinished_seed_is_not_chosen(broken: str | None) -> None:
+    # The seed that is left has the lowest loss of all; taken alone it would flatter its rate.
+    (line,) = summarize(outcomes({
+        (1e-3, 0): 3.0, (1e-3, 1): 3.0, (2e-3, 0): 2.0, (2e-3, 1): broken,
+    }))  # fmt: skip
+    assert (line.lr, line.finished, line.runs) == (1e-3, 3, 4)
+
+
+def test_configurations_have_a_line_each_in_the_grids_order() -> None:
+    found = [*outcomes({(1e-3, 0): 3.0, (1e-3, 1): 3.1}, **{"method.rank": [8]}),
+             *outcomes({(1e-3, 0): 2.0, (1e-3, 1): 2.1}, **{"method.rank": [4]})]  # fmt: skip
+    assert [(line.label, line.runs) for line in summarize(found)] == [
+        ("bpt rank=8", 2),
+        ("bpt rank=4", 2),
+    ]
+
+
+LINE = Line(
+    label="bpt init=a_b|c", method="bpt", runs=2, finished=2, rates=(1e-3, 2e-3), lr=2e-3,
+    place="highest", seeds=2, loss=2.0, half_width=0.25, trainable=1_234_567,
+    state_bytes=9_876_543, tokens_per_second=12_345.6,
+)  # fmt: skip
+FAILED = Line(label="loro", method="loro", runs=1, finished=0, rates=(1e-2,),
+              errors=("loro-1: out of memory; try less",))  # fmt: skip
+BOTH = Comparison([LINE, FAILED], tokens=4096)
+
+
+def test_markdown() -> None:
+    lines = markdown(BOTH).splitlines()
+    assert lines[2] == (
+        r"| bpt init=a_b\|c | 2.000 ± 0.250 | 7.39 | 1.23M | 9.9 | 12,346 | 0.002 (highest) | 2 |"
+    )
+    assert lines[3] == "| loro | failed | – | – | – | – | – | 0 |"
+    assert lines[0].count("|") == lines[1].count("|") == lines[3].count("|")
+    assert "after 4,096 training tokens" in lines[5]
+    assert lines[7:] == ["- loro: 0 of 1 runs finished", "- failed: loro-1: out of memory"]
+
+
+def test_csv_has_the_numbers_in_full() -> None:
+    one, other = csv.DictReader(io.StringIO(as_csv(BOTH)))
+    assert (one["held_out_loss"], one["interval_95_low"], one["interval_95_high"]) == (
+        "2.0", "1.75", "2.25",
+    )  # fmt: skip
+    assert float(one["perplexity"]) == math.exp(2.0)
+    assert (one["optimizer_state_bytes"], one["best_lr_place"]) == ("9876543", "highest")
+    assert (other["held_out_loss"], other["runs_finished"]) == ("", "0")
+    assert other["errors"] == "loro-1: out of memory; try less"
+
+
+def test_latex_is_escaped() -> None:
+    text = latex(BOTH)
+    assert r"bpt init=a\_b|c & 2.000 $\pm$ 0.250 & 7.39 &" in text
+    assert "95 \\%" in text and r"10\textasciicircum{}6" in text
+    assert text.count(r"\\") == 3 and not set("–±") & set(text)
+
+
+def test_the_terminal_shows_all_in_80_columns() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(terminal(BOTH))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    for cell in ("trainable", "held-out", "2.000 ±", "0.250", "9.9", "12,346", "(highest)"):
+        assert cell in shown
+
+
+def baseline(*lines: Line) -> str:
+    return Comparison(lines, tokens=1).caption.partition("tuned. ")[2]
+
+
+def test_the_caption_says_how_the_baseline_was_tuned() -> None:
+    def full(rates: tuple[float, ...], loss: float | None = 3.0) -> Line:
+        return Line(label="full", method="full", runs=1, finished=1, rates=rates, loss=loss)
+
+    assert baseline(LINE) == "There is no full-training baseline in this grid."
+    assert baseline(full((1e-3, 2e-3)), LINE) == (
+        "The full-training baseline is tuned by the same grid, over 0.001, 0.002."
+    )
+    assert baseline(full((1e-3, 2e-3, 4e-3)), LINE, FAILED) == (
+        "The full-training baseline is tuned by the same grid, over 0.001, 0.002, 0.004"
+        " (the other lines: 1 to 2 rates)."
+    )
+    assert baseline(full((1e-3,)), LINE) == (
+        "The full-training baseline ran at one learning rate, 0.001: not tuned."
+    )
+    assert baseline(full((1e-3,), None)) == "The full-training baseline has no result."
