@@ -153,13 +153,13 @@ def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
                 tell("before", f"{status.before} runs were finished before")
             if status.interrupted:
                 tell("stop", "stopping: the running ones save first")
-            for working in [] if console.is_terminal else status.running.values():
-                at = f"  from step {working.begun}" if working.begun else ""
-                tell(f"begin {working.job.name}", f"begun     {working.job.name}{at}")
             for name, loss in status.finished.items():
                 tell(name, f"finished  {name}  held-out loss {loss:.4f}  ({standing(status)})")
             for name, error in status.failed.items():
                 tell(name, f"failed    {name}  {error}  ({standing(status)})")
+            for working in [] if console.is_terminal else status.running.values():
+                at = f"  from step {working.begun}" if working.begun else ""
+                tell(f"begin {working.job.name}", f"begun     {working.job.name}{at}")
             if console.is_terminal:
                 live.update(Text("\n".join(_running(status))), refresh=True)
 

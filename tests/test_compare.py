@@ -1,0 +1,472 @@
+"""Grids of runs: what is started, resumed, tried again and left alone, and what comes of it.
+
+Most tests put a script of a few lines in the place of a training, for speed.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+from support import MODEL, TRAIN, Killed, kill_at, newest, rows
+
+import peptrain.workers
+from peptrain import toml
+from peptrain.cli import main
+from peptrain.compare import compare
+from peptrain.config import load
+from peptrain.data import Corpus
+from peptrain.errors import CheckpointError, ConfigError, DataError, Interrupted
+from peptrain.grid import GridRun, load_grid
+from peptrain.progress import comparing, standing
+from peptrain.train import Result, train
+from peptrain.workers import Job, Status, Working, visible_gpus
+
+RATES, SEEDS = [1e-3, 2e-3], [0, 1]
+
+
+def as_toml(sections: Mapping[str, Any]) -> str:
+    return "".join(f"{key} = {value!r}\n".replace("'", '"') for key, value in sections.items())
+
+
+def write_grid(folder: Path, corpus: Path, *blocks: Mapping[str, Any], **base: Any) -> Path:
+    """A grid of tiny runs on a CPU."""
+    common = {f"model.{k}": v for k, v in MODEL.items()} | {
+        f"train.{k}": v for k, v in TRAIN.items()
+    }
+    common |= {"data.path": str(corpus), "train.seed": SEEDS, "optim.lr": RATES}
+    common |= {"train.precision": "fp64", "train.device": "cpu", "schedule.kind": "constant"}
+    common |= {"schedule.warmup": 0, "method.name": "full"}
+    common |= {key.replace("__", "."): value for key, value in base.items()}
+    path = folder / "grid.toml"
+    text = "".join(f"[[grid]]\n{as_toml(block)}" for block in blocks or [{}])
+    path.write_text(f"[base]\n{as_toml(common)}{text}")
+    return path
+
+
+FAKE = """
+import json, os, shutil, signal, sys, time
+run, settings, what = sys.argv[1:]
+os.makedirs(run, exist_ok=True)
+shutil.copyfile(settings, run + "/config.toml")
+def row(event, **given):
+    with open(run + "/metrics.jsonl", "a") as file:
+        file.write(json.dumps({"event": event, **given}) + "\\n")
+print("environment", os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("OMP_NUM_THREADS"))
+def saved(*signals):
+    sys.exit(130)
+if what == "crash":
+    sys.exit("Traceback\\nRuntimeError: out of memory")
+elif what == "error":
+    print("error: method.rank: too large; give less\\nand more", file=sys.stderr)
+    sys.exit(1)
+elif what == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+elif what == "hang":
+    signal.signal(signal.SIGTERM, saved)
+    row("step", step=4, loss=3.5)
+    time.sleep(60)
+elif what == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    row("step", step=4, loss=3.5)
+    time.sleep(60)
+row("step", step=8, loss=3.5)
+row("end", step=8, held_out_loss=float(what), perplexity=1.0, trainable=1000,
+    state_bytes=8000, tokens_per_second=100.0)
+"""
+
+
+@dataclass
+class Fakes:
+    """What each training does, by (method, learning rate, seed), else a loss of 3."""
+
+    does: dict[tuple[str, float, int], Any] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+
+    def command(self, job: Job) -> list[str]:
+        config = load(job.settings)
+        assert config.optim.lr is not None
+        key = (config.method.name, config.optim.lr, config.train.seed)
+        self.started.append(job.name)
+        what = str(self.does.get(key, 3.0))
+        return [sys.executable, "-S", "-c", FAKE, str(job.run), str(job.settings), what]
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    made = Fakes()
+    monkeypatch.setattr(Job, "command", lambda job: made.command(job))
+    monkeypatch.setattr(peptrain.workers, "POLL", 0.02)
+    return made
+
+
+def test_the_table_of_a_grid(fakes: Fakes, corpus: Path, tmp_path: Path) -> None:
+    fakes.does = {
+        ("full", 1e-3, 0): 2.9, ("full", 1e-3, 1): 3.4, ("full", 2e-3, 0): 3.0,
+        ("full", 2e-3, 1): 3.2, ("bpt", 1e-3, 0): 2.5, ("bpt", 1e-3, 1): 2.7,
+    }  # fmt: skip
+    grid = write_grid(tmp_path, corpus, {}, {"method.name": "bpt", "method.rank": 2})
+    made = compare(grid, tmp_path / "out", workers=3)
+    assert [(line.label, line.lr, line.place) for line in made.lines] == [
+        ("full", 2e-3, "highest"),
+        ("bpt rank=2", 1e-3, "lowest"),
+    ]
+    assert [line.loss for line in made.lines] == pytest.approx([3.1, 2.6])
+    assert made.tokens == 8 * 4 * 16 and not made.notes
+    out = tmp_path / "out"
+    with (out / "table.csv").open() as file:
+        assert [float(line["held_out_loss"]) for line in csv.DictReader(file)] == [
+            pytest.approx(3.1), pytest.approx(2.6),
+        ]  # fmt: skip
+    assert "| full | 3.100 ± " in (out / "table.md").read_text()
+    assert r"bpt rank=2 & 2.600 $\pm$" in (out / "table.tex").read_text()
+    kept = json.loads((out / "runs.json").read_text())
+    assert len(kept["runs"]) == 8 and len(kept["configurations"]) == 2
+    first = kept["runs"][0]
+    assert (out / first["run"] / "config.toml").is_file()
+    assert (first["method"], first["lr"], first["state"]) == ("full", 1e-3, "finished")
+    assert first["tokens"] == 512 and first["held_out_loss"] == 2.9
+    assert "tuned by the same grid, over 0.001, 0.002" in kept["caption"]
+
+
+def test_a_second_call_starts_nothing_and_a_changed_grid_only_adds(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    first = compare(grid, out)
+    assert len(fakes.started) == 4
+    assert compare(grid, out) == first and len(fakes.started) == 4
+    # One more seed, and a key that says what was the default anyway.
+    write_grid(tmp_path, corpus, {"optim.clip": 1.0}, train__seed=[0, 1, 2])
+    (line,) = compare(grid, out).lines
+    assert line.runs == line.finished == 6
+    assert [name.split("-seed=")[1][0] for name in fakes.started[4:]] == ["2", "2"]
+    write_grid(tmp_path, corpus, train__batch_size=8)
+    assert compare(grid, out).tokens == 2 * first.tokens
+    assert len(fakes.started) == 10 and len(list((out / "runs").iterdir())) == 10
+
+
+def test_another_corpus_in_the_same_place_is_another_run(
+    fakes: Fakes, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = write_grid(tmp_path, corpus)
+    compare(grid, tmp_path / "out")
+    other = SimpleNamespace(fingerprint="another")
+    monkeypatch.setattr(Corpus, "open", lambda path: other)
+    compare(grid, tmp_path / "out")
+    assert len(set(fakes.started)) == 8
+
+
+FAILURES = {
+    "crash": "RuntimeError: out of memory",
+    "error": "method.rank: too large",
+    "killed": "ended by SIGKILL",
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_a_failing_run_leaves_the_others_alone_and_is_tried_again(
+    what: str, fakes: Fakes, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes.does = {("full", 2e-3, 1): what, ("full", 1e-3, 0): 3.1}
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    line = ["compare", str(grid), "--out", str(out), "--workers", "2"]
+    assert main(line) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("error: 1 runs failed, see ") and "Traceback" not in said.err
+    kept = json.loads((out / "runs.json").read_text())
+    assert [run["state"] for run in kept["runs"]].count("finished") == 3
+    (failed,) = [run for run in kept["runs"] if run["state"] == "failed"]
+    assert failed["error"].startswith(FAILURES[what])
+    assert f"{Path(failed['run']).name}: {FAILURES[what]}" in (out / "table.md").read_text()
+    assert FAILURES[what] in said.out and "full: 3 of 4 runs finished" in said.out
+    log = (out / "logs" / f"{Path(failed['run']).name}.log").read_text()
+    assert what == "killed" or FAILURES[what] in log
+    (configuration,) = kept["configurations"]
+    assert configuration["lr"] == 1e-3, "a rate with a seed less is not chosen"
+
+    fakes.does, fakes.started = {("full", 1e-3, 0): 3.1}, []
+    assert main(line) == 0
+    assert fakes.started == [Path(failed["run"]).name]
+    assert json.loads((out / "runs.json").read_text())["configurations"][0]["lr"] == 2e-3
+
+
+def test_no_more_run_at_a_time_than_workers(fakes: Fakes, corpus: Path, tmp_path: Path) -> None:
+    seen = []
+    grid = write_grid(tmp_path, corpus, train__seed=[0, 1, 2])
+    compare(grid, tmp_path / "out", workers=2, watch=lambda s: seen.append(len(s.running)))
+    assert max(seen) == 2 and seen[-1] == 0
+
+
+@pytest.mark.parametrize("gpus, environments", [
+    ([], {"environment None 1"}),
+    (["3", "5"], {"environment 3 None", "environment 5 None"}),
+])  # fmt: skip
+def test_runs_are_spread_over_the_gpus_or_have_one_thread(
+    gpus: list[str], environments: set[str], fakes: Fakes, corpus: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("peptrain.compare._gpus", lambda planned: gpus)
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    compare(write_grid(tmp_path, corpus), tmp_path / "out", workers=2)
+    logs = (tmp_path / "out" / "logs").iterdir()
+    assert {log.read_text().splitlines()[0] for log in logs} == environments
+
+
+def test_gpus_are_named_as_the_environment_names_them() -> None:
+    assert visible_gpus({}, 2) == ["0", "1"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "4, GPU-7"}, 2) == ["4", "GPU-7"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, 0) == []
+
+
+# Stopping.
+
+
+def after_a_row(number: int, then: Callable[[], object]) -> Callable[[Status], None]:
+    """Call `then` once `number` runs have written a row."""
+    called = []
+
+    def watch(status: Status) -> None:
+        if not called and sum(w.step == 4 for w in status.running.values()) == number:
+            called.append(then())
+
+    return watch
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_runs_save_and_the_same_call_goes_on(
+    number: int, fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    fakes.does = {("full", lr, seed): "hang" for lr in RATES for seed in SEEDS}
+    stop = after_a_row(2, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Interrupted, match=r"stopped and saved, 0 of 4 runs finished"):
+        compare(grid, out, 2, stop)
+    assert len(fakes.started) == 2, "nothing is begun after the signal"
+    kept = json.loads((out / "runs.json").read_text())
+    assert {run["state"] for run in kept["runs"]} == {"unfinished"}
+    assert "| full | unfinished |" in (out / "table.md").read_text()
+    fakes.does = {}
+    assert compare(grid, out, 2).lines[0].finished == 4
+
+
+def test_a_second_ctrl_c_ends_all_at_once(fakes: Fakes, corpus: Path, tmp_path: Path) -> None:
+    fakes.does = {("full", lr, seed): "stubborn" for lr in RATES for seed in SEEDS}
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def watch(status: Status) -> None:
+        if all(w.step == 4 for w in status.running.values()) and status.running:
+            processes[:] = [w.process for w in status.running.values()]
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(write_grid(tmp_path, corpus), tmp_path / "out", 2, watch)
+    assert [p.returncode for p in processes] == [-signal.SIGKILL] * 2
+
+
+def test_a_run_that_outlives_its_parent_keeps_the_directory(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    """A resume of a run that is still being written would ruin it."""
+    grid, out = write_grid(tmp_path, corpus, train__seed=[0], optim__lr=[1e-3]), tmp_path / "out"
+    fakes.does = {("full", 1e-3, 0): "hang"}
+    messages: list[str] = []
+    orphan: list[subprocess.Popen[bytes]] = []
+
+    def second(status: Status) -> None:
+        if not orphan and [w.step for w in status.running.values()] == [4]:
+            orphan.append(status.running[0].process)
+            with pytest.raises(CheckpointError) as error:
+                compare(grid, out)
+            messages.append(str(error.value))
+            status.running.clear()  # as if this process had been killed
+
+    compare(grid, out, 1, second)
+    with pytest.raises(CheckpointError) as error:
+        compare(grid, out)
+    messages.append(str(error.value))
+    orphan[0].kill()
+    orphan[0].wait()
+    assert all("another compare works here, or a run that it left" in m for m in messages)
+    fakes.does = {}
+    assert compare(grid, out).lines[0].finished == 1
+
+
+# What is refused.
+
+
+def test_what_can_not_be_compared_is_named(
+    fakes: Fakes, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    with pytest.raises(ConfigError, match="--workers: 0 can't be used; give 1 or more"):
+        compare(grid, out, workers=0)
+    with pytest.raises(ConfigError, match=r"^\[\[grid\]\] 1: method.rnak: unknown key"):
+        compare(write_grid(tmp_path, corpus, {"method.rnak": 2}), out)
+    with pytest.raises(DataError, match="nothing: not a prepared corpus"):
+        compare(write_grid(tmp_path, tmp_path / "nothing"), out)
+    (tmp_path / "empty.toml").touch()
+    with pytest.raises(ConfigError, match="grid: empty"):
+        compare(tmp_path / "empty.toml", out)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE: '2' can't be used"):
+        compare(grid, out)
+    assert not out.exists() and not fakes.started
+
+
+def test_a_run_whose_settings_were_changed_by_hand_is_refused(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    compare(grid, out)
+    run = out / "runs" / fakes.started[0]
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("lr = 0.001", "lr = 0.0005"))
+    with pytest.raises(CheckpointError, match=r"its config\.toml is not what the grid asks for"):
+        compare(grid, out)
+
+
+# What a person sees.
+
+
+def test_lines_tell_what_begins_and_ends(
+    fakes: Fakes, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes.does = {("full", 1e-3, 1): "crash"}
+    grid, out = write_grid(tmp_path, corpus, optim__lr=1e-3), tmp_path / "out"
+    assert main(["compare", str(grid), "--out", str(out), "--workers", "1"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    one, other = fakes.started
+    assert said[0] == f"begun     {one}"
+    assert said[1].startswith(f"finished  {one}  held-out loss 3.0000  (1 done, 1 running, 0 left")
+    assert said[1].endswith(" min left)") and said[2] == f"begun     {other}"
+    assert said[3].startswith(f"failed    {other}  RuntimeError: out of memory  (1 done,")
+    assert main(["compare", str(grid), "--out", str(out), "--workers", "1"]) == 1
+    assert capsys.readouterr().out.startswith("1 runs were finished before\nbegun ")
+
+
+def test_a_terminal_shows_what_is_running(tmp_path: Path) -> None:
+    console = Console(force_terminal=True, width=100, record=True)
+    job = Job("bpt-seed=0", tmp_path, tmp_path, tmp_path, steps=100)
+    working = Working(job, subprocess.Popen(["true"]), 0, 20, step=60, loss=3.21)
+    status = Status(waiting=[replace(job, name="next")], begun={"next": 0})  # type: ignore[arg-type]
+    status.running, status.since = {0: working}, time.monotonic() - 120
+    with comparing(console) as show:
+        show(status)
+        assert "running   bpt-seed=0  60/100  loss 3.210" in console.export_text(clear=False)
+    # 0.4 of a run in 2 minutes; 0.4 of one and a whole one are left: 7 minutes.
+    assert standing(status) == "0 done, 1 running, 1 left, 7.0 min left"
+    working.process.wait()
+
+
+# In earnest.
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes find the package that the tests find."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, sys.path)))
+
+
+def planned(grid: Path, corpus: Path) -> list[GridRun]:
+    fingerprint = Corpus.open(corpus).fingerprint
+    return [replace(run, data=fingerprint) for run in load_grid(grid)]
+
+
+def test_finished_runs_are_read_killed_ones_resumed_and_missing_ones_trained(
+    corpus: Path, tmp_path: Path, importable: None
+) -> None:
+    grid, out = write_grid(
+        tmp_path, corpus, {"method.name": "bpt", "method.rank": 2},
+        train__checkpoint_every=2, train__seed=[0, 1, 2], optim__lr=1e-3,
+    ), tmp_path / "out"  # fmt: skip
+    runs = planned(grid, corpus)
+    whole: list[Result] = []
+    for run in runs:
+        whole.append(train(replace(run.config, run=tmp_path / run.name)))
+    train(replace(runs[0].config, run=out / "runs" / runs[0].name))
+    before = (out / "runs" / runs[0].name / "metrics.jsonl").read_bytes()
+    with pytest.raises(Killed):
+        train(replace(runs[1].config, run=out / "runs" / runs[1].name), kill_at("step", 5))
+    statuses: list[Status] = []
+    (line,) = compare(grid, out, 2, statuses.append).lines
+    assert statuses[-1].begun == {runs[1].name: 5, runs[2].name: 0} and not statuses[-1].failed
+    assert (out / "runs" / runs[0].name / "metrics.jsonl").read_bytes() == before
+    for run, alone in zip(runs, whole, strict=True):
+        (end,) = rows(out / "runs" / run.name, "end")
+        assert end["held_out_loss"] == alone.held_out.loss
+        assert end["state_bytes"] == alone.state_bytes and end["trainable"] == alone.trainable
+        assert newest(out / "runs" / run.name).step == 8
+    assert line.loss == pytest.approx(sum(r.held_out.loss for r in whole) / 3, rel=1e-12)
+    assert (line.seeds, line.state_bytes) == (3, whole[0].state_bytes)
+    said = (out / "logs" / f"{runs[1].name}.log").read_text()
+    assert "from step 4" in said, "resumed, and not trained anew"
+
+
+@pytest.mark.slow
+def test_three_methods_and_two_seeds_through_the_command_with_a_ctrl_c_between(
+    corpus: Path, tmp_path: Path, importable: None
+) -> None:
+    blocks = ({"method.name": ["bpt", "loro"], "method.rank": 2}, {"optim.lr": [1e-3, 1e30]})
+    grid, out = write_grid(tmp_path, corpus, *blocks, optim__lr=1e-3), tmp_path / "out"
+    call = [sys.executable, "-m", "peptrain", "compare", str(grid), "--out", str(out)]
+    first = subprocess.Popen([*call, "--workers", "2"], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    while not (line := first.stdout.readline()).startswith("finished"):
+        assert line
+    first.send_signal(signal.SIGINT)
+    assert "the same command goes on" in first.communicate(timeout=120)[0]
+    assert first.returncode == 130
+    second = subprocess.run([*call, "--workers", "2"], capture_output=True, text=True, timeout=300)
+    assert second.returncode == 1 and second.stderr.startswith("error: 2 runs failed")
+    runs = {run.name: run for run in planned(grid, corpus)}
+    for path in (out / "runs").iterdir():
+        run = runs.pop(path.name)
+        assert len(rows(path, "end")) == (run.lr < 1)
+    assert not runs
+    kept = json.loads((out / "runs.json").read_text())
+    lines = {line["method"]: line for line in kept["configurations"]}
+    assert [lines[m]["finished"] for m in ("full", "bpt", "loro")] == [2, 2, 2]
+    assert lines["full"]["place"] == "lowest", "the rate that diverged was tried"
+
+
+def test_the_end_of_a_run_says_how_much_it_holds_also_after_a_resume(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """The warm start holds the most, and it was another process that saw it."""
+    from peptrain.train import resume
+
+    grid = write_grid(
+        tmp_path, corpus, {"method.name": "relora", "method.rank": 2, "method.warm_start_steps": 4},
+        train__seed=0, optim__lr=1e-3, train__checkpoint_every=2,
+    )  # fmt: skip
+    (run,) = load_grid(grid)
+    whole = train(replace(run.config, run=tmp_path / "whole"))
+    with pytest.raises(Killed):
+        train(replace(run.config, run=tmp_path / "killed"), kill_at("step", 7))
+    assert resume(tmp_path / "killed").state_bytes == whole.state_bytes
+    trainable = rows(tmp_path / "whole", "phase")[0]["trainable"]
+    (end,) = rows(tmp_path / "killed", "end")
+    assert end["state_bytes"] == whole.state_bytes > 2 * 8 * trainable
+    assert end["trainable"] == trainable < end["parameters"]
+
+
+def test_the_settings_of_a_run_are_kept_beside_it(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    compare(grid, out)
+    for run in planned(grid, corpus):
+        text = toml.read(out / "settings" / f"{run.name}.toml")
+        assert text["optim"]["lr"] == run.lr and text["train"]["seed"] == run.seed
