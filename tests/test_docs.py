@@ -22,6 +22,7 @@ import peptrain.data
 from peptrain.cli import main
 from peptrain.config import RunConfig, parse, resolved
 from peptrain.data import PrepareConfig, embedded
+from peptrain.grid import expand
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method
 from peptrain.settings import fill
@@ -97,7 +98,11 @@ def test_the_blocks_of_a_file_run_in_order(name: str, elsewhere: Path) -> None:
         elif block.language == "python":
             exec(compile(block.text, block.place, "exec"), {"__name__": "__main__"})
         elif block.language == "toml":
-            resolved(parse(tomllib.loads(block.text)), world_size=1, on_gpu=False)
+            table = tomllib.loads(block.text)
+            if "grid" in table:
+                assert expand(table)
+            else:
+                resolved(parse(table), world_size=1, on_gpu=False)
 
 
 def only_parsed() -> list[tuple[str, str]]:
@@ -127,7 +132,10 @@ def test_a_command_that_is_not_run_can_be_parsed(
         assert not args or not isinstance(args[0], PrepareConfig) or args[0].inputs
         raise Parsed
 
-    for target in ("peptrain.cli._watched", "peptrain.data.prepare", "peptrain.export.export"):
+    for target in (
+        *("peptrain.cli._watched", "peptrain.compare.compare"),
+        *("peptrain.data.prepare", "peptrain.export.export"),
+    ):
         monkeypatch.setattr(target, work)
     if "--help" in line:
         assert code(line) == 0
