@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_a_failing_run_leaves_the_others_alone_and_is_tried_again(
     line = ["compare", str(grid), "--out", str(out), "--workers", "2"]
     assert main(line) == 1
     said = capsys.readouterr()
-    assert said.err.startswith("error: 1 runs failed, see ") and "Traceback" not in said.err
+    assert said.err.startswith("error: 1 of 4 runs failed, see ") and "Traceback" not in said.err
     kept = json.loads((out / "runs.json").read_text())
     assert [run["state"] for run in kept["runs"]].count("finished") == 3
     (failed,) = [run for run in kept["runs"] if run["state"] == "failed"]
@@ -353,14 +354,14 @@ def test_lines_tell_what_begins_and_ends(
     assert said[1].endswith(" min left)") and said[2] == f"begun     {other}"
     assert said[3].startswith(f"failed    {other}  RuntimeError: out of memory  (1 done,")
     assert main(["compare", str(grid), "--out", str(out), "--workers", "1"]) == 1
-    assert capsys.readouterr().out.startswith("1 runs were finished before\nbegun ")
+    assert capsys.readouterr().out.startswith("finished before: 1\nbegun ")
 
 
 def test_a_terminal_shows_what_is_running(tmp_path: Path) -> None:
     console = Console(force_terminal=True, width=100, record=True)
     job = Job("bpt-seed=0", tmp_path, tmp_path, tmp_path, steps=100)
     working = Working(job, subprocess.Popen(["true"]), 0, 20, step=60, loss=3.21)
-    status = Status(waiting=[replace(job, name="next")], begun={"next": 0})  # type: ignore[arg-type]
+    status = Status(deque([replace(job, name="next")]), begun={"next": 0})
     status.running, status.since = {0: working}, time.monotonic() - 120
     with comparing(console) as show:
         show(status)
@@ -429,7 +430,7 @@ def test_three_methods_and_two_seeds_through_the_command_with_a_ctrl_c_between(
     assert "the same command goes on" in first.communicate(timeout=120)[0]
     assert first.returncode == 130
     second = subprocess.run([*call, "--workers", "2"], capture_output=True, text=True, timeout=300)
-    assert second.returncode == 1 and second.stderr.startswith("error: 2 runs failed")
+    assert second.returncode == 1 and second.stderr.startswith("error: 2 of 8 runs failed")
     runs = {run.name: run for run in planned(grid, corpus)}
     for path in (out / "runs").iterdir():
         run = runs.pop(path.name)

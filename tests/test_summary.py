@@ -11,11 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support import tiny
 
+from peptrain.errors import Diverged
 from peptrain.grid import GridRun, expand
 from peptrain.rundir import RunDir
 from peptrain.summary import Line, Outcome, half_width, student_t, summarize
 from peptrain.table import Comparison, as_csv, latex, markdown, terminal
+from peptrain.train import train
 
 PRINTED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042,
            100: 1.984}  # fmt: skip
@@ -106,6 +109,14 @@ def test_a_best_rate_at_the_edge_is_marked(losses: Any, lr: float | None, place:
     (line,) = summarize(outcomes({(rate, 0): loss for rate, loss in of_rate.items()}))
     assert (line.lr, line.place) == (lr, place)
     assert line.loss == (of_rate[lr] if lr else None) and line.half_width is None
+
+
+def test_a_training_that_diverges_is_told_from_one_that_crashes(corpus: Path) -> None:
+    with pytest.raises(Diverged) as error:
+        train(tiny("full", corpus, corpus.parent / "diverged", optim={"lr": 1e30, "clip": 0.0}))
+    (run,) = planned("full")
+    assert Outcome(run, RunDir(Path("run")), None, str(error.value)).loss == math.inf
+    assert math.isnan(Outcome(run, RunDir(Path("run")), None, "out of memory").loss)
 
 
 @pytest.mark.parametrize("broken", [DIVERGED, "crash", None])

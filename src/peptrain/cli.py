@@ -234,7 +234,8 @@ def _compare(grid: Positional[Path], out: Path, workers: int | None = None) -> N
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     if failed := sum(len(line.errors) for line in made.lines):
         raise PeptrainError(
-            f"{failed} runs failed, see {out}/logs; the same command tries them again"
+            f"{failed} of {sum(line.runs for line in made.lines)} runs failed, see {out}/logs;"
+            " the same command tries them again"
         )
 
 

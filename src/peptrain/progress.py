@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -14,7 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from peptrain.data.prepare import Progress as Preparation
-from peptrain.workers import Status
+
+if TYPE_CHECKING:
+    from peptrain.workers import Status
 
 EVENTS = ("merges", "exact_steps")
 """Counts that methods report between steps."""
@@ -150,7 +152,7 @@ def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
 
         def show(status: Status) -> None:
             if status.before:
-                tell("before", f"{status.before} runs were finished before")
+                tell("before", f"finished before: {status.before}")
             if status.interrupted:
                 tell("stop", "stopping: the running ones save first")
             for name, loss in status.finished.items():
