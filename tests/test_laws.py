@@ -51,7 +51,7 @@ from peptrain.train import resume, train
 FACTORED = {"lowrank", "loro"}
 """There is no dense W, so there is no function to keep."""
 KEEPS_FUNCTION_WITH = {"bpt": {"init": "model"}}
-ZERO_FACTOR = {"bpt", "lora", "relora"}
+ZERO_FACTOR = {"bpt", "lora", "relora", "dora"}
 MERGES = {"bpt", "relora"}
 
 RESUMED_AFTER = (1, 2, 4)
@@ -243,8 +243,10 @@ def test_what_is_frozen_stays_bit_identical_between_merges(name: str) -> None:
         one.train()  # the merge
 
 
-def test_weight_decay_leaves_diagonals_norms_biases_and_embeddings_alone() -> None:
-    with_decay, without = (bench("bpt", optim={"weight_decay": wd}) for wd in (0.5, 0.0))
+@every_method
+def test_weight_decay_leaves_vectors_and_embeddings_alone(name: str) -> None:
+    """Diagonals, magnitudes, norms, biases: it falls on the matrices that train, and no other."""
+    with_decay, without = (bench(name, optim={"weight_decay": wd}) for wd in (0.5, 0.0))
     decayed = set()
     for one in (with_decay, without):
         one.backward()
@@ -253,8 +255,10 @@ def test_weight_decay_leaves_diagonals_norms_biases_and_embeddings_alone() -> No
     for n, p in with_decay.model.named_parameters():
         if not torch.equal(p, other[n]):
             decayed.add(n.rpartition("layers.")[2].lstrip("01."))
-    factors = {n for n in decayed if n.endswith((".U", ".V"))}
-    assert factors and decayed - factors == {"lm_head.weight"} | dense_matrices(with_decay)
+    trained = (p for layer in with_decay.layers for p in layer.parameters() if p.requires_grad)
+    factors = {n for n in decayed if n.endswith((".U", ".V", ".A", ".B"))}
+    assert bool(factors) == any(p.ndim == 2 for p in trained)
+    assert decayed - factors == {"lm_head.weight"} | dense_matrices(with_decay)
 
 
 def dense_matrices(one: Bench) -> set[str]:
@@ -297,7 +301,7 @@ def test_the_dense_twin_has_the_same_logits(name: str) -> None:
 def test_the_counts_are_those_of_the_closed_form(
     name: str, family: str, kv: int, tied: bool, rank: int
 ) -> None:
-    ranked = {"rank": rank} if issubclass(METHODS[name], RankMethod) else {}
+    ranked = {"rank": rank} if "rank" in {f.name for f in fields(METHODS[name])} else {}
     one = bench(name, model={"family": family, "kv_heads": kv, "tied": tied}, **ranked)
     sizes = (MODEL[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "layers"))
     V, d, f, L = sizes
