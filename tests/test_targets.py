@@ -172,7 +172,7 @@ def test_a_trained_scale_is_one_of_the_adapters(name: str) -> None:
     assert trainable(model) == {f"{site}.{x}" for site in sites for x in letters}
 
 
-@pytest.mark.parametrize("name", ["lora", "relora"])
+@pytest.mark.parametrize("name", ["lora", "relora", "dora"])
 @pytest.mark.parametrize("train_rest", [True, False])
 def test_the_warm_start_trains_the_chosen_matrices_and_the_rest_if_it_is_to(
     name: str, train_rest: bool
@@ -219,7 +219,7 @@ def test_without_the_rest_the_count_is_the_sum_over_the_adapted(
             made(method)
 
 
-@pytest.mark.parametrize("name", ["lora", "relora"])
+@pytest.mark.parametrize("name", ["lora", "relora", "dora"])
 @pytest.mark.parametrize("family, kv", [("llama", 2), ("qwen2", 1)])
 def test_a_trained_scale_has_its_closed_form(name: str, family: str, kv: int) -> None:
     method = tiny_method(name, rank=5, train_scale=True)
