@@ -165,6 +165,31 @@ def test_in_bf16_the_vectors_stay_fp32(name: str, autocast: bool) -> None:
             assert relative(p.grad, q.grad) < 0.03, key
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "name, key", [("dora", "m"), *(("hyperadapt", k) for k in "ab"),
+                  *(("vera", f"lambda_{k}") for k in "db")],
+)  # fmt: skip
+def test_the_vectors_are_applied_unrounded(name: str, key: str, autocast: bool) -> None:
+    """With I for every other matrix nothing else is rounded: y is the one rounding of a product."""
+    layer: Any = fresh(name, site(64, 64, bias=False, dtype=torch.float32), 64)
+    eye, near_1 = torch.eye(64), 1 + 0.1 * torch.randn(64, generator=seeded(4))
+    with torch.no_grad():
+        layer.weight.copy_(torch.zeros(64, 64) if name == "vera" else eye)
+        if name == "vera":
+            layer.A[:, :64], layer.B[:64] = eye, eye
+            layer.lambda_d.fill_(1)
+            layer.lambda_b.fill_(1)
+        layer.get_parameter(key).copy_(near_1)
+    x = torch.randn(7, 64, generator=seeded(2)).bfloat16()
+    if not autocast:
+        for p in layer.parameters():
+            p.data = p.data.bfloat16() if p.ndim == 2 else p.data
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    assert torch.equal(y, (x.float() * near_1).bfloat16())
+
+
 # --- dora
 
 
@@ -263,6 +288,7 @@ def test_the_pair_is_kaiming_uniform_and_only_of_the_seed() -> None:
     small, wide = site(300, 40), site(20, 500)
     A, B = frozen_pair([small, wide], 60, Rng(3))
     assert A.shape == (60, 500) and B.shape == (300, 60)
+    assert not torch.equal(A.flatten().sign()[:999], B.flatten().sign()[:999])
     for p, fan_in in ((A, 500), (B, 60)):
         bound = (6 / fan_in) ** 0.5
         assert p.abs().max() <= bound and p.abs().max() > 0.99 * bound

@@ -107,7 +107,7 @@ def scaled_linear(x: Tensor, W: Tensor, a: Tensor, b: Tensor) -> Tensor:
     The diagonals scale the activations, unrounded, as in `bpt_linear`.
     """
     dtype = compute_dtype(x)
-    z = F.linear((x * b).to(dtype), W.detach().to(dtype))
+    z = F.linear((x * b).to(dtype), W.to(dtype))
     return (a * z).to(dtype)
 
 
