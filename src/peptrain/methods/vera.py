@@ -36,8 +36,9 @@ class VeRALinear(ReparamLinear):
 
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
-        """What the layer uses of A and B: [r, in] and [out, r]."""
-        return self.A[:, : self.in_features], self.B[: self.out_features]
+        """What the layer uses of A and B: [r, in] and [out, r], as wide as W computes (padding)."""
+        n, m = self.weight.shape
+        return self.A[:, :m], self.B[:n]
 
     def forward(self, x: Tensor) -> Tensor:
         A, B = self.pair
