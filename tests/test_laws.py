@@ -51,7 +51,7 @@ from peptrain.train import resume, train
 FACTORED = {"lowrank", "loro"}
 """There is no dense W, so there is no function to keep."""
 KEEPS_FUNCTION_WITH = {"bpt": {"init": "model"}}
-ZERO_FACTOR = {"bpt", "lora", "relora"}
+ZERO_FACTOR = {"bpt", "lora", "relora", "dora"}
 MERGES = {"bpt", "relora"}
 
 RESUMED_AFTER = (1, 2, 4)
@@ -297,7 +297,7 @@ def test_the_dense_twin_has_the_same_logits(name: str) -> None:
 def test_the_counts_are_those_of_the_closed_form(
     name: str, family: str, kv: int, tied: bool, rank: int
 ) -> None:
-    ranked = {"rank": rank} if issubclass(METHODS[name], RankMethod) else {}
+    ranked = {"rank": rank} if "rank" in {f.name for f in fields(METHODS[name])} else {}
     one = bench(name, model={"family": family, "kv_heads": kv, "tied": tied}, **ranked)
     sizes = (MODEL[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "layers"))
     V, d, f, L = sizes

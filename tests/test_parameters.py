@@ -1,5 +1,7 @@
 """Parameter counts: the papers' tables, and closed forms for every preset and method."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from slow import algebra
@@ -7,7 +9,6 @@ from transformers import PreTrainedModel
 
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method, reparametrized
-from peptrain.methods.rank import RankMethod
 from peptrain.model import PRESETS, Family, ModelConfig, build_model, count_parameters, find_sites
 from peptrain.rng import Rng
 
@@ -29,12 +30,17 @@ BPT = {
     "qwen-1.5b": (256, 526.339, 65.90, 77.64),  # the paper prints 77.4
 }
 """Rank, trainable millions, and the percent that training saves: of all, of the non-embedding."""
+TABLE_2 = {
+    **{"hyperadapt": 137, "vera": 137, "lora": 206, "dora": 206, "relora": 206, "bpt": 206},
+    "full": 494,
+}
+"""BPT's Table 2: trainable millions in Qwen2.5-0.5B, at rank 128."""
 CLOSED_FORMS = [name for name in PRESETS if PRESETS[name].family in ("llama", "qwen2")]
 
 
 def method_of(name: str, rank: int) -> Method:
     cls = METHODS[name]
-    return cls(rank=rank) if issubclass(cls, RankMethod) else cls()
+    return cls(**({"rank": rank} if "rank" in {f.name for f in fields(cls)} else {}))
 
 
 def model_of(preset: str, name: str, rank: int = 8, layers: int | None = None) -> PreTrainedModel:
@@ -86,6 +92,12 @@ def test_bpt_leaves_k_and_v_dense_in_qwen(preset: str, rank: int) -> None:
     parameters = dict(model.named_parameters())
     for key in ("k_proj", "v_proj"):
         assert parameters[f"model.layers.0.self_attn.{key}.weight"].requires_grad
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_the_counts_of_bpts_table_2(name: str) -> None:
+    model = model_of("qwen-0.5b", name, 128)
+    assert round(count_parameters(model, trainable=True) / 1e6) == TABLE_2[name]
 
 
 def counts(model: PreTrainedModel) -> algebra.Count:
