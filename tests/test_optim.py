@@ -188,7 +188,13 @@ def test_decay_falls_on_matrices_only(name: str, qwen: bool) -> None:
             continue
         shrunk.add(key)
         torch.testing.assert_close(p.detach(), before[key] * (1 - lr * decay), rtol=1e-12, atol=0)
-    letters = {"full": ("weight",), "bpt": ("U", "V")}.get(name, ("B", "A"))
+    of_its_own = {
+        "full": ("weight",),
+        "galore": ("weight",),
+        "bpt": ("U", "V"),
+        "sltrain": ("B", "A", "values"),
+    }
+    letters = of_its_own.get(name, ("B", "A"))
     layers = [x for x in dict(model.named_modules()) if x.endswith("_proj")]
     expected = {f"{x}.{y}" for x in layers for y in letters}
     assert len(layers) == 14

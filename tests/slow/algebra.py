@@ -257,11 +257,13 @@ class Count(NamedTuple):
 
 
 def parameter_count(arch: Arch, method: str, r: int = 0, trained_scale: bool = False) -> Count:
-    """Counts by arithmetic for full, bpt, lora, relora (after its warm start), lowrank, loro.
+    """Counts by arithmetic for full, galore, bpt, lora, relora (after its warm start), lowrank,
+    loro, sltrain (density 0.03).
 
-    Adapt a matrix n x m iff that lowers its trainable count: BPT r(n+m) + n + m < nm, the others
-    r(n+m) < nm. bpt, lora and relora keep the frozen nm in the total; lowrank and loro have no
-    dense W. A trained scale is one more parameter per adapted matrix and outside the rule.
+    Adapt a matrix n x m iff that lowers its trainable count: BPT r(n+m) + n + m < nm, sltrain
+    r(n+m) + nnz < nm, the others r(n+m) < nm. galore trains all that full does. bpt, lora and
+    relora keep the frozen nm in the total; lowrank, loro and sltrain have no dense W. A trained
+    scale is one more parameter per adapted matrix and outside the rule.
     """
     V, d, f, L = arch["V"], arch["d"], arch["f"], arch["L"]
     kv = d // arch["heads"] * arch["kv"]
@@ -270,8 +272,9 @@ def parameter_count(arch: Arch, method: str, r: int = 0, trained_scale: bool = F
     embedding = V * d if arch["tied"] else 2 * V * d
     total = trainable = embedding + d + L * block
     for n, m in shapes:
-        adapter = r * (n + m) + (n + m if method == "bpt" else 0)
-        adapted = method != "full" and adapter < n * m
+        beside = {"bpt": n + m, "sltrain": 3 * n * m // 100}
+        adapter = r * (n + m) + beside.get(method, 0)
+        adapted = method not in ("full", "galore") and adapter < n * m
         frozen = n * m if method in ("bpt", "lora", "relora") else 0
         adapter += trained_scale
         trainable += L * (adapter if adapted else n * m)

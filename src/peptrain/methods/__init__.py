@@ -8,14 +8,29 @@ from importlib.metadata import entry_points
 from peptrain.methods.base import Method
 from peptrain.methods.bpt import BPT
 from peptrain.methods.full import Full
+from peptrain.methods.galore import GaLore
 from peptrain.methods.lora import LoRA
 from peptrain.methods.loro import LORO
 from peptrain.methods.lowrank import LowRank
 from peptrain.methods.relora import ReLoRA
+from peptrain.methods.sltrain import SLTrain
 
-__all__ = ["BPT", "LORO", "METHODS", "Full", "LoRA", "LowRank", "ReLoRA", "methods"]
+__all__ = [
+    "BPT",
+    "LORO",
+    "METHODS",
+    "Full",
+    "GaLore",
+    "LoRA",
+    "LowRank",
+    "ReLoRA",
+    "SLTrain",
+    "methods",
+]
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Full, BPT, LoRA, ReLoRA, LowRank, LORO)}
+METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (Full, BPT, LoRA, ReLoRA, LowRank, LORO, GaLore, SLTrain)
+}
 
 
 def methods() -> dict[str, type[Method]]:

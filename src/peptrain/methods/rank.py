@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 from torch import nn
 
@@ -30,6 +31,9 @@ class RankMethod(Method):
     A list of matrices is comma-separated, each item a kind (q, k, v, o, gate, up, down), a block
     (attention, mlp) or a pattern of names ("k_proj", "model.layers.0.*").
     """
+
+    saves: ClassVar[str] = "fewer trainable parameters"
+    """What a matrix gets by being adapted, as the errors name it."""
 
     rank: int | None = of_width(0.25)
     """r, the inner dimension of the two factors. Unset: a quarter of the hidden size."""
@@ -58,7 +62,7 @@ class RankMethod(Method):
         raise NotImplementedError
 
     def cost(self, n: int, m: int, rank: int) -> int:
-        """Trainable parameters of an adapted n x m matrix."""
+        """Trainable parameters of an adapted n x m matrix, whose n m it would have dense."""
         return rank * (n + m)
 
     def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
@@ -70,7 +74,7 @@ class RankMethod(Method):
             site.replace(self.layer(site, rng))
 
     def chosen(self, sites: Sequence[Site]) -> list[Site]:
-        """The sites to adapt: those whose trainable parameters get fewer (methods' one rule).
+        """The sites to adapt: those whose `cost` is below n m (methods' one rule).
 
         Raises Unsupported without any eligible layer, ConfigError when the rule takes none.
         """
@@ -88,8 +92,8 @@ class RankMethod(Method):
         taken = [site for site in open_to if self._takes(site)]
         if not taken:
             raise ConfigError(
-                f"method.rank: at {self.r} no matrix gets fewer trainable parameters; the"
-                f" largest useful rank of this model is {self._largest_useful_rank(open_to)}"
+                f"method.rank: at {self.r} no matrix gets {self.saves}; the largest useful"
+                f" rank of this model is {self._largest_useful_rank(open_to)}"
             )
         return taken
 
