@@ -50,7 +50,7 @@ def rotated(
         v' = (1 - beta2^step) |(C∘C) (v̂ - m̂²) + (C m̂)²|,
 
     which takes the entries of a column of R to be uncorrelated, their means m̂ and their variances
-    v̂ - m̂², and never leaves the numbers >= 0 (LDAdam, Robert et al., ICLR 2025, section 3).
+    v̂ - m̂², and never leaves the numbers >= 0 (LDAdam, Robert et al., ICLR 2025).
     """
     step = step.to(torch.promote_types(m.dtype, torch.float32))
     unbias_m, unbias_v = 1 - betas[0] ** step, 1 - betas[1] ** step
