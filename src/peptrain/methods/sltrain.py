@@ -53,7 +53,10 @@ class SLTrainLinear(ReparamLinear):
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        return self.B, self.A, self.values, self.indices, self.s
+        places, wider = self.indices, self.A.shape[1] - self.in_features
+        if wider:  # padding.py computes with columns of 0 beyond the last: rows are longer then
+            places = places + places // self.in_features * wider
+        return self.B, self.A, self.values, places, self.s
 
     def forward(self, x: Tensor) -> Tensor:
         y = sparse_linear(x, *self.parts)
