@@ -17,7 +17,12 @@ from peptrain.train import train
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [tiny_method("bpt"), tiny_method("loro"), tiny_method("relora", warm_start_steps=0)],
+    [
+        tiny_method("bpt"),
+        tiny_method("loro"),
+        tiny_method("relora", warm_start_steps=0),
+        tiny_method("sltrain"),
+    ],
     ids=lambda method: method.name,
 )
 def test_compiled_layers_give_the_same_losses_and_compile_once(
