@@ -18,7 +18,7 @@ from peptrain.train import train
 @pytest.mark.parametrize(
     "method",
     [
-        *(tiny_method(name) for name in ("bpt", "loro", "vera", "hyperadapt")),
+        *(tiny_method(name) for name in ("bpt", "loro", "vera", "hyperadapt", "sltrain")),
         *(tiny_method(name, warm_start_steps=0) for name in ("relora", "dora")),
     ],
     ids=lambda method: method.name,

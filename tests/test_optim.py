@@ -188,7 +188,14 @@ def test_decay_falls_on_matrices_only(name: str, qwen: bool) -> None:
             continue
         shrunk.add(key)
         torch.testing.assert_close(p.detach(), before[key] * (1 - lr * decay), rtol=1e-12, atol=0)
-    own = {"full": ("weight",), "bpt": ("U", "V"), "vera": (), "hyperadapt": ()}
+    own = {
+        "full": ("weight",),
+        "galore": ("weight",),
+        "bpt": ("U", "V"),
+        "sltrain": ("B", "A", "values"),
+        "vera": (),
+        "hyperadapt": (),
+    }
     letters = own.get(name, ("B", "A"))
     layers = [x for x in dict(model.named_modules()) if x.endswith("_proj")]
     expected = {f"{x}.{y}" for x in layers for y in letters}

@@ -5,12 +5,17 @@ from dataclasses import fields
 import pytest
 import torch
 from slow import algebra
+from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedModel
 
+from peptrain.config import settled
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method, reparametrized
+from peptrain.methods.sltrain import SLTrainLinear
 from peptrain.model import PRESETS, Family, ModelConfig, build_model, count_parameters, find_sites
+from peptrain.optim import OptimConfig, state_bytes
 from peptrain.rng import Rng
+from peptrain.schedule import ScheduleConfig
 
 FULL = {
     "llama-60m": 58_073_600,
@@ -35,6 +40,16 @@ TABLE_2 = {
     "full": 494,
 }
 """BPT's Table 2: trainable millions in Qwen2.5-0.5B, at rank 128."""
+MEMORY = {  # GB as LORO's Table 1 has them: bf16 weights and moments, no gradients
+    ("llama-60m", "full", 0): 0.348,
+    ("llama-60m", "lowrank", 128): 0.257,
+    ("llama-60m", "galore", 128): 0.280,
+    ("llama-60m", "sltrain", 128): 0.267,
+    ("llama-1b", "full", 0): 8.034,
+    ("llama-1b", "lowrank", 512): 3.656,
+    ("llama-1b", "galore", 512): 4.763,
+    ("llama-1b", "sltrain", 512): 4.163,
+}
 CLOSED_FORMS = [name for name in PRESETS if PRESETS[name].family in ("llama", "qwen2")]
 
 
@@ -70,6 +85,40 @@ def test_low_rank_training(preset: str, name: str) -> None:
     rank, count = LOWRANK[preset]
     model = model_of(preset, name, rank)
     assert count_parameters(model) == count_parameters(model, trainable=True) == count
+
+
+def test_sltrain_counts_its_values() -> None:
+    """43.53M in the paper's convention: of S the values, not their places."""
+    model = model_of("llama-60m", "sltrain", 128)
+    count = count_parameters(model)
+    assert count == count_parameters(model, trainable=True)
+    assert count / 1e6 == pytest.approx(43.530, abs=5e-4)
+
+
+def test_galore_trains_all() -> None:
+    model = model_of("llama-60m", "galore", 128)
+    assert count_parameters(model, trainable=True) == FULL["llama-60m"]
+    assert len(list(reparametrized(model))) == 8 * 7
+
+
+@pytest.mark.parametrize("preset, name, rank", MEMORY)
+def test_the_papers_memory(preset: str, name: str, rank: int) -> None:
+    """Of the real model and optimizer after a step, on tensors without numbers. The paper counts an
+    index of S as 8 bytes; ours have 4."""
+    given = (method_of(name, rank), OptimConfig(), ScheduleConfig())
+    method, optim, _ = settled(*given, 100, PRESETS[preset].d)
+    with FakeTensorMode():
+        model = build_model(ModelConfig(preset=preset), seq_len=64, seed=0, precision="bf16")
+        method.install(model, find_sites(model), Rng(0), 0)
+        optimizer = method.optimizer(model, optim, 0)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    indices = [x.indices for x in reparametrized(model) if isinstance(x, SLTrainLinear)]
+    assert all(x.element_size() == 4 for x in indices)
+    places = sum(x.numel() for x in indices)
+    total = 2 * count_parameters(model) + state_bytes(optimizer) + 8 * places
+    assert total / 1e9 == pytest.approx(MEMORY[preset, name, rank], abs=5.1e-4)
 
 
 @pytest.mark.parametrize("preset", BPT)

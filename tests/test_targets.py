@@ -142,6 +142,8 @@ LETTERS = {
     "dora": {"A", "B", "m"},
     "vera": {"lambda_d", "lambda_b"},
     "hyperadapt": {"a", "b"},
+    "galore": {"weight"},
+    "sltrain": {"A", "B", "values"},
 }
 """What a method trains of an adapted matrix, if it is not A and B."""
 
@@ -207,10 +209,15 @@ def test_without_the_rest_the_count_is_the_sum_over_the_adapted(
     given: dict[str, Any] = {"train_scale": True} if scaled else {}
     method = tiny_method(name, rank=rank, targets=targets, train_rest=False, **given)
 
-    def cost(n: int, m: int) -> int:
-        return rank * (n + m) + {"bpt": n + m, "dora": n}.get(name, 0) + scaled
+    def trained(n: int, m: int) -> int:
+        """Of a matrix; 0 if it is not worth it."""
+        if name == "galore":
+            return n * m if rank * (2 * max(n, m) + min(n, m)) < 2 * n * m else 0
+        beside = {"bpt": n + m, "dora": n, "sltrain": 3 * n * m // 100}
+        count = rank * (n + m) + beside.get(name, 0) + scaled
+        return count if count < n * m else 0
 
-    worth = sum(cost(n, m) for n, m in AMONG[targets] if cost(n, m) < n * m)
+    worth = sum(trained(n, m) for n, m in AMONG[targets])
     if worth:
         model, _, _ = made(method)
         assert count_parameters(model, trainable=True) == MODEL["layers"] * worth

@@ -9,11 +9,13 @@ from peptrain.methods.base import Method
 from peptrain.methods.bpt import BPT
 from peptrain.methods.dora import DoRA
 from peptrain.methods.full import Full
+from peptrain.methods.galore import GaLore
 from peptrain.methods.hyperadapt import HyperAdapt
 from peptrain.methods.lora import LoRA
 from peptrain.methods.loro import LORO
 from peptrain.methods.lowrank import LowRank
 from peptrain.methods.relora import ReLoRA
+from peptrain.methods.sltrain import SLTrain
 from peptrain.methods.vera import VeRA
 
 __all__ = [
@@ -22,16 +24,19 @@ __all__ = [
     "METHODS",
     "DoRA",
     "Full",
+    "GaLore",
     "HyperAdapt",
     "LoRA",
     "LowRank",
     "ReLoRA",
+    "SLTrain",
     "VeRA",
     "methods",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (Full, BPT, LoRA, ReLoRA, LowRank, LORO, DoRA, VeRA, HyperAdapt)
+    m.name: m
+    for m in (Full, BPT, LoRA, ReLoRA, LowRank, LORO, DoRA, VeRA, HyperAdapt, GaLore, SLTrain)
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Site
@@ -14,6 +15,9 @@ from peptrain.settings import check, of_width
 @dataclass(frozen=True, kw_only=True)
 class RankMethod(TargetedMethod):
     """A method that trains factors of a rank, where that lowers the trainable parameters."""
+
+    saves: ClassVar[str] = "fewer trainable parameters"
+    """What a matrix gets by being adapted, as the errors name it."""
 
     rank: int | None = of_width(0.25)
     """r, the inner dimension of the two factors. Unset: a quarter of the hidden size."""
@@ -29,15 +33,15 @@ class RankMethod(TargetedMethod):
         return self.rank
 
     def cost(self, n: int, m: int, rank: int) -> int:
-        """Trainable parameters of an adapted n x m matrix."""
+        """Trainable parameters of an adapted n x m matrix, whose n m it would have dense."""
         return rank * (n + m)
 
     def worthwhile(self, sites: Sequence[Site]) -> list[Site]:
         taken = [site for site in sites if self._takes(site)]
         if not taken:
             raise ConfigError(
-                f"method.rank: at {self.r} no matrix gets fewer trainable parameters; the"
-                f" largest useful rank of this model is {self._largest_useful_rank(sites)}"
+                f"method.rank: at {self.r} no matrix gets {self.saves}; the largest useful"
+                f" rank of this model is {self._largest_useful_rank(sites)}"
             )
         return taken
 
