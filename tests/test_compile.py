@@ -17,7 +17,10 @@ from peptrain.train import train
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [tiny_method("bpt"), tiny_method("loro"), tiny_method("relora", warm_start_steps=0)],
+    [
+        *(tiny_method(name) for name in ("bpt", "loro", "vera", "hyperadapt", "sltrain")),
+        *(tiny_method(name, warm_start_steps=0) for name in ("relora", "dora")),
+    ],
     ids=lambda method: method.name,
 )
 def test_compiled_layers_give_the_same_losses_and_compile_once(

@@ -80,7 +80,8 @@ def _factorised(opened: Opened, out: Path) -> PreTrainedModel:
     layers = list(reparametrized(opened.model))
     if not layers or not all(isinstance(layer, LowRankLinear) for layer in layers):
         raise Unsupported(
-            f"--form factorised: {opened.config.method.name} keeps full matrices; use --form dense"
+            f"--form factorised: {opened.config.method.name} has other matrices than W = B A;"
+            " use --form dense"
         )
     opened.model.config.save_pretrained(out)
     tensors = {name: p.detach().contiguous() for name, p in opened.model.named_parameters()}
