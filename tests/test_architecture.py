@@ -26,7 +26,7 @@ LEVELS: list[tuple[str, ...]] = [
      "data/*.py", "checkpoint.py", "dense.py", "eval/__init__.py", "eval/perplexity.py"),
     ("config.py", "build.py", "journal.py"),
     ("adapt.py", "environment.py", "progress.py", "export.py", "initial.py", "estimate.py",
-     "report.py", "eval/run.py"),
+     "recipes/*.py", "report.py", "eval/run.py"),
     ("passes.py", "trainee.py"),
     ("train.py",),
     ("compare.py",),
