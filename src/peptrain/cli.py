@@ -341,8 +341,8 @@ def _recipes(name: Positional[str | None] = None) -> None:
         counts = (f"{n / 1e6:,.1f}M" for n in (about.parameters, about.trainable))
         tokens = f"{about.tokens / 1e9:.1f}B"
         table.add_row(known, recipes.load(known).method.name, *counts, tokens, about.expected)
-    console.print(table)
+    # In a pipe, for grep, a line each.
+    (console if console.is_terminal else Console(width=160)).print(table)
     console.print(
-        "\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME --data.path DIR` runs it.",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        "\n`peptrain recipes NAME` prints one; it runs by `peptrain train --recipe NAME`."
+    )
