@@ -163,8 +163,9 @@ RECIPE = "loro-130m-loro-slim-mlp"
 def test_a_recipe_trains_as_its_printed_file_does(corpus: Path, peptrain_: Command) -> None:
     Path("file.toml").write_text(peptrain_(f"recipes {RECIPE}").out)
     given = [*flags("loro", corpus), "--schedule.warmup", "2", "--train.device", "cpu"]
-    for line in ("--recipe " + RECIPE, "loro --recipe=" + RECIPE, "--config file.toml"):
-        said = peptrain_(f"train {line} --run {line.split()[-1].replace('=', '-')}", *given)
+    lines = ("--recipe " + RECIPE, "loro --recipe=" + RECIPE, "--config file.toml")
+    for n, line in enumerate(lines):
+        said = peptrain_(f"train {line} --run run-{n}", *given)
         assert said.code == 0 and "without --data.path" not in said.out
     written = [path.read_text() for path in Path().glob("*/config.toml")]
     assert len(written) == 3 and len(set(written)) == 1

@@ -1,5 +1,6 @@
 """The recipes: they parse, count as their papers print, and train."""
 
+import re
 import tomllib
 from dataclasses import replace
 from functools import cache
@@ -222,6 +223,16 @@ def test_a_recipe_trains_at_a_smaller_size(name: str, corpus: Path, tmp_path: Pa
     )
     (end,) = rows(tmp_path / "run", "end")
     assert end["step"] == STEPS and 0 < end["held_out_loss"] < 10
+
+
+def test_the_page_has_every_recipe_with_its_count_and_result() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\S+)` \| (\S+) / (\S+) \| .* \| (.*) \|$", page, re.MULTILINE)
+    assert sorted(row[0] for row in listed) == NAMES
+    for name, trainable, total, expected in listed:
+        about = recipes.about(name)
+        assert trainable == f"{about.trainable / 1e6:,.1f}"
+        assert (total, expected) == (f"{about.parameters / 1e6:,.1f}", about.expected)
 
 
 # --- the loader

@@ -343,6 +343,4 @@ def _recipes(name: Positional[str | None] = None) -> None:
         table.add_row(known, recipes.load(known).method.name, *counts, tokens, about.expected)
     # In a pipe, for grep, a line each.
     (console if console.is_terminal else Console(width=160)).print(table)
-    console.print(
-        "\n`peptrain recipes NAME` prints one; it runs by `peptrain train --recipe NAME`."
-    )
+    console.print("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")
