@@ -99,6 +99,9 @@ class RunConfig(Generic[M]):
     init_from: Path | None = None
     """Start from these weights: a run directory, or one in Hugging Face's format. The model's
     settings, left alone, are taken from it too. Unset: a fresh initialisation."""
+    match_trainable: Path | None = None
+    """For full: shrink the model until it has as many parameters as the run in this directory
+    trains (ReLoRA's Control). The model's settings, left alone, are taken from it too."""
     run: Path | None = None
     """The run directory to make. Unset: runs/METHOD-N, the first N that is free."""
 
