@@ -36,6 +36,8 @@ TINY |= {"warm_start_steps": 2, "restart_warmup": 0, "gap": EVENT}
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "vocab_size": 320}
 TRAIN = {"steps": STEPS, "batch_size": 4, "seq_len": 16, "log_every": 1, "eval_every": 0}
 ALONE = World(0, 1, torch.device("cpu"))
+VECTORS = (".a", ".b", ".m", ".lambda_d", ".lambda_b")
+"""How the names of diagonals and magnitudes end; they stay fp32 in bf16."""
 SPREAD = {"micro_batch": 1}
 """Of two ranks each accumulates twice."""
 
