@@ -59,9 +59,9 @@ def test_only_the_inner_maps_of_one_input_are_stacked(forward: Forward, left: in
     if forward is wide:
         B = B[:2].contiguous()
     params = [nn.Parameter(W) for W in (A, C, B)]
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(forward, backend=backend)(x, *params),
-                                   forward(x, *params))  # fmt: skip
+    torch.testing.assert_close(
+        torch.compile(forward, backend=backend)(x, *params), forward(x, *params)
+    )
     assert counts == [left]
 
 
@@ -156,3 +156,47 @@ def test_a_product_is_not_stacked_with_what_it_needs(call: Any) -> None:
     assert fewer[0] == 1
     for one, other in zip(found, results(call, inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+class LowRankMaps(nn.Module):
+    """Maps B_i A_i of one x, each under a function of its own."""
+
+    def __init__(self, *shapes: tuple[int, int]) -> None:
+        super().__init__()
+        self.A = nn.ParameterList(torch.randn(r, 16) for _, r in shapes)
+        self.B = nn.ParameterList(torch.randn(n, r) for n, r in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = [F.linear(F.linear(x, A), B) for A, B in zip(self.A, self.B, strict=True)]
+        return torch.cat([one * (i + 1) for i, one in enumerate(y)], -1)
+
+
+@pytest.mark.parametrize(
+    "shapes, grad, batched",
+    [
+        ([(8, 2)] * 3, False, 1),
+        ([(8, 2)] * 3, True, 0),
+        ([(8, 2), (6, 2)], False, 0),
+        ([(8, 2), (8, 3)], False, 0),
+    ],
+)
+def test_outer_maps_are_batched_without_gradients(
+    shapes: list[tuple[int, int]], grad: bool, batched: int
+) -> None:
+    counts: list[int] = []
+
+    def backend(graph: fx.GraphModule, inputs: Any) -> Any:
+        StackThinLinears()(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        counts.append(len(graph.graph.find_nodes(op="call_function", target=torch.bmm)))
+        return graph
+
+    torch._dynamo.reset()
+    maps, x = LowRankMaps(*shapes), torch.randn(3, 5, 16)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.compile(maps, backend=backend)(x), maps(x))
+        assert counts == [batched]
+        for length in (6, 7):  # compiled again, and at last for any length
+            x = torch.randn(3, length, 16)
+            torch.testing.assert_close(torch.compile(maps, backend=backend)(x), maps(x))

@@ -45,10 +45,14 @@ def _plain(node: fx.Node) -> bool:
     Another use of y_i might not take a slice: a view, say.
     """
     inner = all(user.target is F.linear and user.args[:1] == (node,) for user in node.users)
+    return inner and _plain_weight(node)
+
+
+def _plain_weight(node: fx.Node) -> bool:
+    """Whether the map has no bias, and its weight is there from the start."""
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     weight = node.args[1] if len(node.args) > 1 else None
-    there = isinstance(weight, fx.Node) and weight.op == "placeholder"
-    return inner and bias is None and there
+    return bias is None and isinstance(weight, fx.Node) and weight.op == "placeholder"
 
 
 def _rows(node: fx.Node) -> list[int]:
@@ -74,6 +78,33 @@ def _stack(graph: fx.Graph, linears: list[fx.Node]) -> None:
         slices = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(linears))]
     for node, part in zip(linears, slices, strict=True):
         node.replace_all_uses_with(part)
+        graph.erase_node(node)
+    if not torch.is_grad_enabled():  # in a backward pass their gradients would have to be copied
+        _batch(graph, y, slices)
+
+
+def _batch(graph: fx.Graph, z: fx.Node, parts: list[fx.Node]) -> None:
+    """z_i B_iᵀ, for the parts z_i of z, as one batched product, if the B_i are alike."""
+    outer = [user for part in parts for user in part.users]
+    shapes = [node.meta["example_value"].shape for node in outer]
+    alike = len({tuple(_rows(node)) for node in outer}) == 1 and all(map(_plain_weight, outer))
+    fixed = all(isinstance(size, int) for shape in shapes for size in shape)
+    if not (alike and fixed and all(len(part.users) == 1 for part in parts)):
+        return
+    with graph.inserting_before(parts[-1].next):
+        rows = graph.call_method("reshape", (z, -1, len(parts), _rows(outer[0])[1]))
+        weights = graph.call_function(torch.stack, ([_weight(node) for node in outer],))
+        factors = [
+            graph.call_method("transpose", (t, *d)) for t, *d in ((rows, 0, 1), (weights, 1, 2))
+        ]
+        y = graph.call_function(torch.bmm, tuple(factors))
+        each = [graph.call_function(operator.getitem, (y, i)) for i in range(len(outer))]
+        results = [
+            graph.call_method("reshape", (one, tuple(shape)))
+            for one, shape in zip(each, shapes, strict=True)
+        ]
+    for node, result in zip(outer, results, strict=True):
+        node.replace_all_uses_with(result)
         graph.erase_node(node)
 
 

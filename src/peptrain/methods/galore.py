@@ -15,7 +15,7 @@ from peptrain.methods.galore_optimizer import GaLoreOptimizer, Rule
 from peptrain.methods.rank import RankMethod
 from peptrain.optim import OptimConfig, parameter_groups
 from peptrain.rng import Rng
-from peptrain.settings import check, interval
+from peptrain.settings import check, interval, of_width
 
 
 class ProjectedLinear(ReparamLinear):
@@ -41,6 +41,8 @@ class GaLore(RankMethod):
     saves: ClassVar[str] = "a smaller optimizer state"
     optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6)
 
+    rank: int | None = of_width(0.25)
+    """r, the dimension of the gradient's subspace. Unset: a quarter of the hidden size."""
     gap: int | None = interval(0.25, most=200)
     """Steps between two SVDs of the gradient, T in the paper; 0 is the first step's alone. Unset:
     a quarter of the run, at most 200."""
