@@ -47,7 +47,6 @@ class ReLoRA(LoRA):
     """Reset as the released code and its forks: each moment by a mask of its own, the step count
     kept. The first update where an m outlives its v is tens to thousands of times the learning
     rate (docs/log.md); for comparisons only."""
-
     start: Literal["random", "zero"] = "random"
     """How A starts. zero, as in the released code and its forks, is a saddle with B = 0: the
     factors stay there until the first merge draws A; for comparisons only."""
