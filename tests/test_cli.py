@@ -22,6 +22,7 @@ from support import MODEL, TINY, rows, tiny
 import peptrain.cli
 import peptrain.compare
 import peptrain.data
+from peptrain import recipes
 from peptrain.cli import main
 from peptrain.compare import DEMO_METHODS, comparison
 from peptrain.config import load
@@ -99,7 +100,7 @@ def spaced(text: str) -> str:
 every_method = pytest.mark.parametrize("name", METHODS)
 COMMANDS = [
     "", "train", *(f"train {name}" for name in METHODS), "resume", "demo", "compare", "eval",
-    "export", "data", "data prepare", "methods",
+    "export", "data", "data prepare", "methods", "recipes",
 ]  # fmt: skip
 
 
@@ -130,6 +131,68 @@ def test_the_help_shows_the_methods_own_defaults(name: str, peptrain_: Command) 
         assert f"--method.{field.name.replace('_', '-')} " in text
         explained = re.search(rf"--method\.{field.name.replace('_', '-')} (.*?)\(default", text)
         assert explained and len(explained[1].split()) > 4, field.name
+
+
+# Recipes.
+
+
+def test_recipes_are_listed_with_what_they_should_come_to(peptrain_: Command) -> None:
+    said = peptrain_("recipes")
+    assert said.code == 0
+    table = {line.split()[0]: line.split() for line in said.out.splitlines() if line.strip()}
+    assert set(recipes.names()) <= table.keys()
+    row = " ".join(table["loro-130m-sltrain"])
+    assert row == "loro-130m-sltrain sltrain 96.5M 96.5M 2.6B perplexity 26.04"
+    assert table["relora-1.3b-relora"][1:5] == ["relora", "1,458.6M", "250.7M", "23.6B"]
+
+
+def test_a_printed_recipe_is_its_file(peptrain_: Command) -> None:
+    for name in recipes.names():
+        assert peptrain_(f"recipes {name}").out == recipes.text(name)
+
+
+def test_an_unknown_recipe_is_an_error_with_the_nearest(peptrain_: Command) -> None:
+    for line in ("recipes pico-tiny-fall", "train --recipe pico-tiny-fall"):
+        error = "recipe 'pico-tiny-fall': unknown; did you mean 'pico-tiny-full'?"
+        assert peptrain_(line).error.startswith(error)
+
+
+RECIPE = "loro-130m-loro-slim-mlp"
+
+
+def test_a_recipe_trains_as_its_printed_file_does(corpus: Path, peptrain_: Command) -> None:
+    Path("file.toml").write_text(peptrain_(f"recipes {RECIPE}").out)
+    given = [*flags("loro", corpus), "--schedule.warmup", "2", "--train.device", "cpu"]
+    lines = ("--recipe " + RECIPE, "loro --recipe=" + RECIPE, "--config file.toml")
+    for n, line in enumerate(lines):
+        said = peptrain_(f"train {line} --run run-{n}", *given)
+        assert said.code == 0 and "without --data.path" not in said.out
+    written = [path.read_text() for path in Path().glob("*/config.toml")]
+    assert len(written) == 3 and len(set(written)) == 1
+    config = load(next(Path().glob("*/config.toml")))
+    assert isinstance(config.method, TargetedMethod) and config.method.targets == "attention"
+    assert (config.optim.lr, config.train.precision) == (1e-2, "bf16")
+    assert config.train.steps == STEPS
+
+
+def test_a_recipe_without_data_says_what_it_is_for(
+    peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peptrain.cli, "_watched", lambda training: None)
+    said = peptrain_("train --recipe bpt-olmo2-1b-full")
+    assert said.code == 0
+    assert "--recipe bpt-olmo2-1b-full: is for FineWeb-Edu, OLMo 2's tokenizer" in spaced(said.out)
+
+
+@pytest.mark.parametrize(
+    "line, error",
+    [
+        (f"full --recipe {RECIPE}", f"--recipe {RECIPE}: configures loro, and full was asked for"),
+        (f"--recipe {RECIPE} --config x.toml", f"--config x.toml: comes with --recipe {RECIPE};"),
+    ],
+)
+def test_a_recipe_and_another_wish_are_an_error(line: str, error: str, peptrain_: Command) -> None:
+    assert peptrain_(f"train {line}").error.startswith(error)
 
 
 def test_methods_are_listed_with_equation_and_learning_rate(

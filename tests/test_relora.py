@@ -197,6 +197,40 @@ def test_a_trained_scale_is_at_least_fp32() -> None:
     assert layer.s is not None and layer.s.dtype == torch.float32 and layer.s.item() == 1.5
 
 
+def test_a_start_at_zero_is_a_saddle_until_the_first_merge() -> None:
+    """As in the released code; what is not adapted learns meanwhile."""
+    model, optimizer, config = made(relora(start="zero", warm_start_steps=0))
+    before = snapshot(model)
+    walk(model, optimizer, 3)
+    for layer in layers(model):
+        assert not layer.A.any() and not layer.B.any()
+    head = "lm_head.weight"
+    assert not torch.equal(model.get_parameter(head), before[head])
+    config.method.after_step(model, optimizer, EVENT, Rng(0))
+    assert_alive(model, optimizer)
+
+
+def test_a_merge_without_s_adds_b_a_and_changes_the_function() -> None:
+    """As in the small-model study's code: of s B A the part (s - 1) B A is lost."""
+    layer = scramble(alone(5, 7, 2, alpha=6.0, bias=False))
+    W, B, A = (p.detach().clone() for p in (layer.weight, layer.B, layer.A))
+    before = layer.effective_weight().detach()
+    layer.merge(1, Rng(0), scaled=False)
+    assert_close(layer.weight, W + B @ A, rtol=0, atol=1e-12)
+    assert_close(before - layer.effective_weight(), 2 * B @ A, rtol=0, atol=1e-12)
+    assert not layer.B.any()
+
+
+@pytest.mark.parametrize("scaled, s", [(True, 3.0), (False, 1.0)])
+def test_the_setting_says_whether_merges_are_scaled(scaled: bool, s: float) -> None:
+    model, optimizer, config = made(relora(merge_scaled=scaled, alpha=6.0, warm_start_steps=0))
+    walk(model, optimizer, 3)
+    wanted = [m.weight.detach() + s * m.B.detach() @ m.A.detach() for m in layers(model)]
+    config.method.after_step(model, optimizer, EVENT, Rng(0))
+    for layer, W in zip(layers(model), wanted, strict=True):
+        assert_close(layer.weight, W, rtol=0, atol=1e-12)
+
+
 # --- 3: a reset that is lost (the same after a resume: test_relora_runs.py)
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from peptrain import __version__
+from peptrain import __version__, recipes
 from peptrain.config import RunConfig, load
 from peptrain.data.config import PrepareConfig
 from peptrain.errors import ConfigError, Interrupted, PeptrainError
@@ -29,6 +29,7 @@ from peptrain.optim import OptimConfig
 from peptrain.schedule import ScheduleConfig
 from peptrain.settings import fill
 
+log = logging.getLogger("peptrain")
 console = Console(quiet=os.environ.get("RANK", "0") != "0", emoji=False)
 """Of several ranks the first one speaks; errors come from all."""
 MARKERS = (
@@ -90,13 +91,12 @@ def _set_up_output() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    log = logging.getLogger("peptrain")
     log.handlers[:] = [RichHandler(console=console, show_time=False, show_path=False)]
     log.setLevel(logging.INFO)
 
 
 def _with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | None]:
-    """What --config names, and the arguments with its method in them if they name none.
+    """What --config or --recipe names, and the arguments with its method in them if they name none.
 
     The file has to be read before tyro parses, because its values are the flags' defaults.
     """
@@ -104,18 +104,33 @@ def _with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | N
         return args, None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, nargs="?")  # a missing value is tyro's to report
-    file = parser.parse_known_args(args)[0].config
-    if file is None:
+    parser.add_argument("--recipe", nargs="?")
+    wanted = parser.parse_known_args(args)[0]
+    if wanted.config is None and wanted.recipe is None:
         return args, None
-    given, named = load(file), args[1] if args[1:] and not args[1].startswith("-") else None
+    given, source = _configuration(wanted.config, wanted.recipe)
+    named = args[1] if args[1:] and not args[1].startswith("-") else None
     if named is None:
         return ["train", given.method.name, *args[1:]], given
     if named != given.method.name:
         raise ConfigError(
-            f"--config {file}: configures {given.method.name}, and {named} was asked for;"
-            " leave the method out of the command or change [method] in the file"
+            f"{source}: configures {given.method.name}, and {named} was asked for; leave the method"
+            " out of the command or change [method] in the file"
         )
     return args, given
+
+
+def _configuration(file: Path | None, recipe: str | None) -> tuple[RunConfig[Method], str]:
+    """What is in the file or the recipe, and the flag that named it."""
+    if file is None:
+        assert recipe is not None
+        return recipes.load(recipe), f"--recipe {recipe}"
+    if recipe is not None:
+        raise ConfigError(
+            f"--config {file}: comes with --recipe {recipe}; give one of them, or print the recipe"
+            f" with `peptrain recipes {recipe}` and change it"
+        )
+    return load(file), f"--config {file}"
 
 
 def _app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
@@ -130,6 +145,7 @@ def _app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
     app.command(name="export")(_export)
     app.command(data, name="data")
     app.command(name="methods")(_methods)
+    app.command(name="recipes")(_recipes)
     return app
 
 
@@ -154,22 +170,33 @@ def _with_own_defaults(cls: type[Method]) -> RunConfig[Any]:
 
 
 def _train_by(cls: type[Method], default: RunConfig[Any] | None) -> Callable[..., None]:
-    def train(options: Any, config: Path | None = None) -> None:
+    def train(options: Any, config: Path | None = None, recipe: str | None = None) -> None:
         """Train.
 
         Args:
             options: Of the run.
             config: A TOML file with any of these settings; a flag overrides it. A run's own
                 config.toml replays the run.
+            recipe: The settings of a row of a paper's table instead (`peptrain recipes` lists
+                them); a flag overrides them.
         """
         from peptrain.train import train
 
+        if recipe is not None and options.data.path is None:
+            corpus = recipes.about(recipe).data
+            log.warning("--recipe %s: is for %s; without --data.path it trains on the corpus that"
+                        " comes with peptrain", recipe, corpus)  # fmt: skip
         _watched(lambda observe: train(options, observe))
 
     # true and false are written out here: a configuration file may set either.
     spelt_out = tyro.conf.FlagConversionOff
     options = Annotated[RunConfig[cls], arg(name="", default=default), spelt_out]  # type: ignore[valid-type]
-    train.__annotations__ = {"options": options, "config": Path | None, "return": None}
+    train.__annotations__ = {
+        "options": options,
+        "config": Path | None,
+        "recipe": str | None,
+        "return": None,
+    }
     return train
 
 
@@ -322,3 +349,24 @@ def _methods() -> None:
         table.add_row(name, escape(cls.equation), f"{cls.optim_defaults.lr:g}")
     console.print(table)
     console.print(f"\npresets: {', '.join(PRESETS)}", highlight=False, soft_wrap=True)
+
+
+def _recipes(name: Positional[str | None] = None) -> None:
+    """List the recipes: the settings of the papers' tables, with what each should come to.
+
+    Args:
+        name: A recipe to print in full, as the file that `peptrain train --config` takes.
+    """
+    if name is not None:
+        # No end of its own, so that a file written from it is the recipe's, byte for byte.
+        console.print(recipes.text(name), markup=False, highlight=False, soft_wrap=True, end="")
+        return
+    table = Table("recipe", "method", "parameters", "trainable", "tokens", "expected", box=None)
+    for known in recipes.names():
+        about = recipes.about(known)
+        counts = (f"{n / 1e6:,.1f}M" for n in (about.parameters, about.trainable))
+        tokens = f"{about.tokens / 1e9:.1f}B"
+        table.add_row(known, recipes.load(known).method.name, *counts, tokens, about.expected)
+    # In a pipe, for grep, a line each.
+    (console if console.is_terminal else Console(width=160)).print(table)
+    console.print("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")

@@ -99,6 +99,9 @@ class RunConfig(Generic[M]):
     init_from: Path | None = None
     """Start from these weights: a run directory, or one in Hugging Face's format. The model's
     settings, left alone, are taken from it too. Unset: a fresh initialisation."""
+    match_trainable: Path | None = None
+    """For full: shrink the model until it has as many parameters as the run in this directory
+    trains (ReLoRA's Control). The model's settings, left alone, are taken from it too."""
     run: Path | None = None
     """The run directory to make. Unset: runs/METHOD-N, the first N that is free."""
 
@@ -160,12 +163,21 @@ def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainC
     return replace(train, micro_batch=micro, precision=precision, eval_tokens=eval_tokens)
 
 
+HEADER = "recipe"
+"""The table in which a file says what it is: a recipe's title, source and the like."""
+
+
 def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
-    """The configuration in a TOML table. Raises ConfigError for an unknown or mistyped key."""
+    """The configuration in a TOML table, whose [recipe] is for readers and passed over.
+
+    Raises ConfigError for an unknown or mistyped key.
+    """
     sections = {f.name: f for f in fields(RunConfig)}
     for key in table:
-        if key not in sections:
+        if key not in sections and key != HEADER:
             raise ConfigError(toml.unknown(key, list(sections)))
+    if not isinstance(table.get(HEADER, {}), Mapping):
+        raise ConfigError(f"{HEADER}: {table[HEADER]!r} must be a table, [{HEADER}]")
     rest = {
         key: toml.parse_value(hint, table[key], key)
         for key, hint in get_type_hints(RunConfig).items()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peptrain.build import open_run, plain_model, run_config
 from peptrain.config import RunConfig
+from peptrain.control import matched
 from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.dense import dense_state
@@ -27,7 +28,10 @@ ADVICE = "leave out all settings of the model, and it is that of init_from"
 
 
 def adopting(config: RunConfig[Any]) -> RunConfig[Any]:
-    """`config` with the model of what it starts from, if it says nothing of the model itself."""
+    """`config` with the model of what it starts from, if it says nothing of the model itself, or
+    with a model sized to another run."""
+    if config.match_trainable is not None:
+        return matched(config)
     path = config.init_from
     if path is None:
         if isinstance(config.method, TargetedMethod) and not config.method.train_rest:

@@ -68,14 +68,14 @@ class LoRALinear(ReparamLinear):
         return self.weight.to(dtype) + self.sB().to(dtype) @ self.A.to(dtype)
 
     @torch.no_grad()
-    def merge(self, step: int, rng: Rng) -> None:
+    def merge(self, step: int, rng: Rng, *, scaled: bool = True) -> None:
         """W += s B A, A fresh, B = 0: the function stays (ReLoRA, equation 1).
 
         A trained s returns to alpha / r; left where it went, near 0 say, it might hold the new
-        factors still.
+        factors still. Not `scaled`, the merge is W += B A, and the function changes unless s = 1.
         """
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = self.sB().to(dtype) @ self.A.to(dtype)
+        delta = (self.sB() if scaled else self.B).to(dtype) @ self.A.to(dtype)
         add_(self.weight, delta, rng.integer(self.site, step, "round"))
         r, m = self.A.shape
         self.A.copy_(fresh_A(self.site, step, r, m, rng, self.A))

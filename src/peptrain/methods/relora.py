@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from peptrain.methods.base import Method, Metrics, reparametrized
+from peptrain.methods.base import Method, Metrics, Site, reparametrized
 from peptrain.methods.lora import LoRA, LoRALinear
 from peptrain.optim import ResetMode, reset_moments
 from peptrain.rng import Rng
@@ -47,12 +47,24 @@ class ReLoRA(LoRA):
     """Reset as the released code and its forks: each moment by a mask of its own, the step count
     kept. The first update where an m outlives its v is tens to thousands of times the learning
     rate (docs/log.md); for comparisons only."""
+    start: Literal["random", "zero"] = "random"
+    """How A starts. zero, as in the released code and its forks, is a saddle with B = 0: the
+    factors stay there until the first merge draws A; for comparisons only."""
+    merge_scaled: bool = True
+    """Whether a merge adds s B A. The small-model study's code adds B A, which changes the function
+    unless s = 1; for comparisons only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("merge_every", "reset_every"):
             check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), "0 or more")
         check(0 <= self.reset_fraction <= 1, "method.reset_fraction", self.reset_fraction, "0 to 1")
+
+    def layer(self, site: Site, rng: Rng) -> LoRALinear:
+        made = super().layer(site, rng)
+        if self.start == "zero":
+            nn.init.zeros_(made.A)
+        return made
 
     def phases(self, steps: int) -> tuple[int, ...]:
         every = self.merge_every or 0
@@ -73,7 +85,7 @@ class ReLoRA(LoRA):
         for layer in reparametrized(model) if merges or resets else ():
             assert isinstance(layer, LoRALinear)
             if merges:
-                layer.merge(step, rng)
+                layer.merge(step, rng, scaled=self.merge_scaled)
             if resets:
                 self._reset(layer, optimizer, step, rng)
         return {k: v for k, v in (("merges", merges), ("resets", resets)) if v}
