@@ -118,17 +118,19 @@ class Products(_Mode):
     """Floating-point operations of matrix products, two for a multiply-add, by what they are for.
 
     `flops` has those that involve `tokens` rows, `fixed` those of weights alone, such as W + B A,
-    which are the same for any number of tokens. Kinds: a product inside a site, n x m, is dense if
-    its sides are tokens, n and m, else low_rank; attention is between tokens; the rest is the head.
-    `decompositions` counts matrices.
+    which are the same for any number of tokens. Kinds: attention is between tokens; a product in a
+    module of shape n x m is dense if its sides are tokens, n and m, else low_rank; in one without a
+    shape it is dense; outside of all it is the head's. `decompositions` counts matrices.
 
-    A backward node is of the site in whose forward pass it was made. `tokens` must be no side of
-    any parameter.
+    A backward node is of the innermost module in whose forward pass it was made. `tokens` must be
+    no side of any parameter.
     """
 
-    def __init__(self, sites: Mapping[nn.Module, Shape] | None = None, tokens: int = 0) -> None:
+    def __init__(
+        self, modules: Mapping[nn.Module, Shape | None] | None = None, tokens: int = 0
+    ) -> None:
         super().__init__()
-        self.sites, self.tokens = sites or {}, tokens
+        self.modules, self.tokens = modules or {}, tokens
         self.flops: Counter[str] = Counter()
         self.fixed: Counter[str] = Counter()
         self.decompositions: Counter[str] = Counter()
@@ -149,15 +151,16 @@ class Products(_Mode):
 
     def _product(self, flops: int, left: Tensor, right: Tensor) -> None:
         sides = sorted((*left.shape, right.shape[-1]))
-        site = self._site()
-        if site is None:
-            kind = "head"
+        counts = self.flops if self.tokens in sides else self.fixed
+        module = self._module()
+        if module is None:
+            self.flops["head"] += flops  # in chunks of other numbers of tokens
+        elif (shape := self.modules[module]) is None or sides == sorted((self.tokens, *shape)):
+            counts["dense"] += flops
         else:
-            kind = "dense" if sides == sorted((self.tokens, *self.sites[site])) else "low_rank"
-        counts = self.flops if site is None or self.tokens in sides else self.fixed
-        counts[kind] += flops
+            counts["low_rank"] += flops
 
-    def _site(self) -> nn.Module | None:
+    def _module(self) -> nn.Module | None:
         if self._inside:
             return self._inside[-1]
         node = torch._C._current_autograd_node()
@@ -165,19 +168,21 @@ class Products(_Mode):
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what happens in this context; sites are recognised by hooks that go with it."""
+        """Count what happens in this context; modules are known by hooks that go with it."""
         begun: list[int] = []
 
-        def enter(site: nn.Module, *_: object) -> None:
-            self._inside.append(site)
+        def enter(module: nn.Module, *_: object) -> None:
+            self._inside.append(module)
             begun.append(_next_node())
 
-        def leave(site: nn.Module, *_: object) -> None:
+        def leave(module: nn.Module, *_: object) -> None:
             self._inside.pop()
-            self._made_in |= dict.fromkeys(range(begun.pop(), _next_node()), site)
+            for node in range(begun.pop(), _next_node()):
+                self._made_in.setdefault(node, module)
 
-        handles = [site.register_forward_pre_hook(enter) for site in self.sites]
-        handles += [site.register_forward_hook(leave) for site in self.sites]
+        handles = [module.register_forward_pre_hook(enter) for module in self.modules]
+        # A recomputed forward pass ends by an exception once all that was wanted is there.
+        handles += [m.register_forward_hook(leave, always_call=True) for m in self.modules]
         try:
             with self:
                 yield

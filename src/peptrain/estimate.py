@@ -48,8 +48,10 @@ class PhaseEstimate:
     """Of the optimizer's tensors."""
     exchange_bytes: int
     """Of the buffers in which replicas exchange gradients; 0 for one rank."""
+    step_peak_bytes: int
+    """The most that is in tensors at once during a usual step."""
     peak_bytes: int
-    """The most that is in tensors at once: in a step, or in what happens now and then."""
+    """The same, with what happens now and then."""
     forward_flops: dict[str, float]
     """Per token and by kind, of a forward pass alone."""
     training_flops: dict[str, float]
@@ -117,7 +119,7 @@ class Estimate:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         t, last = self.config.train, self.phases[-1].as_dict()
-        for key in ("first", "last", "peak_bytes"):
+        for key in ("first", "last", "step_peak_bytes", "peak_bytes"):
             del last[key]
         return {
             "method": self.config.method.name,
@@ -189,12 +191,15 @@ class _Candidate:
     def peak(self, micro_batch: int, budget: float = inf) -> int:
         """The most bytes in tensors in any phase. Where steps alone are over the budget, no more
         is looked at."""
-        steps = max(self.step_peak(r, micro_batch) + self.exchanged(r) for r in self.rehearsals)
+        steps = max(self._step(r, micro_batch) for r in self.rehearsals)
         return steps if steps > budget else max(self._peak(r, micro_batch) for r in self.rehearsals)
 
+    def _step(self, r: Rehearsal, micro_batch: int) -> int:
+        return self.step_peak(r, micro_batch) + self.exchanged(r)
+
     def _peak(self, r: Rehearsal, micro_batch: int) -> int:
-        peaks = [self.step_peak(r, micro_batch), *(e.peak_bytes for e in self.events(r))]
-        return max(peaks) + self.exchanged(r)
+        apart = (event.peak_bytes + self.exchanged(r) for event in self.events(r))
+        return max([self._step(r, micro_batch), *apart])
 
     def exchanged(self, r: Rehearsal) -> int:
         """Bytes of DDP's buckets, copies of the gradients that stay."""
@@ -214,6 +219,7 @@ class _Candidate:
             gradient_bytes=r.gradient_bytes,
             state_bytes=r.state_bytes(),
             exchange_bytes=self.exchanged(r),
+            step_peak_bytes=self._step(r, self.micro_batch),
             peak_bytes=self._peak(r, self.micro_batch),
             forward_flops=r.flops_per_token(r.forward, self.micro_batch),
             training_flops=r.flops_per_token(r.training, self.micro_batch),

@@ -71,8 +71,10 @@ def _linears(parent: nn.Module) -> list[Linear]:
 def _pad(parent: nn.Module, f: int, tried: bool) -> bool:
     """Pad what f is a side of in `parent`, unless that changes what it does."""
     if not tried:
-        _install(parent, f, _aligned(f))
-        return True
+        clear = all(p.shape.count(f) < 2 for p in parent.parameters())
+        if clear:
+            _install(parent, f, _aligned(f))
+        return clear
     d = next(m.in_features for m in _linears(parent) if m.out_features == f)
     was_training = parent.training
     parent.eval()  # dropout would draw, and other numbers for another width

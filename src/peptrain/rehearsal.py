@@ -11,7 +11,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -25,7 +25,7 @@ from peptrain.distributed import World
 from peptrain.errors import Unsupported
 from peptrain.execution import WHOLE_WINDOWS
 from peptrain.methods.base import Method, reparametrized
-from peptrain.model import autocast, count_parameters, find_sites
+from peptrain.model import autocast, count_parameters, decoder_layers, find_sites
 from peptrain.optim import clip_gradients
 from peptrain.padding import pad_mlps
 from peptrain.passes import Eager
@@ -78,10 +78,18 @@ class Event:
 
 
 class Plain:
-    """The dense model, as far as the method's is compared with it."""
+    """The dense model, as far as the method's is compared with it.
+
+    Raises Unsupported for one with experts, of which a token meets a few that only numbers tell.
+    """
 
     def __init__(self, config: RunConfig[Method]) -> None:
         model = plain_model(config)
+        if any(p.ndim > 2 for p in decoder_layers(model)[1].parameters()):
+            raise Unsupported(
+                f"estimate: {type(model).__name__} has experts or convolutions in its decoder"
+                " layers, which are not counted; choose a dense decoder"
+            )
         tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
         self.parameters = count_parameters(model)
         self.embedding = sum(p.numel() for p in {t.weight for t in tables if t is not None})
@@ -124,15 +132,17 @@ class Rehearsal:
         sides = self.plain.sides | _sides(self.model)
         rows = next(rows for rows in count(1) if rows * t.seq_len not in sides)
         self.tokens = rows * t.seq_len
-        sites = {self.model.get_submodule(name): at for name, at in self.plain.sites.items()}
-        self.forward, self.training = Products(sites, self.tokens), Products(sites, self.tokens)
+        modules: dict[nn.Module, Shape | None] = dict.fromkeys(decoder_layers(self.model)[1])
+        modules |= {self.model.get_submodule(name): at for name, at in self.plain.sites.items()}
+        self.forward, self.training = (Products(modules, self.tokens) for _ in range(2))
         assert isinstance(self.passes, Eager) and t.precision is not None
         windows = _windows(rows, t.seq_len)
         with torch.no_grad(), autocast(t.precision, torch.device("cpu")), self.forward.counting():
             self.passes.loss(windows)
         with self.training.counting():
             self.passes([windows])
-        self.gradient_bytes = _bytes(p.grad for p in self.model.parameters())
+        self._moved = [p for p in self.model.parameters() if p.grad is not None]
+        self.gradient_bytes = _bytes(p.grad for p in self._moved)
         groups = self.optimizer.param_groups
         before = [{k: v for k, v in g.items() if type(v) is int} for g in groups]
         self._step()
@@ -208,7 +218,8 @@ class Rehearsal:
         """The optimizer's usual step, if it has products, and those that compute something else:
         its clocks are set to where an interval ends, counted from 1 or from 0."""
         steps = self.end - self.begin
-        self.passes([_windows(1, 8)])
+        for p in self._moved:
+            p.grad = torch.empty_like(p)
 
         def stepped(name: str, now: int) -> str:
             for group, key in self._clocks:
@@ -218,8 +229,8 @@ class Rehearsal:
 
         usual = self._event(partial(stepped, "optimizer step", 1), steps)
         found = {usual.work: usual}
-        named = {every: name for name, every in reversed(intervals(self.config.method).items())}
-        for every, name in named.items() if self._clocks else ():
+        lasting = sorted(intervals(self.config.method).items(), key=lambda item: item[1])
+        for name, every in lasting if self._clocks else ():
             for now in (every - 1, every):
                 event = self._event(partial(stepped, name, now), steps // every)
                 if event.work not in found:
