@@ -154,7 +154,9 @@ def step(training: Training, windows: Tensor) -> Tensor:
     trainee = training.trainee
     set_lr(trainee.optimizer, trainee.schedule(trainee.step))
     loss = trainee.passes([windows])
-    clip_gradients(trainee.model, training.config.optim.clip)
+    clip, every = training.config.optim.clip, training.config.train.log_every
+    if clip or (trainee.step + 1) % every == 0:
+        clip_gradients(trainee.model, clip)
     trainee.optimizer.step()
     trainee.optimizer.zero_grad()
     trainee.step += 1

@@ -17,7 +17,6 @@ import copy
 import platform
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
 from peptrain.ops.riemannian import riemannian_step
-from peptrain.ops.riemannian_gram import gram_steps_
+from peptrain.ops.riemannian_gram import eigenvectors, gram_steps_
 
 LR = 0.003  # lr_p of a first step at lr 0.01
 RULE = Rule(
@@ -149,25 +148,6 @@ def whole_steps(pairs: list[Pair], args: argparse.Namespace) -> None:
     print(f"| exact | {exact:.0f} |\n| ordinary | {ordinary:.2f} |")
 
 
-def on_streams(H: Tensor, streams: int) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh of every H[i], `streams` of them at a time."""
-    V, sigma = torch.empty_like(H), H.new_empty(H.shape[:2])
-    current = torch.cuda.current_stream()
-    each = [torch.cuda.Stream() for _ in range(streams)]
-
-    def work(k: int) -> None:
-        each[k].wait_stream(current)
-        with torch.cuda.stream(each[k]):
-            for i in range(k, len(H), streams):
-                torch.linalg.eigh(H[i], out=(sigma[i], V[i]))
-
-    with ThreadPoolExecutor(streams) as pool:
-        list(pool.map(work, range(streams)))
-    for stream in each:
-        current.wait_stream(stream)
-    return sigma, V
-
-
 def eigendecompositions(args: argparse.Namespace) -> None:
     """A batch of 2r x 2r matrices in the ways there are."""
     size, count = 2 * args.rank, 16
@@ -179,8 +159,8 @@ def eigendecompositions(args: argparse.Namespace) -> None:
     }
     if args.device.startswith("cuda"):
         for k in args.streams:
-            ways[f"{k} streams"] = lambda k=k: on_streams(H, k)
-            _, V = on_streams(H, k)
+            ways[f"{k} streams"] = lambda k=k: eigenvectors(H, k)
+            V = eigenvectors(H, k)
             lost = V.mT @ (V @ (V.mT @ H @ V).diagonal(dim1=1, dim2=2).diag_embed() @ V.mT - H) @ V
             assert float(lost.abs().max()) < 1e-10, "the streams got in each other's way"
     print(f"\n| eigh of {count} {size} x {size} | ms each |\n|---|---|")

@@ -14,7 +14,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from common import (
@@ -39,7 +38,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peptrain.build import build
-from peptrain.execution import compile_layers
+from peptrain.execution import attend_without_masks, compile_layers
 from peptrain.model import count_parameters, vocabulary_size
 
 CELLS = ("512x128", "512x64", "512x32", "256x256", "256x128", "256x64",
@@ -77,20 +76,15 @@ def peaks_now() -> int:
 
 
 def captured(forward: Callable[[], Tensor]) -> Callable[[], object]:
-    """`forward` as one CUDA graph, which keeps its output's memory.
-
-    While capturing, Hugging Face's models can't see that no sequences are packed, and build a mask
-    that rules flash attention out; they are told here.
-    """
+    """`forward` as one CUDA graph, which keeps its output's memory."""
     graph = torch.cuda.CUDAGraph()
-    with patch("transformers.masking_utils.find_packed_sequence_indices", lambda ids: None):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            output = forward()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        forward()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        output = forward()
 
     def replay(output: Tensor = output) -> Tensor:
         graph.replay()
@@ -102,9 +96,13 @@ def captured(forward: Callable[[], Tensor]) -> Callable[[], object]:
 def runner(row: str, args: Any, device: torch.device) -> Runner:
     """The model of a row as a run builds it, for inference."""
     base = base_config(model_of(args), 1, longest(args.cells), precision=args.precision)
+    config = configured(row, base, args.set, device=device)
     with drawn_on(device):
-        model = build(configured(row, base, args.set, device=device), phase=0)
+        model = build(config, phase=0)
     model.to(device).eval()
+    config.method.accelerate(model)  # as load_factorised does
+    if device.type == "cuda":
+        attend_without_masks(model, longest(args.cells))
     if args.compile:
         compile_layers(model)
     return Runner(model, 1 if args.logits == "last" else 0)

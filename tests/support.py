@@ -31,11 +31,13 @@ from peptrain.trainee import Trainee, restore
 STEPS, EVENT = 8, 3
 """A run, and the interval of whatever a method does now and then: at steps 3 and 6."""
 TINY = {"rank": 2, "merge_every": EVENT, "exact_every": EVENT, "reset_every": EVENT}
-TINY |= {"warm_start_steps": 2, "restart_warmup": 0}
+TINY |= {"warm_start_steps": 2, "restart_warmup": 0, "gap": EVENT}
 """Taken by every method that has the field, so a new method needs no line here."""
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "vocab_size": 320}
 TRAIN = {"steps": STEPS, "batch_size": 4, "seq_len": 16, "log_every": 1, "eval_every": 0}
 ALONE = World(0, 1, torch.device("cpu"))
+VECTORS = (".a", ".b", ".m", ".lambda_d", ".lambda_b")
+"""How the names of diagonals and magnitudes end; they stay fp32 in bf16."""
 SPREAD = {"micro_batch": 1}
 """Of two ranks each accumulates twice."""
 

@@ -17,7 +17,7 @@ from peptrain.errors import ConfigError
 from peptrain.execution import attend_without_masks
 from peptrain.loss import NextTokenLoss
 from peptrain.methods.base import reparametrized
-from peptrain.methods.bpt_mlp import FusedMLP
+from peptrain.methods.fused_mlp import FusedMLP
 from peptrain.model import ModelConfig, build_model, find_sites
 from peptrain.passes import Eager, kernels_fuse, passes, records
 from peptrain.rng import Rng

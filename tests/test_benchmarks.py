@@ -131,7 +131,7 @@ def test_the_step_that_is_timed_is_the_trainers(
     """On the trainer's batches it leaves the trainer's weights."""
     common, run = script("common"), tmp_path / "run"
     config = tiny(tiny_method(name), corpus, run, optim={"clip": 0.1}, train={"steps": 2})
-    if name in ("lora", "relora"):
+    if name in ("lora", "relora", "dora"):
         config = tiny(tiny_method(name, warm_start_steps=0), corpus, run,
                       optim={"clip": 0.1}, train={"steps": 2})  # fmt: skip
     config = resolved(config, world_size=1, on_gpu=False)

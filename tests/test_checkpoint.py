@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Killed, differences, kill_at, losses, make_corpus, newest, tiny
+from support import VECTORS, Killed, differences, kill_at, losses, make_corpus, newest, tiny
 from torch import nn
 
 import peptrain.checkpoint
@@ -378,6 +378,6 @@ def test_moments_come_back_in_the_dtype_that_they_had(
     wanted = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
     for n, moment in saved.optimizer.items():
         weight = saved.model[n.rpartition("/")[0]]
-        diagonal = n.rpartition("/")[0].endswith((".a", ".b"))
+        diagonal = n.rpartition("/")[0].endswith(VECTORS)
         assert weight.dtype == (torch.promote_types(wanted, torch.float32) if diagonal else wanted)
         assert n.endswith("/step") or moment.dtype == weight.dtype

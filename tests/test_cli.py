@@ -30,6 +30,7 @@ from peptrain.eval.perplexity import Evaluation
 from peptrain.export import load_factorised
 from peptrain.methods import METHODS
 from peptrain.methods.rank import RankMethod
+from peptrain.methods.targets import TargetedMethod
 from peptrain.model import PRESETS
 from peptrain.progress import TrainingProgress, preparation_state, preparing
 from peptrain.rundir import RunDir
@@ -170,7 +171,7 @@ def test_a_method_trains_and_its_run_is_evaluated_and_exported(
         assert small.code == 0 and small.out.endswith("factorised model in small\n")
         assert load_factorised(Path("small")).dtype == torch.float32
     else:
-        assert small.error.startswith(f"--form factorised: {name} keeps full matrices")
+        assert small.error.startswith(f"--form factorised: {name} has other matrices than W = B A")
     assert "exists and is never overwritten" in peptrain_("export run --out dense").error
 
 
@@ -264,7 +265,7 @@ def test_truth_is_spelt_as_in_a_configuration_file(
     given = flags("lora", corpus, method__train_rest=spelt, train__steps=3)
     assert peptrain_("train lora --run run", *given).code == 0
     method = load(Path("run/config.toml")).method
-    assert isinstance(method, RankMethod) and method.train_rest is value
+    assert isinstance(method, TargetedMethod) and method.train_rest is value
 
 
 # What a command line can get wrong.

@@ -17,7 +17,10 @@ from peptrain.train import train
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [tiny_method("bpt"), tiny_method("loro"), tiny_method("relora", warm_start_steps=0)],
+    [
+        *(tiny_method(name) for name in ("bpt", "loro", "vera", "hyperadapt", "sltrain")),
+        *(tiny_method(name, warm_start_steps=0) for name in ("relora", "dora")),
+    ],
     ids=lambda method: method.name,
 )
 def test_compiled_layers_give_the_same_losses_and_compile_once(
@@ -55,3 +58,19 @@ def test_a_second_model_is_compiled_for_its_own_memory_budget() -> None:
         kept.append(sum(size for at, size in sizes.items() if at not in own))
     assert kept[1] < 0.6 * kept[0] and kept[2] == kept[0]
     assert torch._functorch.config.activation_memory_budget == 1.0
+
+
+@pytest.mark.slow
+def test_attention_is_not_recomputed_for_memory() -> None:
+    """PyTorch takes it for free where it doesn't know it, on a CPU too."""
+    torch._dynamo.reset()
+    model = build_model(ModelConfig(**MODEL), seq_len=64, seed=0).train()
+    compile_layers(model, 0.3)
+    x = torch.zeros(2, 64, dtype=torch.long)
+    for _ in range(2):
+        with torch.profiler.profile() as profile:
+            model.base_model(input_ids=x, use_cache=False).last_hidden_state.sum().backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    forward = [n for key, n in calls.items() if key.endswith("flash_attention_for_cpu")]
+    backward = [n for key, n in calls.items() if key.endswith("flash_attention_for_cpu_backward")]
+    assert forward == backward == [model.config.num_hidden_layers]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peptrain.build import plain_model
 from peptrain.config import resolved
 from peptrain.loss import NextTokenLoss, has_plain_head, token_loss
-from peptrain.ops.cross_entropy import linear_cross_entropy
+from peptrain.ops.cross_entropy import Scale, linear_cross_entropy, scale_
 from peptrain.rehearsal import without_numbers
 
 SHAPES = [(7, 5, 3), (64, 31, 8), (33, 16, 4), (1, 2, 1), (50, 257, 16)]
@@ -138,9 +138,10 @@ def test_what_is_frozen_gets_no_gradient() -> None:
     assert not linear_cross_entropy(x.detach(), W.detach(), targets).requires_grad
 
 
-def test_going_back_twice_is_an_error() -> None:
+@pytest.mark.parametrize("scale", [scale_, torch.compile(scale_, backend="aot_eager")])
+def test_going_back_twice_is_an_error(scale: Scale) -> None:
     x, W, _, targets = tensors(9, 5, 3)
-    loss = linear_cross_entropy(x, W, targets)
+    loss = linear_cross_entropy(x, W, targets, scale=scale)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

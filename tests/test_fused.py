@@ -14,8 +14,8 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from peptrain.adapt import adapt
-from peptrain.methods import BPT
-from peptrain.methods.bpt_mlp import FusedMLP
+from peptrain.methods import BPT, LowRank, fused_mlp
+from peptrain.methods.fused_mlp import FusedMLP
 from peptrain.ops import fused, linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,6 +105,52 @@ def test_bpt_mlp(T: int, d: int, f: int, r: int, dtype: torch.dtype, seed: int) 
     assert_near(gradients(call, x, params, dtype), wanted, dtype, layers=3)
 
 
+@QUICK
+@given(
+    T=st.integers(1, 300), d=Side, f=Side, r=st.sampled_from([8, 24, 64, 72]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_lowrank_mlp(T: int, d: int, f: int, r: int, dtype: torch.dtype, seed: int) -> None:
+    """Against plain products in float64 of the same rounded factors."""
+    x = inputs(T, d, dtype, seed)
+    parts = [
+        tuple(p.to(dtype).double() for p in weights(n, m, r, seed + i)[1:3])
+        for i, (n, m) in enumerate(((f, d), (f, d), (d, f)))
+    ]
+    (B_g, A_g), (B_u, A_u), (B_d, A_d) = parts
+    wanted = (F.silu(x @ A_g.mT @ B_g.mT) * (x @ A_u.mT @ B_u.mT)) @ A_d.mT @ B_d.mT
+    given_ = [tuple(p.to(DEVICE, dtype) for p in pair) for pair in parts]
+    found = fused.lowrank_mlp(x.to(DEVICE, dtype), *given_)
+    assert_near([found.cpu()], [wanted], torch.bfloat16, layers=3)
+
+
+def test_a_lowrank_mlp_is_fused_where_no_gradient_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[Tensor] = []
+
+    def counting(x: Tensor, *parts: Any) -> Tensor:
+        calls.append(x)
+        return fused.lowrank_mlp(x, *parts)
+
+    monkeypatch.setattr(fused_mlp, "lowrank_mlp", counting)
+    mlp = MLP(lambda x, g, u, d: d(F.silu(g(x)) * u(x)), d=32, f=40)
+    model = nn.Sequential(mlp).to(DEVICE)
+    method = LowRank(rank=8)
+    adapt(model, method, steps=10)
+    x = torch.randn(5, 32, device=DEVICE)
+    plain = model(x)
+    method.accelerate(model)
+    model.bfloat16()
+    with torch.no_grad():
+        near = model(x.bfloat16())
+        assert len(calls) == 1
+        model.double()(x.double())
+    model.float()(x).sum().backward()
+    assert len(calls) == 1
+    torch.testing.assert_close(near.float(), plain, rtol=0.1, atol=0.1 * float(plain.abs().max()))
+
+
 def test_more_tokens_than_one_program_sums() -> None:
     params = weights(24, 16, 4, 0)
     x = inputs(450, 16, torch.float64, 0).view(3, 150, 16)
@@ -122,10 +168,10 @@ def test_a_diagonal_that_is_zero_gives_no_nan() -> None:
 class MLP(nn.Module):
     """Something around three linear layers d -> f, d -> f, f -> d."""
 
-    def __init__(self, around: Callable[..., Any]) -> None:
+    def __init__(self, around: Callable[..., Any], d: int = 8, f: int = 12) -> None:
         super().__init__()
-        self.gate, self.up = (nn.Linear(8, 12, bias=False) for _ in range(2))
-        self.down = nn.Linear(12, 8, bias=False)
+        self.gate, self.up = (nn.Linear(d, f, bias=False) for _ in range(2))
+        self.down = nn.Linear(f, d, bias=False)
         self.around = around
 
     def forward(self, x: Tensor) -> Any:
@@ -148,7 +194,7 @@ def test_only_swiglu_is_fused(name: str, around: Callable[..., Any], zero: bool)
     mlp = MLP(around)
     if zero:
         nn.init.zeros_(mlp.down.weight)
-    model = nn.Sequential(mlp)
+    model = nn.Sequential(mlp).to(DEVICE)
     method = BPT(rank=2)
     adapt(model, method, steps=10)
     method.accelerate(model)
@@ -161,7 +207,7 @@ def test_matrices_may_be_transposed_views() -> None:
     views = [p.mT.contiguous().mT for p in (W, U, V)]
     wanted = gradients(linear.added_linear, x, [W, U, V], torch.float64)
     found = gradients(
-        lambda x, *_: fused.added_linear(x, *(p.float() for p in views)), x, [W], torch.float32
+        lambda x, *_: fused.added_linear(x, *(p.to(x) for p in views)), x, [W], torch.float32
     )
     assert_near(found[:2], wanted[:2], torch.float32)
 
@@ -170,10 +216,10 @@ def test_matrices_may_be_transposed_views() -> None:
 def test_a_compiler_keeps_no_copy_of_the_weight_for_the_backward_pass(name: str) -> None:
     """It would, were both passes to ask for W + U V in the same words."""
     params = weights(24, 16, 4, 0)[: 5 if name == "bpt_linear" else 3]
-    W, *rest = (p.float() for p in params)
+    W, *rest = (p.to(DEVICE, torch.float32) for p in params)
     for p in rest:
         p.requires_grad_()
-    x = inputs(8, 16, torch.float32, 0).float().requires_grad_()
+    x = inputs(8, 16, torch.float32, 0).to(DEVICE, torch.float32).requires_grad_()
     kept: list[tuple[int, int]] = []
 
     def pack(t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from peptrain.config import load, resolved
 from peptrain.errors import CheckpointError, ConfigError
 from peptrain.initial import adopting, initial_weights
 from peptrain.methods import METHODS, LoRA, ReLoRA
-from peptrain.methods.rank import RankMethod
+from peptrain.methods.targets import TargetedMethod
 from peptrain.model import ModelConfig
 from peptrain.rundir import RunDir
 from peptrain.train import resume, train
@@ -101,7 +101,7 @@ def test_freezing_random_embeddings_is_warned_of(
     caplog: pytest.LogCaptureFixture, corpus: Path
 ) -> None:
     for name, cls in METHODS.items():
-        if issubclass(cls, RankMethod):
+        if issubclass(cls, TargetedMethod):
             caplog.clear()
             adopting(tiny(tiny_method(name, train_rest=False), corpus))
             assert said(caplog, "method.train_rest", "--init-from")

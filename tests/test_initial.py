@@ -33,7 +33,7 @@ from peptrain.model import ModelConfig
 from peptrain.rundir import RunDir
 from peptrain.train import resume, train
 
-KEEP_THE_FUNCTION = ["full", "bpt", "lora", "relora"]
+KEEP_THE_FUNCTION = ["full", "bpt", "lora", "relora", "dora", "vera", "hyperadapt"]
 SIZES = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 HF: dict[str, Any] = {

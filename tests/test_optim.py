@@ -188,13 +188,23 @@ def test_decay_falls_on_matrices_only(name: str, qwen: bool) -> None:
             continue
         shrunk.add(key)
         torch.testing.assert_close(p.detach(), before[key] * (1 - lr * decay), rtol=1e-12, atol=0)
-    letters = {"full": ("weight",), "bpt": ("U", "V")}.get(name, ("B", "A"))
+    own = {
+        "full": ("weight",),
+        "galore": ("weight",),
+        "bpt": ("U", "V"),
+        "sltrain": ("B", "A", "values"),
+        "vera": (),
+        "hyperadapt": (),
+    }
+    letters = own.get(name, ("B", "A"))
     layers = [x for x in dict(model.named_modules()) if x.endswith("_proj")]
     expected = {f"{x}.{y}" for x in layers for y in letters}
     assert len(layers) == 14
     assert shrunk == expected | (set() if qwen else {"lm_head.weight"})
     kinds = {key.rpartition(".")[2] for key in before} - {"weight"} - set(letters)
-    assert kinds == ({"bias"} if qwen else set()) | ({"a", "b"} if name == "bpt" else set())
+    kept = {"bpt": {"a", "b"}, "hyperadapt": {"a", "b"}, "dora": {"m"}}
+    kept["vera"] = {"lambda_d", "lambda_b", "A", "B"}  # A and B are frozen
+    assert kinds == ({"bias"} if qwen else set()) | kept.get(name, set())
 
 
 def test_only_what_is_trainable_is_in_the_optimizer_and_once() -> None:

@@ -1,15 +1,21 @@
 """Parameter counts: the papers' tables, and closed forms for every preset and method."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from slow import algebra
+from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedModel
 
+from peptrain.config import settled
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method, reparametrized
-from peptrain.methods.rank import RankMethod
+from peptrain.methods.sltrain import SLTrainLinear
 from peptrain.model import PRESETS, Family, ModelConfig, build_model, count_parameters, find_sites
+from peptrain.optim import OptimConfig, state_bytes
 from peptrain.rng import Rng
+from peptrain.schedule import ScheduleConfig
 
 FULL = {
     "llama-60m": 58_073_600,
@@ -29,12 +35,27 @@ BPT = {
     "qwen-1.5b": (256, 526.339, 65.90, 77.64),  # the paper prints 77.4
 }
 """Rank, trainable millions, and the percent that training saves: of all, of the non-embedding."""
+TABLE_2 = {
+    **{"hyperadapt": 137, "vera": 137, "lora": 206, "dora": 206, "relora": 206, "bpt": 206},
+    "full": 494,
+}
+"""BPT's Table 2: trainable millions in Qwen2.5-0.5B, at rank 128."""
+MEMORY = {  # GB as LORO's Table 1 has them: bf16 weights and moments, no gradients
+    ("llama-60m", "full", 0): 0.348,
+    ("llama-60m", "lowrank", 128): 0.257,
+    ("llama-60m", "galore", 128): 0.280,
+    ("llama-60m", "sltrain", 128): 0.267,
+    ("llama-1b", "full", 0): 8.034,
+    ("llama-1b", "lowrank", 512): 3.656,
+    ("llama-1b", "galore", 512): 4.763,
+    ("llama-1b", "sltrain", 512): 4.163,
+}
 CLOSED_FORMS = [name for name in PRESETS if PRESETS[name].family in ("llama", "qwen2")]
 
 
 def method_of(name: str, rank: int) -> Method:
     cls = METHODS[name]
-    return cls(rank=rank) if issubclass(cls, RankMethod) else cls()
+    return cls(**({"rank": rank} if "rank" in {f.name for f in fields(cls)} else {}))
 
 
 def model_of(preset: str, name: str, rank: int = 8, layers: int | None = None) -> PreTrainedModel:
@@ -66,6 +87,40 @@ def test_low_rank_training(preset: str, name: str) -> None:
     assert count_parameters(model) == count_parameters(model, trainable=True) == count
 
 
+def test_sltrain_counts_its_values() -> None:
+    """43.53M in the paper's convention: of S the values, not their places."""
+    model = model_of("llama-60m", "sltrain", 128)
+    count = count_parameters(model)
+    assert count == count_parameters(model, trainable=True)
+    assert count / 1e6 == pytest.approx(43.530, abs=5e-4)
+
+
+def test_galore_trains_all() -> None:
+    model = model_of("llama-60m", "galore", 128)
+    assert count_parameters(model, trainable=True) == FULL["llama-60m"]
+    assert len(list(reparametrized(model))) == 8 * 7
+
+
+@pytest.mark.parametrize("preset, name, rank", MEMORY)
+def test_the_papers_memory(preset: str, name: str, rank: int) -> None:
+    """Of the real model and optimizer after a step, on tensors without numbers. The paper counts an
+    index of S as 8 bytes; ours have 4."""
+    given = (method_of(name, rank), OptimConfig(), ScheduleConfig())
+    method, optim, _ = settled(*given, 100, PRESETS[preset].d)
+    with FakeTensorMode():
+        model = build_model(ModelConfig(preset=preset), seq_len=64, seed=0, precision="bf16")
+        method.install(model, find_sites(model), Rng(0), 0)
+        optimizer = method.optimizer(model, optim, 0)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    indices = [x.indices for x in reparametrized(model) if isinstance(x, SLTrainLinear)]
+    assert all(x.element_size() == 4 for x in indices)
+    places = sum(x.numel() for x in indices)
+    total = 2 * count_parameters(model) + state_bytes(optimizer) + 8 * places
+    assert total / 1e9 == pytest.approx(MEMORY[preset, name, rank], abs=5.1e-4)
+
+
 @pytest.mark.parametrize("preset", BPT)
 def test_bpt_and_what_it_saves(preset: str) -> None:
     rank, millions, saved, saved_inside = BPT[preset]
@@ -86,6 +141,12 @@ def test_bpt_leaves_k_and_v_dense_in_qwen(preset: str, rank: int) -> None:
     parameters = dict(model.named_parameters())
     for key in ("k_proj", "v_proj"):
         assert parameters[f"model.layers.0.self_attn.{key}.weight"].requires_grad
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_the_counts_of_bpts_table_2(name: str) -> None:
+    model = model_of("qwen-0.5b", name, 128)
+    assert round(count_parameters(model, trainable=True) / 1e6) == TABLE_2[name]
 
 
 def counts(model: PreTrainedModel) -> algebra.Count:

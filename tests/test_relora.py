@@ -383,7 +383,7 @@ def test_gradients_are_those_of_the_written_out_formula(dropout: float) -> None:
 # --- the switch
 
 
-@pytest.mark.parametrize("name", ["lora", "relora"])
+@pytest.mark.parametrize("name", ["lora", "relora", "dora"])
 def test_each_phase_has_its_own_learning_rate(name: str) -> None:
     method = tiny_method(name, warm_start_steps=2, warm_start_lr=0.3)
     optim = OptimConfig(lr=0.7, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)

@@ -19,10 +19,12 @@ from peptrain.methods.base import Site, reparametrized
 from peptrain.methods.lora import LoRA
 from peptrain.methods.lowrank import LowRank
 from peptrain.methods.rank import RankMethod
+from peptrain.methods.targets import TargetedMethod
 from peptrain.model import count_parameters
 
+TARGETED = [n for n, cls in METHODS.items() if issubclass(cls, TargetedMethod)]
+targeted_methods = pytest.mark.parametrize("name", TARGETED)
 RANKED = [n for n, cls in METHODS.items() if issubclass(cls, RankMethod)]
-ranked_methods = pytest.mark.parametrize("name", RANKED)
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 KINDS = ATTENTION + MLP
 QWEN = {"family": "qwen2", "kv_heads": 1}
@@ -120,7 +122,7 @@ def test_the_largest_useful_rank_is_that_of_the_targets() -> None:
         chosen(rank=12, targets="q,down")
 
 
-@ranked_methods
+@targeted_methods
 def test_every_method_leaves_the_matrices_of_no_target_dense_and_trainable(name: str) -> None:
     model, optimizer, _ = made(tiny_method(name, targets="q,mlp", exclude="up"), model=QWEN)
     adapted = {named(layer.site) for layer in reparametrized(model)}
@@ -135,7 +137,14 @@ def test_every_method_leaves_the_matrices_of_no_target_dense_and_trainable(name:
 
 # --- train_rest
 
-LETTERS = {"bpt": {"U", "V", "a", "b"}}
+LETTERS = {
+    "bpt": {"U", "V", "a", "b"},
+    "dora": {"A", "B", "m"},
+    "vera": {"lambda_d", "lambda_b"},
+    "hyperadapt": {"a", "b"},
+    "galore": {"weight"},
+    "sltrain": {"A", "B", "values"},
+}
 """What a method trains of an adapted matrix, if it is not A and B."""
 
 
@@ -143,7 +152,7 @@ def trainable(model: nn.Module) -> set[str]:
     return {n for n, p in model.named_parameters() if p.requires_grad}
 
 
-@ranked_methods
+@targeted_methods
 @pytest.mark.parametrize("model", [QWEN, QWEN | {"tied": True}, {"family": "llama"}])
 def test_without_the_rest_exactly_the_adapters_train(name: str, model: dict[str, Any]) -> None:
     method = tiny_method(name, targets="q,down", train_rest=False)
@@ -156,15 +165,16 @@ def test_without_the_rest_exactly_the_adapters_train(name: str, model: dict[str,
     assert sorted(held) == sorted(id(p) for p in adapted.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", ["lora", "relora"])
+@pytest.mark.parametrize("name", ["lora", "relora", "dora"])
 def test_a_trained_scale_is_one_of_the_adapters(name: str) -> None:
     given = {"targets": "v", "train_rest": False, "train_scale": True}
     model, _, _ = made(tiny_method(name, **given), model=QWEN)
     sites = [f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)]
-    assert trainable(model) == {f"{site}.{x}" for site in sites for x in "ABs"}
+    letters = LETTERS.get(name, {"A", "B"}) | {"s"}
+    assert trainable(model) == {f"{site}.{x}" for site in sites for x in letters}
 
 
-@pytest.mark.parametrize("name", ["lora", "relora"])
+@pytest.mark.parametrize("name", ["lora", "relora", "dora"])
 @pytest.mark.parametrize("train_rest", [True, False])
 def test_the_warm_start_trains_the_chosen_matrices_and_the_rest_if_it_is_to(
     name: str, train_rest: bool
@@ -190,7 +200,7 @@ AMONG = {
 """Shapes of the targets in a layer."""
 
 
-@pytest.mark.parametrize("name, scaled", [*((n, 0) for n in RANKED), ("lora", 1), ("relora", 1)])
+@pytest.mark.parametrize("name, scaled", [*((n, 0) for n in RANKED), ("lora", 1), ("dora", 1)])
 @pytest.mark.parametrize("targets", AMONG)
 @pytest.mark.parametrize("rank", [2, 8])
 def test_without_the_rest_the_count_is_the_sum_over_the_adapted(
@@ -199,10 +209,15 @@ def test_without_the_rest_the_count_is_the_sum_over_the_adapted(
     given: dict[str, Any] = {"train_scale": True} if scaled else {}
     method = tiny_method(name, rank=rank, targets=targets, train_rest=False, **given)
 
-    def cost(n: int, m: int) -> int:
-        return rank * (n + m) + (n + m if name == "bpt" else scaled)
+    def trained(n: int, m: int) -> int:
+        """Of a matrix; 0 if it is not worth it."""
+        if name == "galore":
+            return n * m if rank * (2 * max(n, m) + min(n, m)) < 2 * n * m else 0
+        beside = {"bpt": n + m, "dora": n, "sltrain": 3 * n * m // 100}
+        count = rank * (n + m) + beside.get(name, 0) + scaled
+        return count if count < n * m else 0
 
-    worth = sum(cost(n, m) for n, m in AMONG[targets] if cost(n, m) < n * m)
+    worth = sum(trained(n, m) for n, m in AMONG[targets])
     if worth:
         model, _, _ = made(method)
         assert count_parameters(model, trainable=True) == MODEL["layers"] * worth
@@ -211,7 +226,7 @@ def test_without_the_rest_the_count_is_the_sum_over_the_adapted(
             made(method)
 
 
-@pytest.mark.parametrize("name", ["lora", "relora"])
+@pytest.mark.parametrize("name", ["lora", "relora", "dora"])
 @pytest.mark.parametrize("family, kv", [("llama", 2), ("qwen2", 1)])
 def test_a_trained_scale_has_its_closed_form(name: str, family: str, kv: int) -> None:
     method = tiny_method(name, rank=5, train_scale=True)
@@ -235,7 +250,7 @@ def test_a_trained_scale_counts_in_the_rule() -> None:
 LISTED = "gate_proj, k_proj, o_proj, up_proj"
 
 
-@ranked_methods
+@targeted_methods
 @pytest.mark.parametrize("train_rest, word", [(True, "trainable"), (False, "frozen")])
 def test_the_log_says_what_becomes_of_the_rest(
     name: str, train_rest: bool, word: str, caplog: pytest.LogCaptureFixture

@@ -75,11 +75,12 @@ class World:
 
     def parallelize(self, module: nn.Module) -> nn.Module:
         """Replicate over the ranks. The wrapper is new for every phase, because one that has
-        seen another set of trainable parameters reduces wrong gradients without a word."""
+        seen another set of trainable parameters reduces wrong gradients without a word. Buffers are
+        constants, the same on every rank; sent along, SLTrain's would be with every pass."""
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids)
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
 
 def _leave() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +80,8 @@ def _factorised(opened: Opened, out: Path) -> PreTrainedModel:
     layers = list(reparametrized(opened.model))
     if not layers or not all(isinstance(layer, LowRankLinear) for layer in layers):
         raise Unsupported(
-            f"--form factorised: {opened.config.method.name} keeps full matrices; use --form dense"
+            f"--form factorised: {opened.config.method.name} has other matrices than W = B A;"
+            " use --form dense"
         )
     opened.model.config.save_pretrained(out)
     tensors = {name: p.detach().contiguous() for name, p in opened.model.named_parameters()}
@@ -117,6 +119,8 @@ def load_factorised(path: Path) -> PreTrainedModel:
     method.install(model, find_sites(model), Rng(0), phase=0)
     load_model(model, tensors)
     model.eval()
+    if find_spec("triton"):
+        method.accelerate(model)
     return model
 
 

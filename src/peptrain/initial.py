@@ -18,7 +18,7 @@ from peptrain.data.tokenizer import load_tokenizer
 from peptrain.dense import dense_state
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
-from peptrain.methods.rank import RankMethod
+from peptrain.methods.targets import TargetedMethod
 from peptrain.model import ModelConfig, dtype_of, hf_config
 from peptrain.rundir import RunDir
 
@@ -30,7 +30,7 @@ def adopting(config: RunConfig[Any]) -> RunConfig[Any]:
     """`config` with the model of what it starts from, if it says nothing of the model itself."""
     path = config.init_from
     if path is None:
-        if isinstance(config.method, RankMethod) and not config.method.train_rest:
+        if isinstance(config.method, TargetedMethod) and not config.method.train_rest:
             log.warning(
                 "method.train_rest: false leaves embeddings and head at their random numbers; start"
                 " from trained weights with --init-from"

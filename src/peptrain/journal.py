@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,12 @@ def throughput(tokens: int, seconds: float) -> float:
     return tokens / seconds if seconds > 0 else 0.0
 
 
+def _numbers(scalars: Iterable[Tensor]) -> list[float]:
+    """Read from the device at once."""
+    given = list(scalars)
+    return torch.stack(given).tolist() if given else []
+
+
 @dataclass
 class Journal:
     """Collects what each step measured on the device, and reads it only when a row is written."""
@@ -42,7 +48,8 @@ class Journal:
     world: World
     observe: Observer
     tokens_per_step: int
-    _steps: list[tuple[int, float, Tensor, Tensor]] = field(default_factory=list)
+    _steps: list[tuple[int, float, Tensor]] = field(default_factory=list)
+    _norms: dict[int, Tensor] = field(default_factory=dict)
     _metrics: dict[str, Tensor | float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
 
@@ -51,11 +58,14 @@ class Journal:
         step: int,
         lr: float,
         loss: Tensor,
-        norm: Tensor,
+        norm: Tensor | None,
         metrics: Mapping[str, Tensor | float],
     ) -> None:
-        """Note step number `step` (1 is the first), without waiting for the device."""
-        self._steps.append((step, lr, loss, norm))
+        """Note step number `step` (1 is the first), without waiting for the device. `norm`: of the
+        gradient, if the step needed it."""
+        self._steps.append((step, lr, loss))
+        if norm is not None:
+            self._norms[step] = norm
         self._metrics.update(metrics)
 
     def flush(self) -> None:
@@ -66,23 +76,25 @@ class Journal:
         if not self._steps:
             return
         steps, metrics = self._steps, {k: float(v) for k, v in self._metrics.items()}
-        self._steps, self._metrics = [], {}
-        losses = self.world.mean(torch.stack([loss for _, _, loss, _ in steps]).double()).tolist()
-        norms = torch.stack([norm for *_, norm in steps]).tolist()
+        norms = dict(zip(self._norms, _numbers(self._norms.values()), strict=True))
+        self._steps, self._metrics, self._norms = [], {}, {}
+        losses = self.world.mean(torch.stack([loss for *_, loss in steps]).double()).tolist()
         seconds, tokens = self._clock(), len(steps) * self.tokens_per_step
-        for (step, lr, _, _), loss, norm in zip(steps, losses, norms, strict=True):
+        for (step, lr, _), loss in zip(steps, losses, strict=True):
+            norm = norms.get(step, 0.0)
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                gradient = f" and the gradient norm {norm}" if step in norms else ""
                 raise Diverged(
-                    f"step {step}: the loss is {loss} and the gradient norm {norm} at a learning"
-                    f" rate of {lr:.3g}"
+                    f"step {step}: the loss is {loss}{gradient} at a learning rate of {lr:.3g}"
                 )
-        step, lr, _, _ = steps[-1]
+        step, lr, _ = steps[-1]
+        newest = {"grad_norm": norms[max(norms)]} if norms else {}
         self.write(
             "step",
             step=step,
             loss=sum(losses) / len(losses),
             lr=lr,
-            grad_norm=norms[-1],
+            **newest,
             tokens=step * self.tokens_per_step,
             tokens_per_second=throughput(tokens, seconds),
             **metrics,

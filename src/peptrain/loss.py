@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from peptrain.counting import Operations
 from peptrain.execution import eager_layers
 from peptrain.model import vocabulary_size
-from peptrain.ops.cross_entropy import linear_cross_entropy, softmax_
+from peptrain.ops.cross_entropy import linear_cross_entropy, scale_, softmax_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +34,7 @@ class NextTokenLoss(nn.Module):
         self._chunked = has_plain_head(model)
         self._loss = torch.compile(token_loss) if compile else token_loss
         self._softmax = torch.compile(softmax_) if compile else softmax_
+        self._scale = torch.compile(scale_) if compile else scale_
 
     def forward(self, windows: Tensor) -> Tensor:
         """windows: [rows, L + 1] token ids; the first L predict the last L."""
@@ -43,8 +44,9 @@ class NextTokenLoss(nn.Module):
         x = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         head: Any = self.model.get_output_embeddings()
         return linear_cross_entropy(
-            x.flatten(0, 1), head.weight, targets.flatten(), head.bias, softmax=self._softmax
-        )
+            x.flatten(0, 1), head.weight, targets.flatten(), head.bias,
+            softmax=self._softmax, scale=self._scale,
+        )  # fmt: skip
 
 
 @torch.no_grad()

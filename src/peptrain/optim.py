@@ -63,11 +63,15 @@ def parameter_groups(
     return [g for g in groups if g["params"]]
 
 
-def adamw(model: nn.Module, optim: OptimConfig) -> AdamW:
-    """Fused AdamW on what is trainable (4-5 times faster than the default on a CPU too)."""
+def adamw(
+    model: nn.Module, optim: OptimConfig, groups: list[dict[str, Any]] | None = None
+) -> AdamW:
+    """Fused AdamW on what is trainable, or on `groups` (4-5 times faster than the default on a CPU
+    too)."""
     assert optim.lr is not None and optim.beta1 is not None and optim.beta2 is not None
     assert optim.eps is not None
-    groups = parameter_groups(model, optim)
+    if groups is None:
+        groups = parameter_groups(model, optim)
     return AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps, fused=True)
 
 

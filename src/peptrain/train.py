@@ -137,7 +137,8 @@ def _loop(
         set_lr(optimizer, trainee.schedule(trainee.step))
         torch.manual_seed(rng.integer(f"rank {here.rank}", trainee.step, "dropout"))
         loss = _accumulate(trainee, corpus, config, here)
-        norm = clip_gradients(model, config.optim.clip)
+        wanted = config.optim.clip or _due(t.log_every, trainee.step + 1)
+        norm = clip_gradients(model, config.optim.clip) if wanted else None
         optimizer.step()
         optimizer.zero_grad()
         trainee.step += 1

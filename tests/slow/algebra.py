@@ -87,6 +87,61 @@ def bpt_forward(
     return y if bias is None else y + bias
 
 
+def dora_effective(
+    W: Tensor, B: Tensor, A: Tensor, s: float | Tensor, m: Tensor
+) -> tuple[Tensor, Tensor]:
+    """W_eff and N: row i of W_eff is m_i v_i / N_i with v_i row i of W + s B A, N_i = |v_i|."""
+    rows, norms = [], []
+    for w, b, length in zip(W, B, m, strict=True):
+        v = w + s * sum(b[k] * A[k] for k in range(len(A)))
+        norms.append(math.sqrt(sum(entry**2 for entry in v.tolist())))
+        rows.append(length * v / norms[-1])
+    return torch.stack(rows), torch.tensor(norms, dtype=W.dtype)
+
+
+def dora_gradients(
+    G: Tensor, W: Tensor, B: Tensor, A: Tensor, s: float, m: Tensor
+) -> dict[str, Tensor]:
+    """Of B, A, s and m from the dense G = dL/dW_eff, N taken for a constant (DoRA, section 4.3).
+
+    With C = diag(m / N): dL/d(W + s B A) = C G, so dB = s C G Aᵀ, dA = s Bᵀ C G, ds = <C G, B A>;
+    dm_i = <G_i, v_i> / N_i.
+    """
+    W_eff, N = dora_effective(W, B, A, s, m)
+    CG = torch.diag(m / N) @ G
+    v = torch.diag(N / m) @ W_eff
+    dm = (G * v).sum(1) / N
+    return {"B": s * CG @ A.T, "A": s * B.T @ CG, "s": (CG * (B @ A)).sum().reshape(1), "m": dm}
+
+
+def vera_effective(W: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """W + diag(b) B' diag(d) A' with B' the first n rows of B, A' the first m columns of A."""
+    n, m = W.shape
+    return W + torch.diag(b) @ B[:n] @ torch.diag(d) @ A[:, :m]
+
+
+def vera_gradients(G: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """Of lambda_d and lambda_b from the dense G, term by term: W_ij has b_i B_ik d_k A_kj in it."""
+    n, m = G.shape
+    return {
+        "lambda_d": torch.einsum("ij,i,ik,kj->k", G, b, B[:n], A[:, :m]),
+        "lambda_b": torch.einsum("ij,ik,k,kj->i", G, B[:n], d, A[:, :m]),
+    }
+
+
+def hyperadapt_effective(W: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """diag(a) W diag(b)."""
+    return torch.diag(a) @ W @ torch.diag(b)
+
+
+def hyperadapt_gradients(G: Tensor, W: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """Of a and b from the dense G, term by term: entry ij is a_i W_ij b_j."""
+    return {
+        "a": torch.einsum("ij,ij,j->i", G, W, b),
+        "b": torch.einsum("ij,i,ij->j", G, a, W),
+    }
+
+
 def relora_effective(W: Tensor, B: Tensor, A: Tensor, s: float | Tensor) -> Tensor:
     """W_eff = W + s B A (LoRA, ReLoRA)."""
     return W + s * (B @ A)
@@ -257,11 +312,14 @@ class Count(NamedTuple):
 
 
 def parameter_count(arch: Arch, method: str, r: int = 0, trained_scale: bool = False) -> Count:
-    """Counts by arithmetic for full, bpt, lora, relora (after its warm start), lowrank, loro.
+    """Counts by arithmetic for full, galore, bpt, lora, relora (after its warm start), lowrank,
+    loro, dora, vera, hyperadapt and sltrain (density 0.03).
 
-    Adapt a matrix n x m iff that lowers its trainable count: BPT r(n+m) + n + m < nm, the others
-    r(n+m) < nm. bpt, lora and relora keep the frozen nm in the total; lowrank and loro have no
-    dense W. A trained scale is one more parameter per adapted matrix and outside the rule.
+    Adapt a matrix n x m iff that lowers its trainable count: BPT r(n+m) + n + m < nm, DoRA
+    r(n+m) + n < nm, sltrain r(n+m) + nnz < nm, the others r(n+m) < nm; VeRA (r + n) and HyperAdapt
+    (n + m) always. galore trains all that full does. lowrank, loro and sltrain have no dense W, the
+    others keep the frozen nm in the total; VeRA's pair, r x max m and max n x r, is there once. A
+    trained scale is one more parameter per adapted matrix and outside the rule.
     """
     V, d, f, L = arch["V"], arch["d"], arch["f"], arch["L"]
     kv = d // arch["heads"] * arch["kv"]
@@ -269,10 +327,19 @@ def parameter_count(arch: Arch, method: str, r: int = 0, trained_scale: bool = F
     block = 2 * d + (d + 2 * kv if arch["family"] == "qwen2" else 0)  # norms, q k v biases
     embedding = V * d if arch["tied"] else 2 * V * d
     total = trainable = embedding + d + L * block
+    if method == "vera":
+        total += r * (max(m for _, m in shapes) + max(n for n, _ in shapes))
     for n, m in shapes:
-        adapter = r * (n + m) + (n + m if method == "bpt" else 0)
-        adapted = method != "full" and adapter < n * m
-        frozen = n * m if method in ("bpt", "lora", "relora") else 0
+        adapter = {
+            "bpt": r * (n + m) + n + m,
+            "dora": r * (n + m) + n,
+            "sltrain": r * (n + m) + 3 * n * m // 100,
+            "vera": r + n,
+            "hyperadapt": n + m,
+        }.get(method, r * (n + m))
+        always = method in ("vera", "hyperadapt")
+        adapted = method not in ("full", "galore") and (always or adapter < n * m)
+        frozen = 0 if method in ("lowrank", "loro", "sltrain") else n * m
         adapter += trained_scale
         trainable += L * (adapter if adapted else n * m)
         total += L * (frozen + adapter if adapted else n * m)

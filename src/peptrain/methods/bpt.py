@@ -125,13 +125,13 @@ class BPT(RankMethod):
         return BPTLinear(site, self.r, self.init, rng)
 
     def accelerate(self, model: nn.Module) -> None:
-        from peptrain.methods.bpt_mlp import fuse_mlps
-        from peptrain.ops import fused  # Triton is not everywhere
+        from peptrain.methods.fused_mlp import BPTMLP, fuse_mlps  # Triton is not everywhere
+        from peptrain.ops import fused
 
         for layer in reparametrized(model):
             assert isinstance(layer, BPTLinear)
             layer.linear = fused.bpt_linear
-        fuse_mlps(model, BPTLinear)
+        fuse_mlps(model, BPTLinear, BPTMLP)
         log.info("bpt: linear maps fused by Triton (train.kernels)")
 
     def schedule(self, base: Schedule) -> Schedule:

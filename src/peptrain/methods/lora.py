@@ -53,13 +53,15 @@ class LoRALinear(ReparamLinear):
         return s * self.B
 
     def forward(self, x: Tensor) -> Tensor:
-        sB = self.sB().to(self.B.dtype)
-        if self.dropout and self.training:
-            y = F.linear(x, self.weight)
-            y = y + F.linear(F.linear(F.dropout(x, self.dropout), self.A), sB)
-        else:
-            y = self.linear(x, self.weight, sB, self.A)
+        y = self.product(x, self.sB().to(self.B.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def product(self, x: Tensor, sB: Tensor) -> Tensor:
+        """x (W + s B A)ᵀ."""
+        if not (self.dropout and self.training):
+            return self.linear(x, self.weight, sB, self.A)
+        low = F.linear(F.dropout(x, self.dropout), self.A)
+        return F.linear(x, self.weight) + F.linear(low, sB)
 
     def effective_weight(self) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -94,6 +96,7 @@ class LoRA(RankMethod):
     """Train B and A of W + s B A around a frozen W; with a warm start, train W in full before."""
 
     name: ClassVar[str] = "lora"
+    kind: ClassVar[type[LoRALinear]] = LoRALinear
     equation: ClassVar[str] = "W_eff = W + s B A, W frozen (after a full warm start, if any)"
     # At llama-60m 1e-3 and 2e-3 are alike without a warm start, and more is better after one; in
     # the default model 2e-3 is ahead of 1e-3 and 4e-3 (docs/first-table.md, docs/log.md).
@@ -133,7 +136,7 @@ class LoRA(RankMethod):
         return rank * (n + m) + self.train_scale
 
     def layer(self, site: Site, rng: Rng) -> LoRALinear:
-        made = LoRALinear(site, self.r, self.alpha, self.dropout, rng)
+        made = self.kind(site, self.r, self.alpha, self.dropout, rng)
         if self.train_scale:
             made.train_scale()
         return made

@@ -56,3 +56,8 @@ class LowRank(RankMethod):
 
     def layer(self, site: Site, rng: Rng) -> LowRankLinear:
         return LowRankLinear(site, self.r, rng)
+
+    def accelerate(self, model: nn.Module) -> None:
+        from peptrain.methods.fused_mlp import LowRankMLP, fuse_mlps  # Triton is not everywhere
+
+        fuse_mlps(model, LowRankLinear, LowRankMLP)

@@ -1,4 +1,4 @@
-"""Linear maps with a frozen matrix and a low-rank addition: the sum formed, no n x m gradient."""
+"""Linear maps with a frozen matrix: no n x m gradient; a low-rank addition is summed into it."""
 
 from __future__ import annotations
 
@@ -49,6 +49,47 @@ class _AddedLinear(torch.autograd.Function):
         return dx, None, dB.to(B.dtype), dA.to(A.dtype), None
 
 
+class _NormedLinear(_AddedLinear):
+    """The same map, and the row norms of W + B A, which get no gradient and give none."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, W: Tensor, B: Tensor, A: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, W, B, A)
+        ctx.dtype = dtype
+        total = _merged(W, B, A, dtype)
+        norms = row_norms(total)
+        ctx.mark_non_differentiable(norms)
+        return F.linear(x.to(dtype), total), norms
+
+
+def dora_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor, m: Tensor) -> Tensor:
+    """y = x (diag(m / N) (W + B A))ᵀ with N the row norms of W + B A, constants to the gradient.
+
+    x: [..., in], W: [out, in], B: [out, r], A: [r, in], m: [out]. Cost and dtypes are those of
+    `added_linear`: the norms are taken of the sum that it forms anyway, and m / N scales the
+    outputs, unrounded.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    z, norms = _NormedLinear.apply(rows, W, B, A, compute_dtype(x))  # type: ignore[no-untyped-call]
+    y: Tensor = (over_norms(m, norms) * z).to(z.dtype)
+    return y.view(*x.shape[:-1], W.shape[0])
+
+
+@torch.no_grad()
+def row_norms(W: Tensor) -> Tensor:
+    """The Euclidean norms of the rows of W: [n, m], in at least fp32."""
+    wide = torch.promote_types(W.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=wide)
+    return norms
+
+
+def over_norms(m: Tensor, norms: Tensor) -> Tensor:
+    """m / norms; where a norm is 0, m: what it scales is 0 there."""
+    return m / torch.where(norms == 0, 1.0, norms)
+
+
 def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y = x (diag(a) (W + U V) diag(b))ᵀ for x: [..., m], W: [n, m], U: [n, r], V: [r, m].
 
@@ -57,6 +98,16 @@ def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor)
     """
     dtype = compute_dtype(x)
     z = added_linear((x * b).to(dtype), W, U, V)
+    return (a * z).to(dtype)
+
+
+def scaled_linear(x: Tensor, W: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y = x (diag(a) W diag(b))ᵀ for x: [..., m], W: [n, m], frozen; a: [n], b: [m].
+
+    The diagonals scale the activations, unrounded, as in `bpt_linear`.
+    """
+    dtype = compute_dtype(x)
+    z = F.linear((x * b).to(dtype), W.to(dtype))
     return (a * z).to(dtype)
 
 

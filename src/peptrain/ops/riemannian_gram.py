@@ -9,6 +9,7 @@ dimension more in front, the pair.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from peptrain.ops.riemannian import TOLERANCE
 
 BATCH_BYTES = 2**30
 """About what the float64 temporaries of one batch of pairs may take."""
+STREAMS = 4
+"""More were no faster on an H200, which has 8.4 ms for a matrix of 1024 columns then, in place of
+10.4."""
 
 
 def gram_steps_(
@@ -88,13 +92,36 @@ def gram_step(
     H[..., :r, :r] += lr**2 * inverse_A.mT @ (C_B.mT @ C_B) @ inverse_A
     sound = sound_B & sound_A & positive & H.isfinite().flatten(1).all(1)
     eye = torch.eye(2 * r, dtype=H.dtype, device=H.device)
-    V = torch.linalg.eigh(torch.where(sound[:, None, None], H, eye))[1][..., -r:].flip(-1)
+    V = eigenvectors(torch.where(sound[:, None, None], H, eye))[..., -r:].flip(-1)
 
     V_Q, V_P = V[..., :r, :], V[..., r:, :]
     new_B = Q_B @ (top @ V) - lr * C_B @ (inverse_A @ V_Q)
     new_A = Q_A @ V_Q + C_A @ (inverse_T @ V_P)
     root = torch.linalg.vector_norm(new_B, dim=-2, keepdim=True).sqrt()
     return new_B / torch.where(root > 0, root, 1.0), (new_A * root).mT, sound
+
+
+def eigenvectors(H: Tensor, streams: int = STREAMS) -> Tensor:
+    """Of every symmetric H[i], by ascending eigenvalue. On a GPU `streams` of them at a time, for
+    one leaves most of it idle; each in a thread, since the library waits for its result."""
+    V, sigma = torch.empty_like(H), H.new_empty(H.shape[:2])
+    if not H.is_cuda:
+        torch.linalg.eigh(H, out=(sigma, V))
+        return V
+    current = torch.cuda.current_stream(H.device)
+    beside = [torch.cuda.Stream(H.device) for _ in range(streams)]  # type: ignore[no-untyped-call]
+
+    def work(k: int) -> None:
+        beside[k].wait_stream(current)
+        with torch.cuda.stream(beside[k]):
+            for i in range(k, len(H), streams):
+                torch.linalg.eigh(H[i], out=(sigma[i], V[i]))
+
+    with ThreadPoolExecutor(streams) as pool:
+        list(pool.map(work, range(streams)))
+    for stream in beside:
+        current.wait_stream(stream)
+    return V
 
 
 def cholesky_qr(B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

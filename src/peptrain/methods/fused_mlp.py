@@ -1,32 +1,58 @@
-"""SwiGLU between three BPT layers as one fused map, for `BPT.accelerate`."""
+"""SwiGLU between three layers of a method as one fused map, for `Method.accelerate`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from inspect import signature
 from itertools import permutations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peptrain.methods.base import ReparamLinear
-from peptrain.ops.fused import bpt_mlp
+from peptrain.methods.lowrank import LowRankLinear
+from peptrain.ops.fused import bpt_mlp, fits, lowrank_mlp
 
 
 class FusedMLP(nn.Module):
-    """A Hugging Face MLP whose forward pass is one map; its children and their names stay."""
+    """A Hugging Face MLP whose forward pass is a subclass's; its children and their names stay."""
 
     roles: tuple[str, str, str]
     """The children's names: gate, up, down."""
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (getattr(self, name).parts for name in self.roles)
+        """The model's own, for what a subclass doesn't fuse."""
+        y: Tensor = super().forward(x)
+        return y
+
+    def layers(self) -> list[Any]:
+        """gate, up and down."""
+        return [getattr(self, name) for name in self.roles]
+
+
+class BPTMLP(FusedMLP):
+    """Three BPTLinear around SwiGLU, forward and backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (layer.parts for layer in self.layers())
         return bpt_mlp(x, gate, up, down)
 
 
-def fuse_mlps(model: nn.Module, layer: type[ReparamLinear]) -> None:
-    """Turn every down(silu(gate(x)) * up(x)) of three `layer`s into a FusedMLP, in place.
+class LowRankMLP(FusedMLP):
+    """Three LowRankLinear around SwiGLU; fused where no gradient is asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self.layers()
+        if torch.is_grad_enabled() or not all(isinstance(m, LowRankLinear) for m in layers):
+            return super().forward(x)
+        gate, up, down = ((layer.B, layer.A) for layer in layers)
+        return lowrank_mlp(x, gate, up, down) if fits(x, gate, up) else super().forward(x)
+
+
+def fuse_mlps(model: nn.Module, layer: type[ReparamLinear], form: type[FusedMLP]) -> None:
+    """Turn every down(silu(gate(x)) * up(x)) of three `layer`s into a `form`, in place.
 
     They are told by what they compute, not by names; other MLPs keep their forward pass.
     """
@@ -36,7 +62,7 @@ def fuse_mlps(model: nn.Module, layer: type[ReparamLinear]) -> None:
             if _is_swiglu(module, roles):
                 cls = type(module)
                 if cls not in fused:
-                    fused[cls] = type(f"Fused{cls.__name__}", (FusedMLP, cls), {})
+                    fused[cls] = type(f"Fused{cls.__name__}", (form, cls), {})
                 module.__class__ = fused[cls]
                 assert isinstance(module, FusedMLP)
                 module.roles = roles
@@ -63,7 +89,8 @@ def _is_swiglu(module: nn.Module, roles: tuple[str, str, str]) -> bool:
     gate, up, down = (getattr(module, name) for name in roles)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, gate.in_features, generator=generator, device="cpu")
-    x = (x * x.new_tensor([1.0, 10.0, 1e2, 1e3])[:, None]).to(gate.weight)  # a cap would show
+    x = x * x.new_tensor([1.0, 10.0, 1e2, 1e3])[:, None]  # a cap would show
+    x = x.to(next(gate.parameters()))
     wanted = down(F.silu(gate(x)) * up(x))
     try:
         y = module(x)

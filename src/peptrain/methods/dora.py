@@ -1,0 +1,57 @@
+"""DoRA (Liu et al., 2024) from scratch: LoRA whose rows are normed and given trained lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from peptrain.methods.base import Site
+from peptrain.methods.bpt import BPT
+from peptrain.methods.lora import LoRA, LoRALinear
+from peptrain.ops.linear import dora_linear, over_norms, row_norms
+from peptrain.rng import Rng
+
+
+class DoRALinear(LoRALinear):
+    """W_eff = diag(m / N) (W + s B A), N the row norms of W + s B A; m: [out], the rest as LoRA.
+
+    m starts at the row norms of W, so that W_eff = W. The gradient takes N for a constant (section
+    4.3). m is at least fp32: its steps are small beside it. A row of W that is 0 stays 0.
+    """
+
+    def __init__(self, site: Site, rank: int, alpha: float, dropout: float, rng: Rng) -> None:
+        super().__init__(site, rank, alpha, dropout, rng)
+        self.m = nn.Parameter(row_norms(self.weight))
+
+    def product(self, x: Tensor, sB: Tensor) -> Tensor:
+        if not (self.dropout and self.training):
+            return dora_linear(x, self.weight, sB, self.A, self.m)
+        z = super().product(x, sB)
+        return (self.scale() * z).to(z.dtype)
+
+    def scale(self) -> Tensor:
+        """m / N, [out]."""
+        return over_norms(self.m, row_norms(super().effective_weight()))
+
+    def effective_weight(self) -> Tensor:
+        return self.scale()[:, None] * super().effective_weight()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(LoRA):
+    """Train m, B and A of diag(m / N) (W + s B A), N its row norms, around a frozen W."""
+
+    name: ClassVar[str] = "dora"
+    kind: ClassVar[type[LoRALinear]] = DoRALinear
+    equation: ClassVar[str] = "W_eff = diag(m / N) (W + s B A), N the row norms of W + s B A"
+    # BPT's Table 2 has DoRA, its Table 5 no learning rate for it: this is LoRA's there.
+    optim_defaults = replace(LoRA.optim_defaults, lr=1e-3)
+    schedule_defaults = BPT.schedule_defaults
+
+    def cost(self, n: int, m: int, rank: int) -> int:
+        return super().cost(n, m, rank) + n
+
+    def accelerate(self, model: nn.Module) -> None:
+        """There is no fused form: LoRA's has no row norms."""

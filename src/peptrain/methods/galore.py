@@ -1,0 +1,81 @@
+"""GaLore (Zhao et al., ICML 2024): dense weights, Adam in a low-rank subspace of the gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peptrain.methods.base import Method, ReparamLinear, Site, reparametrized
+from peptrain.methods.galore_optimizer import GaLoreOptimizer, Rule
+from peptrain.methods.rank import RankMethod
+from peptrain.optim import OptimConfig, parameter_groups
+from peptrain.rng import Rng
+from peptrain.settings import check, interval, of_width
+
+
+class ProjectedLinear(ReparamLinear):
+    """W_eff = W, [out, in], trained: the layer tells the optimizer whose gradients it projects."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.weight = site.linear.weight.requires_grad_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def effective_weight(self) -> Tensor:
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaLore(RankMethod):
+    """Train W in full, with Adam's moments in a rank-r subspace of its gradient."""
+
+    name: ClassVar[str] = "galore"
+    equation: ClassVar[str] = "W, all trainable; Adam on Pᵀ G, P from the SVD of G now and then"
+    saves: ClassVar[str] = "a smaller optimizer state"
+    optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6)
+
+    rank: int | None = of_width(0.25)
+    """r, the dimension of the gradient's subspace. Unset: a quarter of the hidden size."""
+    gap: int | None = interval(0.25, most=200)
+    """Steps between two SVDs of the gradient, T in the paper; 0 is the first step's alone. Unset:
+    a quarter of the run, at most 200."""
+    scale: float = 0.25
+    """Of the projected update: W -= lr scale P N; alpha in the paper."""
+    moments: Literal["keep", "rotate"] = "keep"
+    """What becomes of Adam's moments when P changes: keep leaves their numbers as they are, rotate
+    takes them into the new basis."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check((self.gap or 0) >= 0, "method.gap", self.gap, "0 or more")
+        check(self.scale > 0, "method.scale", self.scale, "a number above 0")
+
+    def cost(self, n: int, m: int, rank: int) -> int:
+        """Half of the optimizer's numbers, r max + r max + r min with P; Adam's own are 2nm."""
+        return rank * max(n, m) + rank * min(n, m) // 2
+
+    def layer(self, site: Site, rng: Rng) -> ProjectedLinear:
+        return ProjectedLinear(site)
+
+    def optimizer(self, model: nn.Module, optim: OptimConfig, phase: int) -> Optimizer:
+        assert optim.lr is not None and optim.beta1 is not None and optim.beta2 is not None
+        assert optim.eps is not None and self.gap is not None
+        weights = [m.weight for m in reparametrized(model) if isinstance(m, ProjectedLinear)]
+        mine = {id(p) for p in weights}
+        rest = (p for p in model.parameters() if id(p) not in mine)
+        projected = {
+            "params": weights,
+            "projected": True,
+            "weight_decay": float(optim.weight_decay or 0),
+        }
+        groups = [*parameter_groups(model, optim, rest), projected]
+        rule = Rule(self.r, self.gap, self.scale, self.moments)
+        betas = (optim.beta1, optim.beta2)
+        return GaLoreOptimizer(groups, rule, lr=optim.lr, betas=betas, eps=optim.eps)

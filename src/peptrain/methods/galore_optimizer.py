@@ -1,0 +1,135 @@
+"""GaLore's optimizer: AdamW, the moments of the matrices in a subspace of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from peptrain.ops.projection import add_back_, leading_directions, project, rotated
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How matrices are projected; the fields are GaLore's options of the same names."""
+
+    rank: int
+    gap: int
+    scale: float
+    moments: Literal["keep", "rotate"]
+
+
+class GaLoreOptimizer(Optimizer):
+    """AdamW; in groups that are `projected`, on R = Pᵀ G (or G P) in the place of G.
+
+    There M̂ and V̂ are Adam's bias-corrected moments of R, N = M̂ / (√V̂ + eps), and
+    W = (1 - lr decay) W - lr scale P N (or N Pᵀ) (GaLore, Algorithm 2). P is made anew from the
+    gradient at the first step and at every `gap`-th after it; a gap of 0 is never again. P lies
+    with the moments; the clock is an integer of the group, which a load of the optimizer's state
+    overwrites.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        rule: Rule,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        self.rule = rule
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0}
+        super().__init__(groups, {**defaults, "projected": False, "clock": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            if group["projected"]:
+                for W in params:  # one by one, or all the N would be in memory together
+                    self._step_projected(W, group)
+            elif params:
+                self._step_whole(params, group)
+            group["clock"] += 1
+        return loss
+
+    def _step_whole(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads = [p.grad for p in params if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(_moments(p))
+        states = [self.state[p] for p in params]
+        _adam(params, grads, states, group, group["lr"], group["weight_decay"])
+
+    def _step_projected(self, W: Tensor, group: dict[str, Any]) -> None:
+        assert W.grad is not None
+        state, G, lr = self.state[W], W.grad, group["lr"]
+        if "P" not in state:
+            state["P"] = leading_directions(G, self.rule.rank)
+            state.update(_moments(project(state["P"], G)))
+        elif self.rule.gap > 0 and group["clock"] % self.rule.gap == 0:
+            self._turn(state, G, group["betas"])
+        R = project(state["P"], G)
+        minus_N = torch.zeros_like(R)
+        _adam([minus_N], [R], [state], group, 1.0, 0.0)
+        kept = 1 - lr * group["weight_decay"]
+        add_back_(W, state["P"], minus_N, beta=kept, alpha=lr * self.rule.scale)
+
+    def _turn(self, state: dict[str, Any], G: Tensor, betas: tuple[float, float]) -> None:
+        """A new P; the moments stay as they are, or come along into its basis."""
+        old, state["P"] = state["P"], leading_directions(G, self.rule.rank)
+        if self.rule.moments == "rotate":
+            old, new, m, v = _wide(old, state["P"], state["exp_avg"], state["exp_avg_sq"])
+            on_left = G.shape[0] < G.shape[1]
+            columns = (m, v) if on_left else (m.mT, v.mT)
+            m, v = rotated(*columns, new.mT @ old, state["step"], betas)
+            state["exp_avg"].copy_(m if on_left else m.mT)
+            state["exp_avg_sq"].copy_(v if on_left else v.mT)
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """In fp32 or better."""
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def _moments(like: Tensor) -> dict[str, Tensor]:
+    """Adam's state at the start, as torch's AdamW keeps it."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=like.device),
+        "exp_avg": torch.zeros_like(like),
+        "exp_avg_sq": torch.zeros_like(like),
+    }
+
+
+def _adam(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    group: dict[str, Any],
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """One step of the fused AdamW on `params`."""
+    adamw(
+        *(params, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]),
+        max_exp_avg_sqs=[],
+        state_steps=[s["step"] for s in states],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=group["eps"],
+    )

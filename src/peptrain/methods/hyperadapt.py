@@ -1,0 +1,52 @@
+"""HyperAdapt (Gurung and Campbell, 2025) from scratch: two diagonals around a frozen matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peptrain.methods.base import Method, ReparamLinear, Site
+from peptrain.methods.bpt import BPT
+from peptrain.methods.targets import TargetedMethod
+from peptrain.ops.linear import scaled_linear
+from peptrain.rng import Rng
+
+
+class HyperAdaptLinear(ReparamLinear):
+    """W_eff = diag(a) W diag(b); W frozen, a: [out], b: [in], both 1 at the start.
+
+    The diagonals are at least fp32, as BPT's are. A bias stays outside of them.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        n, m = site.shape
+        W = site.linear.weight
+        wide = torch.promote_types(W.dtype, torch.float32)
+        self.weight = W.requires_grad_(False)
+        self.a = nn.Parameter(W.new_ones(n, dtype=wide))
+        self.b = nn.Parameter(W.new_ones(m, dtype=wide))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = scaled_linear(x, self.weight, self.a, self.b)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def effective_weight(self) -> Tensor:
+        return self.a[:, None] * self.weight.to(self.a.dtype) * self.b
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperAdapt(TargetedMethod):
+    """Train the diagonals a and b of diag(a) W diag(b), all matrices frozen."""
+
+    name: ClassVar[str] = "hyperadapt"
+    equation: ClassVar[str] = "W_eff = diag(a) W diag(b)"
+    # BPT's Table 5, and the setup of its Table 2.
+    optim_defaults = replace(Method.optim_defaults, lr=2e-3)
+    schedule_defaults = BPT.schedule_defaults
+
+    def layer(self, site: Site, rng: Rng) -> HyperAdaptLinear:
+        return HyperAdaptLinear(site)

@@ -1,0 +1,112 @@
+"""SLTrain (Han et al., NeurIPS 2024): W = s B A + S, low-rank and sparse, both trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peptrain.methods.base import Method, ReparamLinear, Site, reparametrized
+from peptrain.methods.lora import fresh_A
+from peptrain.methods.rank import RankMethod
+from peptrain.ops.sparse import sparse_linear, sparse_weight
+from peptrain.ops.spectral import best_factors
+from peptrain.optim import OptimConfig, adamw, parameter_groups
+from peptrain.rng import Rng
+from peptrain.settings import check
+
+
+class SLTrainLinear(ReparamLinear):
+    """W = s B A + S, s = alpha / r; B: [out, r], A: [r, in], S: [out, in] sparse.
+
+    S has `values` [nnz], trained, at the flat `indices` [nnz], int32, ascending: a support that is
+    drawn from the seed and the site, uniformly among all of its size, and stays. It is a buffer:
+    in the state dict, and in no checkpoint, since the seed makes it again. No dense W exists.
+    A is kaiming_uniform, B = 0, the values are U(+-1/sqrt(in)); for a W that was trained, s B A is
+    its best approximation of rank r, and S what that leaves of it on the support.
+    """
+
+    indices: Tensor
+
+    def __init__(self, site: Site, rank: int, alpha: float, density: float, rng: Rng) -> None:
+        super().__init__(site)
+        n, m = site.shape
+        W = site.linear.weight.detach()
+        self.s = alpha / rank
+        nnz = support_size(n, m, density)
+        indices = support(n * m, nnz, rng(site.name, purpose="support"))
+        if site.fresh:
+            A, B = fresh_A(site.name, 0, rank, m, rng, W), W.new_zeros(n, rank)
+            values = nn.init.uniform_(
+                torch.empty(nnz), -(m**-0.5), m**-0.5, generator=rng(site.name, purpose="S")
+            )
+        else:
+            wide = W.to(torch.promote_types(W.dtype, torch.float32))
+            B, A = (factor / self.s**0.5 for factor in best_factors(wide, rank))
+            values = (wide - self.s * B @ A).flatten()[indices.to(W.device)]
+        self.B, self.A = nn.Parameter(B.to(W)), nn.Parameter(A.to(W))
+        self.values = nn.Parameter(values.to(W))
+        self.register_buffer("indices", indices.to(W.device))
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        places, wider = self.indices, self.A.shape[1] - self.in_features
+        if wider:  # padding.py computes with columns of 0 beyond the last: rows are longer then
+            places = places + places // self.in_features * wider
+        return self.B, self.A, self.values, places, self.s
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = sparse_linear(x, *self.parts)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def effective_weight(self) -> Tensor:
+        return sparse_weight(*self.parts, torch.promote_types(self.B.dtype, torch.float32))
+
+
+def support_size(n: int, m: int, density: float) -> int:
+    """nnz of an n x m matrix: density n m rounded down, at least 1."""
+    return max(1, int(density * n * m))
+
+
+def support(size: int, nnz: int, generator: torch.Generator) -> Tensor:
+    """`nnz` of the numbers below `size`, [nnz] int32 and ascending, every set as likely.
+
+    Raises RuntimeError for a matrix of 2^31 entries or more.
+    """
+    return torch.randperm(size, generator=generator, dtype=torch.int32)[:nnz].sort().values
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLTrain(RankMethod):
+    """Train W = s B A + S, S sparse on a fixed random support, by AdamW."""
+
+    name: ClassVar[str] = "sltrain"
+    equation: ClassVar[str] = "W = s B A + S, S sparse on a fixed random support"
+    optim_defaults = replace(Method.optim_defaults, lr=3e-3)
+
+    alpha: float = 32.0
+    """s = alpha / rank. The paper has 32 at 60M, 16 at 130M and 350M, 8 at 1B."""
+    density: float = 0.03
+    """The part of S's entries that is not held at 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.alpha > 0, "method.alpha", self.alpha, "a number above 0")
+        check(0 < self.density < 1, "method.density", self.density, "a number between 0 and 1")
+
+    def cost(self, n: int, m: int, rank: int) -> int:
+        return rank * (n + m) + support_size(n, m, self.density)
+
+    def layer(self, site: Site, rng: Rng) -> SLTrainLinear:
+        return SLTrainLinear(site, self.r, self.alpha, self.density, rng)
+
+    def optimizer(self, model: nn.Module, optim: OptimConfig, phase: int) -> Optimizer:
+        """AdamW, with decay on the values too: a list of them is the matrix S all the same."""
+        values = [m.values for m in reparametrized(model) if isinstance(m, SLTrainLinear)]
+        mine = {id(p) for p in values}
+        rest = (p for p in model.parameters() if id(p) not in mine)
+        sparse = {"params": values, "weight_decay": float(optim.weight_decay or 0)}
+        return adamw(model, optim, [*parameter_groups(model, optim, rest), sparse])

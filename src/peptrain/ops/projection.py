@@ -1,0 +1,59 @@
+"""GaLore's subspace of a gradient, and Adam's moments in it.
+
+G: [n, m]. P has orthonormal columns and stands on the shorter side: if n < m it is [n, r] and the
+projected gradient R = Pᵀ G is [r, m]; else it is [m, r] and R = G P is [n, r].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def leading_directions(G: Tensor, rank: int) -> Tensor:
+    """P: the singular vectors of G's `rank` largest singular values, left if n < m, else right.
+
+    G: [n, m], P: [min(n, m), min(rank, n, m)], contiguous, in G's dtype. Found as eigenvectors of
+    the smaller Gram matrix in float64: where the rank-th singular value is 1e-5 of the first, the
+    subspace is off by 3e-7, and by 1e-2 from an SVD in fp32 (tests/test_galore.py), which on a GPU
+    takes five times as long (docs/log.md). The sign of a column is free, and matters only to
+    moments that outlive a P: the entry of largest size is positive.
+    """
+    wide = G.double()
+    whole = wide.isfinite().all()
+    wide = torch.where(whole, wide, 0.0)  # NaN goes on to the loss; eigh would end the run here
+    gram = wide @ wide.mT if G.shape[0] < G.shape[1] else wide.mT @ wide
+    P = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(-1)
+    pivot = P.gather(0, P.abs().argmax(0, keepdim=True))
+    P = torch.where(whole, P * torch.where(pivot < 0, -1.0, 1.0), torch.nan)
+    return P.to(G.dtype).contiguous()
+
+
+def project(P: Tensor, G: Tensor) -> Tensor:
+    """R = Pᵀ G, [r, m], if n < m, else G P, [n, r]."""
+    return P.mT @ G if G.shape[0] < G.shape[1] else G @ P
+
+
+def add_back_(W: Tensor, P: Tensor, N: Tensor, *, beta: float, alpha: float) -> None:
+    """W = beta W + alpha P N in place, or N Pᵀ on the other side; N as `project` shapes it."""
+    left, right = (P, N) if W.shape[0] < W.shape[1] else (N, P.mT)
+    W.addmm_(left, right, beta=beta, alpha=alpha)
+
+
+def rotated(
+    m: Tensor, v: Tensor, C: Tensor, step: Tensor, betas: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Adam's moments (m, v): [r, k], of bias correction `step`, in another basis.
+
+    C = P_newᵀ P_old: [r, r]. m' = C m, and with hats for the bias-corrected moments
+
+        v' = (1 - beta2^step) |(C∘C) (v̂ - m̂²) + (C m̂)²|,
+
+    which takes the entries of a column of R to be uncorrelated, their means m̂ and their variances
+    v̂ - m̂², and never leaves the numbers >= 0 (LDAdam, Robert et al., ICLR 2025).
+    """
+    step = step.to(torch.promote_types(m.dtype, torch.float32))
+    unbias_m, unbias_v = 1 - betas[0] ** step, 1 - betas[1] ** step
+    mean, square = m / unbias_m, v / unbias_v
+    turned = (C * C) @ (square - mean * mean) + (C @ mean).square()
+    return C @ m, unbias_v * turned.abs()
