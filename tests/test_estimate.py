@@ -5,6 +5,8 @@ import logging
 import re
 import resource
 import shlex
+import subprocess
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -346,6 +348,21 @@ def test_nothing_is_allocated() -> None:
     found = last_phase(Full(), {"preset": "llama-7b", "layers": 2}, precision="fp64")
     assert found.static_bytes > 17e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "bpt", "loro"])
+def test_llama_7b_takes_seconds_and_less_than_2_gb(name: str) -> None:
+    """10, 16 and 24 s of a processor, of LORO's most for the exact step of 224 pairs; 0.5 GB."""
+    code = f"""
+import resource, time
+from peptrain.cli import main
+start = time.monotonic()
+assert main("estimate {name} --model.preset llama-7b --json".split()) == 0
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e9 / 1024
+assert time.monotonic() - start < 90
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_the_state_of_the_process_stays_as_it_is() -> None:

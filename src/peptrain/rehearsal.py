@@ -229,8 +229,10 @@ class Rehearsal:
 
         usual = self._event(partial(stepped, "optimizer step", 1), steps)
         found = {usual.work: usual}
-        lasting = sorted(intervals(self.config.method).items(), key=lambda item: item[1])
-        for name, every in lasting if self._clocks else ():
+        names: dict[int, str] = {}
+        for name, every in intervals(self.config.method).items():
+            names.setdefault(every, name)
+        for every, name in sorted(names.items()) if self._clocks else ():
             for now in (every - 1, every):
                 event = self._event(partial(stepped, name, now), steps // every)
                 if event.work not in found:
