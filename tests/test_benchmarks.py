@@ -77,6 +77,15 @@ def test_budget(script: Any, tmp_path: Path) -> None:
         assert abs(e["bias"]) < 5
 
 
+def test_estimate(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--presets", "tiny", "--rows-of-step=2", "--seq-len=16", *METHOD_ROWS]
+    given.append("bpt:rank=2:train.micro_batch=1")
+    rows = numbers(script("estimate"), tmp_path / "json", *SMALL, *given)
+    assert all(r["predicted_peak"] > r["predicted_between"] > 0 for r in rows)
+    assert rows[-1]["predicted_peak"] < rows[0]["predicted_peak"]
+    assert "| loro:rank=2 | 0.00 | not measured |" in capsys.readouterr().out
+
+
 def test_merges(script: Any, tmp_path: Path) -> None:
     given = ["--rows-of-step=2", "--seq-len=16", "--repeat=2", *METHOD_ROWS]
     rows = numbers(script("merges"), tmp_path / "json", *SMALL, *SHORT, *given)
@@ -184,7 +193,7 @@ def test_no_gpu_benchmark_needs_the_command_lines_packages() -> None:
     code = """
 import sys
 sys.modules |= {"tyro": None, "rich": None, "peft": None}
-import speed, inference, budget, merges, loop
+import speed, inference, budget, merges, loop, estimate
 """
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)

@@ -99,8 +99,9 @@ def spaced(text: str) -> str:
 
 every_method = pytest.mark.parametrize("name", METHODS)
 COMMANDS = [
-    "", "train", *(f"train {name}" for name in METHODS), "resume", "demo", "compare", "eval",
-    "export", "data", "data prepare", "methods", "recipes",
+    "", *(f"{command}{name}" for command in ("train", "estimate") for name in
+          ("", *(f" {name}" for name in METHODS))), "resume", "demo", "compare", "eval", "export",
+    "data", "data prepare", "methods", "recipes",
 ]  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def test_the_list_of_commands_above_is_whole(peptrain_: Command) -> None:
         return found[1].split(",") if found else []
 
     assert {c.split()[0] for c in COMMANDS if c} == set(listed(""))
-    assert listed("train") == list(METHODS)
+    assert listed("train") == listed("estimate") == list(METHODS)
 
 
 @every_method

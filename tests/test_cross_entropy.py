@@ -15,6 +15,7 @@ from peptrain.build import plain_model
 from peptrain.config import resolved
 from peptrain.loss import NextTokenLoss, has_plain_head, token_loss
 from peptrain.ops.cross_entropy import Scale, linear_cross_entropy, scale_
+from peptrain.rehearsal import without_numbers
 
 SHAPES = [(7, 5, 3), (64, 31, 8), (33, 16, 4), (1, 2, 1), (50, 257, 16)]
 """Tokens, vocabulary, width."""
@@ -243,6 +244,16 @@ def test_other_architectures_with_a_plain_head_are_found(
     torch.testing.assert_close(loss, wanted, rtol=1e-3 if precision == "bf16" else 1e-12, atol=0)
 
 
+@pytest.mark.parametrize("given", CHANGED + UNCHANGED)
+def test_without_numbers_a_head_is_known_by_what_is_computed(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    """Granite divides by a scale of 1 too, which takes numbers to see."""
+    with without_numbers():
+        found = has_plain_head(model_of(config_json(tmp_path, **given)).train())
+    assert found == (given in UNCHANGED and given["model_type"] != "granite")
+
+
 class Halved(nn.Module):
     """A decoder that gives its head half of what it returns itself."""
 
@@ -265,3 +276,5 @@ class Halved(nn.Module):
 def test_a_scale_before_the_head_is_seen() -> None:
     assert has_plain_head(model_of({}))
     assert not has_plain_head(Halved(model_of({}, "bf16")))  # type: ignore[arg-type]
+    with without_numbers():
+        assert not has_plain_head(Halved(model_of({})))  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from peptrain.methods import METHODS
 from peptrain.methods.base import ReparamLinear, Site, reparametrized
 from peptrain.model import count_parameters
 from peptrain.padding import _Padded, pad_mlps
+from peptrain.rehearsal import without_numbers
 from peptrain.rng import Rng
 from peptrain.train import resume, train
 
@@ -261,7 +262,15 @@ def test_widths_that_are_aligned_or_would_not_be_are_no_candidates(
 
 def test_a_rank_that_is_the_width_is_left_alone() -> None:
     plain, *_ = made(tiny_method("lowrank", rank=21, include="*"), model=ODD | {"hidden_size": 32})
-    assert pad_mlps(plain) == 0
+    assert pad_mlps(plain) == pad_mlps(plain, tried=False) == 0
+
+
+def test_a_model_without_numbers_is_padded_untried() -> None:
+    with without_numbers():
+        stack = Stack(MLP(), MLP())
+        assert pad_mlps(stack, tried=False) == 2
+        x = torch.zeros(2, 16, dtype=torch.float64)
+        assert stack.layers[0](x).shape == x.shape
 
 
 class Dividing(torch.autograd.Function):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -28,6 +29,9 @@ from peptrain.methods.base import Method
 from peptrain.optim import OptimConfig
 from peptrain.schedule import ScheduleConfig
 from peptrain.settings import fill
+
+if TYPE_CHECKING:
+    from peptrain.estimate import Estimate
 
 log = logging.getLogger("peptrain")
 console = Console(quiet=os.environ.get("RANK", "0") != "0", emoji=False)
@@ -91,6 +95,10 @@ def _set_up_output() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    _log_on(console)
+
+
+def _log_on(console: Console) -> None:
     log.handlers[:] = [RichHandler(console=console, show_time=False, show_path=False)]
     log.setLevel(logging.INFO)
 
@@ -100,7 +108,7 @@ def _with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | N
 
     The file has to be read before tyro parses, because its values are the flags' defaults.
     """
-    if args[:1] != ["train"]:
+    if args[:1] not in (["train"], ["estimate"]):
         return args, None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, nargs="?")  # a missing value is tyro's to report
@@ -111,7 +119,7 @@ def _with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | N
     given, source = _configuration(wanted.config, wanted.recipe)
     named = args[1] if args[1:] and not args[1].startswith("-") else None
     if named is None:
-        return ["train", given.method.name, *args[1:]], given
+        return [args[0], given.method.name, *args[1:]], given
     if named != given.method.name:
         raise ConfigError(
             f"{source}: configures {given.method.name}, and {named} was asked for; leave the method"
@@ -137,8 +145,9 @@ def _app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
     app, data = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
     data.__doc__ = "Prepare text for training."
     data.command(name="prepare")(_prepare)
-    app.command(_train_app(given), name="train")
+    app.command(_by_method(_train_by, given, TRAIN), name="train")
     app.command(name="resume")(_resume)
+    app.command(_by_method(_estimate_by, given, ESTIMATE), name="estimate")
     app.command(name="demo")(_demo)
     app.command(name="compare")(_compare)
     app.command(name="eval")(_eval)
@@ -149,14 +158,23 @@ def _app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
     return app
 
 
-def _train_app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
-    """`train METHOD`: a subcommand for each method, whose flags are the method's own fields."""
+TRAIN = "Train a model by one of the methods, into a new run directory."
+ESTIMATE = "Say what a run would take, in parameters, bytes and operations, without running it."
+
+
+def _by_method(
+    command: Callable[[Any], Callable[..., None]], given: RunConfig[Method] | None, summary: str
+) -> tyro.extras.SubcommandApp:
+    """A subcommand for each method, whose flags are those of a run with the method's own fields."""
     app = tyro.extras.SubcommandApp()
-    app.__doc__ = "Train a model by one of the methods, into a new run directory."
+    app.__doc__ = summary
     for name, cls in methods().items():
         chosen = given is not None and given.method.name == name
         default = given if chosen else _with_own_defaults(cls)
-        app.command(name=name, help=_summary(cls))(_train_by(cls, default))
+        # true and false are written out here: a configuration file may set either.
+        spelt_out = tyro.conf.FlagConversionOff
+        options = Annotated[RunConfig[cls], arg(name="", default=default), spelt_out]  # type: ignore[valid-type]
+        app.command(name=name, help=_summary(cls))(command(options))
     return app
 
 
@@ -169,7 +187,7 @@ def _with_own_defaults(cls: type[Method]) -> RunConfig[Any]:
     )
 
 
-def _train_by(cls: type[Method], default: RunConfig[Any] | None) -> Callable[..., None]:
+def _train_by(options_type: Any) -> Callable[..., None]:
     def train(options: Any, config: Path | None = None, recipe: str | None = None) -> None:
         """Train.
 
@@ -188,16 +206,58 @@ def _train_by(cls: type[Method], default: RunConfig[Any] | None) -> Callable[...
                         " comes with peptrain", recipe, corpus)  # fmt: skip
         _watched(lambda observe: train(options, observe))
 
-    # true and false are written out here: a configuration file may set either.
-    spelt_out = tyro.conf.FlagConversionOff
-    options = Annotated[RunConfig[cls], arg(name="", default=default), spelt_out]  # type: ignore[valid-type]
-    train.__annotations__ = {
-        "options": options,
+    train.__annotations__ |= {
+        "options": options_type,
         "config": Path | None,
         "recipe": str | None,
         "return": None,
     }
     return train
+
+
+def _estimate_by(options_type: Any) -> Callable[..., None]:
+    def estimate(
+        options: Any,
+        config: Path | None = None,
+        recipe: str | None = None,
+        gpu_memory: str | None = None,
+        ranks: int = 1,
+        json: bool = False,
+    ) -> None:
+        """Estimate.
+
+        Args:
+            options: Of the run.
+            config: A TOML file with any of these settings; a flag overrides it.
+            recipe: The settings of a row of a paper's table instead (`peptrain recipes`).
+            gpu_memory: Such as 24GiB: say what fits into it, the largest micro-batch and rank.
+            ranks: Processes that torchrun would start, each with a replica.
+            json: Print JSON for programs; what is logged goes to standard error.
+        """
+        from peptrain.estimate import estimate, memory
+
+        if json:
+            _log_on(Console(stderr=True, emoji=False))
+        budget = None if gpu_memory is None else memory(gpu_memory)
+        made = estimate(options, ranks=ranks, gpu_memory=budget)
+        _show(made, json)
+
+    flags: dict[str, Any] = {"config": Path | None, "recipe": str | None, "gpu_memory": str | None}
+    flags |= {"ranks": int, "json": bool}
+    estimate.__annotations__ |= {"options": options_type, **flags, "return": None}
+    return estimate
+
+
+def _show(made: Estimate, as_json: bool) -> None:
+    if as_json:
+        text = json.dumps(made.as_dict(), indent=1)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
+    from peptrain.estimate_table import lines, table
+
+    console.print(table(made))
+    for line in lines(made):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(cls: type[Method]) -> str:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from peptrain.counting import Operations
 from peptrain.execution import eager_layers
 from peptrain.model import vocabulary_size
 from peptrain.ops.cross_entropy import linear_cross_entropy, scale_, softmax_
@@ -57,6 +59,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     base, head = model.base_model, model.get_output_embeddings()
     if base is model or type(head) is not nn.Linear:
         return _plain_form(model)
+    if isinstance(head.weight, FakeTensor):
+        return _only_adds_its_head(model) or _plain_form(model)
     ids = torch.arange(4, device=model.device)[None] % vocabulary_size(model)
     loud = torch.linspace(-1e4, 1e4, 4 * head.out_features).view(1, 4, -1)
     seen: list[tuple[Tensor, Tensor]] = []
@@ -81,6 +85,22 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         if (given - h).abs().max() <= noise and torch.equal(logits.to(answered), answered):
             return True
     return _plain_form(model)
+
+
+def _only_adds_its_head(model: PreTrainedModel) -> bool:
+    """has_plain_head for a model without numbers: it computes what the base model and the head
+    compute, and nothing else but views and casts."""
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    was_training = model.training
+    model.eval()
+    with Operations() as all_of_it:
+        model(input_ids=ids, use_cache=False)
+    with Operations() as parts:
+        h = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        model.get_output_embeddings()(h)
+    model.train(was_training)
+    same: bool = all_of_it.seen == parts.seen
+    return same
 
 
 def _plain_form(model: PreTrainedModel) -> bool:

@@ -29,7 +29,7 @@ VECTOR, TILE = 8, 64
 a GPU's loads take; 64 is the side of its tiles."""
 
 
-def pad_mlps(model: nn.Module) -> int:
+def pad_mlps(model: nn.Module, *, tried: bool = True) -> int:
     """Compute every gated MLP of an unaligned width at the next multiple of 64; their number.
 
     Found by structure in the decoder layers: two or more linear layers d -> f and one f -> d under
@@ -38,11 +38,11 @@ def pad_mlps(model: nn.Module) -> int:
 
     What a layer saves of its parameters for the backward pass are now padded copies: of LLaMA-1B's
     MLPs 1.6 GB in bf16. nn.Linear under autocast saves a bf16 copy anyway, and with activation
-    checkpointing only one layer's copies exist at a time.
+    checkpointing only one layer's copies exist at a time. A model of fake tensors can't be `tried`.
     """
     done: Counter[tuple[bool, int]] = Counter()
     for parent, f in list(_candidates(model)):
-        done[_pad(parent, f), f] += 1
+        done[_pad(parent, f, tried), f] += 1
     for (padded, f), times in done.items():
         what = f"computed at {_aligned(f)}" if padded else "left as they are, padding changes them"
         log.info("%d MLPs of width %d: %s", times, f, what)
@@ -68,8 +68,13 @@ def _linears(parent: nn.Module) -> list[Linear]:
     return [m for m in parent.children() if isinstance(m, Linear)]
 
 
-def _pad(parent: nn.Module, f: int) -> bool:
+def _pad(parent: nn.Module, f: int, tried: bool) -> bool:
     """Pad what f is a side of in `parent`, unless that changes what it does."""
+    if not tried:
+        clear = all(p.shape.count(f) < 2 for p in parent.parameters())
+        if clear:
+            _install(parent, f, _aligned(f))
+        return clear
     d = next(m.in_features for m in _linears(parent) if m.out_features == f)
     was_training = parent.training
     parent.eval()  # dropout would draw, and other numbers for another width

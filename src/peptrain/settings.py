@@ -52,6 +52,16 @@ def of_width(fraction: float) -> Any:
     return field(default=None, metadata={"of_width": fraction})
 
 
+def intervals(section: Any) -> dict[str, int]:
+    """The intervals among the fields of a resolved `section`, but for those that mean never."""
+    rules = {f.name: f.metadata for f in fields(section)}
+    return {
+        name: every
+        for name, rule in rules.items()
+        if (rule.get("up") or "same_as" in rule) and (every := getattr(section, name))
+    }
+
+
 def resolve(section: S, name: str, steps: int, width: int = 0) -> S:
     """`section` with every number of steps and size that was left unset as an absolute number."""
     absolute: dict[str, int] = {}

@@ -81,7 +81,8 @@ def ready(
     """Put a built model on its device, as fast as `config` asks, with what moves it."""
     t = config.train
     assert t.precision is not None
-    model.to(here.device)  # type: ignore[arg-type]
+    if model.device != here.device:
+        model.to(here.device)  # type: ignore[arg-type]
     model.train()
     on_gpu = here.device.type == "cuda"
     maskless = on_gpu and attend_without_masks(model, t.seq_len)
