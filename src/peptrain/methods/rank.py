@@ -14,7 +14,7 @@ from peptrain.settings import check, of_width
 
 @dataclass(frozen=True, kw_only=True)
 class RankMethod(TargetedMethod):
-    """A method that trains factors of a rank, where that lowers the trainable parameters."""
+    """A method with a rank, which takes the matrices whose `cost` is below n m."""
 
     saves: ClassVar[str] = "fewer trainable parameters"
     """What a matrix gets by being adapted, as the errors name it."""
