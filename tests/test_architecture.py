@@ -32,6 +32,7 @@ LEVELS: list[tuple[str, ...]] = [
     ("rehearsal.py", "estimate.py", "estimate_table.py"),
     ("train.py",),
     ("compare.py",),
+    ("flags.py",),
     ("cli.py",),
     ("__main__.py", "__init__.py"),
 ]  # fmt: skip

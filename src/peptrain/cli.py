@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -18,17 +17,14 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional, arg
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from peptrain import __version__, recipes
-from peptrain.config import RunConfig, load
+from peptrain.config import RunConfig
 from peptrain.data.config import PrepareConfig
-from peptrain.errors import ConfigError, Interrupted, PeptrainError
+from peptrain.errors import Interrupted, PeptrainError
+from peptrain.flags import MARKERS, REGISTRY, by_method, with_config_file
 from peptrain.methods import methods
 from peptrain.methods.base import Method
-from peptrain.optim import OptimConfig
-from peptrain.schedule import ScheduleConfig
-from peptrain.settings import fill
 
 if TYPE_CHECKING:
     from peptrain.estimate import Estimate
@@ -36,28 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("peptrain")
 console = Console(quiet=os.environ.get("RANK", "0") != "0", emoji=False)
 """Of several ranks the first one speaks; errors come from all."""
-MARKERS = (
-    tyro.conf.FlagCreatePairsOff,
-    tyro.conf.DisallowNone,
-    tyro.conf.HelptextFromCommentsOff,
-)
-REGISTRY = ConstructorRegistry()
-TRUTHS = {"true": True, "false": False, "True": True, "False": False}
-
-
-@REGISTRY.primitive_rule
-def _truth(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
-    """Values of bool are spelt as in a configuration file; Python's spelling is taken too."""
-    if info.type is not bool:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{true,false}",
-        instance_from_str=lambda given: TRUTHS[given[0]],
-        is_instance=lambda value: isinstance(value, bool),
-        str_from_instance=lambda value: [str(value).lower()],
-        choices=tuple(TRUTHS),
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     _set_up_output()
     try:
-        args, given = _with_config_file(args)
+        args, given = with_config_file(args)
         _app(given).cli(
             prog="peptrain", description=DESCRIPTION, args=args, config=MARKERS, registry=REGISTRY
         )
@@ -103,51 +77,13 @@ def _log_on(console: Console) -> None:
     log.setLevel(logging.INFO)
 
 
-def _with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | None]:
-    """What --config or --recipe names, and the arguments with its method in them if they name none.
-
-    The file has to be read before tyro parses, because its values are the flags' defaults.
-    """
-    if args[:1] not in (["train"], ["estimate"]):
-        return args, None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, nargs="?")  # a missing value is tyro's to report
-    parser.add_argument("--recipe", nargs="?")
-    wanted = parser.parse_known_args(args)[0]
-    if wanted.config is None and wanted.recipe is None:
-        return args, None
-    given, source = _configuration(wanted.config, wanted.recipe)
-    named = args[1] if args[1:] and not args[1].startswith("-") else None
-    if named is None:
-        return [args[0], given.method.name, *args[1:]], given
-    if named != given.method.name:
-        raise ConfigError(
-            f"{source}: configures {given.method.name}, and {named} was asked for; leave the method"
-            " out of the command or change [method] in the file"
-        )
-    return args, given
-
-
-def _configuration(file: Path | None, recipe: str | None) -> tuple[RunConfig[Method], str]:
-    """What is in the file or the recipe, and the flag that named it."""
-    if file is None:
-        assert recipe is not None
-        return recipes.load(recipe), f"--recipe {recipe}"
-    if recipe is not None:
-        raise ConfigError(
-            f"--config {file}: comes with --recipe {recipe}; give one of them, or print the recipe"
-            f" with `peptrain recipes {recipe}` and change it"
-        )
-    return load(file), f"--config {file}"
-
-
 def _app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
     app, data = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
     data.__doc__ = "Prepare text for training."
     data.command(name="prepare")(_prepare)
-    app.command(_by_method(_train_by, given, TRAIN), name="train")
+    app.command(by_method(_train_by, given, TRAIN), name="train")
     app.command(name="resume")(_resume)
-    app.command(_by_method(_estimate_by, given, ESTIMATE), name="estimate")
+    app.command(by_method(_estimate_by, given, ESTIMATE), name="estimate")
     app.command(name="demo")(_demo)
     app.command(name="compare")(_compare)
     app.command(name="eval")(_eval)
@@ -160,31 +96,6 @@ def _app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
 
 TRAIN = "Train a model by one of the methods, into a new run directory."
 ESTIMATE = "Say what a run would take, in parameters, bytes and operations, without running it."
-
-
-def _by_method(
-    command: Callable[[Any], Callable[..., None]], given: RunConfig[Method] | None, summary: str
-) -> tyro.extras.SubcommandApp:
-    """A subcommand for each method, whose flags are those of a run with the method's own fields."""
-    app = tyro.extras.SubcommandApp()
-    app.__doc__ = summary
-    for name, cls in methods().items():
-        chosen = given is not None and given.method.name == name
-        default = given if chosen else _with_own_defaults(cls)
-        # true and false are written out here: a configuration file may set either.
-        spelt_out = tyro.conf.FlagConversionOff
-        options = Annotated[RunConfig[cls], arg(name="", default=default), spelt_out]  # type: ignore[valid-type]
-        app.command(name=name, help=_summary(cls))(command(options))
-    return app
-
-
-def _with_own_defaults(cls: type[Method]) -> RunConfig[Any]:
-    """A configuration in which the help shows the method's own defaults."""
-    return RunConfig(
-        method=cls(),
-        optim=fill(OptimConfig(), cls.optim_defaults, Method.optim_defaults),
-        schedule=fill(ScheduleConfig(), cls.schedule_defaults, Method.schedule_defaults),
-    )
 
 
 def _train_by(options_type: Any) -> Callable[..., None]:
@@ -258,10 +169,6 @@ def _show(made: Estimate, as_json: bool) -> None:
     console.print(table(made))
     for line in lines(made):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _summary(cls: type[Method]) -> str:
-    return (cls.__doc__ or cls.name).splitlines()[0]
 
 
 def _watched(training: Callable[[Any], Any]) -> Any:
