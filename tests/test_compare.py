@@ -64,7 +64,9 @@ def row(event, **given):
     with open(run + "/metrics.jsonl", "a") as file:
         file.write(json.dumps({"event": event, **given}) + "\\n")
 print("environment", os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("OMP_NUM_THREADS"))
+print("colours", os.environ.get("FORCE_COLOR"), os.environ.get("NO_COLOR"))
 def saved(*signals):
+    time.sleep(0.2)
     sys.exit(130)
 if what == "crash":
     sys.exit("Traceback\\nRuntimeError: out of memory")
@@ -245,13 +247,14 @@ def after_a_row(number: int, then: Callable[[], object]) -> Callable[[Status], N
     return watch
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGTERM] * 2])
 def test_a_signal_lets_runs_save_and_the_same_call_goes_on(
-    number: int, fakes: Fakes, corpus: Path, tmp_path: Path
+    numbers: list[int], fakes: Fakes, corpus: Path, tmp_path: Path
 ) -> None:
+    """What ends a job may well send SIGTERM twice."""
     grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
     fakes.does = {("full", lr, seed): "hang" for lr in RATES for seed in SEEDS}
-    stop = after_a_row(2, lambda: os.kill(os.getpid(), number))
+    stop = after_a_row(2, lambda: [os.kill(os.getpid(), number) for number in numbers])
     with pytest.raises(Interrupted, match=r"stopped and saved, 0 of 4 runs finished"):
         compare(grid, out, 2, stop)
     assert len(fakes.started) == 2, "nothing is begun after the signal"
@@ -260,6 +263,32 @@ def test_a_signal_lets_runs_save_and_the_same_call_goes_on(
     assert "| full | unfinished |" in (out / "table.md").read_text()
     fakes.does = {}
     assert compare(grid, out, 2).lines[0].finished == 4
+
+
+def test_runs_are_saved_when_nobody_reads_what_is_shown(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    fakes.does = {("full", lr, seed): "hang" for lr in RATES for seed in SEEDS}
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def watch(status: Status) -> None:
+        if all(w.step == 4 for w in status.running.values()) and status.running:
+            processes[:] = [w.process for w in status.running.values()]
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        compare(write_grid(tmp_path, corpus), tmp_path / "out", 2, watch)
+    assert [p.returncode for p in processes] == [130] * 2
+
+
+def test_logs_are_without_colours(
+    fakes: Fakes, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error is told by how its line begins."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    compare(write_grid(tmp_path, corpus), tmp_path / "out", workers=2)
+    for log in (tmp_path / "out" / "logs").iterdir():
+        assert log.read_text().splitlines()[1] == "colours None 1"
 
 
 def test_a_second_ctrl_c_ends_all_at_once(fakes: Fakes, corpus: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from peptrain.cli import main
 from peptrain.config import RunConfig, TrainConfig, resolved
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.estimate import Estimate, PhaseEstimate, estimate, memory
-from peptrain.methods import BPT, LORO, METHODS, Full, LowRank, ReLoRA
+from peptrain.methods import BPT, LORO, METHODS, Full, GaLore, LowRank, ReLoRA
 from peptrain.methods.base import Method
 from peptrain.model import ModelConfig, Precision
 from peptrain.optim import clip_gradients
@@ -316,6 +316,18 @@ def test_loro_s_exact_step_is_found_by_the_optimizer_s_clock() -> None:
     assert event.flops > 0
     (usual,) = last_phase(LORO(rank=2, exact_every=0, update="precond"), MODEL).events
     assert (usual.what, usual.times, usual.decompositions) == ("optimizer step", 8, {"solve": 28})
+
+
+@pytest.mark.parametrize(
+    "steps, gap, times", [(12, 3, 4), (10, 3, 4), (8, 4, 2), (9, 4, 3), (5, 9, 1), (6, 0, 1)]
+)
+def test_galore_s_new_bases_are_those_of_its_clock(steps: int, gap: int, times: int) -> None:
+    """At the first step and every gap-th after it: clocks 0, gap, 2 gap, ... below `steps`."""
+    found = {e.what: e for e in last_phase(GaLore(rank=2, gap=gap), MODEL, steps=steps).events}
+    assert found.pop("optimizer step").times == steps - times
+    assert all(e.decompositions == {"eigh": 14} for e in found.values())
+    assert found.pop("first step").times == 1
+    assert {e.what: e.times for e in found.values()} == ({"gap": times - 1} if times > 1 else {})
 
 
 def test_methods_without_events_have_none() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peptrain import recipes
 from peptrain.config import dump, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.grid import GridRun, expand, load_grid
@@ -164,12 +165,20 @@ FULL = '[[grid]]\nmethod.name = "full"\n'
         (f"{FULL}train.batch_size = [8, 16]", "train.steps x batch_size x seq_len: 614400"),
         (f"{FULL}train.seq_len = [64, 128]", "train.seq_len: 64 in 'full train.seq_len=64' and"),
         (f'{FULL}data.path = ["a", "b"]', "data.path: "),
+        (f"{FULL}optim = [{{lr = 1e-3}}, {{lr = 2e-3}}]", "[[grid]] 1: optim: a list of tables"),
+        (f"{FULL}optim.lr = 1e-3\ntrain.seed = [0, 1]\n{FULL}optim.lr = 2e-3",
+         "train.seed: 'full' has [0, 1] at lr=0.001 and [0] at lr=0.002; give all"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_grid_is_named(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         runs(text)
     assert str(error.value).startswith(message)
+
+
+def test_a_recipe_may_be_a_block_and_its_header_is_no_setting() -> None:
+    made = expand({"grid": [tomllib.loads(recipes.text("loro-60m-loro"))]})
+    assert [run.method for run in made] == ["loro"] and "recipe" not in made[0].label
 
 
 def test_fewer_steps_of_larger_batches_are_equal_tokens() -> None:

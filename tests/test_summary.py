@@ -138,9 +138,9 @@ def test_configurations_have_a_line_each_in_the_grids_order() -> None:
 
 
 LINE = Line(
-    label="bpt init=a_b|c", method="bpt", runs=2, finished=2, rates=(1e-3, 2e-3), lr=2e-3,
-    place="highest", seeds=2, loss=2.0, half_width=0.25, trainable=1_234_567,
-    state_bytes=9_876_543, tokens_per_second=12_345.6,
+    label="bpt init=a_b|c", method="bpt", runs=2, finished=2, rates=(1e-3, 2e-3),
+    tried=(1e-3, 2e-3), lr=2e-3, place="highest", seeds=2, loss=2.0, half_width=0.25,
+    trainable=1_234_567, state_bytes=9_876_543, tokens_per_second=12_345.6,
 )  # fmt: skip
 FAILED = Line(label="loro", method="loro", runs=1, finished=0, rates=(1e-2,),
               errors=("loro-1: out of memory; try less",))  # fmt: skip
@@ -191,7 +191,8 @@ def baseline(*lines: Line) -> str:
 
 def test_the_caption_says_how_the_baseline_was_tuned() -> None:
     def full(rates: tuple[float, ...], loss: float | None = 3.0) -> Line:
-        return Line(label="full", method="full", runs=1, finished=1, rates=rates, loss=loss)
+        given = {"label": "full", "method": "full", "rates": (1e-4, *rates), "tried": rates}
+        return Line(**given, runs=2, finished=1, loss=loss)
 
     assert baseline(LINE) == "There is no full-training baseline in this grid."
     assert baseline(full((1e-3, 2e-3)), LINE) == (
@@ -199,9 +200,12 @@ def test_the_caption_says_how_the_baseline_was_tuned() -> None:
     )
     assert baseline(full((1e-3, 2e-3, 4e-3)), LINE, FAILED) == (
         "The full-training baseline is tuned by the same grid, over 0.001, 0.002, 0.004"
-        " (the other lines: 1 to 2 rates)."
+        " (the other lines: 2 rates)."
     )
     assert baseline(full((1e-3,)), LINE) == (
         "The full-training baseline ran at one learning rate, 0.001: not tuned."
+    )
+    assert baseline(full((1e-3, 2e-3)), full((4e-3,))) == (
+        "The full-training baseline ran at one learning rate, 0.004: not tuned."
     )
     assert baseline(full((1e-3,), None)) == "The full-training baseline has no result."

@@ -107,7 +107,7 @@ def compare(
         before = [outcome(run, _place(run, out)) for run in planned]
         jobs = [_job(one, out) for one in before if one.end is None]
         gpus = _gpus(planned)
-        many = workers or len(gpus) or os.cpu_count() or 1
+        many = workers or len(gpus) or cores()
         status = work(jobs, many, gpus, lock, len(planned) - len(jobs), watch)
         failed = status.failed
         outcomes = [outcome(o.planned, o.run, failed.get(o.run.path.name, "")) for o in before]
@@ -139,6 +139,12 @@ def _job(one: Outcome, out: Path) -> Job:
     write_atomically(settings, dump(one.planned.config))
     log = out / "logs" / f"{name}.log"
     return Job(name, one.run.path, settings, log, one.planned.config.train.steps)
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _gpus(planned: Sequence[GridRun]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peptrain import toml
-from peptrain.config import RunConfig, dump, parse, resolved
+from peptrain.config import HEADER, RunConfig, dump, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.initial import adopting
 from peptrain.methods.base import Method
@@ -75,7 +75,7 @@ class GridRun:
     def name(self) -> str:
         """Readable, and the same whatever else is in the grid."""
         words = [self.method, *_pairs(self.settings), f"lr={self.lr:g}", f"seed={self.seed}"]
-        readable = re.sub(r"[^\w.=+-]+", "_", "-".join(words))
+        readable = re.sub(r"[^\w.=+-]+", "_", "-".join(words), flags=re.ASCII)
         return f"{readable[:LONGEST]}-{self.digest}"
 
 
@@ -110,6 +110,7 @@ def expand(table: Mapping[str, Any]) -> list[GridRun]:
             raise ConfigError(f"[[grid]] {number}: {error}") from error
     _check_different(runs)
     _check_equal(runs)
+    _check_seeds(runs)
     return runs
 
 
@@ -138,7 +139,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_block(common: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[GridRun]:
-    given = {**common, **own}
+    given = {key: v for key, v in {**common, **own}.items() if not key.startswith(f"{HEADER}.")}
     if "run" in given:
         raise ConfigError("run: compare names the runs itself; give --out")
     shown = {*own, *(key for key, value in common.items() if isinstance(value, list))}
@@ -146,6 +147,8 @@ def _of_block(common: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Gri
     for key, values in zip(given, choices, strict=True):
         if not values:
             raise ConfigError(f"{key}: [] makes no run; give one value or more")
+        if any(isinstance(value, Mapping) for value in values):
+            raise ConfigError(f"{key}: a list of tables; write a [[grid]] block for each of them")
     for chosen in product(*choices):
         flat = dict(zip(given, chosen, strict=True))
         config = adopting(parse(_nested(flat)))
@@ -166,6 +169,21 @@ def _check_different(runs: Sequence[GridRun]) -> None:
         if (other := seen.setdefault(run.digest, run)) is not run:
             both = f"{other.label!r} and {run.label!r}, both lr={run.lr:g} seed={run.seed}"
             raise ConfigError(f"grid: two identical runs, {both}; remove one")
+
+
+def _check_seeds(runs: Sequence[GridRun]) -> None:
+    """A mean over fewer seeds would be chosen for their luck."""
+    groups: dict[str, dict[float, set[int]]] = {}
+    for run in runs:
+        groups.setdefault(run.configuration, {}).setdefault(run.lr, set()).add(run.seed)
+    for run in runs:
+        seeds = groups[run.configuration]
+        for lr, given in seeds.items():
+            if given != seeds[run.lr]:
+                raise ConfigError(
+                    f"train.seed: {run.label!r} has {sorted(seeds[run.lr])} at lr={run.lr:g} and"
+                    f" {sorted(given)} at lr={lr:g}; give all learning rates the same seeds"
+                )
 
 
 def _check_equal(runs: Sequence[GridRun]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -216,7 +216,7 @@ class Rehearsal:
 
     def _steps_apart(self) -> list[Event]:
         """The optimizer's usual step, if it has products, and those that compute something else:
-        its clocks are set to where an interval ends, counted from 1 or from 0."""
+        the first, and where an interval ends by its clocks, which count from 1 or from 0."""
         steps = self.end - self.begin
         for p in self._moved:
             p.grad = torch.empty_like(p)
@@ -227,19 +227,31 @@ class Rehearsal:
             self.optimizer.step()
             return name
 
+        def first() -> str:
+            kept, self.optimizer.state = self.optimizer.state, defaultdict(dict)
+            stepped("first step", 0)
+            self.optimizer.state = kept
+            return "first step"
+
         usual = self._event(partial(stepped, "optimizer step", 1), steps)
-        found = {usual.work: usual}
+        apart: dict[tuple[object, ...], Event] = {}
         names: dict[int, str] = {}
         for name, every in intervals(self.config.method).items():
             names.setdefault(every, name)
         for every, name in sorted(names.items()) if self._clocks else ():
-            for now in (every - 1, every):
-                event = self._event(partial(stepped, name, now), steps // every)
-                if event.work not in found:
-                    found[event.work] = event
+            for now, times in ((every - 1, steps // every), (every, (steps - 1) // every)):
+                event = self._event(partial(stepped, name, now), times)
+                if event.work != usual.work and event.work not in apart and times:
+                    apart[event.work] = event
                     break
+        begins = self._event(first, 1)
+        if begins.work != usual.work:
+            like = apart.get(begins.work, replace(begins, times=0))
+            apart[begins.work] = replace(like, times=like.times + 1)
         self.optimizer.zero_grad()
-        return [event for event in found.values() if event.flops or event.decompositions]
+        usual = replace(usual, times=steps - sum(event.times for event in apart.values()))
+        found = [usual, *apart.values()]
+        return [e for e in found if e.times and (e.flops or e.decompositions)]
 
     def _event(self, action: Callable[[], str], times: int) -> Event:
         products = Products()

@@ -19,7 +19,8 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """The first SIGINT or SIGTERM sets `requested`; a second one acts as usual, at once.
+    """The first SIGINT or SIGTERM sets `requested`. After it SIGINT acts as usual, at once; SIGTERM
+    does no more, because what ends a job may send it to each process and to their parent.
 
     Outside of the main thread, where Python allows no handlers, nothing is caught.
     """
@@ -31,8 +32,7 @@ def stop_on_signals() -> Iterator[Stop]:
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.requested = True
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     for s in before:
         signal.signal(s, request)

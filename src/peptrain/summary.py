@@ -56,6 +56,8 @@ class Line:
     finished: int
     rates: tuple[float, ...]
     """The learning rates of the grid, ascending."""
+    tried: tuple[float, ...] = ()
+    """Those whose runs all ended, in a result or by diverging."""
     lr: float | None = None
     """The one of the lowest mean held-out loss, of those whose seeds all finished."""
     place: str = ""
@@ -74,10 +76,8 @@ class Line:
 
     @property
     def perplexity(self) -> float | None:
-        """exp of the mean loss."""
-        if self.loss is None:
-            return None
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp of the mean loss, if that is a number."""
+        return None if self.loss is None or self.loss >= 700 else math.exp(self.loss)
 
 
 def summarize(outcomes: Sequence[Outcome]) -> list[Line]:
@@ -103,6 +103,7 @@ def _line(group: Sequence[Outcome]) -> Line:
     means = {rate: statistics.fmean(o.loss for o in of_rate[rate]) for rate in rates}
     tried = [rate for rate in rates if not math.isnan(means[rate])]
     whole = [rate for rate in tried if means[rate] < math.inf]
+    line["tried"] = tuple(tried)
     if not whole:
         return Line(**line)
     best = min(whole, key=means.__getitem__)

@@ -55,15 +55,16 @@ def _baseline(lines: Sequence[Line]) -> str:
     full = [line for line in lines if line.method == "full"]
     if not full:
         return "There is no full-training baseline in this grid."
-    if all(line.loss is None for line in full):
+    if any(line.loss is None for line in full):
         return "The full-training baseline has no result."
-    counts = sorted({len(line.rates) for line in lines if line.method != "full"})
-    rates = sorted({rate for line in full for rate in line.rates})
-    if len(rates) == 1:
-        return f"The full-training baseline ran at one learning rate, {rates[0]:g}: not tuned."
-    listed = ", ".join(f"{rate:g}" for rate in rates)
+    least = min(full, key=lambda line: len(line.tried)).tried
+    listed = ", ".join(f"{rate:g}" for rate in least)
+    if len(least) < 2:
+        return f"The full-training baseline ran at one learning rate, {listed}: not tuned."
+    whole = [line for line in lines if line.method != "full" and line.loss is not None]
+    counts = sorted({len(line.tried) for line in whole})
     others = ""
-    if counts and counts != [len(rates)]:
+    if counts and counts != [len(least)]:
         others = f" (the other lines: {' to '.join(map(str, dict.fromkeys(counts)))} rates)"
     return f"The full-training baseline is tuned by the same grid, over {listed}{others}."
 

@@ -125,7 +125,7 @@ def work(
 ) -> Status:
     """Do the jobs, at most `workers` at a time, spread over the GPUs; each holds the `lock` too.
 
-    Ctrl-C or SIGTERM lets every running one save and stop, a second one ends them at once; both
+    Ctrl-C or SIGTERM lets every running one save and stop, a second Ctrl-C ends them at once; both
     leave what can be resumed. Without a GPU a process has one thread, unless OMP_NUM_THREADS says
     otherwise.
     """
@@ -147,23 +147,38 @@ def work(
                     _end(status, status.running.pop(slot))
                 for working in status.running.values():
                     working.look()
-        finally:
-            for working in status.running.values():
-                working.process.kill()
-                working.process.wait()
+        except KeyboardInterrupt:
+            _stop(status, signal.SIGKILL)
+            raise
+        except (
+            BaseException
+        ):  # nobody reads what `watch` writes, say: the runs can save all the same
+            _stop(status, signal.SIGTERM)
+            raise
     watch(status)
     return status
 
 
+def _stop(status: Status, number: signal.Signals) -> None:
+    """Send it to all processes, and wait for their ends."""
+    for working in status.running.values():
+        working.process.send_signal(number)
+    for working in status.running.values():
+        working.process.wait()
+
+
 def _start(status: Status, slot: int, gpus: Sequence[str], lock: int) -> Working:
     job = status.waiting.popleft()
-    environment = dict(os.environ)
+    environment = dict(os.environ, NO_COLOR="1", TERM="dumb")  # the log is read by a program
+    for forced in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"):
+        environment.pop(forced, None)
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     else:
         environment.setdefault("OMP_NUM_THREADS", "1")
     begun = status.begun[job.name]
     with job.log.open("ab") as log:
+        said = log.tell()  # the process moves it on
         # A group of its own: the terminal's Ctrl-C is for us, and it gets one signal, not two.
         process = subprocess.Popen(
             job.command(),
@@ -174,7 +189,7 @@ def _start(status: Status, slot: int, gpus: Sequence[str], lock: int) -> Working
             process_group=0,
             pass_fds=[lock],
         )
-        return Working(job, process, log.tell(), begun, begun)
+        return Working(job, process, said, begun, begun)
 
 
 def _end(status: Status, working: Working) -> None:
