@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -116,6 +117,58 @@ def test_a_recipe_leaves_nothing_of_consequence_to_a_default(name: str) -> None:
     if config.method.name in ("lora", "dora") and not given["warm_start_steps"]:
         fields -= {"restart_warmup"}  # there is no restart
     assert fields <= given.keys()
+
+
+def bpt_appendix() -> Iterator[tuple[str, dict[str, Any]]]:
+    """BPT's Tables 5 and 6."""
+    sizes = {"qwen-100m": (320, 10_000, 128), "qwen-0.5b": (512, 8_000, 128),
+             "qwen-1.5b": (1024, 8_000, 256), "olmo2-1b": (960, 8_000, 256)}  # fmt: skip
+    rates = {"full": 2e-4, "bpt": 2e-3, "relora": 2e-3, "lora": 1e-3, "hyperadapt": 2e-3}
+    for size, (batch, decay, rank) in sizes.items():
+        for method, lr in rates.items():
+            lr = 1e-3 if (size, method) == ("qwen-1.5b", "relora") else lr
+            own = {} if method in ("full", "hyperadapt") else {"method.rank": rank}
+            yield f"bpt-{size}-{method}", {
+                "train.batch_size": batch, "train.seq_len": 512, "schedule.kind": "wsd",
+                "schedule.warmup": 2000, "schedule.decay": decay, "optim.lr": lr, "optim.clip": 1.0,
+                **own,
+            }  # fmt: skip
+
+
+def loro_appendix() -> Iterator[tuple[str, dict[str, Any]]]:
+    """LORO's Table 7 and Appendix A; the ranks of Table 1."""
+    sizes = {
+        "60m": (10_000, 128),
+        "130m": (20_000, 256),
+        "350m": (60_000, 256),
+        "1b": (100_000, 512),
+    }
+    for size, (steps, rank) in sizes.items():
+        common = {"train.batch_size": 512, "train.seq_len": 256, "train.steps": steps,
+                  "schedule.kind": "cosine", "schedule.warmup": steps // 10,
+                  "schedule.floor": 0.1}  # fmt: skip
+        large = size == "1b"
+        yield f"loro-{size}-loro", common | {
+            "method.rank": rank, "method.exact_every": 200 if large else 500,
+            "method.restart_warmup": 5, "optim.lr": 5e-3 if large else 1e-2,
+        }  # fmt: skip
+        yield f"loro-{size}-full", common
+        yield f"loro-{size}-lowrank", common | {"method.rank": rank}
+
+
+APPENDICES = {k: v for k, v in (*bpt_appendix(), *loro_appendix()) if k in NAMES}
+
+
+@pytest.mark.parametrize("name", APPENDICES)
+def test_the_settings_are_those_of_the_papers_appendices(name: str) -> None:
+    config = recipes.load(name)
+    for key, value in APPENDICES[name].items():
+        section, _, field = key.partition(".")
+        assert getattr(getattr(config, section), field) == value, key
+
+
+def test_most_rows_of_the_appendices_are_recipes() -> None:
+    assert len(APPENDICES) == 12 + 12
 
 
 @pytest.mark.parametrize("name", PRINTED)
