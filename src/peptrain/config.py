@@ -49,7 +49,7 @@ class TrainConfig:
     without masks (a sliding window needs them)."""
     memory_budget: float = 1.0
     """With compile: the part of the activations to keep, 0 to 1; the compiler recomputes the rest,
-    the cheapest first, attention never."""
+    the cheapest first; attention at 0 alone."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
     log_every: int = 10

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 
 class KeepAttention(CustomGraphPass):
-    """Keep the results of attention, whatever the memory budget.
+    """Keep the results of attention under any memory budget but 0, which keeps nothing.
 
     PyTorch weighs a recomputation by its multiplications, except for operators that are not on its
     list of costly ones, which are free. cuDNN's attention isn't, nor is the CPU's; it takes four

@@ -150,9 +150,8 @@ def work(
         except KeyboardInterrupt:
             _stop(status, signal.SIGKILL)
             raise
-        except (
-            BaseException
-        ):  # nobody reads what `watch` writes, say: the runs can save all the same
+        except BaseException:
+            # What is shown may have no reader any more, say; the runs can save all the same.
             _stop(status, signal.SIGTERM)
             raise
     watch(status)

@@ -117,7 +117,8 @@ class Method:
     def accelerate(self, model: nn.Module) -> None:
         """Let layers use the fused forms of ops/fused.py, which only a GPU can run. Parameters and
         their names stay; results are the same to rounding, except that a diagonal that is exactly
-        0 gets no gradient. A model whose MLPs were fused can't be densified in place."""
+        0 gets no gradient. Low-rank MLPs are fused where no gradient is asked for; a model whose
+        MLPs were fused with gradients can't be densified in place."""
 
     def schedule(self, base: Schedule) -> Schedule:
         """The multiplier of the learning rates over the whole run."""
