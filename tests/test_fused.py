@@ -14,7 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from peptrain.adapt import adapt
-from peptrain.methods import BPT, LowRank, fused_mlp
+from peptrain.methods import BPT
 from peptrain.methods.fused_mlp import FusedMLP
 from peptrain.ops import fused, linear
 
@@ -103,52 +103,6 @@ def test_bpt_mlp(T: int, d: int, f: int, r: int, dtype: torch.dtype, seed: int) 
         return fused.bpt_mlp(x, parts[:5], parts[5:10], parts[10:])
 
     assert_near(gradients(call, x, params, dtype), wanted, dtype, layers=3)
-
-
-@QUICK
-@given(
-    T=st.integers(1, 300), d=Side, f=Side, r=st.sampled_from([8, 24, 64, 72]),
-    dtype=st.sampled_from([torch.bfloat16, torch.float16]), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_lowrank_mlp(T: int, d: int, f: int, r: int, dtype: torch.dtype, seed: int) -> None:
-    """Against plain products in float64 of the same rounded factors."""
-    x = inputs(T, d, dtype, seed)
-    parts = [
-        tuple(p.to(dtype).double() for p in weights(n, m, r, seed + i)[1:3])
-        for i, (n, m) in enumerate(((f, d), (f, d), (d, f)))
-    ]
-    (B_g, A_g), (B_u, A_u), (B_d, A_d) = parts
-    wanted = (F.silu(x @ A_g.mT @ B_g.mT) * (x @ A_u.mT @ B_u.mT)) @ A_d.mT @ B_d.mT
-    given_ = [tuple(p.to(DEVICE, dtype) for p in pair) for pair in parts]
-    found = fused.lowrank_mlp(x.to(DEVICE, dtype), *given_)
-    assert_near([found.cpu()], [wanted], torch.bfloat16, layers=3)
-
-
-def test_a_lowrank_mlp_is_fused_where_no_gradient_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls: list[Tensor] = []
-
-    def counting(x: Tensor, *parts: Any) -> Tensor:
-        calls.append(x)
-        return fused.lowrank_mlp(x, *parts)
-
-    monkeypatch.setattr(fused_mlp, "lowrank_mlp", counting)
-    mlp = MLP(lambda x, g, u, d: d(F.silu(g(x)) * u(x)), d=32, f=40)
-    model = nn.Sequential(mlp).to(DEVICE)
-    method = LowRank(rank=8)
-    adapt(model, method, steps=10)
-    x = torch.randn(5, 32, device=DEVICE)
-    plain = model(x)
-    method.accelerate(model)
-    model.bfloat16()
-    with torch.no_grad():
-        near = model(x.bfloat16())
-        assert len(calls) == 1
-        model.double()(x.double())
-    model.float()(x).sum().backward()
-    assert len(calls) == 1
-    torch.testing.assert_close(near.float(), plain, rtol=0.1, atol=0.1 * float(plain.abs().max()))
 
 
 def test_more_tokens_than_one_program_sums() -> None:

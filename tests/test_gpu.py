@@ -1,5 +1,6 @@
 """What only a GPU can show. Run with `pytest -m gpu -n0`."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,11 @@ import pytest
 import torch
 from byhand import seeded
 from support import losses, newest, tiny, tiny_method
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from peptrain.adapt import adapt
 from peptrain.eval.run import evaluate_run
+from peptrain.execution import attend_without_masks, compile_layers
 from peptrain.export import export
 from peptrain.loss import token_loss
 from peptrain.methods import METHODS
@@ -193,3 +197,24 @@ def test_a_recorded_run_recomputes_and_draws_as_an_eager_one(
     one, other = losses(tmp_path / "False"), losses(tmp_path / "True")
     for (_, eager), (_, recorded) in zip(one, other, strict=True):
         assert eager == pytest.approx(recorded, abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [50, 137])
+@torch.no_grad()
+def test_a_compiled_llama_of_low_rank_maps(length: int) -> None:
+    """Its fused layers, and attention within short windows, against plain ones in fp64."""
+    sizes = {"hidden_size": 512, "intermediate_size": 600, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=1000, num_attention_heads=8, num_key_value_heads=2, **sizes)
+    )
+    method = METHODS["lowrank"](rank=72)
+    adapt(model, method, steps=10)
+    model.eval().bfloat16()
+    ids = torch.randint(1000, (3, length), generator=seeded(0))
+    wanted = copy.deepcopy(model).double()(ids, use_cache=False).logits
+    model.cuda()
+    method.accelerate(model)
+    assert attend_without_masks(model, length)
+    compile_layers(model)
+    found = model(ids.cuda(), use_cache=False).logits
+    assert (found.cpu().double() - wanted).norm() <= 0.02 * wanted.norm()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,16 +98,24 @@ def attend_without_masks(model: PreTrainedModel, seq_len: int) -> bool:
     return same
 
 
-def _attention(module: nn.Module, query: Tensor, *rest: Any, **settings: Any) -> Any:
-    """Hugging Face's attention, query: [rows, heads, L, d], by the backend that is fast for L."""
+def _attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **own: Any
+) -> Any:
+    """Hugging Face's attention, q: [rows, heads, L, d], by the kernel that is fast for L."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if not query.is_cuda or query.shape[2] > SHORT:
-        return sdpa_attention_forward(module, query, *rest, **settings)
+    if not q.is_cuda or q.shape[2] > SHORT:
+        return sdpa_attention_forward(module, q, k, v, mask, **own)
+    if find_spec("triton") and mask is None and not own.get("dropout"):
+        from peptrain.ops.short_attention import fits_short, short_attention
+
+        if fits_short(q, k, v):
+            scale = own.get("scaling") or q.shape[-1] ** -0.5
+            return short_attention(q, k, v, scale), None
     order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     order += [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
-        return sdpa_attention_forward(module, query, *rest, **settings)
+        return sdpa_attention_forward(module, q, k, v, mask, **own)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

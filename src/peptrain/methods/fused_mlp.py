@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peptrain.methods.base import ReparamLinear
 from peptrain.methods.lowrank import LowRankLinear
-from peptrain.ops.fused import bpt_mlp, fits, lowrank_mlp
+from peptrain.ops.fused import bpt_mlp
+from peptrain.ops.fused_lowrank import fits, lowrank_mlp
 
 
 class FusedMLP(nn.Module):

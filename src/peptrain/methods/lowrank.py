@@ -58,6 +58,8 @@ class LowRank(RankMethod):
         return LowRankLinear(site, self.r, rng)
 
     def accelerate(self, model: nn.Module) -> None:
-        from peptrain.methods.fused_mlp import LowRankMLP, fuse_mlps  # Triton is not everywhere
+        from peptrain.methods.fused_layer import fuse_layers  # Triton is not everywhere
+        from peptrain.methods.fused_mlp import LowRankMLP, fuse_mlps
 
         fuse_mlps(model, LowRankLinear, LowRankMLP)
+        fuse_layers(model)

@@ -8,20 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peptrain.ops.kernels import (
-    INTERPRETED,
-    added_dots,
-    column_dots,
-    gated_backward,
-    gated_products,
-    merged,
-)
+from peptrain.ops.kernels import added_dots, column_dots, gated_backward, merged
 from peptrain.ops.linear import compute_dtype
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """W: [n, m], U: [n, r], V: [r, m], a: [n], b: [m]."""
-Factors = tuple[Tensor, Tensor]
-"""B: [n, r], A: [r, m]."""
 
 
 def added_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor) -> Tensor:
@@ -51,26 +42,6 @@ def bpt_mlp(x: Tensor, gate: Parts, up: Parts, down: Parts) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x)).contiguous()
     y: Tensor = _BPTMLP.apply(rows, *gate, *up, *down)  # type: ignore[no-untyped-call]
     return y.view(x.shape)
-
-
-def lowrank_mlp(x: Tensor, gate: Factors, up: Factors, down: Factors) -> Tensor:
-    """y = (silu(x (B_g A_g)ᵀ) * (x (B_u A_u)ᵀ)) (B_d A_d)ᵀ, without gradients.
-
-    One product with A_g over A_u, one kernel for what is between the products with A; its result
-    is not rounded where the plain form's gate and up are.
-    """
-    dtype = compute_dtype(x)
-    (B_g, A_g), (B_u, A_u), (B_d, A_d) = ([p.to(dtype) for p in f] for f in (gate, up, down))
-    z = F.linear(x.reshape(-1, x.shape[-1]).to(dtype), torch.cat([A_g, A_u]))
-    h = gated_products(z, B_g, B_u)
-    return F.linear(F.linear(h, A_d), B_d).view(x.shape)
-
-
-def fits(x: Tensor, gate: Factors, up: Factors) -> bool:
-    """Whether lowrank_mlp is made for these: a GPU, 16 bits, one r that is a multiple of 8."""
-    narrow = compute_dtype(x) in (torch.bfloat16, torch.float16)
-    r = gate[0].shape[1]
-    return (x.is_cuda or INTERPRETED) and narrow and r == up[0].shape[1] and r % 8 == 0
 
 
 class _AddedLinear(torch.autograd.Function):

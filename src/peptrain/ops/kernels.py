@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 ROWS = 64
@@ -66,12 +65,12 @@ def merged(
     scaled = a is not None
     _merged[grid](
         W, U, V, a if scaled else W, b if scaled else W, out, n, m, U.shape[1],
-        SCALED=scaled, DOT=_dot_type(dtype), N=N, M=M, R=R, num_warps=4,
+        SCALED=scaled, DOT=dot_type(dtype), N=N, M=M, R=R, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def _dot_type(dtype: torch.dtype) -> Any:
+def dot_type(dtype: torch.dtype) -> Any:
     """What a kernel multiplies in; the interpreter takes bf16's bits for integers."""
     if INTERPRETED:
         return tl.float32
@@ -207,66 +206,3 @@ def gated_backward(
 def _(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dg, du, h = (torch.empty_like(g) for _ in range(3))
     return dg, du, h, _partial_sums(g), _partial_sums(g)
-
-
-@triton.jit
-def _gated_products(
-    z, B_g, B_u, h, T, f, programs,
-    R: tl.constexpr, DOT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    columns = tl.cdiv(f, N)
-    blocks = tl.cdiv(T, M)
-    for tile in range(tl.program_id(0), blocks * columns, programs):
-        band = tile // (ROWS * columns) * ROWS  # tiles of ROWS blocks of rows share B in the cache
-        rows = tl.minimum(blocks - band, ROWS)
-        i = (band + tile % (ROWS * columns) % rows) * M
-        j = tile % (ROWS * columns) // rows * N
-        gate = tl.zeros((M, N), tl.float32)
-        up = tl.zeros((M, N), tl.float32)
-        for k in range(0, R, K):
-            gate = tl.dot(z.load([i, k]).to(DOT), B_g.load([j, k]).to(DOT).T, gate)
-            up = tl.dot(z.load([i, R + k]).to(DOT), B_u.load([j, k]).to(DOT).T, up)
-        h.store([i, j], (gate / (1 + tl.exp(-gate)) * up).to(h.dtype))
-
-
-@torch.library.custom_op("peptrain::gated_products", mutates_args=())
-def gated_products(z: Tensor, B_g: Tensor, B_u: Tensor) -> Tensor:
-    """h = silu(z_g B_gᵀ) * (z_u B_uᵀ), [T, f], for z = [z_g z_u]: [T, 2r] and B: [f, r], r a
-    multiple of 8, in fp16 or bf16. Neither product is written to memory."""
-    z, B_g, B_u = z.contiguous(), B_g.contiguous(), B_u.contiguous()
-    (T, _), (f, r) = z.shape, B_g.shape
-    h = _aligned_rows(z, f)
-    M, N = 128, 128
-    K, stages = (64, 3) if _large_shared_memory(z.device) else (32, 2)
-    programs = _programs(z.device)
-    blocks = [(z, M, K), (B_g, N, K), (B_u, N, K), (h, M, N)]
-    _gated_products[(programs,)](
-        *(TensorDescriptor.from_tensor(t, [rows, columns]) for t, rows, columns in blocks),
-        T, f, programs, R=r, DOT=_dot_type(z.dtype), M=M, N=N, K=K, ROWS=8,
-        num_warps=8, num_stages=stages,
-    )  # fmt: skip
-    return h
-
-
-@gated_products.register_fake
-def _(z: Tensor, B_g: Tensor, B_u: Tensor) -> Tensor:
-    return _aligned_rows(z, B_g.shape[0])
-
-
-def _aligned_rows(z: Tensor, f: int) -> Tensor:
-    """An empty [T, f] whose rows begin at multiples of 16 bytes, as a descriptor wants them."""
-    return z.new_empty(z.shape[0], -(-f // 8) * 8)[:, :f]
-
-
-def _programs(device: torch.device) -> int:
-    """One for each processor of a GPU: they take tile after tile."""
-    if device.type != "cuda":
-        return 2
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
-
-
-def _large_shared_memory(device: torch.device) -> bool:
-    """227 KiB, as H100, H200 and B200 have."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
