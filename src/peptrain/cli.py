@@ -146,11 +146,13 @@ def _estimate_by(options_type: Any) -> Callable[..., None]:
             json: Print JSON for programs; what is logged goes to standard error.
         """
         from peptrain.estimate import estimate, memory
+        from peptrain.progress import fitting
 
         if json:
             _log_on(Console(stderr=True, emoji=False))
         budget = None if gpu_memory is None else memory(gpu_memory)
-        made = estimate(options, ranks=ranks, gpu_memory=budget)
+        with fitting(Console(stderr=True, emoji=False, quiet=json)) as watch:
+            made = estimate(options, ranks=ranks, gpu_memory=budget, watch=watch)
         _show(made, json)
 
     flags: dict[str, Any] = {"config": Path | None, "recipe": str | None, "gpu_memory": str | None}
