@@ -223,6 +223,7 @@ def test_a_terminal_shows_what_is_tried_and_nothing_else_does() -> None:
         assert ("what fits: a micro-batch of 4 at rank 4" in written) == terminal
         assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == int(terminal)
         assert terminal or not written
+        assert "micro-batch of 0" not in written
 
 
 class Terminal(io.StringIO):

@@ -113,8 +113,9 @@ def _each_line_once() -> Iterator[None]:
     said: set[str] = set()
 
     def new(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return text not in said and not said.add(text)  # type: ignore[func-returns-value]
+        before = len(said)
+        said.add(record.getMessage())
+        return len(said) > before
 
     log.addFilter(new)
     try:

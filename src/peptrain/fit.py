@@ -75,7 +75,8 @@ class _Search:
         return _largest(ranks, lambda rank: self._peak(micro_batch, rank), self.budget)
 
     def _peak(self, micro_batch: int, rank: int | None) -> int:
-        self.watch(f"a micro-batch of {micro_batch}" + (f" at rank {rank}" if rank else ""))
+        if micro_batch:
+            self.watch(f"a micro-batch of {micro_batch}" + (f" at rank {rank}" if rank else ""))
         return self.at_rank(rank).peak(micro_batch, self.budget)
 
     def _at_rank(self, rank: int | None) -> Candidate:
