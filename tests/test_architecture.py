@@ -29,7 +29,7 @@ LEVELS: list[tuple[str, ...]] = [
      "recipes/*.py", "report.py", "eval/run.py", "grid.py", "summary.py", "table.py",
      "workers.py"),
     ("passes.py", "trainee.py"),
-    ("rehearsal.py", "estimate.py", "estimate_table.py"),
+    ("rehearsal.py", "candidate.py", "fit.py", "estimate.py", "estimate_table.py"),
     ("train.py",),
     ("compare.py",),
     ("flags.py",),

@@ -196,6 +196,41 @@ def test_a_recipe_and_another_wish_are_an_error(line: str, error: str, peptrain_
     assert peptrain_(f"train {line}").error.startswith(error)
 
 
+@pytest.mark.parametrize("command", ["train", "estimate"])
+def test_an_unknown_method_is_an_error_with_the_nearest(command: str, peptrain_: Command) -> None:
+    for name, near in (("rellora", "relora"), ("btp", "bpt"), ("Full", "full")):
+        for rest in ("", " --train.steps 3", f" --recipe {RECIPE}"):
+            said = peptrain_(f"{command} {name}{rest}")
+            hint = f"did you mean {near!r}? `peptrain methods` lists them"
+            assert said.error == f"method {name!r}: unknown; {hint}"
+    assert "unknown; `peptrain methods` lists them" in peptrain_(f"{command} xyzzy").error
+
+
+SLIM = "--recipe loro-130m-slim --model.vocab-size 64 --train.batch-size 2"
+
+
+@pytest.mark.parametrize(
+    "flags, sizes",
+    [
+        ("", None),
+        ("--model.layers 2", None),
+        ("--model.preset llama-130m", None),  # the recipe's own
+        ("--model.preset tiny", "hidden_size 640, intermediate_size 1450, heads 10"),
+        ("--model.preset tiny --model.hidden-size 320", "intermediate_size 1450, heads 10"),
+    ],
+)
+def test_a_preset_says_which_sizes_of_a_recipe_it_leaves(
+    flags: str, sizes: str | None, peptrain_: Command
+) -> None:
+    said = peptrain_(f"estimate {SLIM} --json {flags}")
+    assert said.code == 0 and json.loads(said.out)
+    if sizes is None:
+        assert "--model.preset" not in said.err
+    else:
+        stay = "--model.preset tiny: the sizes that the recipe or file sets stay"
+        assert f"{stay} ({sizes}); each has a flag" in spaced(said.err)
+
+
 def test_methods_are_listed_with_equation_and_learning_rate(
     peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,7 +381,6 @@ def test_truth_is_spelt_as_in_a_configuration_file(
         ("train bpt --train.compile yes", r"--train\.compile.*True"),
         ("train bpt --method.rank", r"--method\.rank"),
         ("train bpt --config", r"--config"),
-        ("train btp", r"Unrecognized options: btp .*full, bpt"),
         ("train", r"Expected one of \{full,"),
         ("trian bpt", r"Unrecognized options: trian.*train, resume"),
         ("export run", r"--out PATH The directory to make. \(required\)"),

@@ -10,6 +10,7 @@ import torch
 from byhand import zero_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow import algebra
 from support import (
     STEPS,
     Killed,
@@ -128,6 +129,26 @@ def test_a_fresh_schedule_warms_up_again_after_the_switch(corpus: Path, tmp_path
     train(tiny(method, corpus, tmp_path / "run", schedule=schedule, optim={"lr": 0.01}))
     rates = [row["lr"] for row in rows(tmp_path / "run")]
     assert rates == pytest.approx([0, 0.5, 1.0, 0, 0.005, 0.01, 0.02 / 3, 0.01 / 3])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(2, 60), st.data())
+def test_a_warm_start_has_a_warm_up_of_its_own(steps: int, data: st.DataObject) -> None:
+    """The start of one cosine, then the rest of another, or all of a shorter one."""
+    warm = data.draw(st.integers(1, steps - 1))
+    first = data.draw(st.none() | st.integers(0, warm))
+    warmup = data.draw(st.integers(0, steps - warm - 1))
+    for then in ("continue", "fresh"):
+        method = LoRA(warm_start_steps=warm, warm_start_warmup=first, warm_start_then=then,
+                      restart_warmup=0)  # fmt: skip
+        method.phases(steps)
+        config = ScheduleConfig(kind="cosine", warmup=warmup, decay=0, floor=0.1)
+        found = method.schedule(build(config, steps))
+        before = algebra.warmup_cosine(steps, warmup if first is None else first, 0.1)
+        skipped = warm if then == "fresh" else 0
+        after = algebra.warmup_cosine(steps - skipped, warmup, 0.1)
+        wanted = [before(t) if t < warm else after(t - skipped) for t in range(steps)]
+        assert [found(t) for t in range(steps)] == pytest.approx(wanted)
 
 
 def test_nothing_happens_after_the_last_step(corpus: Path, tmp_path: Path) -> None:
@@ -298,6 +319,7 @@ BAD = [
     ({"rank": -2}, "rank"),
     ({"warm_start_steps": -1}, "warm_start_steps"),
     ({"warm_start_lr": -1e-3}, "warm_start_lr"),
+    ({"warm_start_warmup": -1}, "warm_start_warmup"),
     ({"restart_warmup": -1}, "restart_warmup"),
     ({"merge_every": -1}, "merge_every"),
     ({"reset_every": -1}, "reset_every"),
@@ -313,6 +335,13 @@ def test_impossible_settings_are_named(given: dict[str, Any], key: str) -> None:
     if key in {f.name for f in fields(LoRA)}:
         with pytest.raises(ConfigError, match=rf"^method\.{key}: "):
             LoRA(**given)
+
+
+def test_a_warm_up_longer_than_the_warm_start_is_refused() -> None:
+    LoRA(warm_start_steps=3, warm_start_warmup=3).phases(STEPS)
+    LoRA(warm_start_steps=0, warm_start_warmup=3).phases(STEPS)  # no warm start, as with its rate
+    with pytest.raises(ConfigError, match=r"method\.warm_start_warmup: 4 .* at most the 3 steps"):
+        LoRA(warm_start_steps=3, warm_start_warmup=4).phases(STEPS)
 
 
 @pytest.mark.parametrize("cls", [LoRA, ReLoRA])

@@ -22,7 +22,13 @@ from peptrain import __version__, recipes
 from peptrain.config import RunConfig
 from peptrain.data.config import PrepareConfig
 from peptrain.errors import Interrupted, PeptrainError
-from peptrain.flags import MARKERS, REGISTRY, by_method, with_config_file
+from peptrain.flags import (
+    MARKERS,
+    REGISTRY,
+    by_method,
+    say_what_a_preset_leaves,
+    with_config_file,
+)
 from peptrain.methods import methods
 from peptrain.methods.base import Method
 
@@ -98,7 +104,7 @@ TRAIN = "Train a model by one of the methods, into a new run directory."
 ESTIMATE = "Say what a run would take, in parameters, bytes and operations, without running it."
 
 
-def _train_by(options_type: Any) -> Callable[..., None]:
+def _train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
     def train(options: Any, config: Path | None = None, recipe: str | None = None) -> None:
         """Train.
 
@@ -115,6 +121,7 @@ def _train_by(options_type: Any) -> Callable[..., None]:
             corpus = recipes.about(recipe).data
             log.warning("--recipe %s: is for %s; without --data.path it trains on the corpus that"
                         " comes with peptrain", recipe, corpus)  # fmt: skip
+        say_what_a_preset_leaves(given, options)
         _watched(lambda observe: train(options, observe))
 
     train.__annotations__ |= {
@@ -126,7 +133,7 @@ def _train_by(options_type: Any) -> Callable[..., None]:
     return train
 
 
-def _estimate_by(options_type: Any) -> Callable[..., None]:
+def _estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
     def estimate(
         options: Any,
         config: Path | None = None,
@@ -146,11 +153,14 @@ def _estimate_by(options_type: Any) -> Callable[..., None]:
             json: Print JSON for programs; what is logged goes to standard error.
         """
         from peptrain.estimate import estimate, memory
+        from peptrain.progress import fitting
 
         if json:
             _log_on(Console(stderr=True, emoji=False))
+        say_what_a_preset_leaves(given, options)
         budget = None if gpu_memory is None else memory(gpu_memory)
-        made = estimate(options, ranks=ranks, gpu_memory=budget)
+        with fitting(Console(stderr=True, emoji=False, quiet=json)) as watch:
+            made = estimate(options, ranks=ranks, gpu_memory=budget, watch=watch)
         _show(made, json)
 
     flags: dict[str, Any] = {"config": Path | None, "recipe": str | None, "gpu_memory": str | None}

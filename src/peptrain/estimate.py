@@ -4,88 +4,24 @@ from __future__ import annotations
 
 import logging
 import re
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
-from itertools import pairwise
-from math import inf
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from peptrain.candidate import Candidate, PhaseEstimate
 from peptrain.config import RunConfig, resolved
-from peptrain.errors import ConfigError
+from peptrain.fit import Fit, Watch, fit
 from peptrain.initial import adopting
 from peptrain.methods.base import Method
-from peptrain.model import count_parameters
-from peptrain.rehearsal import Event, Plain, Rehearsal, without_numbers
+from peptrain.rehearsal import without_numbers
 from peptrain.settings import check
 
-GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 log = logging.getLogger("peptrain")
-
-
-@dataclass(frozen=True)
-class PhaseEstimate:
-    """One phase: steps `first` to `last` of the run, counted from 0, the last one not included."""
-
-    first: int
-    last: int
-    total_parameters: int
-    trainable_parameters: int
-    non_embedding_reduction: float
-    """Part of the dense model's parameters that need no training: 1 - (trainable - E) / (dense -
-    E), E those of embedding and head, once when they are tied."""
-    paper_bytes: int
-    """Weights and two moments as the literature counts them (`Rehearsal.paper_bytes`)."""
-    weight_bytes: int
-    gradient_bytes: int
-    state_bytes: int
-    """Of the optimizer's tensors."""
-    exchange_bytes: int
-    """Of the buffers in which replicas exchange gradients; 0 for one rank."""
-    step_peak_bytes: int
-    """The most that is in tensors at once during a usual step."""
-    peak_bytes: int
-    """The same, with what happens now and then."""
-    forward_flops: dict[str, float]
-    """Per token and by kind, of a forward pass alone."""
-    training_flops: dict[str, float]
-    """The same of forward and backward as trained, with what is computed again."""
-    events: tuple[Event, ...]
-
-    @property
-    def static_bytes(self) -> int:
-        """What stays at the dtypes of the run: weights, gradients, optimizer state."""
-        return self.weight_bytes + self.gradient_bytes + self.state_bytes
-
-    @property
-    def flops_per_token(self) -> float:
-        return sum(self.training_flops.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        sums = {"static_bytes": self.static_bytes, "flops_per_token": self.flops_per_token}
-        return asdict(self) | sums
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What fits into `gpu_memory` bytes."""
-
-    gpu_memory: int
-    fits: bool
-    """Whether the run does, as it is configured."""
-    micro_batch: int | None
-    """The largest at the configured rank; a divisor of the rows of a rank's step. None: not one."""
-    rank: int | None = None
-    """If the run does not fit: the largest rank that does at `rank_micro_batch`. None: not one."""
-    rank_micro_batch: int | None = None
-    """The configured one if it fits at some rank, else 1."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +78,18 @@ class Estimate:
         }
 
 
-def estimate(config: RunConfig[Any], *, ranks: int = 1, gpu_memory: int | None = None) -> Estimate:
+def estimate(
+    config: RunConfig[Any],
+    *,
+    ranks: int = 1,
+    gpu_memory: int | None = None,
+    watch: Watch = lambda trial: None,
+) -> Estimate:
     """What the run of `config` takes on each of `ranks` replicas, uncompiled.
 
     A model without numbers is built, and takes its steps, as the trainer does it: nothing is
     allocated, read or written. With `gpu_memory`, in bytes, also what fits into that; the run is
-    then one on a GPU, unless train.device is cpu.
+    then one on a GPU, unless train.device is cpu. `watch` is told of each trial of that search.
 
     Raises ConfigError for settings that can't be, and when nothing fits; Unsupported for a model
     or method that looks at the numbers.
@@ -158,153 +100,28 @@ def estimate(config: RunConfig[Any], *, ranks: int = 1, gpu_memory: int | None =
     )
     check(ranks >= 1, "--ranks", ranks, "1 or more")
     config = resolved(adopting(config), world_size=ranks, on_gpu=on_gpu)
-    with without_numbers():
-        candidate = _Candidate(config, ranks, on_gpu)
-        phases = tuple(candidate.phase(r) for r in candidate.rehearsals)
-        fit = None if gpu_memory is None else _fit(candidate, gpu_memory)
-    return Estimate(config, ranks, on_gpu, phases, fit)
-
-
-class _Candidate:
-    """A configuration in rehearsal, all its phases."""
-
-    def __init__(
-        self, config: RunConfig[Method], ranks: int, on_gpu: bool, plain: Plain | None = None
-    ) -> None:
-        t = config.train
-        assert t.micro_batch is not None
-        self.config, self.ranks, self.on_gpu = config, ranks, on_gpu
-        self.micro_batch, self.rows = t.micro_batch, t.batch_size // ranks
-        uncompiled = replace(
-            t, compile=False, memory_budget=1.0, cuda_graph=False, kernels="torch", device="cpu"
-        )
-        config = replace(config, train=uncompiled)
-        bounds = (0, *(b for b in config.method.phases(t.steps) if b < t.steps), t.steps)
-        self.plain = plain or Plain(config)
-        self.rehearsals = [
-            Rehearsal(config, self.plain, phase, range(*of_it), rows=self.rows, on_gpu=on_gpu)
-            for phase, of_it in enumerate(pairwise(bounds))
-        ]
-        self.events = cache(Rehearsal.events)
-        self.step_peak = cache(Rehearsal.step_peak)
-
-    def peak(self, micro_batch: int, budget: float = inf) -> int:
-        """The most bytes in tensors in any phase. Where steps alone are over the budget, no more
-        is looked at."""
-        steps = max(self._step(r, micro_batch) for r in self.rehearsals)
-        return steps if steps > budget else max(self._peak(r, micro_batch) for r in self.rehearsals)
-
-    def _step(self, r: Rehearsal, micro_batch: int) -> int:
-        return self.step_peak(r, micro_batch) + self.exchanged(r)
-
-    def _peak(self, r: Rehearsal, micro_batch: int) -> int:
-        apart = (event.peak_bytes + self.exchanged(r) for event in self.events(r))
-        return max([self._step(r, micro_batch), *apart])
-
-    def exchanged(self, r: Rehearsal) -> int:
-        """Bytes of DDP's buckets, copies of the gradients that stay."""
-        return r.gradient_bytes if self.ranks > 1 else 0
-
-    def phase(self, r: Rehearsal) -> PhaseEstimate:
-        trainable = count_parameters(r.model, trainable=True)
-        embedding, dense = self.plain.embedding, self.plain.parameters
-        return PhaseEstimate(
-            first=r.begin,
-            last=r.end,
-            total_parameters=count_parameters(r.model),
-            trainable_parameters=trainable,
-            non_embedding_reduction=1 - (trainable - embedding) / (dense - embedding),
-            paper_bytes=r.paper_bytes(),
-            weight_bytes=r.weight_bytes(),
-            gradient_bytes=r.gradient_bytes,
-            state_bytes=r.state_bytes(),
-            exchange_bytes=self.exchanged(r),
-            step_peak_bytes=self._step(r, self.micro_batch),
-            peak_bytes=self._peak(r, self.micro_batch),
-            forward_flops=r.flops_per_token(r.forward, self.micro_batch),
-            training_flops=r.flops_per_token(r.training, self.micro_batch),
-            events=tuple(self.events(r)),
-        )
-
-
-def _fit(configured: _Candidate, budget: int) -> Fit:
-    """Raises ConfigError if no other micro-batch and no lower rank does."""
-    now, rows = configured.micro_batch, configured.rows
-    fits = configured.peak(now) <= budget
-    divisors = [k for k in range(1, rows + 1) if rows % k == 0]
-    micro_batch = _largest(divisors, partial(configured.peak, budget=budget), budget)
-    if fits:
-        return Fit(budget, fits, micro_batch)
-    for tried in (now, 1) if micro_batch is None else (now,):
-        if (rank := _largest_rank(configured, tried, budget)) is not None:
-            return Fit(budget, fits, micro_batch, rank, tried)
-    if micro_batch is None:
-        raise ConfigError(_too_little(configured, budget))
-    return Fit(budget, fits, micro_batch)
-
-
-def _largest_rank(configured: _Candidate, micro_batch: int, budget: int) -> int | None:
-    """The largest rank, up to the configured one, at which the run fits; None for no rank."""
-    method: Any = configured.config.method
-    top = getattr(method, "rank", None)
-    if top is None:
-        return None
-
-    def peak(rank: int) -> int:
-        if rank == top:
-            return configured.peak(micro_batch, budget)
-        config = replace(configured.config, method=replace(method, rank=rank))
-        candidate = _Candidate(config, configured.ranks, configured.on_gpu, configured.plain)
-        return candidate.peak(micro_batch, budget)
-
-    with _silence():
-        return _largest(range(1, top + 1), peak, budget)
-
-
-def _largest(sizes: Sequence[int], peak: Callable[[int], int], budget: int) -> int | None:
-    """The largest of the ascending `sizes` whose peak is within the budget; None if none is.
-
-    Between one that fits and one that doesn't, the next to be tried is where the straight line
-    between their peaks meets the budget: peaks are nearly straight lines, and cost seconds.
-    """
-    low, high = 0, len(sizes) - 1
-    if (most := peak(sizes[high])) <= budget:
-        return sizes[high]
-    if (least := peak(sizes[low])) > budget:
-        return None
-    while high - low > 1:
-        share = (budget - least) / (most - least)
-        meets = sizes[low] + share * (sizes[high] - sizes[low])
-        middle = min(max(bisect_right(sizes, meets) - 1, low + 1), high - 1)
-        if (between := peak(sizes[middle])) <= budget:
-            low, least = middle, between
-        else:
-            high, most = middle, between
-    return sizes[low]
-
-
-def _too_little(configured: _Candidate, budget: int) -> str:
-    t, method = configured.config.train, configured.config.method
-    phases = [configured.phase(r) for r in configured.rehearsals]
-    ranks = " and rank 1" if getattr(method, "rank", None) else ""
-    advice = "" if t.checkpoint_activations else "set train.checkpoint_activations true, "
-    return (
-        f"--gpu-memory: {budget / GIB:.4g} GiB is too little for {method.name}, also at a"
-        f" micro-batch of 1{ranks}; as configured it takes {configured.peak(1) / GIB:.4g} GiB at a"
-        f" micro-batch of 1, {max(p.static_bytes for p in phases) / GIB:.4g} of them for weights,"
-        f" gradients and moments; {advice}shorten train.seq_len, or choose a smaller model or"
-        " another method"
-    )
+    with without_numbers(), _each_line_once():
+        candidate = Candidate(config, ranks, on_gpu)
+        phases = tuple(candidate.phases())
+        found = None if gpu_memory is None else fit(candidate, gpu_memory, watch)
+    return Estimate(config, ranks, on_gpu, phases, found)
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """What is said of one model need not be said of each that is tried."""
-    before, log.disabled = log.disabled, True
+def _each_line_once() -> Iterator[None]:
+    """What is said of one phase need not be said of the next."""
+    said: set[str] = set()
+
+    def new(record: logging.LogRecord) -> bool:
+        before = len(said)
+        said.add(record.getMessage())
+        return len(said) > before
+
+    log.addFilter(new)
     try:
         yield
     finally:
-        log.disabled = before
+        log.removeFilter(new)
 
 
 def memory(text: str) -> int:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from peptrain.estimate import GIB, Estimate, Fit, PhaseEstimate
+from peptrain.candidate import PhaseEstimate
+from peptrain.estimate import Estimate
+from peptrain.fit import GIB, Fit
 from peptrain.rehearsal import KINDS, Event
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +20,9 @@ from peptrain.methods import methods
 from peptrain.methods.base import Method
 from peptrain.optim import OptimConfig
 from peptrain.schedule import ScheduleConfig
-from peptrain.settings import fill
+from peptrain.settings import fill, nearest
 
+log = logging.getLogger("peptrain")
 MARKERS = (
     tyro.conf.FlagCreatePairsOff,
     tyro.conf.DisallowNone,
@@ -47,10 +50,15 @@ def _truth(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
 def with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | None]:
     """What --config or --recipe names, and the arguments with its method in them if they name none.
 
-    The file has to be read before tyro parses, because its values are the flags' defaults.
+    The file has to be read before tyro parses, because its values are the flags' defaults. Raises
+    ConfigError for an unknown method, recipe or file.
     """
     if args[:1] not in (["train"], ["estimate"]):
         return args, None
+    named = args[1] if args[1:] and not args[1].startswith("-") else None
+    if named is not None and named not in methods():
+        hint = nearest(named, methods())
+        raise ConfigError(f"method {named!r}: unknown; {hint}`peptrain methods` lists them")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, nargs="?")  # a missing value is tyro's to report
     parser.add_argument("--recipe", nargs="?")
@@ -58,7 +66,6 @@ def with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | No
     if wanted.config is None and wanted.recipe is None:
         return args, None
     given, source = _configuration(wanted.config, wanted.recipe)
-    named = args[1] if args[1:] and not args[1].startswith("-") else None
     if named is None:
         return [args[0], given.method.name, *args[1:]], given
     if named != given.method.name:
@@ -82,8 +89,29 @@ def _configuration(file: Path | None, recipe: str | None) -> tuple[RunConfig[Met
     return load(file), f"--config {file}"
 
 
+def say_what_a_preset_leaves(given: RunConfig[Method] | None, wanted: RunConfig[Any]) -> None:
+    """Of the sizes that the file `given` sets: a --model.preset that was `wanted` changes none."""
+    if given is None or given.model.preset == wanted.model.preset:
+        return
+    sizes = {
+        field.name: value
+        for field in fields(given.model)
+        if field.name not in ("preset", "config")
+        and (value := getattr(given.model, field.name)) is not None
+        and value == getattr(wanted.model, field.name)
+    }
+    if sizes:
+        log.warning(
+            "--model.preset %s: the sizes that the recipe or file sets stay (%s); each has a flag",
+            wanted.model.preset,
+            ", ".join(f"{name} {value}" for name, value in sizes.items()),
+        )
+
+
 def by_method(
-    command: Callable[[Any], Callable[..., None]], given: RunConfig[Method] | None, summary: str
+    command: Callable[[Any, RunConfig[Method] | None], Callable[..., None]],
+    given: RunConfig[Method] | None,
+    summary: str,
 ) -> tyro.extras.SubcommandApp:
     """A subcommand for each method, whose flags are those of a run with the method's own fields."""
     app = tyro.extras.SubcommandApp()
@@ -94,7 +122,7 @@ def by_method(
         # true and false are written out here: a configuration file may set either.
         spelt_out = tyro.conf.FlagConversionOff
         options = Annotated[RunConfig[cls], arg(name="", default=default), spelt_out]  # type: ignore[valid-type]
-        app.command(name=name, help=_summary(cls))(command(options))
+        app.command(name=name, help=_summary(cls))(command(options, given if chosen else None))
     return app
 
 

@@ -65,8 +65,9 @@ class ModelConfig:
     """A preset or a config.json, then what is to differ from it."""
 
     preset: str | None = None
-    """A named architecture (`peptrain methods` lists them with the methods). Unset: tiny, if
-    neither config nor --init-from says otherwise."""
+    """A named architecture (`peptrain methods` lists them with the methods); the sizes below, also
+    those of a recipe or a file, go before it. Unset: tiny, if neither config nor --init-from says
+    otherwise."""
     config: Path | None = None
     """A Hugging Face config.json, or the directory that holds one, instead of a preset."""
     family: Family | None = None

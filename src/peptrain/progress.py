@@ -139,6 +139,20 @@ def preparation_state(done: Preparation, seconds: float, before: int) -> str:
 
 
 @contextmanager
+def fitting(console: Console) -> Iterator[Callable[[str], None]]:
+    """On a terminal, and only there: what a search for what fits into memory tries."""
+    # What is printed meanwhile is left alone: it may go to a file, and this console's is another.
+    with Live(console=console, transient=True, auto_refresh=False,
+              redirect_stdout=False, redirect_stderr=False) as live:  # fmt: skip
+
+        def show(trial: str) -> None:
+            if console.is_terminal:
+                live.update(Text(f"what fits: {trial}"), refresh=True)
+
+        yield show
+
+
+@contextmanager
 def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
     """A line for each run that begins or ends; on a terminal below them what is running now."""
     told: set[str] = set()

@@ -186,11 +186,14 @@ class Rehearsal:
     def step_peak(self, micro_batch: int) -> int:
         """The most bytes in tensors during a step: forward, backward, clipping, the optimizer.
 
-        Of the micro-batches two: with the second the gradients of the first are there.
+        Of several micro-batches in the second one: the gradients of the first are there.
         """
         windows = _windows(self.rows, self.config.train.seq_len)
+        parts = torch.split(windows, micro_batch)
+        if len(parts) > 1:
+            self._fill_gradients()
         with self._live(windows) as live:
-            self.passes(torch.split(windows, micro_batch)[:2])
+            self.passes(parts[:2][-1:])
             self._step()
         peak: int = live.peak
         return peak
@@ -218,8 +221,7 @@ class Rehearsal:
         """The optimizer's usual step, if it has products, and those that compute something else:
         the first, and where an interval ends by its clocks, which count from 1 or from 0."""
         steps = self.end - self.begin
-        for p in self._moved:
-            p.grad = torch.empty_like(p)
+        self._fill_gradients()
 
         def stepped(name: str, now: int) -> str:
             for group, key in self._clocks:
@@ -266,6 +268,10 @@ class Rehearsal:
         state = [t for s in self.optimizer.state.values() for t in s.values()]
         there = [*parameters, *self.model.buffers(), *(p.grad for p in parameters), *state, windows]
         return LiveBytes(there, GRAIN if self.on_gpu else 1)
+
+    def _fill_gradients(self) -> None:
+        for p in self._moved:
+            p.grad = torch.empty_like(p)
 
     def _step(self) -> None:
         clip_gradients(self.model, self.config.optim.clip)

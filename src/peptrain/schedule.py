@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 from peptrain.errors import ConfigError
@@ -50,8 +49,8 @@ class Schedule:
     warmup: int
     floor: float
     multiplier: Callable[[int], float]
-    over: Callable[[int], Schedule]
-    """The same schedule for a run of so many steps."""
+    over: Callable[..., Schedule]
+    """The same schedule for a run of so many steps, with another first `warmup` if one is given."""
 
     def __call__(self, step: int) -> float:
         return self.multiplier(step)
@@ -66,7 +65,11 @@ def build(config: ScheduleConfig, steps: int, span: str = "of the run") -> Sched
             f" {span}; set a shorter warm-up or more train.steps"
         )
     multiplier = warmed_up(_after_warmup(config, steps), config.warmup)
-    over = partial(build, config, span="that a warm start leaves")
+
+    def over(steps: int, warmup: int | None = None) -> Schedule:
+        other = config if warmup is None else replace(config, warmup=warmup)
+        return build(other, steps, span="that a warm start leaves")
+
     schedule = Schedule(steps, config.warmup, config.floor, multiplier, over)
     if config.restart_every:
         assert config.restart_warmup is not None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import field, fields, replace
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from peptrain.errors import ConfigError
@@ -17,6 +19,12 @@ def check(holds: bool, key: str, value: object, wanted: str) -> None:
     """Refuse a setting that can't be: the error names the key, the value and what is wanted."""
     if not holds:
         raise ConfigError(f"{key}: {value!r} can't be used; give {wanted}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for the error of an unknown `name`; empty if no known one is like it."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def interval(fraction: float, most: int | None = None) -> Any:

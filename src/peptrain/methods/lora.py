@@ -112,6 +112,8 @@ class LoRA(RankMethod):
     """Steps of full training before the adapters come; 0 is none."""
     warm_start_lr: float = changeable(1e-3)
     """Peak learning rate of these steps; the default is full training's."""
+    warm_start_warmup: int | None = changeable(None)
+    """Learning-rate warm-up at the start of these steps. Unset: schedule.warmup."""
     warm_start_then: Literal["continue", "fresh"] = "continue"
     """continue keeps the schedule and the moments of what trains on; fresh begins both anew, with
     another warm-up, as the released code does."""
@@ -124,7 +126,7 @@ class LoRA(RankMethod):
         check(self.alpha > 0, "method.alpha", self.alpha, "a number above 0")
         check(0 <= self.dropout < 1, "method.dropout", self.dropout, "0 to below 1")
         check(self.warm_start_lr >= 0, "method.warm_start_lr", self.warm_start_lr, "0 or more")
-        for key in ("warm_start_steps", "restart_warmup"):
+        for key in ("warm_start_steps", "warm_start_warmup", "restart_warmup"):
             check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), "0 or more")
 
     @property
@@ -145,6 +147,9 @@ class LoRA(RankMethod):
         fits = self.warm < steps
         wanted = f"fewer than the {steps} steps of the run, or raise train.steps"
         check(fits, "method.warm_start_steps", self.warm, wanted)
+        first = self.warm_start_warmup or 0
+        wanted = f"at most the {self.warm} steps of the warm start"
+        check(not self.warm or first <= self.warm, "method.warm_start_warmup", first, wanted)
         return (self.warm,) if self.warm else ()
 
     def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
@@ -180,15 +185,18 @@ class LoRA(RankMethod):
 
     def _restarted(self, base: Schedule, every: int) -> Schedule:
         """`base` with a restart at the switch, and at the multiples of `every` after it."""
-        if self.warm and self.warm_start_then == "fresh":
-            base = switched(base, self.warm)
+        if self.warm:
+            base = replace(base, multiplier=self._switched(base))
         return restarted(base, every=every, rewarm=self.restart_warmup or 0, start=self.warm)
+
+    def _switched(self, base: Schedule) -> Callable[[int], float]:
+        """`base` with the warm start's own warm-up, and after it on, or anew for what is left."""
+        start, warmup = self.warm, self.warm_start_warmup
+        first = base if warmup is None else base.over(base.steps, warmup)
+        if self.warm_start_then == "continue":
+            return lambda t: first(t) if t < start else base(t)
+        rest = base.over(base.steps - start)
+        return lambda t: first(t) if t < start else rest(t - start)
 
     def _warming(self, phase: int) -> bool:
         return phase == 0 and self.warm > 0
-
-
-def switched(base: Schedule, start: int) -> Schedule:
-    """`base` before `start`, and from there the same schedule for a run of what is left."""
-    rest = base.over(base.steps - start)
-    return replace(base, multiplier=lambda t: base(t) if t < start else rest(t - start))

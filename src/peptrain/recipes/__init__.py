@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
 
@@ -12,6 +11,7 @@ from peptrain import toml
 from peptrain.config import HEADER, RunConfig, parse
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
+from peptrain.settings import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,7 @@ def text(name: str) -> str:
     """
     known = names()
     if name not in known:
-        near = get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = nearest(name, known)
         raise ConfigError(f"recipe {name!r}: unknown; {hint}`peptrain recipes` lists them")
     return (files(__package__) / f"{name}.toml").read_text(encoding="utf-8")
 
