@@ -31,6 +31,8 @@ LEVELS: list[tuple[str, ...]] = [
     ("passes.py", "trainee.py"),
     ("rehearsal.py", "estimate.py", "estimate_table.py"),
     ("train.py",),
+    ("timing.py",),
+    ("budget.py",),
     ("compare.py",),
     ("flags.py",),
     ("cli.py",),

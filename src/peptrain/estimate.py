@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -15,18 +13,18 @@ from typing import Any
 
 import torch
 
+from peptrain.build import bounds
 from peptrain.config import RunConfig, resolved
 from peptrain.errors import ConfigError
 from peptrain.initial import adopting
 from peptrain.methods.base import Method
 from peptrain.model import count_parameters
 from peptrain.rehearsal import Event, Plain, Rehearsal, without_numbers
-from peptrain.settings import check
+from peptrain.settings import check, quiet
 
 GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
-log = logging.getLogger("peptrain")
 
 
 @dataclass(frozen=True)
@@ -179,11 +177,10 @@ class _Candidate:
             t, compile=False, memory_budget=1.0, cuda_graph=False, kernels="torch", device="cpu"
         )
         config = replace(config, train=uncompiled)
-        bounds = (0, *(b for b in config.method.phases(t.steps) if b < t.steps), t.steps)
         self.plain = plain or Plain(config)
         self.rehearsals = [
             Rehearsal(config, self.plain, phase, range(*of_it), rows=self.rows, on_gpu=on_gpu)
-            for phase, of_it in enumerate(pairwise(bounds))
+            for phase, of_it in enumerate(pairwise(bounds(config)))
         ]
         self.events = cache(Rehearsal.events)
         self.step_peak = cache(Rehearsal.step_peak)
@@ -257,7 +254,7 @@ def _largest_rank(configured: _Candidate, micro_batch: int, budget: int) -> int 
         candidate = _Candidate(config, configured.ranks, configured.on_gpu, configured.plain)
         return candidate.peak(micro_batch, budget)
 
-    with _silence():
+    with quiet():
         return _largest(range(1, top + 1), peak, budget)
 
 
@@ -295,16 +292,6 @@ def _too_little(configured: _Candidate, budget: int) -> str:
         f" gradients and moments; {advice}shorten train.seq_len, or choose a smaller model or"
         " another method"
     )
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """What is said of one model need not be said of each that is tried."""
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def memory(text: str) -> int:

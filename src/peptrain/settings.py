@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field, fields, replace
 from typing import Any, TypeVar
 
@@ -17,6 +19,16 @@ def check(holds: bool, key: str, value: object, wanted: str) -> None:
     """Refuse a setting that can't be: the error names the key, the value and what is wanted."""
     if not holds:
         raise ConfigError(f"{key}: {value!r} can't be used; give {wanted}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Log nothing: what is said of one configuration need not be said of each that is tried."""
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def interval(fraction: float, most: int | None = None) -> Any:
