@@ -6,12 +6,13 @@ Most tests put a script of a few lines in the place of a training, for speed.
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support import MODEL, TRAIN, Killed, kill_at, newest, rows
+from support import MODEL, Killed, kill_at, newest, rows, tiny, write_grid
 
 import peptrain.workers
 from peptrain import toml
@@ -29,30 +30,12 @@ from peptrain.config import load
 from peptrain.data import Corpus
 from peptrain.errors import CheckpointError, ConfigError, DataError, Interrupted
 from peptrain.grid import GridRun, load_grid
+from peptrain.model import ModelConfig, hf_config
 from peptrain.progress import comparing, standing
 from peptrain.train import Result, train
 from peptrain.workers import Job, Status, Working, visible_gpus
 
 RATES, SEEDS = [1e-3, 2e-3], [0, 1]
-
-
-def as_toml(sections: Mapping[str, Any]) -> str:
-    return "".join(f"{key} = {value!r}\n".replace("'", '"') for key, value in sections.items())
-
-
-def write_grid(folder: Path, corpus: Path, *blocks: Mapping[str, Any], **base: Any) -> Path:
-    """A grid of tiny runs on a CPU."""
-    common = {f"model.{k}": v for k, v in MODEL.items()} | {
-        f"train.{k}": v for k, v in TRAIN.items()
-    }
-    common |= {"data.path": str(corpus), "train.seed": SEEDS, "optim.lr": RATES}
-    common |= {"train.precision": "fp64", "train.device": "cpu", "schedule.kind": "constant"}
-    common |= {"schedule.warmup": 0, "method.name": "full"}
-    common |= {key.replace("__", "."): value for key, value in base.items()}
-    path = folder / "grid.toml"
-    text = "".join(f"[[grid]]\n{as_toml(block)}" for block in blocks or [{}])
-    path.write_text(f"[base]\n{as_toml(common)}{text}")
-    return path
 
 
 FAKE = """
@@ -218,10 +201,10 @@ def test_a_run_that_diverged_is_a_result_and_not_tried_again(
         assert main(line) == 0
         assert len(fakes.started) == started
         kept = json.loads((out / "runs.json").read_text())
-        assert [run["state"] for run in kept["runs"]] == [*["finished"] * 2, *["diverged"] * 2]
+        assert [run["state"] for run in kept["runs"]] == ["finished", "diverged"] * 2
         (configuration,) = kept["configurations"]
         assert (configuration["lr"], configuration["place"]) == (1e-3, "lowest")
-        name = Path(kept["runs"][2]["run"]).name
+        name = Path(kept["runs"][1]["run"]).name
         assert f"- diverged: {name}: step 3: the loss is nan\n" in (out / "table.md").read_text()
     write_grid(tmp_path, corpus, optim__clip=0.5)
     compare(grid, out)
@@ -427,10 +410,32 @@ def test_a_terminal_shows_what_is_running(tmp_path: Path) -> None:
 # In earnest.
 
 
-@pytest.fixture
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes find the package that the tests find."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, sys.path)))
+def test_another_start_in_the_same_place_is_another_run(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    start, one = tmp_path / "start", {"train__seed": 0, "optim__lr": 1e-3}
+    train(tiny("full", corpus, start, train={"steps": 2}))
+    grid, out = write_grid(tmp_path, corpus, init_from=str(start), **one), tmp_path / "out"
+    compare(grid, out)
+    compare(grid, out)
+    assert len(fakes.started) == 1
+    shutil.rmtree(start)
+    train(tiny("full", corpus, start, train={"steps": 2, "seed": 1}))
+    compare(grid, out)
+    assert len(set(fakes.started)) == 2
+
+
+def test_another_text_in_a_models_file_is_another_run(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    hf_config(ModelConfig(**MODEL), seq_len=16).to_json_file(file)
+    block = {"model.config": str(file), "train.seed": 0, "optim.lr": 1e-3}
+    grid, out = write_grid(tmp_path, corpus, block), tmp_path / "out"
+    compare(grid, out)
+    file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    compare(grid, out)
+    assert len(set(fakes.started)) == 2
 
 
 def planned(grid: Path, corpus: Path) -> list[GridRun]:

@@ -150,11 +150,11 @@ FULL = '[[grid]]\nmethod.name = "full"\n'
         (f'equal = "flop"\n{FULL}', "equal: 'flop' has the wrong type or value; give 'tokens' or"),
         (f"equal = 3\n{FULL}", "equal: 3 has the wrong type or value; give 'tokens' or 'flops'"),
         (f'equal = "flops"\n{FULL}train.steps = [30, 60]',
-         "[[grid]] 1: train.steps: [30, 60] can't be used with equal = \"flops\"; all steps follow"),
-        (f'equal = "time"\n[base.train]\nsteps = [30, 60]\n{FULL}', "[[grid]] 1: train.steps: [30,"),
+         "[[grid]] 1: train.steps: [30, 60] can't be used with equal = \"flops\"; all steps"),
+        (f'equal = "time"\n[base.train]\nsteps = [30, 60]\n{FULL}', "[[grid]] 1: train.steps: ["),
         (f'equal = "time"\n{FULL}{FULL}optim.clip = 0.5\ntrain.steps = 30',
-         "[[grid]] 2: train.steps: 30 can't be used with equal = \"time\"; all steps follow from those"
-         " of 'full': give these, one number, in [base] or in its block, and no others"),
+         "[[grid]] 2: train.steps: 30 can't be used with equal = \"time\"; all steps follow"
+         " from those of 'full': give these, one number, in [base] or in its block, and no others"),
         (f'equal = "flops"\n[[grid]]\nmethod.name = "bpt"\ntrain.steps = 30\n{FULL}',
          "[[grid]] 1: train.steps: 30"),
         (f'equal = "flops"\n{FULL}train.seq_len = [64, 128]', "train.seq_len: 64 in 'full train."),

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,38 @@ LINE = Line(
 FAILED = Line(label="loro", method="loro", runs=1, finished=0, steps=4, tokens=4096,
               rates=(1e-2,), errors=("loro-1: out of memory; try less",))  # fmt: skip
 BOTH = Comparison([LINE, FAILED], "tokens", epoch=1000)
+
+
+DIVERGES = Line(label="full", method="full", runs=1, finished=0, steps=9, tokens=1024,
+                rates=(1e-2,), cost=1.5e15, diverged=(f"full-1: {DIVERGED}",))  # fmt: skip
+
+
+def test_a_budget_other_than_tokens_is_in_every_form_of_the_table() -> None:
+    lines = [replace(LINE, cost=1.25e15), DIVERGES]
+    flops, time = Comparison(lines, "flops", epoch=2000), Comparison(lines, "time", epoch=2000)
+    begins = "Held-out loss in nats per token after training for"
+    assert flops.caption.startswith(f"{begins} 1.5e+15 FLOPs, those of full in 9 steps: mean over")
+    assert "matrix products, as `peptrain estimate` counts them. An epoch of the" in flops.caption
+    assert "corpus has 2,000 tokens." in flops.caption
+    table = markdown(flops).splitlines()
+    assert table[0].endswith(" seeds | tokens | FLOPs |")
+    assert table[2].endswith(" 2 | 4,096 | 1.25e+15 |")
+    assert table[3].startswith("| full | diverged |") and table[3].endswith("| 1,024 | 1.5e+15 |")
+    assert table[-1] == (
+        "- diverged: full-1: step 2: the held-out loss is nan at a learning rate of 4e-3"
+    )
+    one, other = csv.DictReader(io.StringIO(as_csv(flops)))
+    assert (one["training_steps"], one["training_tokens"]) == ("4", "4096")
+    assert (float(one["training_flops"]), one["training_seconds"]) == (1.25e15, "")
+    assert other["errors"] == f"full-1: {DIVERGED}"
+    assert r"seeds & tokens & FLOPs \\" in latex(flops) and "lrrrrrrrrr}" in latex(flops)
+
+    lines[:] = [replace(LINE, cost=61.25), replace(DIVERGES, cost=1234.56)]
+    assert time.caption.startswith(f"{begins} 1,234.6 seconds, those of full in 9 steps: mean")
+    assert "Seconds: of training steps, timed alone before the runs." in time.caption
+    assert markdown(time).splitlines()[2].endswith("| 4,096 | 61.2 |")
+    (one, _) = csv.DictReader(io.StringIO(as_csv(time)))
+    assert (one["training_flops"], one["training_seconds"]) == ("", "61.25")
 
 
 def test_markdown() -> None:
