@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from slow import algebra, footprint
 from support import MODEL, TRAIN, rows, tiny, write_grid
@@ -114,6 +114,7 @@ def priced(full: float, warm: float, rest: float) -> tuple[list[str], Any]:
 
 
 @settings(max_examples=60, deadline=None)
+@example(steps=1, full=1.0, warm=1.0, rest=0.125)  # the warm start comes with the third step
 @given(
     steps=st.integers(1, 60),
     full=st.floats(0.5, 2.0),

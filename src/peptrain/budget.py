@@ -72,17 +72,19 @@ def allot(grid: Grid, costs: Costs) -> list[GridRun]:
 def _most_steps(run: GridRun, price: Price, budget: float) -> int:
     """The most within the budget, from the steps that `run` has.
 
-    No stride leads past the answer, as none could if all steps cost as much as the dearest. So what
-    is tried lies between the two, where a run is as possible as at both.
+    A stride is as long as if all its steps cost as much as the dearest, so none leads past the
+    answer, and what is tried lies between the two, where a run is as possible as at both. (One up
+    may, into a phase that is new and dearer; it is taken back.)
     """
     most = budget * (1 + ROUNDING)
     try:
-        dearest = max(price.of_step(run))
+        price.of_step(run)  # this takes a while, and says so
         with quiet():
             while (rest := most - price(run.lasting(run.steps + 1))) >= 0:
-                run = run.lasting(run.steps + 1 + int(rest / dearest))
+                run = run.lasting(run.steps + 1 + int(rest / max(price.of_step(run))))
             while (excess := price(run) - most) > 0:
-                run = run.lasting(run.steps - max(1, int(excess / dearest)))
+                stride = int(excess / max(price.of_step(run)))
+                run = run.lasting(run.steps - max(1, stride))
     except ConfigError as error:
         raise ConfigError(f"{run.label}: at the baseline's budget, {error}") from error
     return run.steps

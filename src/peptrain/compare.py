@@ -96,15 +96,17 @@ def compare(
     workers: runs at a time; unset, one per GPU, or else one per core. Finished and diverged runs
     are read, interrupted ones resumed, failed ones tried again. A changed grid adds runs; those
     that are no longer in it stay where they are. Raises what `load_grid` and `allot` do; DataError
-    without the corpus; CheckpointError while another call works in `out`, or for a run whose
-    config.toml was changed; Interrupted after Ctrl-C or SIGTERM, when the running ones were saved.
+    without a corpus of a window or more; CheckpointError while another call works in `out`, or for
+    a run whose config.toml was changed; PeptrainError for steps that can't be timed; Interrupted
+    after Ctrl-C or SIGTERM, when the running ones were saved.
     """
     check(workers is None or workers >= 1, "--workers", workers, "1 or more")
     ranks = os.environ.get("WORLD_SIZE", "1")
     check(ranks == "1", "WORLD_SIZE", ranks, "1: compare starts its own processes, no torchrun")
     asked = load_grid(grid)
-    path = asked.baseline.config.data.path
+    path, seq_len = asked.baseline.config.data.path, asked.baseline.config.train.seq_len
     corpus = Corpus.open(path) if path else default_corpus()  # made before any run waits for it
+    epoch = corpus.windows(seq_len) * seq_len
     asked = _identified(asked, corpus)
     gpus = _gpus(asked.runs)
     for part in ("runs", "logs", "settings"):
@@ -117,7 +119,6 @@ def compare(
         status = work(jobs, many, gpus, lock, len(planned) - len(jobs), watch)
         failed = status.failed
         outcomes = [outcome(o.planned, o.run, failed.get(o.run.path.name, "")) for o in before]
-        epoch = corpus.windows(planned[0].config.train.seq_len) * planned[0].config.train.seq_len
         made = Comparison(summarize(outcomes), asked.equal, epoch)
         _write(out, made, outcomes)
     if status.interrupted:
