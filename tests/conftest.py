@@ -1,6 +1,7 @@
 """What every test needs: no network, one thread, and a cache that goes away."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,3 +23,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support import make_corpus
 
     return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes find the package that the tests find."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, sys.path)))

@@ -3,7 +3,7 @@
 import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -135,6 +135,25 @@ def killed_after_commit(number: int, config: PrepareConfig) -> bool:
         except Killed:
             return True
     return False
+
+
+def as_toml(sections: Mapping[str, Any]) -> str:
+    return "".join(f"{key} = {value!r}\n".replace("'", '"') for key, value in sections.items())
+
+
+def write_grid(folder: Path, corpus: Path, *blocks: Mapping[str, Any], **base: Any) -> Path:
+    """A grid of tiny runs on a CPU."""
+    common = {f"model.{k}": v for k, v in MODEL.items()} | {
+        f"train.{k}": v for k, v in TRAIN.items()
+    }
+    common |= {"data.path": str(corpus), "train.seed": [0, 1], "optim.lr": [1e-3, 2e-3]}
+    common |= {"train.precision": "fp64", "train.device": "cpu", "schedule.kind": "constant"}
+    common |= {"schedule.warmup": 0, "method.name": "full"}
+    common |= {key.replace("__", "."): value for key, value in base.items()}
+    path = folder / "grid.toml"
+    text = "".join(f"[[grid]]\n{as_toml(block)}" for block in blocks or [{}])
+    path.write_text(f"[base]\n{as_toml(common)}{text}")
+    return path
 
 
 def trainee_at(run: Path, step: int, scratch: Path) -> Trainee:

@@ -31,6 +31,8 @@ LEVELS: list[tuple[str, ...]] = [
     ("passes.py", "trainee.py"),
     ("rehearsal.py", "candidate.py", "fit.py", "estimate.py", "estimate_table.py"),
     ("train.py",),
+    ("timing.py",),
+    ("budget.py",),
     ("compare.py",),
     ("flags.py",),
     ("cli.py",),

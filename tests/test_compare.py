@@ -6,12 +6,13 @@ Most tests put a script of a few lines in the place of a training, for speed.
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support import MODEL, TRAIN, Killed, kill_at, newest, rows
+from support import MODEL, Killed, kill_at, newest, rows, tiny, write_grid
 
 import peptrain.workers
 from peptrain import toml
@@ -29,30 +30,12 @@ from peptrain.config import load
 from peptrain.data import Corpus
 from peptrain.errors import CheckpointError, ConfigError, DataError, Interrupted
 from peptrain.grid import GridRun, load_grid
+from peptrain.model import ModelConfig, hf_config
 from peptrain.progress import comparing, standing
 from peptrain.train import Result, train
 from peptrain.workers import Job, Status, Working, visible_gpus
 
 RATES, SEEDS = [1e-3, 2e-3], [0, 1]
-
-
-def as_toml(sections: Mapping[str, Any]) -> str:
-    return "".join(f"{key} = {value!r}\n".replace("'", '"') for key, value in sections.items())
-
-
-def write_grid(folder: Path, corpus: Path, *blocks: Mapping[str, Any], **base: Any) -> Path:
-    """A grid of tiny runs on a CPU."""
-    common = {f"model.{k}": v for k, v in MODEL.items()} | {
-        f"train.{k}": v for k, v in TRAIN.items()
-    }
-    common |= {"data.path": str(corpus), "train.seed": SEEDS, "optim.lr": RATES}
-    common |= {"train.precision": "fp64", "train.device": "cpu", "schedule.kind": "constant"}
-    common |= {"schedule.warmup": 0, "method.name": "full"}
-    common |= {key.replace("__", "."): value for key, value in base.items()}
-    path = folder / "grid.toml"
-    text = "".join(f"[[grid]]\n{as_toml(block)}" for block in blocks or [{}])
-    path.write_text(f"[base]\n{as_toml(common)}{text}")
-    return path
 
 
 FAKE = """
@@ -73,6 +56,10 @@ if what == "crash":
 elif what == "error":
     print("error: method.rank: too large; give less\\nand more", file=sys.stderr)
     sys.exit(1)
+elif what == "diverged":
+    row("step", step=2, loss=9.0)
+    row("diverged", step=3, error="step 3: the loss is nan; try less")
+    sys.exit("error: step 3: the loss is nan; try less")
 elif what == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 elif what == "hang":
@@ -125,7 +112,7 @@ def test_the_table_of_a_grid(fakes: Fakes, corpus: Path, tmp_path: Path) -> None
         ("bpt rank=2", 1e-3, "lowest"),
     ]
     assert [line.loss for line in made.lines] == pytest.approx([3.1, 2.6])
-    assert made.tokens == 8 * 4 * 16 and not made.notes
+    assert [line.tokens for line in made.lines] == [8 * 4 * 16] * 2 and not made.notes
     out = tmp_path / "out"
     with (out / "table.csv").open() as file:
         assert [float(line["held_out_loss"]) for line in csv.DictReader(file)] == [
@@ -155,7 +142,7 @@ def test_a_second_call_starts_nothing_and_a_changed_grid_only_adds(
     assert line.runs == line.finished == 6
     assert [name.split("-seed=")[1][0] for name in fakes.started[4:]] == ["2", "2"]
     write_grid(tmp_path, corpus, train__batch_size=8)
-    assert compare(grid, out).tokens == 2 * first.tokens
+    assert compare(grid, out).lines[0].tokens == 2 * first.lines[0].tokens
     assert len(fakes.started) == 10 and len(list((out / "runs").iterdir())) == 10
 
 
@@ -164,7 +151,7 @@ def test_another_corpus_in_the_same_place_is_another_run(
 ) -> None:
     grid = write_grid(tmp_path, corpus)
     compare(grid, tmp_path / "out")
-    other = SimpleNamespace(fingerprint="another")
+    other = SimpleNamespace(fingerprint="another", windows=lambda seq_len: 1)
     monkeypatch.setattr(Corpus, "open", lambda path: other)
     compare(grid, tmp_path / "out")
     assert len(set(fakes.started)) == 8
@@ -202,6 +189,26 @@ def test_a_failing_run_leaves_the_others_alone_and_is_tried_again(
     assert main(line) == 0
     assert fakes.started == [Path(failed["run"]).name]
     assert json.loads((out / "runs.json").read_text())["configurations"][0]["lr"] == 2e-3
+
+
+def test_a_run_that_diverged_is_a_result_and_not_tried_again(
+    fakes: Fakes, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes.does = {("full", 2e-3, 0): "diverged", ("full", 2e-3, 1): "diverged"}
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    line = ["compare", str(grid), "--out", str(out), "--workers", "2"]
+    for started in (4, 4):
+        assert main(line) == 0
+        assert len(fakes.started) == started
+        kept = json.loads((out / "runs.json").read_text())
+        assert [run["state"] for run in kept["runs"]] == ["finished", "diverged"] * 2
+        (configuration,) = kept["configurations"]
+        assert (configuration["lr"], configuration["place"]) == (1e-3, "lowest")
+        name = Path(kept["runs"][1]["run"]).name
+        assert f"- diverged: {name}: step 3: the loss is nan\n" in (out / "table.md").read_text()
+    write_grid(tmp_path, corpus, optim__clip=0.5)
+    compare(grid, out)
+    assert len(fakes.started) == 8, "another configuration is another run"
 
 
 def test_no_more_run_at_a_time_than_workers(fakes: Fakes, corpus: Path, tmp_path: Path) -> None:
@@ -403,15 +410,37 @@ def test_a_terminal_shows_what_is_running(tmp_path: Path) -> None:
 # In earnest.
 
 
-@pytest.fixture
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes find the package that the tests find."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, sys.path)))
+def test_another_start_in_the_same_place_is_another_run(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    start, one = tmp_path / "start", {"train__seed": 0, "optim__lr": 1e-3}
+    train(tiny("full", corpus, start, train={"steps": 2}))
+    grid, out = write_grid(tmp_path, corpus, init_from=str(start), **one), tmp_path / "out"
+    compare(grid, out)
+    compare(grid, out)
+    assert len(fakes.started) == 1
+    shutil.rmtree(start)
+    train(tiny("full", corpus, start, train={"steps": 2, "seed": 1}))
+    compare(grid, out)
+    assert len(set(fakes.started)) == 2
+
+
+def test_another_text_in_a_models_file_is_another_run(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    hf_config(ModelConfig(**MODEL), seq_len=16).to_json_file(file)
+    block = {"model.config": str(file), "train.seed": 0, "optim.lr": 1e-3}
+    grid, out = write_grid(tmp_path, corpus, block), tmp_path / "out"
+    compare(grid, out)
+    file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    compare(grid, out)
+    assert len(set(fakes.started)) == 2
 
 
 def planned(grid: Path, corpus: Path) -> list[GridRun]:
     fingerprint = Corpus.open(corpus).fingerprint
-    return [replace(run, data=fingerprint) for run in load_grid(grid)]
+    return [replace(run, data=fingerprint) for run in load_grid(grid).runs]
 
 
 def test_finished_runs_are_read_killed_ones_resumed_and_missing_ones_trained(
@@ -459,7 +488,7 @@ def test_three_methods_and_two_seeds_through_the_command_with_a_ctrl_c_between(
     assert "the same command goes on" in first.communicate(timeout=120)[0]
     assert first.returncode == 130
     second = subprocess.run([*call, "--workers", "2"], capture_output=True, text=True, timeout=300)
-    assert second.returncode == 1 and second.stderr.startswith("error: 2 of 8 runs failed")
+    assert second.returncode == 0 and second.stdout.count("diverged: full-") == 2
     runs = {run.name: run for run in planned(grid, corpus)}
     for path in (out / "runs").iterdir():
         run = runs.pop(path.name)
@@ -469,6 +498,8 @@ def test_three_methods_and_two_seeds_through_the_command_with_a_ctrl_c_between(
     lines = {line["method"]: line for line in kept["configurations"]}
     assert [lines[m]["finished"] for m in ("full", "bpt", "loro")] == [2, 2, 2]
     assert lines["full"]["place"] == "lowest", "the rate that diverged was tried"
+    third = subprocess.run([*call, "--workers", "2"], capture_output=True, text=True, timeout=300)
+    assert third.stdout.startswith("finished before: 8\n") and "begun" not in third.stdout
 
 
 def test_the_end_of_a_run_says_how_much_it_holds_also_after_a_resume(
@@ -481,7 +512,7 @@ def test_the_end_of_a_run_says_how_much_it_holds_also_after_a_resume(
         tmp_path, corpus, {"method.name": "relora", "method.rank": 2, "method.warm_start_steps": 4},
         train__seed=0, optim__lr=1e-3, train__checkpoint_every=2,
     )  # fmt: skip
-    (run,) = load_grid(grid)
+    (run,) = load_grid(grid).runs
     whole = train(replace(run.config, run=tmp_path / "whole"))
     with pytest.raises(Killed):
         train(replace(run.config, run=tmp_path / "killed"), kill_at("step", 7))

@@ -100,7 +100,7 @@ def test_the_blocks_of_a_file_run_in_order(name: str, elsewhere: Path) -> None:
         elif block.language == "toml":
             table = tomllib.loads(block.text)
             if "grid" in table:
-                assert expand(table)
+                assert expand(table).runs
             else:
                 resolved(parse(table), world_size=1, on_gpu=False)
 

@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from peptrain.grid import GridRun, expand, load_grid
 EXAMPLE = Path(__file__).parents[1] / "examples" / "compare.toml"
 
 
-def runs(text: str) -> list[GridRun]:
-    return expand(tomllib.loads(text))
+def runs(text: str) -> Sequence[GridRun]:
+    return expand(tomllib.loads(text)).runs
 
 
 def test_a_block_is_the_product_of_its_lists() -> None:
@@ -103,7 +104,7 @@ SETTINGS = {
                               for k, v in SETTINGS.items()}), st.data())  # fmt: skip
 def test_any_product_has_distinct_stable_names(lists: dict[str, Any], data: st.DataObject) -> None:
     block = {"method.name": "bpt", **lists}
-    found = expand({"grid": [block]})
+    found = expand({"grid": [block]}).runs
     assert len(found) == math.prod(map(len, lists.values()))
     names = [run.name for run in found]
     assert len(set(names)) == len(names) and all(len(name) < 200 for name in names)
@@ -111,7 +112,7 @@ def test_any_product_has_distinct_stable_names(lists: dict[str, Any], data: st.D
     alone = dict(zip(lists, chosen, strict=True))
     (run,) = expand(
         {"base": {"optim": {"lr": 0.5}}, "grid": [{"method": {"name": "bpt"}, **alone}]}
-    )
+    ).runs
     assert run.name in names, "a run's name doesn't depend on the rest of the grid"
     assert dump(run.config) in {dump(other.config) for other in found}
 
@@ -145,6 +146,19 @@ FULL = '[[grid]]\nmethod.name = "full"\n'
         ('[grid]\nmethod.name = "full"', "grid: must be blocks, each under [[grid]]"),
         (f"base = 3\n{FULL}", "base: 3 must be a table"),
         (f"[bsae.train]\nsteps = 3\n{FULL}", "bsae: unknown key; did you mean 'base'?"),
+        (f'equals = "flops"\n{FULL}', "equals: unknown key; did you mean 'equal'?"),
+        (f'equal = "flop"\n{FULL}', "equal: 'flop' has the wrong type or value; give 'tokens' or"),
+        (f"equal = 3\n{FULL}", "equal: 3 has the wrong type or value; give 'tokens' or 'flops'"),
+        (f'equal = "flops"\n{FULL}train.steps = [30, 60]',
+         "[[grid]] 1: train.steps: [30, 60] can't be used with equal = \"flops\"; all steps"),
+        (f'equal = "time"\n[base.train]\nsteps = [30, 60]\n{FULL}', "[[grid]] 1: train.steps: ["),
+        (f'equal = "time"\n{FULL}{FULL}optim.clip = 0.5\ntrain.steps = 30',
+         "[[grid]] 2: train.steps: 30 can't be used with equal = \"time\"; all steps follow"
+         " from those of 'full': give these, one number, in [base] or in its block, and no others"),
+        (f'equal = "flops"\n[[grid]]\nmethod.name = "bpt"\ntrain.steps = 30\n{FULL}',
+         "[[grid]] 1: train.steps: 30"),
+        (f'equal = "flops"\n{FULL}train.seq_len = [64, 128]', "train.seq_len: 64 in 'full train."),
+        (f'equal = "time"\n{FULL}data.path = ["a", "b"]', "data.path: "),
         ("[[grid]]\ntrain.steps = 3", "[[grid]] 1: method.name: missing"),
         (f'{FULL}[[grid]]\nmethod.name = "btp"', "[[grid]] 2: method.name: 'btp' is unknown"),
         (f"{FULL}method.rank = 3", "[[grid]] 1: method.rank: unknown key"),
@@ -177,7 +191,7 @@ def test_what_is_wrong_in_a_grid_is_named(text: str, message: str) -> None:
 
 
 def test_a_recipe_may_be_a_block_and_its_header_is_no_setting() -> None:
-    made = expand({"grid": [tomllib.loads(recipes.text("loro-60m-loro"))]})
+    made = expand({"grid": [tomllib.loads(recipes.text("loro-60m-loro"))]}).runs
     assert [run.method for run in made] == ["loro"] and "recipe" not in made[0].label
 
 
@@ -198,6 +212,6 @@ def test_a_file_that_is_no_grid_is_named(content: str | None, message: str, tmp_
 
 
 def test_the_example_has_a_tuned_baseline() -> None:
-    found = load_grid(EXAMPLE)
+    found = load_grid(EXAMPLE).runs
     assert {r.method for r in found} == {"full", "bpt", "relora", "loro"}
     assert len({r.lr for r in found if r.method == "full"}) == 3

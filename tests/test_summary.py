@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from support import tiny
+from support import rows, tiny
 
 from peptrain.errors import Diverged
 from peptrain.grid import GridRun, expand
 from peptrain.rundir import RunDir
-from peptrain.summary import Line, Outcome, half_width, student_t, summarize
+from peptrain.summary import Line, Outcome, half_width, outcome, student_t, summarize
 from peptrain.table import Comparison, as_csv, latex, markdown, terminal
-from peptrain.train import train
+from peptrain.train import resume, train
 
 PRINTED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042,
            100: 1.984}  # fmt: skip
@@ -52,7 +53,7 @@ def end(loss: float, **given: Any) -> dict[str, Any]:
 
 
 def planned(method: str = "bpt", **keys: Any) -> list[GridRun]:
-    return expand({"grid": [{"method.name": method, **keys}]})
+    return list(expand({"grid": [{"method.name": method, **keys}]}).runs)
 
 
 def outcomes(losses: dict[tuple[float, int], Any], **keys: Any) -> list[Outcome]:
@@ -64,7 +65,8 @@ def outcomes(losses: dict[tuple[float, int], Any], **keys: Any) -> list[Outcome]
         got = losses[run.lr, run.seed]
         row = end(got, tokens_per_second=1000.0 * (1 + run.seed)) if type(got) is float else None
         error = got if isinstance(got, str) else ""
-        found.append(Outcome(run, RunDir(Path("runs") / run.name), row, error))
+        diverged = error == DIVERGED
+        found.append(Outcome(run, RunDir(Path("runs") / run.name), row, error, diverged))
     return found
 
 
@@ -111,12 +113,29 @@ def test_a_best_rate_at_the_edge_is_marked(losses: Any, lr: float | None, place:
     assert line.loss == (of_rate[lr] if lr else None) and line.half_width is None
 
 
-def test_a_training_that_diverges_is_told_from_one_that_crashes(corpus: Path) -> None:
+def test_a_training_that_diverges_is_told_from_one_that_crashes(
+    corpus: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
     with pytest.raises(Diverged) as error:
-        train(tiny("full", corpus, corpus.parent / "diverged", optim={"lr": 1e30, "clip": 0.0}))
+        train(tiny("full", corpus, path, optim={"lr": 1e30, "clip": 0.0}))
     (run,) = planned("full")
-    assert Outcome(run, RunDir(Path("run")), None, str(error.value)).loss == math.inf
-    assert math.isnan(Outcome(run, RunDir(Path("run")), None, "out of memory").loss)
+    found = outcome(run, RunDir(path), "exit code 1")
+    assert (found.loss, found.state, found.error) == (math.inf, "diverged", str(error.value))
+    other = outcome(run, RunDir(tmp_path / "other"), "out of memory")
+    assert math.isnan(other.loss) and other.state == "failed"
+
+
+def test_a_run_that_goes_on_after_diverging_has_not_diverged(corpus: Path, tmp_path: Path) -> None:
+    """Its configuration was mended by hand."""
+    path, (run,) = tmp_path / "run", planned("full")
+    broken = tiny("full", corpus, path, optim={"lr": 1e30, "clip": 0.0})
+    with pytest.raises(Diverged):
+        train(broken)
+    file = RunDir(path).config_file
+    file.write_text(file.read_text().replace("lr = 1e+30", "lr = 0.001"))
+    resume(path)
+    assert outcome(run, RunDir(path)).state == "finished" and not rows(path, "diverged")
 
 
 @pytest.mark.parametrize("broken", [DIVERGED, "crash", None])
@@ -138,13 +157,46 @@ def test_configurations_have_a_line_each_in_the_grids_order() -> None:
 
 
 LINE = Line(
-    label="bpt init=a_b|c", method="bpt", runs=2, finished=2, rates=(1e-3, 2e-3),
+    label="bpt init=a_b|c", method="bpt", runs=2, finished=2, steps=4, tokens=4096,
+    rates=(1e-3, 2e-3),
     tried=(1e-3, 2e-3), lr=2e-3, place="highest", seeds=2, loss=2.0, half_width=0.25,
     trainable=1_234_567, state_bytes=9_876_543, tokens_per_second=12_345.6,
 )  # fmt: skip
-FAILED = Line(label="loro", method="loro", runs=1, finished=0, rates=(1e-2,),
-              errors=("loro-1: out of memory; try less",))  # fmt: skip
-BOTH = Comparison([LINE, FAILED], tokens=4096)
+FAILED = Line(label="loro", method="loro", runs=1, finished=0, steps=4, tokens=4096,
+              rates=(1e-2,), errors=("loro-1: out of memory; try less",))  # fmt: skip
+BOTH = Comparison([LINE, FAILED], "tokens", epoch=1000)
+
+
+DIVERGES = Line(label="full", method="full", runs=1, finished=0, steps=9, tokens=1024,
+                rates=(1e-2,), cost=1.5e15, diverged=(f"full-1: {DIVERGED}",))  # fmt: skip
+
+
+def test_a_budget_other_than_tokens_is_in_every_form_of_the_table() -> None:
+    lines = [replace(LINE, cost=1.25e15), DIVERGES]
+    flops, time = Comparison(lines, "flops", epoch=2000), Comparison(lines, "time", epoch=2000)
+    begins = "Held-out loss in nats per token after training for"
+    assert flops.caption.startswith(f"{begins} 1.5e+15 FLOPs, those of full in 9 steps: mean over")
+    assert "matrix products, as `peptrain estimate` counts them. An epoch of the" in flops.caption
+    assert "corpus has 2,000 tokens." in flops.caption
+    table = markdown(flops).splitlines()
+    assert table[0].endswith(" seeds | tokens | FLOPs |")
+    assert table[2].endswith(" 2 | 4,096 | 1.25e+15 |")
+    assert table[3].startswith("| full | diverged |") and table[3].endswith("| 1,024 | 1.5e+15 |")
+    assert table[-1] == (
+        "- diverged: full-1: step 2: the held-out loss is nan at a learning rate of 4e-3"
+    )
+    one, other = csv.DictReader(io.StringIO(as_csv(flops)))
+    assert (one["training_steps"], one["training_tokens"]) == ("4", "4096")
+    assert (float(one["training_flops"]), one["training_seconds"]) == (1.25e15, "")
+    assert other["errors"] == f"full-1: {DIVERGED}"
+    assert r"seeds & tokens & FLOPs \\" in latex(flops) and "lrrrrrrrrr}" in latex(flops)
+
+    lines[:] = [replace(LINE, cost=61.25), replace(DIVERGES, cost=1234.56)]
+    assert time.caption.startswith(f"{begins} 1,234.6 seconds, those of full in 9 steps: mean")
+    assert "Seconds: of training steps, timed alone before the runs." in time.caption
+    assert markdown(time).splitlines()[2].endswith("| 4,096 | 61.2 |")
+    (one, _) = csv.DictReader(io.StringIO(as_csv(time)))
+    assert (one["training_flops"], one["training_seconds"]) == ("", "61.25")
 
 
 def test_markdown() -> None:
@@ -186,13 +238,13 @@ def test_the_terminal_shows_all_in_80_columns() -> None:
 
 
 def baseline(*lines: Line) -> str:
-    return Comparison(lines, tokens=1).caption.partition("tuned. ")[2]
+    return Comparison(lines, "tokens", epoch=1).caption.partition("tuned. ")[2]
 
 
 def test_the_caption_says_how_the_baseline_was_tuned() -> None:
     def full(rates: tuple[float, ...], loss: float | None = 3.0) -> Line:
         given = {"label": "full", "method": "full", "rates": (1e-4, *rates), "tried": rates}
-        return Line(**given, runs=2, finished=1, loss=loss)
+        return Line(**given, runs=2, finished=1, steps=1, tokens=1, loss=loss)
 
     assert baseline(LINE) == "There is no full-training baseline in this grid."
     assert baseline(full((1e-3, 2e-3)), LINE) == (

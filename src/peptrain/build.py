@@ -50,12 +50,17 @@ def rebuild(config: RunConfig[Method], saved: Checkpoint, phase: int) -> PreTrai
     return model if phase == saved.phase else build(config, phase, dense_state(model))
 
 
+def bounds(config: RunConfig[Method]) -> tuple[int, ...]:
+    """The steps between which the phases lie: 0, where the model is rebuilt, the run's last."""
+    steps = config.train.steps
+    return (0, *(b for b in config.method.phases(steps) if b < steps), steps)
+
+
 def phase_at(config: RunConfig[Method], step: int) -> tuple[int, int]:
     """(phase, the step at which it ends) once `step` steps are completed."""
-    steps = config.train.steps
-    bounds = [*(b for b in config.method.phases(steps) if b < steps), steps]
-    phase = min(bisect_right(bounds[:-1], step), len(bounds) - 1)
-    return phase, bounds[phase]
+    ends = bounds(config)[1:]
+    phase = min(bisect_right(ends[:-1], step), len(ends) - 1)
+    return phase, ends[phase]
 
 
 @dataclass(frozen=True)

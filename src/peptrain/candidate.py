@@ -8,6 +8,7 @@ from functools import cache
 from math import inf
 from typing import Any
 
+from peptrain.build import bounds
 from peptrain.config import RunConfig
 from peptrain.methods.base import Method
 from peptrain.model import count_parameters
@@ -72,7 +73,7 @@ class Candidate:
             t, compile=False, memory_budget=1.0, cuda_graph=False, kernels="torch", device="cpu"
         )
         self._run = replace(config, train=uncompiled)
-        self._bounds = (0, *(b for b in config.method.phases(t.steps) if b < t.steps), t.steps)
+        self._bounds = bounds(config)
         self.plain = plain or Plain(self._run)
         self._made = cache(self._make)
         self._events = cache(Rehearsal.events)

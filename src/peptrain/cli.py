@@ -219,11 +219,12 @@ def _demo(run: Path | None = None) -> None:
 
 
 def _compare(grid: Positional[Path], out: Path, workers: int | None = None) -> None:
-    """Train a grid of runs at equal tokens and print their table; a second call goes on.
+    """Train a grid of runs at equal tokens, FLOPs or time, and print their table; a second call
+    goes on.
 
     Args:
         grid: A TOML file: [base] for all runs, a [[grid]] block per set of them; any value may be
-            a list.
+            a list; equal = "tokens", "flops" or "time".
         out: The directory of the runs and of the table, as Markdown, CSV, LaTeX and JSON.
         workers: Runs at a time. Unset: one per GPU, or else one per core.
     """

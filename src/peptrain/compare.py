@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from peptrain.budget import allot, clock, count_flops, kept
 from peptrain.config import RunConfig, TrainConfig, dump, load
 from peptrain.data import Corpus, default_corpus
 from peptrain.errors import CheckpointError, Interrupted
 from peptrain.files import write_atomically
-from peptrain.grid import GridRun, load_grid
+from peptrain.grid import Grid, GridRun, load_grid
+from peptrain.initial import contents, sha256
 from peptrain.journal import Observer
 from peptrain.methods import BPT, LORO, Full, ReLoRA
+from peptrain.model import config_file
 from peptrain.rundir import RunDir
 from peptrain.settings import check
 from peptrain.summary import Outcome, outcome, summarize
@@ -86,39 +90,62 @@ def compare(
     out/runs/NAME/            the runs, as `peptrain train` makes them
         logs/NAME.log         what their processes said
         settings/NAME.toml    what they were started with
+        costs/NAME.json       FLOPs or seconds of a step, unless the grid is at equal tokens
         table.md, table.csv, table.tex, runs.json
 
-    workers: runs at a time; unset, one per GPU, or else one per core. Finished runs are read,
-    interrupted ones resumed, failed ones tried again. A changed grid adds runs; those that are no
-    longer in it stay where they are. Raises what `load_grid` does; DataError without the corpus;
-    CheckpointError while another call works in `out`, or for a run whose config.toml was changed;
-    Interrupted after Ctrl-C or SIGTERM, when the running ones were saved.
+    workers: runs at a time; unset, one per GPU, or else one per core. Finished and diverged runs
+    are read, interrupted ones resumed, failed ones tried again. A changed grid adds runs; those
+    that are no longer in it stay where they are. Raises what `load_grid` and `allot` do; DataError
+    without a corpus of a window or more; CheckpointError while another call works in `out`, or for
+    a run whose config.toml was changed; PeptrainError for steps that can't be timed; Interrupted
+    after Ctrl-C or SIGTERM, when the running ones were saved.
     """
     check(workers is None or workers >= 1, "--workers", workers, "1 or more")
     ranks = os.environ.get("WORLD_SIZE", "1")
     check(ranks == "1", "WORLD_SIZE", ranks, "1: compare starts its own processes, no torchrun")
-    planned = load_grid(grid)
-    path = planned[0].config.data.path
+    asked = load_grid(grid)
+    path, seq_len = asked.baseline.config.data.path, asked.baseline.config.train.seq_len
     corpus = Corpus.open(path) if path else default_corpus()  # made before any run waits for it
-    planned = [replace(run, data=corpus.fingerprint) for run in planned]
+    epoch = corpus.windows(seq_len) * seq_len
+    asked = _identified(asked, corpus)
+    gpus = _gpus(asked.runs)
     for part in ("runs", "logs", "settings"):
         (out / part).mkdir(parents=True, exist_ok=True)
     with alone(out) as lock:
+        planned = _within_budget(asked, out, gpus, lock)
         before = [outcome(run, _place(run, out)) for run in planned]
-        jobs = [_job(one, out) for one in before if one.end is None]
-        gpus = _gpus(planned)
+        jobs = [_job(one, out) for one in before if one.end is None and not one.diverged]
         many = workers or len(gpus) or cores()
         status = work(jobs, many, gpus, lock, len(planned) - len(jobs), watch)
         failed = status.failed
         outcomes = [outcome(o.planned, o.run, failed.get(o.run.path.name, "")) for o in before]
-        made = Comparison(summarize(outcomes), planned[0].tokens)
+        made = Comparison(summarize(outcomes), asked.equal, epoch)
         _write(out, made, outcomes)
     if status.interrupted:
-        done = sum(one.end is not None for one in outcomes)
+        done = sum(one.end is not None or one.diverged for one in outcomes)
         raise Interrupted(
             f"stopped and saved, {done} of {len(planned)} runs finished; the same command goes on"
         )
     return made
+
+
+def _identified(grid: Grid, corpus: Corpus) -> Grid:
+    """With what distinguishes the corpus, and the files that runs name, beside their paths."""
+    weights, text = cache(contents), cache(sha256)
+
+    def identity(config: RunConfig[Any]) -> str:
+        start, file = config.init_from, config_file(config.model)
+        return (weights(start) if start else "") + (text(file) if file else "")
+
+    runs = [replace(run, data=corpus.fingerprint + identity(run.config)) for run in grid.runs]
+    return replace(grid, runs=runs)
+
+
+def _within_budget(grid: Grid, out: Path, gpus: Sequence[str], lock: int) -> Sequence[GridRun]:
+    if grid.equal == "tokens":
+        return grid.runs
+    measure = count_flops if grid.equal == "flops" else clock(out, gpus, lock)
+    return allot(grid, kept(out / "costs", grid.equal, measure))
 
 
 def _place(run: GridRun, out: Path) -> RunDir:
@@ -138,7 +165,7 @@ def _job(one: Outcome, out: Path) -> Job:
     settings = out / "settings" / f"{name}.toml"
     write_atomically(settings, dump(one.planned.config))
     log = out / "logs" / f"{name}.log"
-    return Job(name, one.run.path, settings, log, one.planned.config.train.steps)
+    return Job(name, one.run.path, settings, log, one.planned.steps)
 
 
 def cores() -> int:
@@ -165,7 +192,9 @@ def _write(out: Path, made: Comparison, outcomes: Sequence[Outcome]) -> None:
             "settings": dict(one.planned.settings),
             "lr": one.planned.lr,
             "seed": one.planned.seed,
+            "steps": one.planned.steps,
             "tokens": one.planned.tokens,
+            "cost": one.planned.cost,
             "state": one.state,
             "error": one.error or None,
             **{key: value for key, value in (one.end or {}).items() if key != "event"},
@@ -173,5 +202,5 @@ def _write(out: Path, made: Comparison, outcomes: Sequence[Outcome]) -> None:
         for one in outcomes
     ]
     lines = [{**asdict(line), "perplexity": line.perplexity} for line in made.lines]
-    content = {"caption": made.caption, "runs": runs, "configurations": lines}
+    content = {"equal": made.equal, "caption": made.caption, "runs": runs, "configurations": lines}
     write_atomically(out / "runs.json", json.dumps(content, indent=1) + "\n")

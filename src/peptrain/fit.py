@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -14,9 +12,9 @@ from peptrain.candidate import Candidate, PhaseEstimate
 from peptrain.config import RunConfig
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
+from peptrain.settings import quiet
 
 GIB = 2**30
-log = logging.getLogger("peptrain")
 Watch = Callable[[str], None]
 """Is told what is tried next: a trial takes seconds."""
 
@@ -38,7 +36,7 @@ class Fit:
 
 def fit(configured: Candidate, budget: int, watch: Watch) -> Fit:
     """Raises ConfigError if no other micro-batch and no lower rank does."""
-    with _silence():
+    with quiet():
         return _Search(configured, budget, watch).fit()
 
 
@@ -167,13 +165,3 @@ def _stays(phase: PhaseEstimate) -> int:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.4g} GiB"
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """What is said of one model need not be said of each that is tried."""
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before

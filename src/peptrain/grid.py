@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,8 +18,11 @@ from peptrain.errors import ConfigError
 from peptrain.initial import adopting
 from peptrain.methods.base import Method
 
+Equal = Literal["tokens", "flops", "time"]
+"""What the runs of a grid have in common, that their losses compare."""
 NOT_SHOWN = ("method.name", "optim.lr", "train.seed")
 """What a label leaves to other columns."""
+STEPS = "train.steps"
 LONGEST = 120
 """Characters of a readable name; the digest comes on top, and file systems take 255 bytes."""
 
@@ -30,11 +33,15 @@ class GridRun:
 
     config: RunConfig[Method]
     """Resolved: what the run directory will hold."""
+    written: RunConfig[Method]
+    """The same with what its block leaves unset."""
     settings: Mapping[str, Any]
     """What its block says, and the lists of [base], by dotted key; but for the method's name, the
     learning rate and the seed."""
     data: str = ""
-    """The corpus' fingerprint, once it is opened."""
+    """What distinguishes the corpus and the files that it starts from, once they were opened."""
+    cost: float | None = None
+    """Of the budget: FLOPs, or seconds; None at equal tokens."""
 
     @property
     def method(self) -> str:
@@ -56,45 +63,93 @@ class GridRun:
         return train.steps * train.batch_size * train.seq_len
 
     @property
+    def steps(self) -> int:
+        return self.config.train.steps
+
+    def lasting(self, steps: int) -> GridRun:
+        """The same for so many steps, all that is a part of the run with it."""
+        written = replace(self.written, train=replace(self.written.train, steps=steps))
+        return replace(self, written=written, config=_resolved(written))
+
+    @property
     def label(self) -> str:
         """The method with its settings, the same for all seeds and learning rates."""
         return " ".join((self.method, *_pairs(self.settings)))
 
     @property
     def digest(self) -> str:
-        """Of every setting and the corpus: a run with another digest is another run."""
-        return hashlib.sha256((dump(self.config) + self.data).encode()).hexdigest()[:8]
+        """Of every setting, the corpus and the files that are named: a run with another digest is
+        another run."""
+        return _digest(dump(self.config) + self.data)
 
     @property
     def configuration(self) -> str:
         """What the runs of a line of the table have in common."""
-        c = self.config
-        return dump(replace(c, optim=replace(c.optim, lr=None), train=replace(c.train, seed=0)))
+        return dump(_untuned(self.config))
+
+    @property
+    def family(self) -> RunConfig[Method]:
+        """What the runs of a line of the table have in common before their steps are known."""
+        return _untuned(self.written)
 
     @property
     def name(self) -> str:
         """Readable, and the same whatever else is in the grid."""
         words = [self.method, *_pairs(self.settings), f"lr={self.lr:g}", f"seed={self.seed}"]
-        readable = re.sub(r"[^\w.=+-]+", "_", "-".join(words), flags=re.ASCII)
-        return f"{readable[:LONGEST]}-{self.digest}"
+        return _file_name(words, self.digest)
+
+    @property
+    def costs_name(self) -> str:
+        """That of the line: learning rate and seed cost nothing."""
+        words = [self.method, *_pairs(self.settings)]
+        return _file_name(words, _digest(self.configuration + self.data))
 
 
-def load_grid(path: Path) -> list[GridRun]:
-    """The runs of the grid in a file."""
+@dataclass(frozen=True)
+class Grid:
+    """What the file of a grid describes."""
+
+    runs: Sequence[GridRun]
+    """In its order; unless tokens are equal, each for as many steps as the baseline."""
+    equal: Equal
+
+    @property
+    def baseline(self) -> GridRun:
+        """The first run of full training, or else the first one: its cost is what all may spend."""
+        return next((run for run in self.runs if run.method == "full"), self.runs[0])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _file_name(words: Sequence[str], digest: str) -> str:
+    readable = re.sub(r"[^\w.=+-]+", "_", "-".join(words), flags=re.ASCII)
+    return f"{readable[:LONGEST]}-{digest}"
+
+
+def _untuned(c: RunConfig[Method]) -> RunConfig[Method]:
+    return replace(c, optim=replace(c.optim, lr=None), train=replace(c.train, seed=0))
+
+
+def load_grid(path: Path) -> Grid:
+    """The grid in a file."""
     return expand(toml.read(path, given_as=""))
 
 
-def expand(table: Mapping[str, Any]) -> list[GridRun]:
-    """The runs that the table of a grid describes, in its order.
+def expand(table: Mapping[str, Any]) -> Grid:
+    """What the table of a grid describes.
 
     Both [base] and each [[grid]] block have the form of `peptrain train --config`, except that a
     value may be a list. A block's settings go before those of [base]; the runs of a block are the
     product of its lists. Raises ConfigError for what is no grid, for a run that can't be
-    configured, for two identical ones, and for runs that differ in their tokens.
+    configured, and for what `check` refuses; unless tokens are equal that is for later, when the
+    steps are known, but for steps that are given to others than the baseline.
     """
     for key in table:
-        if key not in ("base", "grid"):
-            raise ConfigError(toml.unknown(key, ["base", "grid"]))
+        if key not in (known := ["equal", "base", "grid"]):
+            raise ConfigError(toml.unknown(key, known))
+    equal: Equal = toml.parse_value(Equal, table.get("equal", "tokens"), "equal")
     base, blocks = table.get("base", {}), table.get("grid", [])
     if not isinstance(base, Mapping):
         raise ConfigError(f"base: {base!r} must be a table, [base]")
@@ -102,16 +157,22 @@ def expand(table: Mapping[str, Any]) -> list[GridRun]:
         raise ConfigError("grid: must be blocks, each under [[grid]]")
     if not blocks:
         raise ConfigError('grid: empty; write a [[grid]] block with method.name = "bpt"')
-    common, runs = _flat(base), list[GridRun]()
-    for number, block in enumerate(blocks, start=1):
+    common, own = _flat(base), [_flat(block) for block in blocks]
+    hidden = NOT_SHOWN if equal == "tokens" else (*NOT_SHOWN, STEPS)
+    of_block: list[list[GridRun]] = []
+    for number, block in enumerate(own, start=1):
         try:
-            runs.extend(_of_block(common, _flat(block)))
+            of_block.append(list(_of_block(common, block, hidden)))
         except ConfigError as error:
             raise ConfigError(f"[[grid]] {number}: {error}") from error
-    _check_different(runs)
-    _check_equal(runs)
-    _check_seeds(runs)
-    return runs
+    grid = Grid([run for runs in of_block for run in runs], equal)
+    if equal == "tokens":
+        check(grid.runs, equal)
+    else:
+        at = next(n for n, runs in enumerate(of_block) if grid.baseline in runs)
+        _check_steps(common, own, at, grid)
+        _check_same(grid.runs, CONTEXT)
+    return grid
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -138,7 +199,10 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return table
 
 
-def _of_block(common: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[GridRun]:
+def _of_block(
+    common: Mapping[str, Any], own: Mapping[str, Any], hidden: Sequence[str]
+) -> Iterator[GridRun]:
+    """hidden: the keys that no label shows."""
     given = {key: v for key, v in {**common, **own}.items() if not key.startswith(f"{HEADER}.")}
     if "run" in given:
         raise ConfigError("run: compare names the runs itself; give --out")
@@ -151,16 +215,29 @@ def _of_block(common: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[Gri
             raise ConfigError(f"{key}: a list of tables; write a [[grid]] block for each of them")
     for chosen in product(*choices):
         flat = dict(zip(given, chosen, strict=True))
-        config = adopting(parse(_nested(flat)))
-        on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
-        settings = {k: v for k, v in flat.items() if k in shown and k not in NOT_SHOWN}
-        yield GridRun(resolved(config, world_size=1, on_gpu=on_gpu), settings)
+        written = adopting(parse(_nested(flat)))
+        settings = {k: v for k, v in flat.items() if k in shown and k not in hidden}
+        yield GridRun(_resolved(written), written, settings)
+
+
+def _resolved(config: RunConfig[Method]) -> RunConfig[Method]:
+    on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
+    return resolved(config, world_size=1, on_gpu=on_gpu)
 
 
 def _pairs(settings: Mapping[str, Any]) -> Iterator[str]:
     for key, value in settings.items():
         spelt = str(value).lower() if isinstance(value, bool) else str(value)
         yield f"{key.removeprefix('method.')}={spelt}"
+
+
+def check(runs: Sequence[GridRun], equal: Equal) -> None:
+    """Raise ConfigError for runs that don't compare, once their steps are known."""
+    _check_different(runs)
+    _check_same(runs, CONTEXT)
+    if equal == "tokens":
+        _check_same(runs, TOKENS)
+    _check_seeds(runs)
 
 
 def _check_different(runs: Sequence[GridRun]) -> None:
@@ -186,18 +263,36 @@ def _check_seeds(runs: Sequence[GridRun]) -> None:
                 )
 
 
-def _check_equal(runs: Sequence[GridRun]) -> None:
-    """Losses compare after equal tokens of one corpus, with equal contexts."""
+CONTEXT: dict[str, Callable[[GridRun], object]] = {
+    "data.path": lambda run: run.config.data.path,
+    "train.seq_len": lambda run: run.config.train.seq_len,
+}
+TOKENS: dict[str, Callable[[GridRun], object]] = {
+    "train.steps x batch_size x seq_len": lambda run: run.tokens
+}
+
+
+def _check_same(runs: Sequence[GridRun], values: Mapping[str, Callable[[GridRun], object]]) -> None:
+    """Losses compare on one corpus, with equal contexts, after equal tokens or an equal budget."""
     first = runs[0]
     for run in runs:
-        pairs = {
-            "data.path": (first.config.data.path, run.config.data.path),
-            "train.seq_len": (first.config.train.seq_len, run.config.train.seq_len),
-            "train.steps x batch_size x seq_len": (first.tokens, run.tokens),
-        }
-        for key, (one, other) in pairs.items():
-            if one != other:
+        for key, value in values.items():
+            if value(first) != value(run):
                 raise ConfigError(
-                    f"{key}: {one} in {first.label!r} and {other} in {run.label!r}; a comparison"
-                    " is at equal tokens, so give all runs the same"
+                    f"{key}: {value(first)} in {first.label!r} and {value(run)} in {run.label!r};"
+                    " their losses don't compare, so give all runs the same"
                 )
+
+
+def _check_steps(
+    common: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]], at: int, grid: Grid
+) -> None:
+    """Steps that follow from those of the baseline, in block `at`, can't be given."""
+    for number, block in enumerate(blocks):
+        given = block.get(STEPS, common.get(STEPS))
+        if isinstance(given, list) or (number != at and STEPS in block):
+            raise ConfigError(
+                f"[[grid]] {number + 1}: {STEPS}: {given} can't be used with equal ="
+                f' "{grid.equal}"; all steps follow from those of {grid.baseline.label!r}: give'
+                " these, one number, in [base] or in its block, and no others"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from peptrain import checkpoint
 from peptrain.build import open_run, plain_model, run_config
 from peptrain.config import RunConfig
 from peptrain.control import matched
@@ -56,6 +58,23 @@ def initial_weights(config: RunConfig[Method]) -> dict[str, Tensor] | None:
     _check_shapes(weights, config)
     _check_function(config)
     return weights
+
+
+def contents(path: Path) -> str:
+    """Identifies what weights to start from are: the newest checkpoint of a run, by its checksums;
+    else the files of a Hugging Face directory."""
+    if _is_run(path):
+        found = checkpoint.available(RunDir(path).checkpoints)
+        files = [newest / checkpoint.SUMS for newest in found[-1:]]
+    else:
+        files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")])
+    return "".join(f"{file.parent.name}/{file.name} {sha256(file)}\n" for file in files)
+
+
+def sha256(file: Path) -> str:
+    """Of what is in it."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _model_of(path: Path) -> ModelConfig:

@@ -22,7 +22,7 @@ log = logging.getLogger("peptrain")
 
 Observer = Callable[[Mapping[str, Any]], None]
 """Told what happens, on the main rank: rows with an "event" of start, step, eval, checkpoint,
-phase or end. It can't change the training."""
+phase, end or diverged. It can't change the training."""
 
 
 def silent(row: Mapping[str, Any]) -> None:

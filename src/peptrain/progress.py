@@ -169,8 +169,8 @@ def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
                 tell("before", f"finished before: {status.before}")
             if status.interrupted:
                 tell("stop", "stopping: the running ones save first")
-            for name, loss in status.finished.items():
-                tell(name, f"finished  {name}  held-out loss {loss:.4f}  ({standing(status)})")
+            for name, result in status.finished.items():
+                tell(name, f"finished  {name}  {result}  ({standing(status)})")
             for name, error in status.failed.items():
                 tell(name, f"failed    {name}  {error}  ({standing(status)})")
             for working in [] if console.is_terminal else status.running.values():

@@ -21,6 +21,8 @@ from peptrain.errors import CheckpointError
 from peptrain.files import write_atomically
 
 NEWEST = 16_384  # bytes, dozens of rows
+LAST = ("end", "diverged")
+"""Events that a run which goes on hasn't met."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class RunDir:
 
     def rewind(self, step: int) -> None:
         """Drop the rows that a run resumed at `step` writes again."""
-        begun = [r for r in self.metrics() if r["step"] <= step and r["event"] != "end"]
+        begun = [r for r in self.metrics() if r["step"] <= step and r["event"] not in LAST]
         rows = [r for r in begun if r["event"] != "phase" or r["step"] < step]
         write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 

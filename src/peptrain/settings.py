@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import field, fields, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -25,6 +26,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for the error of an unknown `name`; empty if no known one is like it."""
     near = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}? " if near else ""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Log nothing: what is said of one configuration need not be said of each that is tried."""
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def interval(fraction: float, most: int | None = None) -> Any:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peptrain.grid import GridRun
-from peptrain.rundir import RunDir
+from peptrain.rundir import LAST, RunDir
 
 CONFIDENCE = 0.95
-DIVERGED = re.compile(r"step \d+: .* at a learning rate of ")
-"""How the errors of Diverged begin."""
 
 
 @dataclass(frozen=True)
@@ -26,24 +23,30 @@ class Outcome:
     end: Mapping[str, Any] | None
     """The last row of a finished run."""
     error: str = ""
+    diverged: bool = False
+    """Whether the error is that training diverged, which it would again."""
 
     @property
     def loss(self) -> float:
         """The held-out loss; infinite where training diverged, nan where it isn't known."""
         if self.end is not None:
             return float(self.end["held_out_loss"])
-        return math.inf if DIVERGED.match(self.error) else math.nan
+        return math.inf if self.diverged else math.nan
 
     @property
     def state(self) -> str:
-        """finished, failed, or unfinished."""
-        return "finished" if self.end else "failed" if self.error else "unfinished"
+        """finished, diverged, failed, or unfinished."""
+        if self.end:
+            return "finished"
+        return "diverged" if self.diverged else "failed" if self.error else "unfinished"
 
 
 def outcome(planned: GridRun, run: RunDir, error: str = "") -> Outcome:
-    """Read a run, whether or not it is there."""
-    rows = [row for row in run.metrics() if row["event"] == "end"]
-    return Outcome(planned, run, rows[-1] if rows else None, error)
+    """Read a run, whether or not it is there. `error`: what its process ended with, if it did."""
+    last = {row["event"]: row for row in run.metrics() if row["event"] in LAST}
+    if "end" not in last and "diverged" in last:
+        return Outcome(planned, run, None, last["diverged"]["error"], diverged=True)
+    return Outcome(planned, run, last.get("end"), error)
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,13 @@ class Line:
     method: str
     runs: int
     finished: int
+    steps: int
+    tokens: int
+    """What each of them trains on."""
     rates: tuple[float, ...]
     """The learning rates of the grid, ascending."""
+    cost: float | None = None
+    """Of each of them, by the budget: FLOPs, or seconds; None at equal tokens."""
     tried: tuple[float, ...] = ()
     """Those whose runs all ended, in a result or by diverging."""
     lr: float | None = None
@@ -73,6 +81,9 @@ class Line:
     """Of the optimizer's moments, in the phase that has the most of them."""
     tokens_per_second: float | None = None
     errors: tuple[str, ...] = ()
+    """Of the runs that failed, which the next call tries again."""
+    diverged: tuple[str, ...] = ()
+    """Of those that diverged, which it doesn't."""
 
     @property
     def perplexity(self) -> float | None:
@@ -96,8 +107,12 @@ def _line(group: Sequence[Outcome]) -> Line:
         "method": first.method,
         "runs": len(group),
         "finished": sum(o.end is not None for o in group),
+        "steps": first.steps,
+        "tokens": first.tokens,
         "rates": tuple(rates),
+        "cost": first.cost,
         "errors": tuple(f"{o.run.path.name}: {o.error}" for o in group if o.state == "failed"),
+        "diverged": tuple(f"{o.run.path.name}: {o.error}" for o in group if o.state == "diverged"),
     }
     of_rate = {rate: [o for o in group if o.planned.lr == rate] for rate in rates}
     means = {rate: statistics.fmean(o.loss for o in of_rate[rate]) for rate in rates}

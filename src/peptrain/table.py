@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
+from peptrain.grid import Equal
 from peptrain.summary import Line
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -23,20 +24,31 @@ class Comparison:
     """Lines, and what has to be said with them."""
 
     lines: Sequence[Line]
-    tokens: int
-    """What every run trains on."""
+    equal: Equal
+    epoch: int
+    """Tokens after which a run begins the corpus anew."""
+
+    @property
+    def baseline(self) -> Line:
+        """Full training's first line, or else the first: what it spends all may spend."""
+        return next((line for line in self.lines if line.method == "full"), self.lines[0])
+
+    @property
+    def columns(self) -> dict[str, Callable[[Line], str]]:
+        """By their heads."""
+        return COLUMNS | COSTS[self.equal]
 
     @property
     def caption(self) -> str:
         """What the numbers are, and how the baseline was tuned."""
         return (
-            f"Held-out loss in nats per token after {self.tokens:,} training tokens: mean over"
-            " seeds and its 95 % interval (Student's t; none for one seed). Ppl: exp of that"
-            " mean. State: the optimizer's moments, 10^6 bytes. Tokens/s: with as many runs at a"
-            " time as there were workers. Each line is at the learning rate whose mean held-out"
-            " loss is lowest of those tried; (lowest) and (highest) mark a rate at the edge of"
-            " them, beyond which a better one may lie, (only) one that was not tuned. "
-            + _baseline(self.lines)
+            f"Held-out loss in nats per token {_budget(self)}: mean over seeds and its 95 %"
+            " interval (Student's t; none for one seed). Ppl: exp of that mean. State: the"
+            " optimizer's moments, 10^6 bytes. Tokens/s: with as many runs at a time as there were"
+            f" workers. {_counted(self)}Each line is at the learning rate whose mean held-out loss"
+            " is lowest of those tried; (lowest) and (highest) mark a rate at the edge of them,"
+            " beyond which a better one may lie, (only) one that was not tuned. "
+            + _tuned(self.lines)
         )
 
     @property
@@ -47,11 +59,32 @@ class Comparison:
             if line.finished < line.runs:
                 found.append(f"{line.label}: {line.finished} of {line.runs} runs finished")
             # The advice that follows a semicolon is in the run's log.
+            found += [f"diverged: {error.split('; ')[0]}" for error in line.diverged]
             found += [f"failed: {error.split('; ')[0]}" for error in line.errors]
         return found
 
 
-def _baseline(lines: Sequence[Line]) -> str:
+def _budget(made: Comparison) -> str:
+    """After what the losses are."""
+    base = made.baseline
+    if made.equal == "tokens":
+        return f"after {base.tokens:,} training tokens"
+    *_, (unit, amount) = COSTS[made.equal].items()
+    whose = f"those of {base.label} in {base.steps:,} steps"
+    return f"after training for {amount(base)} {unit}, {whose}"
+
+
+def _counted(made: Comparison) -> str:
+    if made.equal == "tokens":
+        return ""
+    how = {
+        "flops": "FLOPs: of matrix products, as `peptrain estimate` counts them.",
+        "time": "Seconds: of training steps, timed alone before the runs.",
+    }
+    return f"{how[made.equal]} An epoch of the corpus has {made.epoch:,} tokens. "
+
+
+def _tuned(lines: Sequence[Line]) -> str:
     full = [line for line in lines if line.method == "full"]
     if not full:
         return "There is no full-training baseline in this grid."
@@ -75,7 +108,7 @@ def _known(show: Callable[[float], str], value: float | None) -> str:
 
 def _loss(line: Line) -> str:
     if line.loss is None:
-        return "failed" if line.errors else "unfinished"
+        return "failed" if line.errors else "diverged" if line.diverged else "unfinished"
     interval = "" if line.half_width is None else f" ± {line.half_width:.3f}"
     return f"{line.loss:.3f}{interval}"
 
@@ -97,14 +130,24 @@ COLUMNS: dict[str, Callable[[Line], str]] = {
 }
 
 
+TOKENS: dict[str, Callable[[Line], str]] = {"tokens": lambda line: f"{line.tokens:,}"}
+COSTS: dict[Equal, dict[str, Callable[[Line], str]]] = {
+    "tokens": {},
+    "flops": TOKENS | {"FLOPs": lambda line: _known(lambda cost: f"{cost:.3g}", line.cost)},
+    "time": TOKENS | {"seconds": lambda line: _known(lambda cost: f"{cost:,.1f}", line.cost)},
+}
+"""What each line spends; the last is the budget."""
+
+
 def _rows(comparison: Comparison) -> Iterator[list[str]]:
-    return ([show(line) for show in COLUMNS.values()] for line in comparison.lines)
+    shown = comparison.columns.values()
+    return ([show(line) for show in shown] for line in comparison.lines)
 
 
 def terminal(comparison: Comparison) -> Table:
     """For a person, without the caption."""
     table = Table(box=None)
-    for n, column in enumerate(COLUMNS):
+    for n, column in enumerate(comparison.columns):
         table.add_column(column, justify="right" if n else "left", overflow="fold")
     for row in _rows(comparison):
         table.add_row(*map(escape, row))
@@ -113,7 +156,8 @@ def terminal(comparison: Comparison) -> Table:
 
 def markdown(comparison: Comparison) -> str:
     """The table, its caption and the notes."""
-    lines = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)], *_rows(comparison)]
+    heads = list(comparison.columns)
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *_rows(comparison)]
     table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in lines]
     notes = [f"- {note}" for note in comparison.notes]
     return "\n".join([*table, "", comparison.caption, *([""] if notes else []), *notes, ""])
@@ -127,9 +171,9 @@ def latex(comparison: Comparison) -> str:
         [
             r"\begin{table}",
             rf"\caption{{{caption}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(COLUMNS) - 1)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(comparison.columns) - 1)}}}",
             r"\toprule",
-            " & ".join(map(_tex, COLUMNS)) + r" \\",
+            " & ".join(map(_tex, comparison.columns)) + r" \\",
             r"\midrule",
             *rows,
             r"\bottomrule",
@@ -151,14 +195,18 @@ def as_csv(comparison: Comparison) -> str:
     writer.writerow(
         ["configuration", "method", "held_out_loss", "interval_95_low", "interval_95_high",
          "perplexity", "trainable_parameters", "optimizer_state_bytes", "tokens_per_second",
+         "training_steps", "training_tokens", "training_flops", "training_seconds",
          "best_lr", "best_lr_place", "seeds", "runs_finished", "runs", "errors"]
     )  # fmt: skip
     for line in comparison.lines:
         low, high = interval(line)
         writer.writerow(
             [line.label, line.method, line.loss, low, high, line.perplexity, line.trainable,
-             line.state_bytes, line.tokens_per_second, line.lr, line.place, line.seeds,
-             line.finished, line.runs, "; ".join(line.errors)]
+             line.state_bytes, line.tokens_per_second, line.steps, line.tokens,
+             line.cost if comparison.equal == "flops" else None,
+             line.cost if comparison.equal == "time" else None,
+             line.lr, line.place, line.seeds, line.finished, line.runs,
+             "; ".join((*line.diverged, *line.errors))]
         )  # fmt: skip
     return out.getvalue()
 

@@ -23,7 +23,7 @@ from peptrain.execution import eager_layers
 from peptrain.files import write_atomically
 from peptrain.initial import adopting, compare_tokenizers
 from peptrain.journal import Journal, Observer, silent
-from peptrain.methods.base import Method
+from peptrain.methods.base import Method, Metrics
 from peptrain.model import check_causal, config_file, count_parameters, save_tokenizer
 from peptrain.optim import clip_gradients, set_lr, state_bytes
 from peptrain.rng import Rng
@@ -100,15 +100,19 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
         record_environment(run, here)
         observe(_start(config, run, trainee, corpus))
     _announce(trainee, journal)
-    with stop_on_signals() as stop:
-        _loop(config, trainee, corpus, run, journal, stop, identity)
-        while trainee.step < config.train.steps:
-            del trainee  # or both phases' moments would be in memory at once
-            trainee = restore(config, run, here, identity)
-            _announce(trainee, journal)
-            journal.pause()
+    try:
+        with stop_on_signals() as stop:
             _loop(config, trainee, corpus, run, journal, stop, identity)
-    held_out = _evaluate(config, trainee, corpus, run, here, limit=0)
+            while trainee.step < config.train.steps:
+                del trainee  # or both phases' moments would be in memory at once
+                trainee = restore(config, run, here, identity)
+                _announce(trainee, journal)
+                journal.pause()
+                _loop(config, trainee, corpus, run, journal, stop, identity)
+        held_out = _evaluate(config, trainee, corpus, run, here, limit=0)
+    except Diverged as error:
+        journal.write("diverged", step=trainee.step, error=str(error))
+        raise
     result = _result(run, trainee, held_out, journal)
     sizes = {"parameters": result.parameters, "trainable": result.trainable}
     journal.end(trainee.step, held_out, **sizes, state_bytes=result.state_bytes)
@@ -130,24 +134,14 @@ def _loop(
     identity: Mapping[str, Any],
 ) -> None:
     """Train to the end of the phase, and leave a checkpoint there."""
-    t, method, here, rng = config.train, config.method, journal.world, Rng(config.train.seed)
-    model, optimizer = trainee.model, trainee.optimizer
+    t, here, optimizer = config.train, journal.world, trainee.optimizer
     while trainee.step < trainee.end:
-        set_lr(optimizer, trainee.schedule(trainee.step))
-        torch.manual_seed(rng.integer(f"rank {here.rank}", trainee.step, "dropout"))
-        loss = _accumulate(trainee, corpus, config, here)
-        wanted = config.optim.clip or _due(t.log_every, trainee.step + 1)
-        norm = clip_gradients(model, config.optim.clip) if wanted else None
-        optimizer.step()
-        optimizer.zero_grad()
-        trainee.step += 1
-        between = trainee.step < trainee.end
-        metrics = method.after_step(model, optimizer, trainee.step, rng) if between else {}
+        loss, norm, metrics = advance(trainee, config, corpus, here)
         lr = optimizer.param_groups[0]["lr"]
         journal.add(trainee.step, lr, loss, norm, metrics)
 
         stopping = _agreed(stop, here, trainee.step % t.log_every == 0)
-        saving = not between or stopping or _due(t.checkpoint_every, trainee.step)
+        saving = trainee.step == trainee.end or stopping or _due(t.checkpoint_every, trainee.step)
         evaluating = trainee.step < t.steps and _due(t.eval_every, trainee.step)
         if saving or evaluating or trainee.step % t.log_every == 0:
             _flush(journal, run)
@@ -166,6 +160,26 @@ def _loop(
                 f"stopped and saved at step {trainee.step} of {t.steps}; go on with"
                 f" `peptrain resume {run.path}`"
             )
+
+
+def advance(
+    trainee: Trainee, config: RunConfig[Method], corpus: Corpus, here: World
+) -> tuple[Tensor, Tensor | None, Metrics]:
+    """A step of the optimizer and, within the phase, what the method does after it: the mean loss
+    before the step, the gradient's norm if it was needed, and the method's numbers."""
+    t, rng = config.train, Rng(config.train.seed)
+    model, optimizer = trainee.model, trainee.optimizer
+    set_lr(optimizer, trainee.schedule(trainee.step))
+    torch.manual_seed(rng.integer(f"rank {here.rank}", trainee.step, "dropout"))
+    loss = _accumulate(trainee, corpus, config, here)
+    wanted = config.optim.clip or _due(t.log_every, trainee.step + 1)
+    norm = clip_gradients(model, config.optim.clip) if wanted else None
+    optimizer.step()
+    optimizer.zero_grad()
+    trainee.step += 1
+    if trainee.step == trainee.end:
+        return loss, norm, {}
+    return loss, norm, config.method.after_step(model, optimizer, trainee.step, rng)
 
 
 def _due(every: int | None, step: int) -> bool:

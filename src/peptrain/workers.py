@@ -41,6 +41,11 @@ class Job:
             return [*peptrain, "resume", str(self.run)]
         return [*peptrain, "train", "--config", str(self.settings), "--run", str(self.run)]
 
+    def result(self) -> str | None:
+        """What came of it, in words; None while it isn't done."""
+        row = RunDir(self.run).newest("end")
+        return f"held-out loss {row['held_out_loss']:.4f}" if row else None
+
     def progress(self) -> tuple[int, float | None]:
         """(steps done, last loss), as far as they are written."""
         row = RunDir(self.run).newest("step")
@@ -81,8 +86,8 @@ class Status:
     """Steps of each job that were done before the call."""
     running: dict[int, Working] = field(default_factory=dict)
     """By slot."""
-    finished: dict[str, float] = field(default_factory=dict)
-    """The held-out loss of each job that is done."""
+    finished: dict[str, str] = field(default_factory=dict)
+    """The result of each job that is done."""
     failed: dict[str, str] = field(default_factory=dict)
     """The error of each job that ended with one."""
     interrupted: bool = False
@@ -195,9 +200,9 @@ def _end(status: Status, working: Working) -> None:
     job, code = working.job, working.process.returncode
     working.look()
     status.trained += working.trained
-    end = RunDir(job.run).newest("end")
-    if code == 0 and end is not None:
-        status.finished[job.name] = end["held_out_loss"]
+    result = job.result()
+    if code == 0 and result is not None:
+        status.finished[job.name] = result
     elif not (status.interrupted and code in (130, -signal.SIGTERM)):
         status.failed[job.name] = _error(code, job.log, working.said)
 
