@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from peptrain import recipes
 from peptrain.config import dump, parse, resolved
 from peptrain.errors import ConfigError
-from peptrain.grid import GridRun, expand, load_grid
+from peptrain.grid import GridRun, expand, load_grid, unstated
+from peptrain.methods import METHODS
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "compare.toml"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def runs(text: str) -> Sequence[GridRun]:
@@ -211,7 +212,36 @@ def test_a_file_that_is_no_grid_is_named(content: str | None, message: str, tmp_
     assert str(error.value).startswith(f"{path}: {message}")
 
 
-def test_the_example_has_a_tuned_baseline() -> None:
-    found = load_grid(EXAMPLE).runs
-    assert {r.method for r in found} == {"full", "bpt", "relora", "loro"}
-    assert len({r.lr for r in found if r.method == "full"}) == 3
+@pytest.mark.parametrize(
+    "name, methods",
+    [("compare", {"full", "bpt", "relora", "loro"}), ("all-methods", set(METHODS))],
+)
+def test_the_examples_have_a_tuned_baseline(name: str, methods: set[str]) -> None:
+    found = load_grid(EXAMPLES / f"{name}.toml").runs
+    assert {r.method for r in found} == methods
+    assert {len({r.lr for r in found if r.label == one.label}) for one in found} == {3}
+
+
+def test_what_differs_unsaid_is_told() -> None:
+    """By the methods' defaults; not what is said, nor what is a part of the run's length."""
+    grid = """
+        [base.train]
+        steps = 10
+        [base.optim]
+        clip = 1.0
+        [[grid]]
+        method.name = ["full", "loro"]
+        [[grid]]
+        method.name = "bpt"
+        schedule.floor = 0.5
+        schedule.kind = ["wsd", "cosine"]
+    """
+    found = unstated(runs(grid))
+    assert found == [
+        "optim.eps by the methods' own defaults: 1e-08 for full, bpt; 1e-06 for loro",
+    ]
+    found = unstated(runs(grid.replace('schedule.kind = ["wsd", "cosine"]', "")))
+    assert found[1:] == [
+        "schedule.kind by the methods' own defaults: cosine for full, loro; wsd for bpt"
+    ]
+    assert unstated(runs('[[grid]]\nmethod.name = ["lora", "full"]')) == []

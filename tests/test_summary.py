@@ -261,3 +261,9 @@ def test_the_caption_says_how_the_baseline_was_tuned() -> None:
         "The full-training baseline ran at one learning rate, 0.004: not tuned."
     )
     assert baseline(full((1e-3,), None)) == "The full-training baseline has no result."
+
+
+def test_what_differs_unsaid_stands_under_the_table() -> None:
+    made = Comparison([LINE], "tokens", epoch=1, unstated=["schedule.kind: a for full; b for bpt"])
+    assert made.notes == ["schedule.kind: a for full; b for bpt"]
+    assert "- schedule.kind: a for full; b for bpt\n" in markdown(made)

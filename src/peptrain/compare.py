@@ -19,7 +19,7 @@ from peptrain.config import RunConfig, TrainConfig, dump, load
 from peptrain.data import Corpus, default_corpus
 from peptrain.errors import CheckpointError, Interrupted
 from peptrain.files import write_atomically
-from peptrain.grid import Grid, GridRun, load_grid
+from peptrain.grid import Grid, GridRun, load_grid, unstated
 from peptrain.initial import contents, sha256
 from peptrain.journal import Observer
 from peptrain.methods import BPT, LORO, Full, ReLoRA
@@ -119,7 +119,7 @@ def compare(
         status = work(jobs, many, gpus, lock, len(planned) - len(jobs), watch)
         failed = status.failed
         outcomes = [outcome(o.planned, o.run, failed.get(o.run.path.name, "")) for o in before]
-        made = Comparison(summarize(outcomes), asked.equal, epoch)
+        made = Comparison(summarize(outcomes), asked.equal, epoch, unstated(planned))
         _write(out, made, outcomes)
     if status.interrupted:
         done = sum(one.end is not None or one.diverged for one in outcomes)
@@ -202,5 +202,6 @@ def _write(out: Path, made: Comparison, outcomes: Sequence[Outcome]) -> None:
         for one in outcomes
     ]
     lines = [{**asdict(line), "perplexity": line.perplexity} for line in made.lines]
-    content = {"equal": made.equal, "caption": made.caption, "runs": runs, "configurations": lines}
+    said = {"equal": made.equal, "caption": made.caption, "notes": made.notes}
+    content = {**said, "runs": runs, "configurations": lines}
     write_atomically(out / "runs.json", json.dumps(content, indent=1) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -173,6 +173,27 @@ def expand(table: Mapping[str, Any]) -> Grid:
         _check_steps(common, own, at, grid)
         _check_same(grid.runs, CONTEXT)
     return grid
+
+
+def unstated(runs: Sequence[GridRun]) -> list[str]:
+    """Settings of optimizer and schedule that differ although the grid says nothing of them, since
+    each method has its own defaults. Parts of a run's length and the learning rate are left out."""
+    found = []
+    for section in ("optim", "schedule"):
+        for field in fields(getattr(runs[0].config, section)):
+            if field.name == "lr" or "fraction" in field.metadata:
+                continue
+            values: dict[Any, dict[str, None]] = {}
+            for run in runs:
+                told, used = (
+                    getattr(getattr(c, section), field.name) for c in (run.written, run.config)
+                )
+                if told is None:
+                    values.setdefault(used, {})[run.method] = None
+            if len(values) > 1:
+                each = "; ".join(f"{v} for {', '.join(names)}" for v, names in values.items())
+                found.append(f"{section}.{field.name} by the methods' own defaults: {each}")
+    return found
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,6 +27,8 @@ class Comparison:
     equal: Equal
     epoch: int
     """Tokens after which a run begins the corpus anew."""
+    unstated: Sequence[str] = ()
+    """What differs between lines though the grid doesn't say so."""
 
     @property
     def baseline(self) -> Line:
@@ -53,8 +55,8 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What is missing, and why."""
-        found = []
+        """What else differs; what is missing, and why."""
+        found = list(self.unstated)
         for line in self.lines:
             if line.finished < line.runs:
                 found.append(f"{line.label}: {line.finished} of {line.runs} runs finished")
