@@ -30,7 +30,7 @@ SHORT = 64
 
 
 @cache
-def stacking_inductor(memory_budget: float) -> Callable[..., Any]:
+def inductor_with_passes(memory_budget: float) -> Callable[..., Any]:
     """PyTorch's own compiler with our passes. One function for all layers, or each
     of them would be compiled anew; another one for another budget, or a second model of the process
     would be run with the code of the first."""
@@ -61,7 +61,7 @@ def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
     """
     name, layers = decoder_layers(model)
     for layer in layers:
-        layer.compile(backend=stacking_inductor(memory_budget))
+        layer.compile(backend=inductor_with_passes(memory_budget))
     beside = model.get_submodule(name.rpartition(".")[0]).children()
     for module in beside:
         if "Norm" in type(module).__name__:
