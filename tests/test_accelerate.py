@@ -58,6 +58,16 @@ def test_parameters_and_their_names_stay(name: str) -> None:
     assert len(list(reparametrized(model))) == 7
 
 
+@pytest.mark.parametrize("name", ["bpt", "lora", "lowrank"])
+def test_a_model_may_be_accelerated_twice(name: str) -> None:
+    pytest.importorskip("triton")
+    model = installed(name)
+    tiny_method(name).accelerate(model)
+    once = [type(module) for module in model.modules()]
+    tiny_method(name).accelerate(model)
+    assert [type(module) for module in model.modules()] == once
+
+
 def test_only_swiglu_between_three_bpt_layers_becomes_one_map() -> None:
     pytest.importorskip("triton")
     method = tiny_method("bpt")

@@ -1,5 +1,6 @@
 """Low-rank maps without gradients, in Triton's interpreter, against plain PyTorch in float64."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,20 @@ import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AttentionInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 pytest.importorskip("triton")
 
 from peptrain.adapt import adapt
+from peptrain.dense import densify
 from peptrain.execution import attend_without_masks
 from peptrain.methods import LowRank, fused_layer, fused_mlp
 from peptrain.methods.fused_layer import LowRankLayer
@@ -239,10 +248,68 @@ def test_a_layer_is_plain_where_it_must_be(calls: list[Tensor]) -> None:
     assert len(calls) == 2
 
 
+def accelerated(**own: Any) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """A plain model of low-rank maps in bf16, and one of the same weights with fused layers."""
+    model, method = llama(**own), LowRank(rank=8)
+    adapt(model, method, steps=10)
+    fused = copy.deepcopy(model.bfloat16())
+    method.accelerate(fused)
+    return model.to(DEVICE), fused.to(DEVICE)
+
+
+@torch.no_grad()
+def test_attention_is_told_what_the_plain_layer_tells_it(calls: list[Tensor]) -> None:
+    """By position_ids flash attention sees where texts begin that share a window."""
+    seen = []
+
+    def spy(module: nn.Module, *tensors: Any, **own: Any) -> Any:
+        seen.append(own)
+        return sdpa_attention_forward(module, *tensors, **own)
+
+    AttentionInterface.register("spy", spy)
+    ids = torch.arange(12, device=DEVICE)[None]
+    positions = torch.arange(12, device=DEVICE)[None] % 7
+    for model in accelerated(attention_dropout=0.5):
+        model.set_attn_implementation("spy")
+        for mode in (True, False):
+            model.train(mode)
+            model(ids, position_ids=positions, use_cache=False)
+    assert len(calls) == 4
+    wanted, found = seen[:4], seen[4:]
+    assert [own["dropout"] for own in wanted] == [0.5, 0.5, 0.0, 0.0]
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one.pop("position_ids"), other.pop("position_ids"))
+        assert one == other
+
+
+@torch.no_grad()
+def test_a_densified_layer_is_plain(calls: list[Tensor]) -> None:
+    model, fused = accelerated()
+    ids = torch.arange(12, device=DEVICE)[None]
+    densify(fused.model.layers[0])
+    assert_near(fused(ids, use_cache=False).logits, model(ids, use_cache=False).logits.cpu())
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_a_layer_is_plain_where_autocast_is_not_in_its_dtype(calls: list[Tensor]) -> None:
+    model, fused = accelerated()
+    ids = torch.arange(12, device=DEVICE)[None]
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast(DEVICE, dtype):
+            found, wanted = (m(ids, use_cache=False).logits for m in (fused, model))
+        assert found.dtype == dtype
+        assert_near(found, wanted.cpu())
+    assert len(calls) == 2
+
+
 def test_other_layers_keep_their_forward_pass() -> None:
     sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 72, "num_hidden_layers": 1}
     qwen = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4))
-    for model in (qwen, llama(attention_bias=True), llama(hidden_act="gelu")):
+    changed = llama()
+    for layer in changed.model.layers:
+        layer.mlp.act_fn = nn.GELU()
+    for model in (qwen, llama(attention_bias=True), llama(hidden_act="gelu"), changed):
         method = LowRank(rank=8)
         adapt(model, method, steps=10)
         method.accelerate(model)
@@ -277,6 +344,7 @@ def test_an_mlp_is_fused_where_no_gradient_is_asked_for(monkeypatch: pytest.Monk
     model.bfloat16()
     with torch.no_grad():
         near = model(x.bfloat16())
+        assert model(x.bfloat16()[:0]).shape == (0, 32)
         assert len(calls) == 1
         model.double()(x.double())
     model.float()(x).sum().backward()

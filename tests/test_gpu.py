@@ -218,3 +218,24 @@ def test_a_compiled_llama_of_low_rank_maps(length: int) -> None:
     compile_layers(model)
     found = model(ids.cuda(), use_cache=False).logits
     assert (found.cpu().double() - wanted).norm() <= 0.02 * wanted.norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="for two GPUs")
+@pytest.mark.parametrize("name", ["bpt", "lowrank"])
+@torch.no_grad()
+def test_kernels_run_where_the_model_is(name: str) -> None:
+    """On another GPU than the current one."""
+    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_attention_heads=2, **sizes))
+    method = METHODS[name](rank=8)
+    adapt(model, method, steps=10)
+    model.eval().bfloat16()
+    ids = torch.arange(50)[None]
+    wanted = copy.deepcopy(model).double()(ids, use_cache=False).logits
+    model.to("cuda:1")
+    method.accelerate(model)
+    assert torch.cuda.current_device() == 0
+    assert attend_without_masks(model, 50)
+    found = model(ids.to("cuda:1"), use_cache=False).logits
+    assert torch.cuda.current_device() == 0
+    assert (found.cpu().double() - wanted).norm() <= 0.02 * wanted.norm()

@@ -115,10 +115,11 @@ class Method:
         have brought their moments along; what shall not go on is forgotten here."""
 
     def accelerate(self, model: nn.Module) -> None:
-        """Let layers use the fused forms of ops/fused.py, which only a GPU can run. Parameters and
-        their names stay; results are the same to rounding, except that a diagonal that is exactly
-        0 gets no gradient. Low-rank MLPs are fused where no gradient is asked for; a model whose
-        MLPs were fused with gradients can't be densified in place."""
+        """Let layers use the fused forms of ops/, which only a GPU can run. Parameters and their
+        names stay; results are the same to rounding, except that a diagonal that is exactly 0 gets
+        no gradient. Low-rank maps are fused where no gradient is asked for; a model whose MLPs
+        were fused with gradients can't be densified in place. Hooks on modules within a fused one
+        are not called."""
 
     def schedule(self, base: Schedule) -> Schedule:
         """The multiplier of the learning rates over the whole run."""

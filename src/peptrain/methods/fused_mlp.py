@@ -71,10 +71,10 @@ def fuse_mlps(model: nn.Module, layer: type[ReparamLinear], form: type[FusedMLP]
 
 
 def _candidates(module: nn.Module, layer: type[ReparamLinear]) -> Iterator[tuple[str, str, str]]:
-    """Names of three children that could be gate, up and down."""
+    """Names of three children that could be gate, up and down, of an MLP that isn't fused yet."""
     names = [n for n, child in module.named_children() if isinstance(child, layer)]
     wanted = [p for p in signature(module.forward).parameters.values() if p.default is p.empty]
-    if len(names) != 3 or len(wanted) != 1:
+    if isinstance(module, FusedMLP) or len(names) != 3 or len(wanted) != 1:
         return
     if any(getattr(module, n).bias is not None for n in names):
         return

@@ -3,6 +3,7 @@ the parts of a decoder layer of LLaMA's. Same results as the plain forms', to ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,18 +91,22 @@ def _paired(B: Tensor, D: int) -> Tensor:
 def fits(x: Tensor, gate: Factors, up: Factors) -> bool:
     """Whether lowrank_mlp is made for these: a GPU, 16 bits, one r that is a multiple of 8."""
     narrow = compute_dtype(x) in (torch.bfloat16, torch.float16)
-    return (x.is_cuda or INTERPRETED) and narrow and _alike(gate, up)
+    return _placed(x) and narrow and _alike(gate, up)
 
 
-def fits_layer(
-    x: Tensor, D: int, qkv: tuple[Factors, Factors, Factors], mlp: tuple[Factors, Factors, Factors]
-) -> bool:
-    """Whether the other maps are made for these: a GPU, all in bf16 (fp16 would overflow before it
-    is scaled), q, k and v of one r and gate and up too, whole blocks of columns in q and k."""
-    (B_q, _), (B_k, _), _ = qkv
-    all_bf16 = {t.dtype for t in (x, *(p for f in (*qkv, *mlp) for p in f))} == {torch.bfloat16}
+def fits_layer(x: Tensor, D: int, maps: Sequence[Factors]) -> bool:
+    """Whether the other maps are made for these, q and k the first two: a GPU, all in bf16, as is
+    autocast (fp16 would overflow before it is scaled), one r, whole blocks of columns in q and k.
+    """
+    (B_q, _), (B_k, _) = maps[:2]
+    dtypes = {x.dtype, compute_dtype(x), *(p.dtype for pair in maps for p in pair)}
     blocks = B_q.shape[0] % COLUMNS == B_k.shape[0] % COLUMNS == D % 2 == x.shape[-1] % 8 == 0
-    return (x.is_cuda or INTERPRETED) and all_bf16 and blocks and _alike(*qkv) and _alike(*mlp[:2])
+    return _placed(x) and dtypes == {torch.bfloat16} and blocks and _alike(*maps)
+
+
+def _placed(x: Tensor) -> bool:
+    """Whether kernels can read x: a GPU's, and not empty, which a descriptor can't be."""
+    return (x.is_cuda or INTERPRETED) and x.numel() > 0
 
 
 def _alike(*factors: Factors) -> bool:

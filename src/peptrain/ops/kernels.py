@@ -6,6 +6,8 @@ them to plain PyTorch. Matrices are contiguous; sums are in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,6 +20,18 @@ ROWS = 64
 """Tokens that one program sums before it writes a partial sum."""
 COLUMNS = 64
 """These and the other sizes are the best on one H200 of some dozens (docs/log.md)."""
+
+
+def operator(function: Callable[..., Any]) -> Any:
+    """`function` as the custom operator peptrain::NAME, its kernels on the GPU of its first tensor:
+    Triton starts them on the current GPU, which need not be the model's."""
+
+    @wraps(function)
+    def placed(first: Tensor, *rest: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+            return function(first, *rest, **named)
+
+    return torch.library.custom_op(f"peptrain::{function.__name__}", placed, mutates_args=())
 
 
 @triton.jit
@@ -46,7 +60,7 @@ def _merged(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=here)
 
 
-@torch.library.custom_op("peptrain::merged", mutates_args=())
+@operator
 def merged(
     W: Tensor, U: Tensor, V: Tensor, a: Tensor | None, b: Tensor | None, after: Tensor | None,
     *, dtype: torch.dtype,
@@ -99,7 +113,7 @@ def _column_dots(
     tl.store(out + tl.program_id(1) * n + j, tl.sum(product, 0), mask=j < n)
 
 
-@torch.library.custom_op("peptrain::column_dots", mutates_args=())
+@operator
 def column_dots(x: Tensor, y: Tensor) -> Tensor:
     """[.., n] partial sums of x * y over the tokens of x, y: [T, n]; their sum over dim 0 is
     sum_t x_tj y_tj."""
@@ -132,7 +146,7 @@ def _added_dots(
     tl.store(sums_z + at, tl.sum(x_ * z_, 0), mask=j < n)
 
 
-@torch.library.custom_op("peptrain::added_dots", mutates_args=())
+@operator
 def added_dots(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y + z, and column_dots of x with each of them, in one pass; all are [T, n]."""
     T, n = x.shape
@@ -185,7 +199,7 @@ def _gated_backward(
     tl.store(sum_u + tl.program_id(1) * n + j, total_u, mask=j < n)
 
 
-@torch.library.custom_op("peptrain::gated_backward", mutates_args=())
+@operator
 def gated_backward(
     dh: Tensor, g: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peptrain.ops.kernels import dot_type
+from peptrain.ops.kernels import dot_type, operator
 
 COLUMNS = 128
 """Of a tile. The sizes are the best of some dozens on one H200 (docs/log.md)."""
@@ -53,7 +53,7 @@ def _gated_products(
         h.store([i, j], (gate / (1 + tl.exp(-gate)) * up).to(h.dtype))
 
 
-@torch.library.custom_op("peptrain::gated_products", mutates_args=())
+@operator
 def gated_products(z: Tensor, B_g: Tensor, B_u: Tensor, scale: Tensor | None) -> Tensor:
     """h = silu(s z_g B_gᵀ) * (s z_u B_uᵀ), [T, f], for z = [z_g z_u]: [T, 2r], B: [f, r], r a
     multiple of 8, in fp16 or bf16, and s = diag(scale), of T numbers in fp32; no scale is ones.
@@ -105,7 +105,7 @@ def _rotated_products(
         y.store([i, j], acc.to(y.dtype))
 
 
-@torch.library.custom_op("peptrain::rotated_products", mutates_args=())
+@operator
 def rotated_products(
     z: Tensor, B: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, n_q: int, n_k: int
 ) -> Tensor:
@@ -150,7 +150,7 @@ def _added_products(
     tl.store(squares + t * columns + column, tl.sum(acc * acc, 1), mask=t < T)
 
 
-@torch.library.custom_op("peptrain::added_products", mutates_args=())
+@operator
 def added_products(z: Tensor, B: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """y = x + z Bᵀ, [T, n], for z: [T, r] and B: [n, r], n and r multiples of 8, in fp16 or bf16;
     and the sums of y's squares over blocks of its columns, [T, n / 128], in fp32."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peptrain.ops.kernels import INTERPRETED, dot_type
+from peptrain.ops.kernels import INTERPRETED, dot_type, operator
 
 LONGEST = 64
 """Tokens up to which this is the fastest. 32 heads of 64 on an H200: 512 windows of 32 tokens 64 µs
@@ -40,7 +40,7 @@ def _short_attention(
     tl.store(o + at, out.to(o.dtype.element_ty), mask=here)
 
 
-@torch.library.custom_op("peptrain::short_attention", mutates_args=())
+@operator
 def short_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(scale q kᵀ) v, each token with itself and those before it, as [rows, L, heads, D].
 
