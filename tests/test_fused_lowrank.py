@@ -18,13 +18,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 pytest.importorskip("triton")
 
 from peptrain.adapt import adapt
 from peptrain.dense import densify
-from peptrain.execution import attend_without_masks
+from peptrain.execution import WHOLE_WINDOWS, attend_without_masks
 from peptrain.methods import LowRank, fused_layer, fused_mlp
 from peptrain.methods.fused_layer import LowRankLayer
 from peptrain.ops import fused_lowrank
@@ -168,6 +169,36 @@ def test_short_attention_is_for_short_windows_without_gradients() -> None:
         assert not fits(1, keys=9)  # a cache
         assert not fits(8, dtype=torch.float32)
     assert not fits(LONGEST)
+
+
+@pytest.mark.parametrize(
+    "own, short",
+    [
+        ({}, True),
+        ({"dropout": 0.5}, False),
+        ({"is_causal": False}, False),
+        ({"attention_mask": torch.zeros(1, 1, 4, 4, dtype=torch.bfloat16)}, False),
+    ],
+)
+@torch.no_grad()
+def test_what_asks_for_more_is_not_short_attention(
+    own: dict[str, Any], short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Tensor] = []
+
+    def counting(q: Tensor, *rest: Any) -> Tensor:
+        calls.append(q)
+        return short_attention(q, *rest)
+
+    model = llama().bfloat16()
+    assert attend_without_masks(model, 4)
+    monkeypatch.setattr("peptrain.ops.short_attention.short_attention", counting)
+    q = Draw(0)(1, 2, 4, 16).bfloat16().to(DEVICE)
+    on_device = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in own.items()}
+    settings_ = {"attention_mask": None, **on_device}
+    attend = ALL_ATTENTION_FUNCTIONS[WHOLE_WINDOWS]
+    attend(model.model.layers[0].self_attn, q, q, q, **settings_)
+    assert len(calls) == short
 
 
 def llama(**own: Any) -> LlamaForCausalLM:

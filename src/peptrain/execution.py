@@ -99,23 +99,29 @@ def attend_without_masks(model: PreTrainedModel, seq_len: int) -> bool:
 
 
 def _attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **own: Any
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None = None,
+    **own: Any,
 ) -> Any:
     """Hugging Face's attention, q: [rows, heads, L, d], by the kernel that is fast for L."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if not q.is_cuda or q.shape[2] > SHORT:
-        return sdpa_attention_forward(module, q, k, v, mask, **own)
-    if find_spec("triton") and mask is None and not own.get("dropout"):
+    plain = attention_mask is None and not own.get("dropout") and own.get("is_causal") is not False
+    if plain and getattr(module, "is_causal", True) and find_spec("triton"):
         from peptrain.ops.short_attention import fits_short, short_attention
 
         if fits_short(q, k, v):
             scale = own.get("scaling") or q.shape[-1] ** -0.5
             return short_attention(q, k, v, scale), None
+    if not q.is_cuda or q.shape[2] > SHORT:
+        return sdpa_attention_forward(module, q, k, v, attention_mask, **own)
     order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     order += [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
-        return sdpa_attention_forward(module, q, k, v, mask, **own)
+        return sdpa_attention_forward(module, q, k, v, attention_mask, **own)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -61,7 +61,7 @@ def gated_products(z: Tensor, B_g: Tensor, B_u: Tensor, scale: Tensor | None) ->
     z, B_g, B_u = z.contiguous(), B_g.contiguous(), B_u.contiguous()
     (T, _), (f, r) = z.shape, B_g.shape
     h = _aligned_rows(z, f)
-    M, N = 128, 128
+    M, N = 128, COLUMNS
     K, stages = (64, 3) if _large_shared_memory(z.device) else (32, 2)
     programs = _processors(z.device)
     _gated_products[(programs,)](
