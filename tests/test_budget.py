@@ -18,7 +18,7 @@ from peptrain import timing
 from peptrain.budget import Timing, allot, clock, count_flops, kept
 from peptrain.compare import compare
 from peptrain.config import resolved
-from peptrain.errors import ConfigError, Interrupted, PeptrainError
+from peptrain.errors import CheckpointError, ConfigError, Interrupted, PeptrainError
 from peptrain.grid import Grid, GridRun, expand
 from peptrain.methods import Full, ReLoRA
 from peptrain.workers import Job, alone
@@ -163,6 +163,14 @@ def test_a_baseline_is_the_first_full_run_or_the_first_run() -> None:
     assert [run.steps for run in allot(alone, costs)] == [20, 20]
 
 
+def test_a_warm_start_has_to_fit_into_steps_that_are_its_own() -> None:
+    """Twice as many of half the batch: 50 of 80, though the baseline has 40."""
+    _, costs = priced(1.0, 0.5, 0.5)
+    grid = grid_of({"method.name": "full"}, {"method.name": "relora", "train.batch_size": 2,
+                   "method.warm_start_steps": 50}, steps=40)  # fmt: skip
+    assert [run.steps for run in allot(grid, costs)] == [40, 80]
+
+
 def test_what_the_budget_does_not_pay_is_named() -> None:
     _, costs = priced(1.0, 2.0, 1.0)
     long = grid_of({"method.name": "full"}, {"method.name": "relora",
@@ -194,6 +202,14 @@ def test_costs_are_measured_once(tmp_path: Path) -> None:
     more = grid_of(*blocks, {"method.name": "lowrank", "method.rank": 3}, equal="time", steps=20)
     assert allot(more, kept(tmp_path / "costs", "time", measure))[:2] == first
     assert measured == ["full", "lowrank rank=2", "lowrank rank=3"]
+
+
+def test_a_damaged_cost_is_named(tmp_path: Path) -> None:
+    costs = kept(tmp_path, "flops", lambda run, file: None)
+    (run,) = grid_of({"method.name": "full"}).runs
+    (tmp_path / f"flops-{run.costs_name}.json").touch()
+    with pytest.raises(CheckpointError, match=r"flops-full-\w+\.json: damaged .*; delete it"):
+        costs(run)
 
 
 # Time.
@@ -234,6 +250,27 @@ def test_timed_steps_leave_the_weights_alone(corpus: Path, monkeypatch: pytest.M
     config = tiny(Full(), corpus, optim={"lr": 1e30}, train={"device": "cpu"})
     (seconds,) = timing.step_seconds(resolved(config, world_size=1, on_gpu=False))
     assert 0 < seconds < 10
+
+
+def test_steps_are_timed_of_a_run_that_is_shorter_than_its_warm_up(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cheap configuration is timed before it is known to have more steps."""
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    config = tiny(Full(), corpus, schedule={"warmup": 50}, train={"steps": 8, "device": "cpu"})
+    (seconds,) = timing.step_seconds(resolved(config, world_size=1, on_gpu=False))
+    assert seconds > 0
+
+
+def test_what_can_not_be_timed_says_why(corpus: Path, tmp_path: Path, importable: None) -> None:
+    """In the words of the error, without Python's name for it."""
+    for part in ("logs", "settings"):
+        (tmp_path / part).mkdir()
+    small = {"model": BASE["model"] | {"vocab_size": 10}, "data": {"path": str(corpus)}}
+    grid = grid_of({"method.name": "full", **small}, equal="time")
+    told = r"^full .*: its steps can't be timed: model\.vocab_size: 10, and token id"
+    with alone(tmp_path) as lock, pytest.raises(PeptrainError, match=told):
+        allot(grid, kept(tmp_path / "costs", "time", clock(tmp_path, [], lock)))
 
 
 @pytest.mark.parametrize("says, error, message", [

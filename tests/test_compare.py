@@ -6,6 +6,7 @@ Most tests put a script of a few lines in the place of a training, for speed.
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from peptrain.compare import compare
 from peptrain.config import load
 from peptrain.data import Corpus
 from peptrain.errors import CheckpointError, ConfigError, DataError, Interrupted
+from peptrain.files import write_atomically
 from peptrain.grid import GridRun, load_grid
 from peptrain.model import ModelConfig, hf_config
 from peptrain.progress import comparing, standing
@@ -364,6 +366,18 @@ def test_what_can_not_be_compared_is_named(
     assert not out.exists() and not fakes.started
 
 
+def test_a_place_that_can_not_be_made_is_named(fakes: Fakes, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"^--out .*/file: can't be made: Not a directory; "):
+        compare(write_grid(tmp_path, corpus), tmp_path / "file")
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "table.md.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/table.md'"):
+        write_atomically(tmp_path / "table.md", "text")
+
+
 def test_a_run_whose_settings_were_changed_by_hand_is_refused(
     fakes: Fakes, corpus: Path, tmp_path: Path
 ) -> None:
@@ -393,6 +407,26 @@ def test_lines_tell_what_begins_and_ends(
     assert said[3].startswith(f"failed    {other}  RuntimeError: out of memory  (1 done,")
     assert main(["compare", str(grid), "--out", str(out), "--workers", "1"]) == 1
     assert capsys.readouterr().out.startswith("finished before: 1\nbegun ")
+
+
+def test_what_all_runs_are_warned_of_is_said_once(
+    fakes: Fakes, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = write_grid(tmp_path, corpus, schedule__decay=9)
+    compare(grid, tmp_path / "out")
+    longer = "schedule.decay: 9 is longer than the run of 8 steps"
+    assert len(fakes.started) == 4 and caplog.messages.count(longer) == 1
+
+
+def test_a_table_in_a_pipe_has_a_line_for_each_configuration(
+    fakes: Fakes, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    block = {"method.name": "bpt", "method.rank": 2, "method.merge_every": 5}
+    grid, out = write_grid(tmp_path, corpus, block), tmp_path / "out"
+    grid.write_text(f'equal = "flops"\n{grid.read_text()}')
+    assert main(["compare", str(grid), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^ bpt rank=2 merge_every=5 +3\.000 ± 0\.000 .* 2 +512 +\d", said, re.M)
 
 
 def test_a_terminal_shows_what_is_running(tmp_path: Path) -> None:

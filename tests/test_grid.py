@@ -162,10 +162,12 @@ FULL = '[[grid]]\nmethod.name = "full"\n'
         (f'equal = "time"\n{FULL}data.path = ["a", "b"]', "data.path: "),
         ("[[grid]]\ntrain.steps = 3", "[[grid]] 1: method.name: missing"),
         (f'{FULL}[[grid]]\nmethod.name = "btp"', "[[grid]] 2: method.name: 'btp' is unknown"),
-        (f"{FULL}method.rank = 3", "[[grid]] 1: method.rank: unknown key"),
+        (f"{FULL}method.rank = 3", "[[grid]] 1: method.rank: unknown key; full has none"),
         ('[[grid]]\nmethod.name = "bpt"\nmethod.merge_evry = [3, 4]',
          "[[grid]] 1: method.merge_evry: unknown key; did you mean 'method.merge_every'?"),
         (f"{FULL}trian.steps = 3", "[[grid]] 1: trian: unknown key; did you mean 'train'?"),
+        (f"{FULL}seed = [0, 1]", "[[grid]] 1: seed: unknown key; did you mean 'train.seed'?"),
+        (f'{FULL}equal = "flops"', "[[grid]] 1: equal: is for all runs; write it above [base]"),
         (f"{FULL}optim.lr = []", "[[grid]] 1: optim.lr: [] makes no run"),
         (f'{FULL}optim.lr = [1e-3, "2e-3"]', "[[grid]] 1: optim.lr: '2e-3' has the wrong type"),
         (f"{FULL}optim.lr = [[1e-3]]", "[[grid]] 1: optim.lr: [0.001] has the wrong type"),
@@ -245,3 +247,19 @@ def test_what_differs_unsaid_is_told() -> None:
         "schedule.kind by the methods' own defaults: cosine for full, loro; wsd for bpt"
     ]
     assert unstated(runs('[[grid]]\nmethod.name = ["lora", "full"]')) == []
+
+
+def test_nothing_is_said_of_steps_that_are_not_known_yet(caplog: pytest.LogCaptureFixture) -> None:
+    text = """
+        [[grid]]
+        method = { name = "bpt", train_rest = false }
+        train.steps = 10
+        schedule.warmup = 20
+    """
+    runs(text)
+    of_any, of_ten = caplog.messages
+    assert of_any.startswith("method.train_rest: false leaves embeddings")
+    assert of_ten == "schedule.warmup: 20 is longer than the run of 10 steps"
+    caplog.clear()
+    runs(f'equal = "flops"\n{text}')
+    assert caplog.messages == [of_any]

@@ -257,8 +257,18 @@ def test_the_caption_says_how_the_baseline_was_tuned() -> None:
     assert baseline(full((1e-3,)), LINE) == (
         "The full-training baseline ran at one learning rate, 0.001: not tuned."
     )
-    assert baseline(full((1e-3, 2e-3)), full((4e-3,))) == (
-        "The full-training baseline ran at one learning rate, 0.004: not tuned."
+    assert baseline(LINE, full((1e-3, 2e-3)), replace(LINE, tried=(1e-3,))) == (
+        "The full-training baseline is tuned by the same grid, over 0.001, 0.002"
+        " (the other lines: 1 to 2 rates)."
+    )
+    assert baseline(full((1e-3, 2e-3)), *(replace(LINE, tried=(1e-3,) * n) for n in (3, 4, 5))) == (
+        "The full-training baseline is tuned by the same grid, over 0.001, 0.002"
+        " (the other lines: 3 to 5 rates)."
+    )
+    # Other lines of full training, a smaller model say, are no baseline.
+    assert baseline(full((1e-3, 2e-3)), full((4e-3,)), full((), None)) == (
+        "The full-training baseline is tuned by the same grid, over 0.001, 0.002"
+        " (the other lines: 1 rate)."
     )
     assert baseline(full((1e-3,), None)) == "The full-training baseline has no result."
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peptrain.build import bounds
 from peptrain.config import dump
-from peptrain.errors import ConfigError, Interrupted, PeptrainError
+from peptrain.errors import CheckpointError, ConfigError, Interrupted, PeptrainError
 from peptrain.estimate import estimate
 from peptrain.files import write_atomically
 from peptrain.grid import Grid, GridRun, check
@@ -61,12 +61,17 @@ def allot(grid: Grid, costs: Costs) -> list[GridRun]:
     for run in grid.runs:
         if run.family not in known:
             price = Price(costs)
-            known[run.family] = _most_steps(run.lasting(base.steps), price, budget), price
+            known[run.family] = _most_steps(_of_tokens(base.tokens, run), price, budget), price
         steps, price = known[run.family]
         run = run.lasting(steps)
         made.append(replace(run, cost=price(run)))
     check(made, grid.equal)
     return made
+
+
+def _of_tokens(tokens: int, run: GridRun) -> GridRun:
+    """`run` for as many tokens: near the answer, and a warm start fits as it does there."""
+    return run.lasting(max(1, tokens * run.steps // run.tokens))
 
 
 def _most_steps(run: GridRun, price: Price, budget: float) -> int:
@@ -98,7 +103,12 @@ def kept(directory: Path, equal: str, measure: Callable[[GridRun, Path], None]) 
         if not file.is_file():
             directory.mkdir(exist_ok=True)
             measure(run, file)
-        (found,) = json.loads(file.read_text(encoding="utf-8")).values()
+        try:
+            (found,) = json.loads(file.read_text(encoding="utf-8")).values()
+        except ValueError as error:
+            raise CheckpointError(
+                f"{file}: damaged ({error}); delete it, and it is made again"
+            ) from error
         return list(found)
 
     return costs

@@ -181,6 +181,11 @@ def _show(made: Estimate, as_json: bool) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _print_wide(table: Table) -> None:
+    """Where the width is nobody's, in a file or a pipe, a line for each row."""
+    (console if console.is_terminal else Console(width=160, emoji=False)).print(table)
+
+
 def _watched(training: Callable[[Any], Any]) -> Any:
     """Run a training under a progress display that never outlives it."""
     from peptrain.progress import TrainingProgress
@@ -234,7 +239,7 @@ def _compare(grid: Positional[Path], out: Path, workers: int | None = None) -> N
 
     with comparing(console) as watch:
         made = compare(grid, out, workers, watch)
-    console.print(terminal(made))
+    _print_wide(terminal(made))
     text = "\n".join(["", made.caption, *made.notes, f"Written to {out}/table.md, .csv, .tex"])
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     if failed := sum(len(line.errors) for line in made.lines):
@@ -345,6 +350,5 @@ def _recipes(name: Positional[str | None] = None) -> None:
         counts = (f"{n / 1e6:,.1f}M" for n in (about.parameters, about.trainable))
         tokens = f"{about.tokens / 1e9:.1f}B"
         table.add_row(known, recipes.load(known).method.name, *counts, tokens, about.expected)
-    # In a pipe, for grep, a line each.
-    (console if console.is_terminal else Console(width=160)).print(table)
+    _print_wide(table)
     console.print("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")

@@ -25,7 +25,7 @@ from peptrain.journal import Observer
 from peptrain.methods import BPT, LORO, Full, ReLoRA
 from peptrain.model import config_file
 from peptrain.rundir import RunDir
-from peptrain.settings import check
+from peptrain.settings import check, each_line_once
 from peptrain.summary import Outcome, outcome, summarize
 from peptrain.table import Comparison, as_csv, latex, markdown
 from peptrain.train import Result, train
@@ -79,6 +79,7 @@ def comparison(results: Sequence[Result]) -> Table:
     return table
 
 
+@each_line_once()
 def compare(
     grid: Path,
     out: Path,
@@ -96,9 +97,9 @@ def compare(
     workers: runs at a time; unset, one per GPU, or else one per core. Finished and diverged runs
     are read, interrupted ones resumed, failed ones tried again. A changed grid adds runs; those
     that are no longer in it stay where they are. Raises what `load_grid` and `allot` do; DataError
-    without a corpus of a window or more; CheckpointError while another call works in `out`, or for
-    a run whose config.toml was changed; PeptrainError for steps that can't be timed; Interrupted
-    after Ctrl-C or SIGTERM, when the running ones were saved.
+    without a corpus of a window or more; CheckpointError while another call works in `out`, if it
+    can't be made, or for a run whose config.toml was changed; PeptrainError for steps that can't be
+    timed; Interrupted after Ctrl-C or SIGTERM, when the running ones were saved.
     """
     check(workers is None or workers >= 1, "--workers", workers, "1 or more")
     ranks = os.environ.get("WORLD_SIZE", "1")
@@ -109,8 +110,7 @@ def compare(
     epoch = corpus.windows(seq_len) * seq_len
     asked = _identified(asked, corpus)
     gpus = _gpus(asked.runs)
-    for part in ("runs", "logs", "settings"):
-        (out / part).mkdir(parents=True, exist_ok=True)
+    _make(out)
     with alone(out) as lock:
         planned = _within_budget(asked, out, gpus, lock)
         before = [outcome(run, _place(run, out)) for run in planned]
@@ -127,6 +127,16 @@ def compare(
             f"stopped and saved, {done} of {len(planned)} runs finished; the same command goes on"
         )
     return made
+
+
+def _make(out: Path) -> None:
+    try:
+        for part in ("runs", "logs", "settings"):
+            (out / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"--out {out}: can't be made: {error.strerror}; choose another directory"
+        ) from error
 
 
 def _identified(grid: Grid, corpus: Corpus) -> Grid:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
@@ -68,7 +68,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "seq_len", "log_every", "keep"):
             check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
-        for key in ("eval_every", "checkpoint_every", "eval_tokens"):
+        for key in ("seed", "eval_every", "checkpoint_every", "eval_tokens"):
             value = getattr(self, key)
             check(value is None or value >= 0, f"train.{key}", value, "0 or more")
         fits = self.memory_budget == 1 or (0 <= self.memory_budget < 1 and self.compile)
@@ -175,9 +175,12 @@ def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
     sections = {f.name: f for f in fields(RunConfig)}
     for key in table:
         if key not in sections and key != HEADER:
-            raise ConfigError(toml.unknown(key, list(sections)))
+            raise ConfigError(_misplaced(key) or toml.unknown(key, list(sections)))
     if not isinstance(table.get(HEADER, {}), Mapping):
-        raise ConfigError(f"{HEADER}: {table[HEADER]!r} must be a table, [{HEADER}]")
+        raise ConfigError(
+            f"{HEADER}: {table[HEADER]!r} must be a table, [{HEADER}], and says what a file is; for"
+            " a recipe's settings write those that `peptrain recipes NAME` prints"
+        )
     rest = {
         key: toml.parse_value(hint, table[key], key)
         for key, hint in get_type_hints(RunConfig).items()
@@ -186,9 +189,22 @@ def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
     return RunConfig(method=_parse_method(table.get("method", {})), **rest)
 
 
+def _misplaced(key: str) -> str | None:
+    """The message for a setting that is written without its section, a frequent slip."""
+    hints = get_type_hints(RunConfig)
+    sections: list[tuple[str, Any]] = [("method", cls) for cls in methods().values()]
+    sections += [(name, hint) for name, hint in hints.items() if is_dataclass(hint)]
+    within = (name for name, cls in sections if key in {f.name for f in fields(cls)})
+    found = next(within, None)
+    return found and f"{key}: unknown key; did you mean '{found}.{key}'?"
+
+
 def _parse_method(table: Mapping[str, Any]) -> Method:
-    if not isinstance(table, Mapping) or "name" not in table:
-        raise ConfigError('method.name: missing; write name = "bpt" or another in [method]')
+    wanted = 'write name = "bpt" or another in [method]'
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"method: {table!r} must be a table; {wanted}")
+    if "name" not in table:
+        raise ConfigError(f"method.name: missing; {wanted}")
     name, known = table["name"], methods()
     if not isinstance(name, str) or name not in known:
         raise ConfigError(f"method.name: {name!r} is unknown; known are {', '.join(known)}")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,11 +14,10 @@ from peptrain.fit import Fit, Watch, fit
 from peptrain.initial import adopting
 from peptrain.methods.base import Method
 from peptrain.rehearsal import without_numbers
-from peptrain.settings import check
+from peptrain.settings import check, each_line_once
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
-log = logging.getLogger("peptrain")
 
 
 @dataclass(frozen=True)
@@ -100,28 +96,11 @@ def estimate(
     )
     check(ranks >= 1, "--ranks", ranks, "1 or more")
     config = resolved(adopting(config), world_size=ranks, on_gpu=on_gpu)
-    with without_numbers(), _each_line_once():
+    with without_numbers(), each_line_once():
         candidate = Candidate(config, ranks, on_gpu)
         phases = tuple(candidate.phases())
         found = None if gpu_memory is None else fit(candidate, gpu_memory, watch)
     return Estimate(config, ranks, on_gpu, phases, found)
-
-
-@contextmanager
-def _each_line_once() -> Iterator[None]:
-    """What is said of one phase need not be said of the next."""
-    said: set[str] = set()
-
-    def new(record: logging.LogRecord) -> bool:
-        before = len(said)
-        said.add(record.getMessage())
-        return len(said) > before
-
-    log.addFilter(new)
-    try:
-        yield
-    finally:
-        log.removeFilter(new)
 
 
 def memory(text: str) -> int:

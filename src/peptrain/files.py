@@ -11,9 +11,12 @@ def write_atomically(path: Path, content: str | Iterable[bytes | memoryview]) ->
     """Write `path` so that a kill or a full disk leaves the old or the new file, never half."""
     chunks = [content.encode()] if isinstance(content, str) else content
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:  # of a full disk it doesn't say which file
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,7 @@ from peptrain.config import HEADER, RunConfig, dump, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.initial import adopting
 from peptrain.methods.base import Method
+from peptrain.settings import quiet
 
 Equal = Literal["tokens", "flops", "time"]
 """What the runs of a grid have in common, that their losses compare."""
@@ -110,7 +112,7 @@ class Grid:
     """What the file of a grid describes."""
 
     runs: Sequence[GridRun]
-    """In its order; unless tokens are equal, each for as many steps as the baseline."""
+    """In its order; unless tokens are equal, their steps are not known yet."""
     equal: Equal
 
     @property
@@ -158,11 +160,10 @@ def expand(table: Mapping[str, Any]) -> Grid:
     if not blocks:
         raise ConfigError('grid: empty; write a [[grid]] block with method.name = "bpt"')
     common, own = _flat(base), [_flat(block) for block in blocks]
-    hidden = NOT_SHOWN if equal == "tokens" else (*NOT_SHOWN, STEPS)
     of_block: list[list[GridRun]] = []
     for number, block in enumerate(own, start=1):
         try:
-            of_block.append(list(_of_block(common, block, hidden)))
+            of_block.append(list(_of_block(common, block, equal)))
         except ConfigError as error:
             raise ConfigError(f"[[grid]] {number}: {error}") from error
     grid = Grid([run for runs in of_block for run in runs], equal)
@@ -220,14 +221,14 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return table
 
 
-def _of_block(
-    common: Mapping[str, Any], own: Mapping[str, Any], hidden: Sequence[str]
-) -> Iterator[GridRun]:
-    """hidden: the keys that no label shows."""
+def _of_block(common: Mapping[str, Any], own: Mapping[str, Any], equal: Equal) -> Iterator[GridRun]:
     given = {key: v for key, v in {**common, **own}.items() if not key.startswith(f"{HEADER}.")}
     if "run" in given:
         raise ConfigError("run: compare names the runs itself; give --out")
+    if "equal" in given:
+        raise ConfigError("equal: is for all runs; write it above [base] and every [[grid]]")
     shown = {*own, *(key for key, value in common.items() if isinstance(value, list))}
+    hidden = NOT_SHOWN if equal == "tokens" else (*NOT_SHOWN, STEPS)
     choices = [value if isinstance(value, list) else [value] for value in given.values()]
     for key, values in zip(given, choices, strict=True):
         if not values:
@@ -238,7 +239,10 @@ def _of_block(
         flat = dict(zip(given, chosen, strict=True))
         written = adopting(parse(_nested(flat)))
         settings = {k: v for k, v in flat.items() if k in shown and k not in hidden}
-        yield GridRun(_resolved(written), written, settings)
+        # Of steps that aren't its own yet nothing true could be said.
+        with nullcontext() if equal == "tokens" else quiet():
+            config = _resolved(written)
+        yield GridRun(config, written, settings)
 
 
 def _resolved(config: RunConfig[Method]) -> RunConfig[Method]:

@@ -22,10 +22,11 @@ def check(holds: bool, key: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{key}: {value!r} can't be used; give {wanted}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for the error of an unknown `name`; empty if no known one is like it."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """A hint for the error of an unknown `name`; empty if no known one is like it. `prefix`: what
+    stands before each of them, which makes none more alike."""
     near = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}? " if near else ""
+    return f"did you mean {prefix + near[0]!r}? " if near else ""
 
 
 @contextmanager
@@ -36,6 +37,23 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+@contextmanager
+def each_line_once() -> Iterator[None]:
+    """What is said of one phase, or of one run of several, need not be said of the next."""
+    said: set[str] = set()
+
+    def new(record: logging.LogRecord) -> bool:
+        before = len(said)
+        said.add(record.getMessage())
+        return len(said) > before
+
+    log.addFilter(new)
+    try:
+        yield
+    finally:
+        log.removeFilter(new)
 
 
 def interval(fraction: float, most: int | None = None) -> Any:

@@ -49,8 +49,7 @@ class Comparison:
             " optimizer's moments, 10^6 bytes. Tokens/s: with as many runs at a time as there were"
             f" workers. {_counted(self)}Each line is at the learning rate whose mean held-out loss"
             " is lowest of those tried; (lowest) and (highest) mark a rate at the edge of them,"
-            " beyond which a better one may lie, (only) one that was not tuned. "
-            + _tuned(self.lines)
+            " beyond which a better one may lie, (only) one that was not tuned. " + _tuned(self)
         )
 
     @property
@@ -86,21 +85,21 @@ def _counted(made: Comparison) -> str:
     return f"{how[made.equal]} An epoch of the corpus has {made.epoch:,} tokens. "
 
 
-def _tuned(lines: Sequence[Line]) -> str:
-    full = [line for line in lines if line.method == "full"]
-    if not full:
+def _tuned(made: Comparison) -> str:
+    base = made.baseline
+    if base.method != "full":
         return "There is no full-training baseline in this grid."
-    if any(line.loss is None for line in full):
+    if base.loss is None:
         return "The full-training baseline has no result."
-    least = min(full, key=lambda line: len(line.tried)).tried
-    listed = ", ".join(f"{rate:g}" for rate in least)
-    if len(least) < 2:
+    listed = ", ".join(f"{rate:g}" for rate in base.tried)
+    if len(base.tried) < 2:
         return f"The full-training baseline ran at one learning rate, {listed}: not tuned."
-    whole = [line for line in lines if line.method != "full" and line.loss is not None]
+    whole = [line for line in made.lines if line is not base and line.loss is not None]
     counts = sorted({len(line.tried) for line in whole})
     others = ""
-    if counts and counts != [len(least)]:
-        others = f" (the other lines: {' to '.join(map(str, dict.fromkeys(counts)))} rates)"
+    if counts and counts != [len(base.tried)]:
+        ends = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        others = f" (the other lines: {ends} rate{'s' if counts[-1] > 1 else ''})"
     return f"The full-training baseline is tuned by the same grid, over {listed}{others}."
 
 

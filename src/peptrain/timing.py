@@ -16,6 +16,7 @@ from peptrain.build import bounds, build
 from peptrain.config import RunConfig, load
 from peptrain.data import Corpus, default_corpus
 from peptrain.distributed import World, world
+from peptrain.errors import PeptrainError
 from peptrain.files import write_atomically
 from peptrain.methods.base import Method
 from peptrain.settings import intervals
@@ -51,7 +52,8 @@ def _of_phase(
     model = build(config, phase)
     check_vocabulary(model, corpus)
     optimizer, passes = ready(model, config, here, phase)
-    base = schedule.build(config.schedule, config.train.steps)
+    # Its warm-up may be longer than the run of which the steps are timed.
+    base = schedule.build(replace(config.schedule, warmup=0), config.train.steps)
     still = replace(base, multiplier=lambda step: 0.0)
     trainee = Trainee(model, passes, optimizer, still, phase, begin, end=sys.maxsize)
     for _ in range(BEFORE):
@@ -80,4 +82,7 @@ def spread(seconds: Sequence[float], every: float) -> float:
 
 if __name__ == "__main__":
     settings, file = map(Path, sys.argv[1:])
-    write_atomically(file, json.dumps({"seconds": step_seconds(load(settings))}))
+    try:
+        write_atomically(file, json.dumps({"seconds": step_seconds(load(settings))}))
+    except PeptrainError as error:
+        sys.exit(f"error: {error}")

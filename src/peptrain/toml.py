@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from peptrain.errors import ConfigError
+from peptrain.settings import nearest
 
 T = TypeVar("T")
 
@@ -33,17 +33,19 @@ def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     for key in table:
         if key not in known:
-            raise ConfigError(unknown(f"{prefix}{key}", [f"{prefix}{k}" for k in known]))
+            raise ConfigError(unknown(key, known, prefix, getattr(cls, "name", "")))
     return cls(
         **{key: parse_value(hints[key], value, prefix + key) for key, value in table.items()}
     )
 
 
-def unknown(key: str, known: list[str]) -> str:
-    """The message for a key that doesn't exist, with the nearest one that does."""
-    near = get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-    return f"{key}: unknown key; {hint}"
+def unknown(key: str, known: Sequence[str], prefix: str = "", owner: str = "") -> str:
+    """The message for a key that doesn't exist, with the nearest one that does, or else all."""
+    listed = ", ".join(prefix + name for name in known) or "none"
+    hint = nearest(key, known, prefix).rstrip() or (
+        f"{owner} has {listed}" if owner else f"known are {listed}"
+    )
+    return f"{prefix}{key}: unknown key; {hint}"
 
 
 def parse_value(hint: Any, value: Any, key: str) -> Any:
