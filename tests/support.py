@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from slow import algebra
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from peptrain.checkpoint import Checkpoint, available, read
 from peptrain.config import DataConfig, RunConfig, TrainConfig, load
@@ -205,3 +207,17 @@ class Toy(RankMethod):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, rng: Rng
     ) -> Metrics:
         return {"after_step": float(step)}
+
+
+def arch_of(hf: PretrainedConfig) -> algebra.Arch:
+    """The sizes of a model, for closed forms."""
+    return algebra.Arch(
+        family=hf.model_type,
+        V=hf.vocab_size,
+        d=hf.hidden_size,
+        f=hf.intermediate_size,
+        L=hf.num_hidden_layers,
+        heads=hf.num_attention_heads,
+        kv=hf.num_key_value_heads,
+        tied=hf.tie_word_embeddings,
+    )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import algebra
-from support import MODEL, rows, tiny
+from support import MODEL, arch_of, rows, tiny
 
 from peptrain import control, recipes
 from peptrain.config import RunConfig, dump, load, resolved
@@ -32,17 +32,7 @@ def run_of(config: RunConfig[Any], run: Path) -> Path:
 def count(model: ModelConfig) -> tuple[int, Any]:
     """By arithmetic, and the sizes."""
     hf = hf_config(model, 64)
-    arch = algebra.Arch(
-        family=hf.model_type,
-        V=hf.vocab_size,
-        d=hf.hidden_size,
-        f=hf.intermediate_size,
-        L=hf.num_hidden_layers,
-        heads=hf.num_attention_heads,
-        kv=hf.num_key_value_heads,
-        tied=hf.tie_word_embeddings,
-    )
-    return algebra.parameter_count(arch, "full")[0], hf
+    return algebra.parameter_count(arch_of(hf), "full")[0], hf
 
 
 @pytest.mark.parametrize(

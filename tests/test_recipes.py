@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from slow import algebra
-from support import MODEL, STEPS, rows
+from support import MODEL, STEPS, arch_of, rows
 from transformers import PreTrainedModel
 
 from peptrain import recipes
@@ -140,17 +140,9 @@ def test_a_recipe_has_its_closed_form(name: str) -> None:
     hf = hf_config(config.model, config.train.seq_len)
     if hf.model_type == "olmo2" or getattr(method, "targets", ""):
         pytest.skip("no closed form for its norms, or for a choice of matrices")
-    arch = algebra.Arch(
-        family=hf.model_type,
-        V=hf.vocab_size,
-        d=hf.hidden_size,
-        f=hf.intermediate_size,
-        L=hf.num_hidden_layers,
-        heads=hf.num_attention_heads,
-        kv=hf.num_key_value_heads,
-        tied=hf.tie_word_embeddings,
+    total, trainable, _ = algebra.parameter_count(
+        arch_of(hf), method.name, getattr(method, "rank", 0)
     )
-    total, trainable, _ = algebra.parameter_count(arch, method.name, getattr(method, "rank", 0))
     about = recipes.about(name)
     assert (about.parameters, about.trainable) == (total, trainable)
 
