@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -253,6 +254,24 @@ def test_a_llama_of_low_rank_maps(own: dict[str, Any], masks: bool, calls: list[
         assert_near(found[0, 7:], exact(ids.cpu(), padded.cpu()).logits[0, 7:])
     for name, p in model.named_parameters():
         assert torch.equal(p, written[name])
+
+
+@pytest.mark.parametrize("length", [8, LONGEST + 1])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_layer_is_one_graph(length: int, gradients: bool) -> None:
+    """Whatever the compiler can't follow, in the layer or in attention, would be an error."""
+    model, method = llama().to(DEVICE), LowRank(rank=8)
+    adapt(model, method, steps=10)
+    model.bfloat16()
+    method.accelerate(model)
+    assert attend_without_masks(model, length)
+    ids = torch.arange(length, device=DEVICE)[None] % 64
+    with torch.set_grad_enabled(gradients):
+        wanted = model(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager", fullgraph=True)
+        assert_near(model(ids, use_cache=False).logits.detach(), wanted.detach())
 
 
 def test_a_layer_is_plain_where_it_must_be(calls: list[Tensor]) -> None:

@@ -28,6 +28,9 @@ SHORT = 64
 """Tokens of a window up to which cuDNN's attention is not the fastest: 512 windows of 32 tokens and
 32 heads of 64 take it 348 µs on an H200, the memory-efficient one 193."""
 
+TRITON = find_spec("triton") is not None
+"""Looked up once, not in every layer of every pass."""
+
 
 @cache
 def inductor_with_passes(memory_budget: float) -> Callable[..., Any]:
@@ -109,14 +112,16 @@ def _attention(
     """Hugging Face's attention, q: [rows, heads, L, d], by the kernel that is fast for L."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if q.shape[2] > SHORT:
+        return sdpa_attention_forward(module, q, k, v, attention_mask, **own)
     plain = attention_mask is None and not own.get("dropout") and own.get("is_causal") is not False
-    if plain and getattr(module, "is_causal", True) and find_spec("triton"):
+    if plain and getattr(module, "is_causal", True) and TRITON:
         from peptrain.ops.short_attention import fits_short, short_attention
 
         if fits_short(q, k, v):
             scale = own.get("scaling") or q.shape[-1] ** -0.5
             return short_attention(q, k, v, scale), None
-    if not q.is_cuda or q.shape[2] > SHORT:
+    if not q.is_cuda:
         return sdpa_attention_forward(module, q, k, v, attention_mask, **own)
     order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     order += [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
