@@ -25,7 +25,7 @@ class LowRankLayer(LlamaDecoderLayer):
     """A decoder layer of LLaMA's, fused where its seven maps are LowRankLinear without biases, no
     gradient is asked for and no cache kept, whose keys would have their columns in another order.
 
-    Between its products and attention nothing has a pass of its own but the norms' sums.
+    Between its products and attention nothing has a pass of its own but the first norm's sum.
     """
 
     def forward(
