@@ -60,8 +60,8 @@ class Draw:
 
 
 def assert_near(found: Tensor, wanted: Tensor, error: float = 0.02) -> None:
-    difference = (found.double().cpu() - wanted.double()).norm()
-    assert difference <= error * wanted.double().norm()
+    found, wanted = (t.double().cpu() for t in (found, wanted))
+    assert (found - wanted).norm() <= error * wanted.norm()
 
 
 def mapped(x: Tensor, factors: Factors) -> Tensor:
