@@ -4,8 +4,8 @@
         [--cuda-graph] [--logits last] [--cells 512x128 64x1024] [--json FILE]
 
 The default cells are those of LORO's Table 3. Both models are in memory and take turns; a model's
-peak is its own weights and what its forward pass adds. f is a multiple of 64 (5504, not 5461),
-without which the tensor cores of neither model are used well.
+peak is its own weights and what its forward pass adds. Both have zeros up to a multiple of 64 where
+f is odd, without which the tensor cores of neither are used well.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from transformers import PreTrainedModel
 from peptrain.build import build
 from peptrain.execution import attend_without_masks, compile_layers
 from peptrain.model import count_parameters, vocabulary_size
+from peptrain.padding import widen_mlps
 
 CELLS = ("512x128", "512x64", "512x32", "256x256", "256x128", "256x64",
          "128x512", "128x256", "128x128", "64x1024", "64x512", "64x256")  # fmt: skip
@@ -100,6 +101,7 @@ def runner(row: str, args: Any, device: torch.device) -> Runner:
     with drawn_on(device):
         model = build(config, phase=0)
     model.to(device).eval()
+    widen_mlps(model)
     config.method.accelerate(model)  # as load_factorised does
     if device.type == "cuda":
         attend_without_masks(model, longest(args.cells))

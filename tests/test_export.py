@@ -62,6 +62,7 @@ CASES = {name: Case(name, {}) for name in METHODS} | {
     "lowrank-rank-8": Case("lowrank", {}, rank=8),  # attention stays dense
     "bpt-bf16": Case("bpt", {}, "bf16"),
     "loro-bf16-olmo2": Case("loro", {"family": "olmo2"}, "bf16"),
+    "loro-odd": Case("loro", {"intermediate_size": 21}, "fp64"),
     "lowrank-fp64": Case("lowrank", {}, "fp64"),
 }
 FACTORISED = [name for name, case in CASES.items() if case.method in ("lowrank", "loro")]
@@ -249,7 +250,9 @@ def test_the_parents_of_a_directory_are_made(exports: Exports, tmp_path: Path) -
 def test_the_factorised_model_computes_and_generates_the_same(name: str, exports: Exports) -> None:
     model, run = load_factorised(exports.factorised(name)), open_run(exports.run(name))
     assert not model.training and model.dtype == run.model.dtype
-    assert torch.equal(logits(model), logits(run.model))
+    odd = name == "loro-odd"
+    assert odd == (model.model.layers[0].mlp.up_proj.out_features == 64)  # widened, for a GPU
+    torch.testing.assert_close(logits(model), logits(run.model), rtol=0, atol=1e-12 if odd else 0)
     found = generated(model)
     assert found.shape[1] > PROMPT.shape[1]
     if CASES[name].precision != "bf16":  # where rounding may decide between two tokens
@@ -261,7 +264,7 @@ def test_the_factorised_file_is_smaller(name: str, exports: Exports) -> None:
     small, large = size(exports.factorised(name)), size(exports.dense(name))
     saved = sum(
         layer.in_features * layer.out_features - sum(p.numel() for p in (layer.B, layer.A))
-        for layer in reparametrized(load_factorised(exports.factorised(name)))
+        for layer in reparametrized(open_run(exports.run(name)).model)
         if isinstance(layer, LowRankLinear)
     )
     each = {"fp32": 4, "bf16": 2, "fp64": 8}[CASES[name].precision]

@@ -22,7 +22,7 @@ from peptrain.loss import NextTokenLoss
 from peptrain.methods import METHODS
 from peptrain.methods.base import ReparamLinear, Site, reparametrized
 from peptrain.model import count_parameters
-from peptrain.padding import _Padded, pad_mlps
+from peptrain.padding import _Padded, pad_mlps, widen_mlps
 from peptrain.rehearsal import without_numbers
 from peptrain.rng import Rng
 from peptrain.train import resume, train
@@ -66,6 +66,42 @@ def test_outputs_gradients_and_steps_are_those_of_the_unpadded_model(name: str) 
     assert {n: t.shape for n, t in padded.state_dict().items()} == shapes
     assert_near(dense_state(plain), dense_state(padded), 1e-9)
     assert count_parameters(padded) == count_parameters(plain)
+
+
+@pytest.mark.parametrize("within", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("name", ["full", "lowrank", "loro"])
+def test_widened_for_good_outputs_and_gradients_are_the_same(name: str, within: Any) -> None:
+    """What is beyond f has no gradient, so it stays 0 even if somebody trains on."""
+    plain, *_ = both(name)
+    wide = copy.deepcopy(plain)
+    with within():
+        assert widen_mlps(wide) == 2 and widen_mlps(wide) == 0
+    assert not any(isinstance(module, _Padded) for module in wide.modules())
+    assert not any(21 in p.shape for p in wide.parameters())
+    found = gradients(wide)
+    for n, wanted in gradients(plain).items():
+        inside = tuple(slice(side) for side in wanted.shape)
+        torch.testing.assert_close(found[n][inside], wanted, rtol=0, atol=1e-13, msg=n)
+        found[n][inside] = 0
+        assert not found[n].any()
+    for layer in reparametrized(wide):
+        assert layer.effective_weight().shape == (layer.out_features, layer.in_features)
+
+
+def test_a_model_is_widened_in_inference_mode() -> None:
+    plain, *_ = both("loro")
+    with torch.inference_mode():
+        wide, ids = copy.deepcopy(plain), torch.arange(8)[None]
+        assert widen_mlps(wide) == 2
+        torch.testing.assert_close(wide(ids).logits, plain(ids).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["bpt", "sltrain", "vera"])
+def test_what_is_more_than_its_sides_is_padded_but_not_widened(name: str) -> None:
+    plain, *_ = both(name)
+    wide = copy.deepcopy(plain)
+    assert widen_mlps(wide) == 2 == sum(isinstance(module, _Padded) for module in wide.modules())
+    assert_near(gradients(plain), gradients(wide), 1e-13)
 
 
 @every_method

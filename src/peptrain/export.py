@@ -24,6 +24,7 @@ from peptrain.methods import methods
 from peptrain.methods.base import Method, reparametrized
 from peptrain.methods.lowrank import LowRankLinear
 from peptrain.model import find_sites
+from peptrain.padding import widen_mlps
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir
 
@@ -89,7 +90,7 @@ def _factorised(opened: Opened, out: Path) -> PreTrainedModel:
     method = {"name": opened.config.method.name} | _set(opened.config.method)
     recipe = {"peptrain": __version__, "method": method}
     (out / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
-    return load_factorised(out)
+    return _read_factorised(out)[0]
 
 
 def _set(method: Method) -> dict[str, Any]:
@@ -99,9 +100,18 @@ def _set(method: Method) -> dict[str, Any]:
 def load_factorised(path: Path) -> PreTrainedModel:
     """The model that `export(..., form="factorised")` wrote: smaller, and `generate` works on it.
 
+    MLPs of an unaligned width get zeros up to the next multiple of 64, so that it is fast on a GPU.
     Only safetensors and JSON are read. Raises CheckpointError if `path` holds no such model.
     """
-    path = Path(path)
+    model, method = _read_factorised(Path(path))
+    widen_mlps(model)
+    if find_spec("triton"):
+        method.accelerate(model)
+    return model
+
+
+def _read_factorised(path: Path) -> tuple[PreTrainedModel, Method]:
+    """As it was written."""
     if not (path / RECIPE).is_file():
         raise CheckpointError(
             f"{path}: {RECIPE} is missing, so this is no factorised model;"
@@ -119,9 +129,7 @@ def load_factorised(path: Path) -> PreTrainedModel:
     method.install(model, find_sites(model), Rng(0), phase=0)
     load_model(model, tensors)
     model.eval()
-    if find_spec("triton"):
-        method.accelerate(model)
-    return model
+    return model, method
 
 
 def _name_end_token(model: PreTrainedModel, tokenizer: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peptrain.methods.base import ReparamLinear
+from peptrain.methods.lowrank import LowRankLinear
 from peptrain.model import decoder_layers
 
 log = logging.getLogger("peptrain")
@@ -49,7 +50,33 @@ def pad_mlps(model: nn.Module, *, tried: bool = True) -> int:
     return sum(times for (padded, _), times in done.items() if padded)
 
 
+def widen_mlps(model: nn.Module) -> int:
+    """`pad_mlps` for good, for a dense or low-rank model that only runs: its weights keep the
+    zeros, so a pass over few tokens needn't copy them. Shapes and counts are of the aligned width.
+    Other methods' MLPs are padded as by `pad_mlps`.
+    """
+    padded = pad_mlps(model)
+    for parent in [m for m in model.modules() if isinstance(m, _Padded)]:
+        if all(isinstance(layer, WIDENABLE) for layer in _linears(parent)):
+            _widen(parent, parent._f, parent._working_f)
+    return padded
+
+
+def _widen(parent: nn.Module, f: int, working: int) -> None:
+    _uninstall(parent)
+    for layer in _linears(parent):
+        sides = (layer.in_features, layer.out_features)
+        layer.in_features, layer.out_features = (working if s == f else s for s in sides)
+    for module in parent.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if f in p.shape:
+                wide = _wider(p.detach(), f, working)
+                setattr(module, name, nn.Parameter(wide, p.requires_grad))
+
+
 Linear = nn.Linear | ReparamLinear
+WIDENABLE = (nn.Linear, LowRankLinear)
+"""Layers that are nothing but their parameters and sides."""
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
@@ -87,14 +114,17 @@ def _pad(parent: nn.Module, f: int, tried: bool) -> bool:
 
 
 def _behaviour(parent: nn.Module, d: int) -> list[Tensor] | None:
-    """y, and the gradients of x and of all that is trained; None where it takes more than x."""
+    """y, and where gradients are enabled those of x and of all that is trained; None where it takes
+    more than x."""
     p = next(parent.parameters())
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 8, d, generator=generator, device="cpu").to(p).requires_grad_()
-    trained = [q for q in parent.parameters() if q.requires_grad]
+    x = torch.randn(1, 8, d, generator=generator, device="cpu").to(p)
+    trained = [x.requires_grad_(), *(q for q in parent.parameters() if q.requires_grad)]
     try:
         y = parent(x)
-        grads = torch.autograd.grad(y, [x, *trained], torch.ones_like(y), allow_unused=True)
+        if not torch.is_grad_enabled():
+            return [y]
+        grads = torch.autograd.grad(y, trained, torch.ones_like(y), allow_unused=True)
     except Exception:  # whatever a module says to an input or a width that it does not take
         return None
     return [y.detach(), *(g for g in grads if g is not None)]
