@@ -221,6 +221,27 @@ def test_the_warm_start_rebuilds_in_place_and_keeps_what_stays() -> None:
     assert training.optimizer.state[head]["step"].item() == 3
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+@every_method
+def test_torchs_default_device_may_be_another(name: str, fresh: bool) -> None:
+    """With torch.set_default_device("cuda"), say: all is drawn on the CPU and goes to the model,
+    at the start and at merges."""
+    reset = {"reset": "random"} if hasattr(METHODS[name], "reset") else {}
+    found = []
+    for default in ("cpu", "meta"):
+        model = mlp()
+        with torch.device(default):
+            training = adapt(model, tiny_method(name, **reset), steps=STEPS, fresh=fresh)
+        for seed in range(STEPS):
+            x, y = images(seed)
+            F.cross_entropy(training.model(x), y).backward()
+            with torch.device(default):
+                training.step()
+        found.append(training.model.state_dict())
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
+
+
 def test_more_steps_than_were_named_are_refused() -> None:
     training = adapt(mlp(), LoRA(rank=2), steps=2)
     go(training, 2)

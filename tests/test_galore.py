@@ -360,6 +360,19 @@ def test_a_closure_gives_the_loss() -> None:
     assert float(p.detach().square().sum()) < first
 
 
+def test_a_state_that_was_read_on_the_cpu_moves_to_the_weights() -> None:
+    """By torch.load(..., map_location="cpu"). The fused kernel takes moments and count on one
+    device; torch moves the count for an optimizer that says it is fused."""
+    rule = Rule(2, 2, 0.25, "keep")
+    p, optimizer = alone(normal(5, 9, seed=0), rule)
+    stepped(p, optimizer, normal(5, 9, seed=1))
+    elsewhere, other = alone(torch.empty(5, 9, device="meta"), rule)
+    other.load_state_dict(optimizer.state_dict())
+    state = other.state[elsewhere]
+    assert {key: t.device.type for key, t in state.items()} == dict.fromkeys(state, "meta")
+    assert state["step"].dtype == torch.float32 and other.param_groups[0]["clock"] == 1
+
+
 def test_a_matrix_without_a_gradient_is_left_alone() -> None:
     model, optimizer, _ = made(tiny_method("galore"), optim={"weight_decay": 0.1})
     walk(model, optimizer, 1)

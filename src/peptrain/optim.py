@@ -137,8 +137,11 @@ def reset_moments(
 
 def keep_mask(m: Tensor, mode: ResetMode, fraction: float, rng: torch.Generator) -> Tensor:
     """A 0/1 mask of m's shape with exactly round(fraction * size) zeros, ties broken by index."""
-    score = m.abs().flatten() if mode == "magnitude" else torch.rand(m.numel(), generator=rng)
-    pruned = torch.argsort(score.to(m.device), stable=True)[: round(fraction * m.numel())]
+    if mode == "magnitude":
+        score = m.abs().flatten()
+    else:
+        score = torch.rand(m.numel(), generator=rng, device="cpu").to(m.device)
+    pruned = torch.argsort(score, stable=True)[: round(fraction * m.numel())]
     mask = torch.ones(m.numel(), dtype=m.dtype, device=m.device)
     mask[pruned] = 0
     return mask.view_as(m)

@@ -13,7 +13,8 @@ class Rng:
     """`rng(site, step)` is a fresh CPU generator, the same on every rank, device and resume.
 
     Drawing on the CPU keeps the numbers independent of the device (only the bits of stochastic
-    rounding, one for each weight, are drawn where they are used), and an address instead of one
+    rounding, one for each weight, are drawn where they are used), so a tensor that is drawn says
+    device="cpu": torch's default device may be a GPU. And an address instead of one
     shared stream keeps them independent of how many numbers were drawn before.
     """
 

@@ -82,7 +82,7 @@ def initialise(W: Tensor, init: Init, generator: torch.Generator) -> None:
     sqrt 2 and is 2.4 times larger; model keeps what the model drew."""
     if init == "model":
         return
-    fresh = torch.empty(W.shape)
+    fresh = torch.empty(W.shape, device="cpu")
     if init == "kaiming_uniform":
         nn.init.kaiming_uniform_(fresh, a=5**0.5, generator=generator)
     else:

@@ -45,7 +45,8 @@ class GaLoreOptimizer(Optimizer):
     ) -> None:
         self.rule = rule
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0}
-        super().__init__(groups, {**defaults, "projected": False, "clock": 0})
+        # By `fused`, load_state_dict takes step counts to the weights' device, where the kernel is.
+        super().__init__(groups, {**defaults, "projected": False, "clock": 0, "fused": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -86,7 +86,7 @@ class LoRALinear(ReparamLinear):
 
 def fresh_A(site: str, step: int, r: int, m: int, rng: Rng, like: Tensor) -> Tensor:
     """A [r, m] after the merge at `step`: nn.Linear's own kaiming_uniform, U(+-1/sqrt(m))."""
-    A = torch.empty(r, m)
+    A = torch.empty(r, m, device="cpu")
     nn.init.kaiming_uniform_(A, a=5**0.5, generator=rng(site, step, "A"))
     return A.to(like)
 

@@ -42,7 +42,7 @@ class LowRankLinear(ReparamLinear):
 
 
 def _xavier_normal(n: int, m: int, generator: torch.Generator) -> Tensor:
-    return nn.init.xavier_normal_(torch.empty(n, m), generator=generator)
+    return nn.init.xavier_normal_(torch.empty(n, m, device="cpu"), generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)

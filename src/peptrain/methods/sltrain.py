@@ -41,7 +41,10 @@ class SLTrainLinear(ReparamLinear):
         if site.fresh:
             A, B = fresh_A(site.name, 0, rank, m, rng, W), W.new_zeros(n, rank)
             values = nn.init.uniform_(
-                torch.empty(nnz), -(m**-0.5), m**-0.5, generator=rng(site.name, purpose="S")
+                torch.empty(nnz, device="cpu"),
+                -(m**-0.5),
+                m**-0.5,
+                generator=rng(site.name, purpose="S"),
             )
         else:
             wide = W.to(torch.promote_types(W.dtype, torch.float32))
@@ -76,7 +79,8 @@ def support(size: int, nnz: int, generator: torch.Generator) -> Tensor:
 
     Raises RuntimeError for a matrix of 2^31 entries or more.
     """
-    return torch.randperm(size, generator=generator, dtype=torch.int32)[:nnz].sort().values
+    drawn = torch.randperm(size, generator=generator, dtype=torch.int32, device="cpu")
+    return drawn[:nnz].sort().values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def frozen_pair(sites: Sequence[Site], rank: int, rng: Rng) -> tuple[nn.Paramete
     like = sites[0].linear.weight
 
     def drawn(rows: int, columns: int, purpose: str) -> nn.Parameter:
-        fresh = torch.empty(rows, columns)
+        fresh = torch.empty(rows, columns, device="cpu")
         nn.init.kaiming_uniform_(fresh, generator=rng("vera", purpose=purpose))
         return nn.Parameter(fresh.to(like), requires_grad=False)
 

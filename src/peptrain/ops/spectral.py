@@ -20,7 +20,7 @@ def semi_orthogonal(
     device, and made orthonormal in float64: Q of the QR whose R has a positive diagonal, without
     which it is not uniform.
     """
-    normal = torch.randn(max(n, r), min(n, r), generator=generator)
+    normal = torch.randn(max(n, r), min(n, r), generator=generator, device="cpu")
     frame = orthonormal(normal.to(device).double())
     return (frame if n >= r else frame.T).to(dtype).contiguous()
 
