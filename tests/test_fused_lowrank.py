@@ -20,7 +20,11 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+)
 
 pytest.importorskip("triton")
 
@@ -356,10 +360,13 @@ def test_a_layer_is_plain_where_autocast_is_not_in_its_dtype(calls: list[Tensor]
 def test_other_layers_keep_their_forward_pass() -> None:
     sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 72, "num_hidden_layers": 1}
     qwen = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4))
-    changed = llama()
+    changed, attending = llama(), llama()
     for layer in changed.model.layers:
         layer.mlp.act_fn = nn.GELU()
-    for model in (qwen, llama(attention_bias=True), llama(hidden_act="gelu"), changed):
+    for layer in attending.model.layers:
+        layer.self_attn.__class__ = type("Attention", (LlamaAttention,), {})
+    biased, gelu = llama(attention_bias=True), llama(hidden_act="gelu")
+    for model in (qwen, biased, gelu, changed, attending):
         method = LowRank(rank=8)
         adapt(model, method, steps=10)
         method.accelerate(model)

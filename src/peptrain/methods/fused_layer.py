@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+)
 
 from peptrain.methods.fused_mlp import LowRankMLP
 from peptrain.methods.lowrank import LowRankLinear
@@ -83,6 +87,7 @@ def _is_lowrank(layer: LlamaDecoderLayer) -> bool:
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     return (
         isinstance(layer.mlp, LowRankMLP)
+        and type(layer.self_attn) is LlamaAttention
         and all(isinstance(m, LowRankLinear) and m.bias is None for m in _maps(layer))
         and all(type(norm) is LlamaRMSNorm for norm in norms)
     )
