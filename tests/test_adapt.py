@@ -242,6 +242,30 @@ def test_torchs_default_device_may_be_another(name: str, fresh: bool) -> None:
         assert torch.equal(value, found[1][key]), key
 
 
+MULTIPLYING = [("loro", {"update": "precond"}), ("loro", {"retraction": "svd"})]
+"""Whose steps multiply matrices in fp32, beside the methods as they are."""
+
+
+@pytest.mark.parametrize("name, own", [*((name, {}) for name in METHODS), *MULTIPLYING])
+def test_a_step_within_autocast_is_one_without(name: str, own: dict[str, Any]) -> None:
+    """Projections, merges and steps on the manifold multiply weights; in bf16 they would be rounded
+    for good, or stop at factors of two dtypes."""
+    found = []
+    for within in (False, True):
+        model, method = mlp().float(), tiny_method(name, **own)
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            training = adapt(model, method, steps=STEPS)
+        for seed in range(STEPS):
+            x, y = images(seed)
+            F.cross_entropy(training.model(x.float()), y).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=within):
+                training.step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            found.append(training.dense().state_dict())
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
+
+
 def test_more_steps_than_were_named_are_refused() -> None:
     training = adapt(mlp(), LoRA(rank=2), steps=2)
     go(training, 2)

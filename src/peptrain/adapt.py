@@ -6,8 +6,10 @@ import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -60,18 +62,20 @@ class Adapted:
         set_lr(self.optimizer, self.schedule(self.done))
         numbers: dict[str, Any] = {"lr": self.optimizer.param_groups[0]["lr"]}
         numbers["grad_norm"] = clip_gradients(self.model, self.optim.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.done += 1
-        if self.done in self._bounds:
-            self._next_phase()
-        elif self.done < self.steps:
-            numbers |= self.method.after_step(self.model, self.optimizer, self.done, self._rng)
+        with _without_autocast(self.model):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.done += 1
+            if self.done in self._bounds:
+                self._next_phase()
+            elif self.done < self.steps:
+                numbers |= self.method.after_step(self.model, self.optimizer, self.done, self._rng)
         return numbers
 
     def dense(self) -> nn.Module:
         """The model with plain nn.Linear layers again, the same function. Ends the training."""
-        densify(self.model)
+        with _without_autocast(self.model):
+            densify(self.model)
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +118,8 @@ class Adapted:
 
     def _install(self, fresh: bool) -> Optimizer:
         sites = _sites(self.model, fresh)
-        self.method.install(self.model, sites, self._rng, self._phase)
+        with _without_autocast(self.model):
+            self.method.install(self.model, sites, self._rng, self._phase)
         return self.method.optimizer(self.model, self.optim, self._phase)
 
 
@@ -153,6 +158,13 @@ def adapt(
         seed=seed,
         fresh=fresh,
     )
+
+
+def _without_autocast(model: nn.Module) -> AbstractContextManager[object]:
+    """A context for products of weights, which a loop that is all within autocast would round."""
+    device = next(model.parameters()).device.type
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _sites(model: nn.Module, fresh: bool) -> list[Site]:
