@@ -78,7 +78,8 @@ def attend_without_masks(model: PreTrainedModel, seq_len: int) -> bool:
     Hugging Face looks in each forward pass whether windows are packed from several texts, and so
     waits for the device; and for a model that is being recorded or traced it builds the mask that
     fast kernels don't take. A model whose logits change, such as one with a sliding window, keeps
-    its masks. One without them takes no padding and no cache with several new tokens.
+    its masks. One without them takes no padding, no cache with several new tokens, and none of
+    a fixed length (`StaticCache`), whose empty places it would attend to.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
