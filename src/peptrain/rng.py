@@ -14,8 +14,8 @@ class Rng:
 
     Drawing on the CPU keeps the numbers independent of the device (only the bits of stochastic
     rounding, one for each weight, are drawn where they are used), so a tensor that is drawn says
-    device="cpu": torch's default device may be a GPU. And an address instead of one
-    shared stream keeps them independent of how many numbers were drawn before.
+    device="cpu": torch's default device may be a GPU. And an address instead of one shared stream
+    keeps them independent of how many numbers were drawn before.
     """
 
     seed: int
