@@ -485,7 +485,7 @@ def test_what_cannot_be_prepared_is_named(
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("--vocab-size 10", "vocab_size: 10 can't be used; give 257 tokens or more"),
+        ("--vocab-size 10", "vocab_size: 10 can't be used; give 257 to 16777216 tokens"),
         ("--held-out 1", "held_out: 1.0 can't be used"),
         ("--tokenizer nothing", "tokenizer: nothing: no such file"),
         ("--eos-token <no> --tokenizer TOKENIZER", "eos_token: '<no>' is not in the tokenizer"),

@@ -64,7 +64,11 @@ BPT_SECTION = '[method]\nname = "bpt"\n'
         (BPT_SECTION + "[optim]\nlr = true", "optim.lr: True has the wrong type or value; give a"
          " number"),
         (BPT_SECTION + "[optim]\nlr = '1e-3'", "optim.lr: '1e-3' has the wrong type"),
-        (BPT_SECTION + "[optim]\nlr = -1", "optim.lr: -1.0 can't be used; give a number >= 0"),
+        (BPT_SECTION + "[optim]\nlr = -1", "lr: -1.0 can't be used; give a finite number >= 0"),
+        (BPT_SECTION + "[optim]\nlr = inf", "optim.lr: inf can't be used; give a finite number"),
+        (BPT_SECTION + "[optim]\nweight_decay = inf", "optim.weight_decay: inf can't be used"),
+        (BPT_SECTION + "[optim]\neps = inf", "optim.eps: inf can't be used"),
+        (BPT_SECTION + "[optim]\nclip = -1", "optim.clip: -1.0 can't be used; give a number >= 0"),
         (BPT_SECTION + "[optim]\nlr = nan", "optim.lr: nan can't be used"),
         (BPT_SECTION + "[optim]\nbeta2 = 1", "optim.beta2: 1.0 can't be used; give 0 <= beta < 1"),
         (BPT_SECTION + "[train]\ncompile = 1", "train.compile: 1 has the wrong type or value; give"

@@ -145,6 +145,14 @@ def test_a_truncated_or_missing_file_is_named(damaged, name, length):
         Corpus.open(damaged)
 
 
+@pytest.mark.parametrize("length", [None, 0, -1])
+def test_a_tokenizer_that_is_missing_or_another_is_named(damaged, length):
+    path = damaged / "tokenizer.json"
+    path.unlink() if length is None else path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(DataError, match=r"tokenizer\.json: missing or not the one of these tokens"):
+        Corpus.open(damaged)
+
+
 def test_an_id_that_never_occurred_names_the_shard(damaged):
     for name in ("train-00002.bin", "held-out.bin"):
         ids = np.fromfile(damaged / name, "<u2")

@@ -287,6 +287,7 @@ def test_killed_after_any_commit_it_ends_with_the_same_bytes(
         ({"weights": (0.6, 0.6, -0.2)}, r"weights: .* positive numbers"),
         ({"weights": (1.0, 0.0, 0.0)}, r"weights: .* positive numbers"),
         ({"weights": (0.5, 0.5, float("nan"))}, r"weights: .* positive numbers"),
+        ({"weights": (0.5, 0.5, float("inf"))}, r"weights: .* positive numbers"),
         ({"max_tokens": 0}, r"max_tokens: 0 .* 1 token or more"),
     ],
 )

@@ -318,7 +318,8 @@ def test_an_empty_corpus_and_a_wrong_field_leave_nothing_behind(config, tmp_path
     ("change", "message"),
     [
         ({"vocab_size": 300}, r"vocab_size: 300 is for .* tokenizer: .* is given; give one of"),
-        ({"tokenizer": None, "vocab_size": 256}, r"vocab_size: 256 .* 257 tokens or more"),
+        ({"tokenizer": None, "vocab_size": 256}, r"vocab_size: 256 .* 257 to 16777216 tokens"),
+        ({"tokenizer": None, "vocab_size": 1 << 25}, r"vocab_size: 33554432 .* 257 to 16777216"),
         ({"held_out": 1.0}, r"held_out: 1\.0 .* a fraction"),
         ({"shard_tokens": 0}, r"shard_tokens: 0"),
         ({"inputs": ()}, r"inputs: \(\)"),

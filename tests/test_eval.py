@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,6 +243,25 @@ def test_results_are_kept_beside_the_run(runs: dict[str, Path], corpus: Path) ->
     assert (first["legacy"], second["legacy"]) == (False, True)
     assert second["loss"] == legacy.loss < plain.loss
     assert first["step"] == 8 and first["data"] == Corpus.open(corpus).fingerprint
+
+
+@pytest.mark.parametrize("in_the_way", ["a directory", "a damaged file"])
+def test_a_result_that_cannot_be_kept_is_not_lost(
+    in_the_way: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["full"], run)
+    (run / "eval.json").unlink(missing_ok=True)
+    if in_the_way == "a directory":
+        (run / "eval.json").mkdir()
+    else:
+        (run / "eval.json").write_text("[{")
+    assert main(["eval", str(run)]) == 0
+    said = "".join(capsys.readouterr().out.split())  # a warning is wrapped
+    (end,) = rows(run, "end")
+    assert f"loss{end['held_out_loss']:.4f}over" in said
+    assert "eval.json:theresultcan'tbekeptthere:" in said
+    assert (run / "eval.json").is_dir() or (run / "eval.json").read_text() == "[{"
 
 
 def test_the_command_says_that_the_older_evaluator_flatters(

@@ -46,7 +46,7 @@ from peptrain.errors import (
 from peptrain.journal import throughput
 from peptrain.methods import METHODS
 from peptrain.ops.cross_entropy import linear_cross_entropy
-from peptrain.rundir import RunDir
+from peptrain.rundir import RunDir, first_free
 from peptrain.train import resume, train
 
 EACH = {"checkpoint_every": 1, "keep": 99}
@@ -81,6 +81,30 @@ def test_without_a_name_a_run_takes_the_first_free_number(
     taken = [train(tiny("full", corpus, train={"steps": 2})).run for _ in range(2)]
     assert taken == [Path("runs/full-1"), Path("runs/full-2")]
     assert all(path.is_dir() for path in taken)
+
+
+def test_a_free_name_is_taken_at_once(tmp_path: Path) -> None:
+    """Of runs that start together each has its own; seconds pass before one has files."""
+    assert [first_free(tmp_path / "runs", "full").name for _ in range(2)] == ["full-1", "full-2"]
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"file/full-1: can't be written: Not a directory"):
+        first_free(tmp_path / "file", "full")
+
+
+def test_of_two_processes_that_make_one_run_the_first_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+
+    def quicker(run: RunDir) -> None:
+        run.config_file.write_text("quicker")
+
+    def slower(run: RunDir) -> None:
+        run.config_file.write_text("slower")
+        RunDir.create(path, quicker)
+
+    with pytest.raises(CheckpointError, match=r"--run .*run: exists and is never overwritten"):
+        RunDir.create(path, slower)
+    assert (path / "config.toml").read_text() == "quicker"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_existing_directory_is_never_touched(corpus: Path, tmp_path: Path) -> None:

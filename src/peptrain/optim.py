@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,9 +34,11 @@ class OptimConfig:
     """Largest global norm of the gradient; 0 is off. Unset: the method's own, mostly 1."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay", "clip"):
+        for name in ("lr", "eps", "weight_decay"):
             value = getattr(self, name)
-            check(value is None or value >= 0, f"optim.{name}", value, "a number >= 0")
+            fits = value is None or 0 <= value < math.inf
+            check(fits, f"optim.{name}", value, "a finite number >= 0")
+        check(self.clip is None or self.clip >= 0, "optim.clip", self.clip, "a number >= 0")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             check(value is None or 0 <= value < 1, f"optim.{name}", value, "0 <= beta < 1")

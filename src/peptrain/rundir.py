@@ -14,7 +14,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from peptrain.errors import CheckpointError
@@ -57,20 +59,18 @@ class RunDir:
 
         Raises CheckpointError if something is there already or it can't be written.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise CheckpointError(
-                f"--run {path}: exists and is never overwritten; choose another, or go on with it"
-                f" by `peptrain resume {path}`"
-            )
-        hidden = cls(path.resolve().with_name(f".{path.resolve().name}.tmp"))
+        _check_free(path)
+        # Shared with no process that makes the same run: the first to rename has made it.
+        name = f".{path.resolve().name}.{token_hex(4)}.tmp"
+        hidden = cls(path.resolve().with_name(name))
         try:
-            shutil.rmtree(hidden.path, ignore_errors=True)
             hidden.checkpoints.mkdir(parents=True)
             fill(hidden)
             hidden.path.replace(path)
         except OSError as error:
             shutil.rmtree(hidden.path, ignore_errors=True)
-            raise CheckpointError(f"--run {path}: can't be written: {error.strerror}") from error
+            _check_free(path)
+            raise _unwritable(path, error) from error
         return cls(path)
 
     @classmethod
@@ -132,8 +132,29 @@ class RunDir:
 
 
 def first_free(parent: Path, stem: str) -> Path:
-    """parent/stem-1, or the next number that is free."""
-    n = 1
-    while (parent / f"{stem}-{n}").exists():
-        n += 1
-    return parent / f"{stem}-{n}"
+    """parent/stem-1, or the next number that is free: made, so that no other process takes it.
+
+    Raises CheckpointError if it can't be.
+    """
+    for n in count(1):
+        path = parent / f"{stem}-{n}"
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _unwritable(path, error) from error
+    return path
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(
+            f"--run {path}: exists and is never overwritten; choose another, or go on with it"
+            f" by `peptrain resume {path}`"
+        )
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"--run {path}: can't be written: {error.strerror}")

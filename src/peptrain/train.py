@@ -245,8 +245,16 @@ def _evaluate(
 
 
 def _create(config: RunConfig[Method], corpus: Corpus, here: World) -> RunDir:
-    path = config.run or here.agree(first_free(Path("runs"), config.method.name))
-    here.on_main(lambda: RunDir.create(path, lambda run: _first_files(run, config, corpus)))
+    path = config.run
+
+    def make() -> None:
+        nonlocal path
+        path = path or first_free(Path("runs"), config.method.name)
+        RunDir.create(path, lambda run: _first_files(run, config, corpus))
+
+    here.on_main(make)
+    path = here.agree(path)
+    assert path is not None
     return RunDir(path)
 
 

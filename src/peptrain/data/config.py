@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from peptrain.settings import check
 DEFAULT_VOCAB = 8192
 WEIGHTS_TOLERANCE = 1e-6  # what we print to paste is rounded to nine digits
 SMALLEST_VOCAB = 257  # 256 bytes and an end token
+LARGEST_VOCAB = 1 << 24  # more than 20 M characters have; the trainer reserves 64 bytes for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,9 @@ class PrepareConfig:
             self._check_weights()
         if self.vocab_size is None:
             return
-        wanted = f"{SMALLEST_VOCAB} tokens or more"
-        check(self.vocab_size >= SMALLEST_VOCAB, "vocab_size", self.vocab_size, wanted)
+        fits = SMALLEST_VOCAB <= self.vocab_size <= LARGEST_VOCAB
+        wanted = f"{SMALLEST_VOCAB} to {LARGEST_VOCAB} tokens"
+        check(fits, "vocab_size", self.vocab_size, wanted)
         if self.tokenizer:
             raise ConfigError(
                 f"vocab_size: {self.vocab_size} is for a tokenizer to be trained, but tokenizer:"
@@ -66,7 +69,7 @@ class PrepareConfig:
         given, total = list(self.weights), sum(self.weights)
         one_each = f"one for each of the {len(self.inputs)} inputs"
         check(len(given) == len(self.inputs), "weights", given, one_each)
-        check(all(w > 0 for w in given), "weights", given, "positive numbers")
+        check(all(0 < w < inf for w in given), "weights", given, "positive numbers")
         if abs(total - 1) > WEIGHTS_TOLERANCE:
             normalised = " ".join(f"{w / total:.9g}" for w in given)
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ class Corpus:
             eos_id=index.eos_id,
             train_tokens=index.train_tokens,
             fingerprint=index.fingerprint,
-            tokenizer_file=path / TOKENIZER,
+            tokenizer_file=_tokenizer(path, index),
             _shards=tuple(_mapped(path, file, dtype) for file in index.train),
             _starts=np.cumsum([0, *(file.tokens for file in index.train)]),
             _held_out=_mapped(path, index.held_out, dtype),
@@ -130,6 +131,17 @@ def _order(seed: int, epoch: int, windows: int) -> NDArray[np.int64]:
     """
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(windows)
     return np.argsort(bits, kind="stable")
+
+
+def _tokenizer(directory: Path, index: Index) -> Path:
+    """Its file, which says what the ids mean: another one would go into every run and export."""
+    path = directory / TOKENIZER
+    if not path.is_file() or sha256(path.read_bytes()).hexdigest() != index.tokenizer_sha256:
+        raise DataError(
+            f"{path}: missing or not the one of these tokens; delete {directory} and prepare it"
+            " again"
+        )
+    return path
 
 
 def _mapped(directory: Path, file: TokenFile, dtype: np.dtype[Any]) -> Ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from peptrain.model import vocabulary_size
 from peptrain.rundir import RunDir
 from peptrain.settings import check
 
+log = logging.getLogger("peptrain")
+
 
 def evaluate_run(
     path: Path,
@@ -31,8 +34,8 @@ def evaluate_run(
 
     data: another prepared corpus than the run's own. legacy: the older repositories' division by
     batches + 1, where the batch size (theirs is 512 at most) does change the number. The result
-    is also kept in eval.json beside the run's other files. Raises DataError for a corpus of
-    another tokenizer, whose ids mean other words.
+    is also kept in eval.json beside the run's other files; where that can't be, a warning says so.
+    Raises DataError for a corpus of another tokenizer, whose ids mean other words.
     """
     check(batch_size is None or batch_size >= 1, "--batch-size", batch_size, "1 or more")
     opened = open_run(path)
@@ -69,7 +72,6 @@ def _check_ids(run: RunDir, vocabulary: int, corpus: Corpus) -> None:
 
 def _record(run: RunDir, step: int, corpus: Corpus, result: Evaluation, legacy: bool) -> None:
     file = run.path / "eval.json"
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     row = {
         "step": step,
         "data": corpus.fingerprint,
@@ -78,4 +80,8 @@ def _record(run: RunDir, step: int, corpus: Corpus, result: Evaluation, legacy: 
         "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
         "tokens": result.tokens,
     }
-    write_atomically(file, json.dumps([*rows, row], indent=1) + "\n")
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        write_atomically(file, json.dumps([*rows, row], indent=1) + "\n")
+    except (OSError, ValueError) as error:  # in somebody else's run, say
+        log.warning("%s: the result can't be kept there: %s", file, error)
