@@ -331,6 +331,15 @@ def test_a_damaged_factorised_model_is_named(
 # What is refused, and the gate.
 
 
+def test_a_run_without_its_tokenizer_is_named(exports: Exports, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(exports.run("full"), run)
+    shutil.rmtree(run / "tokenizer")
+    with pytest.raises(CheckpointError, match=r"run/tokenizer: missing"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_exists_is_never_overwritten(exports: Exports, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     for out in (tmp_path, tmp_path / "mine.txt"):

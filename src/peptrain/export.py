@@ -47,16 +47,18 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
     dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads with no peptrain
     installed. factorised: W = B A kept as factors, for `load_factorised`; lowrank and loro only.
     Raises ConfigError when `out` exists, Unsupported for a method without factors, and
-    CheckpointError when the written model answers differently.
+    CheckpointError for a run without its tokenizer or when the written model answers differently.
     """
     if out.exists():
         raise ConfigError(f"--out {out}: exists and is never overwritten; choose another")
-    opened = open_run(run)
+    opened, tokenizer = open_run(run), RunDir(run).tokenizer
+    if not tokenizer.is_dir():
+        raise CheckpointError(f"{tokenizer}: missing; copy it from a run on the same corpus")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        shutil.copytree(RunDir(run).tokenizer, temporary, dirs_exist_ok=True)
+        shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
         _name_end_token(opened.model, temporary)
         written = (_dense if form == "dense" else _factorised)(opened, temporary)
         _compare(opened.model, written)
