@@ -102,7 +102,7 @@ def runner(row: str, args: Any, device: torch.device) -> Runner:
         model = build(config, phase=0)
     model.to(device).eval()
     widen_mlps(model)
-    config.method.accelerate(model)  # as load_factorised does
+    config.method.fuse(model)  # as load_factorised does
     if device.type == "cuda":
         attend_without_masks(model, longest(args.cells))
     if args.compile:

@@ -12,6 +12,7 @@ from peptrain.build import build
 from peptrain.config import RunConfig, resolved
 from peptrain.loss import NextTokenLoss
 from peptrain.methods.base import Method
+from peptrain.model import find_sites
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -27,7 +28,8 @@ def made(method: Method, **sections: Any) -> tuple[nn.Module, Optimizer, RunConf
     config = configured(method, **sections)
     last = len(config.method.phases(config.train.steps))
     model = build(config, last)
-    return model, config.method.optimizer(model, config.optim, last), config
+    optimizer = config.method.optimizer(model, find_sites(model), config.optim, last)
+    return model, optimizer, config
 
 
 def back(model: nn.Module, seed: int) -> None:

@@ -20,9 +20,9 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared corpus of 300 token ids."""
-    from support import make_corpus
+    from peptrain.testing import small_corpus
 
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+    return small_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

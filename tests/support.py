@@ -1,10 +1,9 @@
 """What the tests share: a tiny corpus, tiny settings for any method, and ways to look at a run."""
 
-import random
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,28 +14,19 @@ from slow import algebra
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from peptrain.checkpoint import Checkpoint, available, read
-from peptrain.config import DataConfig, RunConfig, TrainConfig, load
+from peptrain.checkpoint import available
+from peptrain.config import RunConfig, load
 from peptrain.data import PrepareConfig, prepare
 from peptrain.data.writer import Writer
 from peptrain.distributed import World
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method, Metrics, ReparamLinear, Site
 from peptrain.methods.rank import RankMethod
-from peptrain.model import ModelConfig
-from peptrain.optim import OptimConfig
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir
-from peptrain.schedule import ScheduleConfig
+from peptrain.testing import MODEL, TRAIN, newest, small, small_run
 from peptrain.trainee import Trainee, restore
 
-STEPS, EVENT = 8, 3
-"""A run, and the interval of whatever a method does now and then: at steps 3 and 6."""
-TINY = {"rank": 2, "merge_every": EVENT, "exact_every": EVENT, "reset_every": EVENT}
-TINY |= {"warm_start_steps": 2, "restart_warmup": 0, "gap": EVENT}
-"""Taken by every method that has the field, so a new method needs no line here."""
-MODEL = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "vocab_size": 320}
-TRAIN = {"steps": STEPS, "batch_size": 4, "seq_len": 16, "log_every": 1, "eval_every": 0}
 ALONE = World(0, 1, torch.device("cpu"))
 VECTORS = (".a", ".b", ".m", ".lambda_d", ".lambda_b")
 """How the names of diagonals and magnitudes end; they stay fp32 in bf16."""
@@ -44,66 +34,19 @@ SPREAD = {"micro_batch": 1}
 """Of two ranks each accumulates twice."""
 
 
-def make_corpus(folder: Path, words: int = 6000) -> Path:
-    draw = random.Random(0)
-    letters = "etaoinshrd"
-    lexicon = ["".join(draw.choices(letters, k=draw.randint(2, 6))) for _ in range(60)]
-    text = folder / "text.txt"
-    text.write_text(" ".join(draw.choices(lexicon, k=words)), encoding="utf-8")
-    out = folder / "corpus"
-    prepare(PrepareConfig(inputs=(text,), out=out, vocab_size=300, held_out=0.02))
-    return out
-
-
 def tiny_method(name: str, **given: Any) -> Method:
     """Any method at rank 2 with an event at every third step."""
-    cls = METHODS[name]
-    known = {f.name for f in fields(cls)}
-    return cls(**({k: v for k, v in TINY.items() if k in known} | given))
+    return small(METHODS[name], **given)
 
 
 def tiny(method: Method | str, corpus: Path, run: Path | None = None, **sections: Any) -> RunConfig:
     """8 steps in float64 at a constant learning rate; `sections` are dicts of what differs."""
-    given = {"model": MODEL, "optim": {}, "schedule": {"kind": "constant", "warmup": 0}}
-    given["train"] = TRAIN | {"precision": "fp64"}
-    merged = {k: v | sections.pop(k, {}) for k, v in given.items()}
-    assert not sections, sections
-    return RunConfig(
-        method=tiny_method(method) if isinstance(method, str) else method,
-        model=ModelConfig(**merged["model"]),
-        optim=OptimConfig(**merged["optim"]),
-        schedule=ScheduleConfig(**merged["schedule"]),
-        train=TrainConfig(**merged["train"]),
-        data=DataConfig(path=corpus),
-        run=run,
-    )
-
-
-def newest(run: Path) -> Checkpoint:
-    return read(available(RunDir(run).checkpoints)[-1])
-
-
-def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
-    """What is not the same, bit for bit, in two checkpoints."""
-    found = [k for k in ("step", "phase", "groups") if getattr(one, k) != getattr(other, k)]
-    for kind in ("model", "optimizer"):
-        a, b = getattr(one, kind), getattr(other, kind)
-        found += sorted(a.keys() ^ b.keys())
-        found += [k for k in sorted(a.keys() & b.keys()) if not same(a[k], b[k])]
-    return found
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal in every bit and in dtype."""
-    return a.dtype == b.dtype and torch.equal(a, b)
+    chosen = tiny_method(method) if isinstance(method, str) else method
+    return small_run(chosen, corpus, run, **sections)
 
 
 def rows(run: Path, event: str = "step") -> list[dict[str, Any]]:
     return [row for row in RunDir(run).metrics() if row["event"] == event]
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in rows(run)]
 
 
 class Killed(BaseException):

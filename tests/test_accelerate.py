@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from support import ALONE, losses, tiny, tiny_method
+from support import ALONE, tiny, tiny_method
 from torch import Tensor, fx, nn
 
 import peptrain.stacking
@@ -22,6 +22,7 @@ from peptrain.model import ModelConfig, build_model, find_sites
 from peptrain.passes import Eager, kernels_fuse, passes, records
 from peptrain.rng import Rng
 from peptrain.stacking import StackThinLinears
+from peptrain.testing import losses
 from peptrain.train import train
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "layers": 1, "heads": 2, "vocab_size": 320}
@@ -74,11 +75,11 @@ def test_only_swiglu_between_three_bpt_layers_becomes_one_map() -> None:
     for activation, fused in (("silu", 1), ("gelu", 0)):
         model = installed("bpt")
         model.model.layers[0].mlp.act_fn = {"silu": nn.SiLU(), "gelu": nn.GELU()}[activation]
-        method.accelerate(model)
+        method.fuse(model)
         assert sum(isinstance(m, FusedMLP) for m in model.modules()) == fused
     model = build_model(ModelConfig(**SMALL), seq_len=16, seed=0)
     tiny_method("bpt", targets="gate,up").install(model, find_sites(model), Rng(0), 0)
-    method.accelerate(model)
+    method.fuse(model)
     assert not any(isinstance(m, FusedMLP) for m in model.modules())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import STEPS, TRAIN, newest, tiny, tiny_method
+from support import tiny, tiny_method
 from torch import Tensor, nn
 
 from peptrain.adapt import Adapted, adapt
@@ -20,6 +20,7 @@ from peptrain.methods import BPT, LORO, METHODS, LoRA, ReLoRA
 from peptrain.methods.base import Method, ReparamLinear, reparametrized
 from peptrain.optim import OptimConfig
 from peptrain.schedule import ScheduleConfig
+from peptrain.testing import STEPS, TRAIN, newest
 from peptrain.train import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

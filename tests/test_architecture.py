@@ -33,7 +33,7 @@ LEVELS: list[tuple[str, ...]] = [
     ("train.py",),
     ("timing.py",),
     ("budget.py",),
-    ("compare.py",),
+    ("compare.py", "testing.py"),
     ("flags.py",),
     ("cli.py",),
     ("__main__.py", "__init__.py"),

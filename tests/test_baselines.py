@@ -11,7 +11,7 @@ from byhand import back, configured, made, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import algebra
-from support import newest, tiny, tiny_method
+from support import tiny, tiny_method
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -22,6 +22,7 @@ from peptrain.methods.dora import DoRA, DoRALinear
 from peptrain.methods.hyperadapt import HyperAdaptLinear
 from peptrain.methods.vera import VeRALinear, frozen_pair
 from peptrain.rng import Rng
+from peptrain.testing import newest
 from peptrain.train import train
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import MODEL, tiny, tiny_method
+from support import tiny, tiny_method
 
 from peptrain.checkpoint import available, read
 from peptrain.config import resolved
 from peptrain.data import Corpus
 from peptrain.methods import METHODS
 from peptrain.rundir import RunDir
+from peptrain.testing import MODEL
 from peptrain.train import train
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from slow import algebra, footprint
-from support import MODEL, TRAIN, rows, tiny, write_grid
+from support import rows, tiny, write_grid
 
 from peptrain import timing
 from peptrain.budget import Timing, allot, clock, count_flops, kept
@@ -21,6 +21,7 @@ from peptrain.config import resolved
 from peptrain.errors import CheckpointError, ConfigError, Interrupted, PeptrainError
 from peptrain.grid import Grid, GridRun, expand
 from peptrain.methods import Full, ReLoRA
+from peptrain.testing import MODEL, TRAIN
 from peptrain.workers import Job, alone
 
 ARCH = algebra.Arch(family="llama", V=320, d=16, f=24, L=2, heads=2, kv=2, tied=True)

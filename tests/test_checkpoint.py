@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import VECTORS, Killed, differences, kill_at, losses, make_corpus, newest, tiny
+from support import VECTORS, Killed, kill_at, tiny
 from torch import nn
 
 import peptrain.checkpoint
@@ -30,6 +30,7 @@ from peptrain.distributed import World
 from peptrain.errors import CheckpointError
 from peptrain.methods import METHODS
 from peptrain.rundir import RunDir
+from peptrain.testing import differences, losses, newest, small_corpus
 from peptrain.train import resume, train
 from peptrain.trainee import restore
 
@@ -353,7 +354,7 @@ def test_a_run_goes_on_only_by_the_method_and_on_the_data_that_it_had(
     with pytest.raises(CheckpointError, match=r"method\.name: .* 'bpt', .* says 'full'"):
         resume(run)
     other.mkdir()
-    theirs = str(make_corpus(other, words=5000))
+    theirs = str(small_corpus(other, words=5000))
     config = RunDir(finished).config_file.read_text().replace(str(corpus), theirs)
     RunDir(run).config_file.write_text(config)
     with pytest.raises(CheckpointError, match=r"data: .* with '[0-9a-f]{16}', .* '[0-9a-f]{16}'"):

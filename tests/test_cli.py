@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support import MODEL, TINY, rows, tiny
+from support import rows, tiny
 
 import peptrain.cli
 import peptrain.compare
@@ -35,9 +35,11 @@ from peptrain.methods.targets import TargetedMethod
 from peptrain.model import PRESETS
 from peptrain.progress import TrainingProgress, preparation_state, preparing
 from peptrain.rundir import RunDir
+from peptrain.testing import MODEL, SMALL
 from peptrain.train import Result, train
 
 STEPS = 8
+SETTINGS = SMALL | {"merge_every": 3, "exact_every": 3, "gap": 3}
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def flags(method: str, corpus: Path, **given: Any) -> list[str]:
     """The flags of a tiny run of any method."""
     known = {f.name for f in fields(METHODS[method])}
     values: dict[str, Any] = {f"model.{key}": value for key, value in MODEL.items()}
-    values |= {f"method.{key}": value for key, value in TINY.items() if key in known}
+    values |= {f"method.{key}": value for key, value in SETTINGS.items() if key in known}
     values |= {"train.steps": STEPS, "train.batch_size": 4, "train.seq_len": 16}
     values |= {"train.log_every": 1, "data.path": corpus}
     values |= {key.replace("__", "."): value for key, value in given.items()}

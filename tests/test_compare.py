@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support import MODEL, Killed, kill_at, newest, rows, tiny, write_grid
+from support import Killed, kill_at, rows, tiny, write_grid
 
 import peptrain.workers
 from peptrain import toml
@@ -34,6 +34,7 @@ from peptrain.files import write_atomically
 from peptrain.grid import GridRun, load_grid
 from peptrain.model import ModelConfig, hf_config
 from peptrain.progress import comparing, standing
+from peptrain.testing import MODEL, newest
 from peptrain.train import Result, train
 from peptrain.workers import Job, Status, Working, visible_gpus
 

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
-from support import MODEL, losses, tiny, tiny_method
+from support import tiny, tiny_method
 from torch import Tensor
 
 from peptrain.execution import compile_layers
 from peptrain.methods.base import Method
 from peptrain.model import ModelConfig, build_model
+from peptrain.testing import MODEL, losses
 from peptrain.train import train
 
 

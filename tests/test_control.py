@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import algebra
-from support import MODEL, arch_of, rows, tiny
+from support import arch_of, rows, tiny
 
 from peptrain import control, recipes
 from peptrain.config import RunConfig, dump, load, resolved
@@ -17,6 +17,7 @@ from peptrain.errors import CheckpointError, ConfigError
 from peptrain.methods.bpt import BPT
 from peptrain.methods.full import Full
 from peptrain.model import PRESETS, ModelConfig, hf_config
+from peptrain.testing import MODEL
 from peptrain.train import train
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True)

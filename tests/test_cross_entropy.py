@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from byhand import seeded
-from support import MODEL, tiny
+from support import tiny
 from torch import Tensor, nn
 
 from peptrain.build import plain_model
@@ -16,6 +16,7 @@ from peptrain.config import resolved
 from peptrain.loss import NextTokenLoss, has_plain_head, token_loss
 from peptrain.ops.cross_entropy import Scale, linear_cross_entropy, scale_
 from peptrain.rehearsal import without_numbers
+from peptrain.testing import MODEL
 
 SHAPES = [(7, 5, 3), (64, 31, 8), (33, 16, 4), (1, 2, 1), (50, 257, 16)]
 """Tokens, vocabulary, width."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from slow import algebra
 from slow.curves import State, dense_state, sites, slow_curve
-from support import newest, rows, tiny
+from support import rows, tiny
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -28,6 +28,7 @@ from peptrain.methods.lowrank import LowRank
 from peptrain.methods.relora import ReLoRA
 from peptrain.model import build_model, find_sites
 from peptrain.rng import Rng
+from peptrain.testing import newest
 from peptrain.train import train
 
 STEPS, WARMUP, FLOOR, CLIP, RANK, EVERY = 16, 3, 0.1, 0.9, 3, 5

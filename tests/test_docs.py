@@ -1,13 +1,16 @@
 """What the documentation says is run: its commands, its Python and its TOML.
 
 A bash line that ends in `# long` is parsed and not run, and so are the commands of blocks without
-a language, whose inputs aren't here.
+a language, whose inputs aren't here. A block whose first line is a comment with a file's name is
+written to that file.
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow import algebra
 
 import peptrain.cli
 import peptrain.compare
@@ -32,6 +36,7 @@ DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCS]
 every_file = pytest.mark.parametrize("name", NAMES)
 RUN = {"bash", "sh", "python", "toml"}
+FILE = re.compile(r"# ([\w./-]+\.(?:py|toml))\n")
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,32 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return work
 
 
+def install_in_place(package: Path) -> None:
+    """What `pip install -e .` leaves of a project, but for the build: its entry points."""
+    project = tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    info = package / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    named = f"Name: {project['name']}\nVersion: {project['version']}\n"
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\n{named}")
+    groups = project["entry-points"].items()
+    lines = [f"[{g}]\n" + "".join(f"{k} = {v}\n" for k, v in of.items()) for g, of in groups]
+    (info / "entry_points.txt").write_text("".join(lines))
+
+
 @every_file
-def test_the_blocks_of_a_file_run_in_order(name: str, elsewhere: Path) -> None:
+def test_the_blocks_of_a_file_run_in_order(
+    name: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(elsewhere))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     for block in blocks(name):
-        if block.language in ("bash", "sh"):
+        if (file := FILE.match(block.text)) is not None:
+            (elsewhere / file[1]).write_text(block.text, encoding="utf-8")
+        elif block.language in ("bash", "sh"):
             for line in commands(block):
-                if line.startswith("peptrain ") and not line.endswith("# long"):
+                if line == "pip install -e .":
+                    install_in_place(elsewhere)
+                elif line.startswith("peptrain ") and not line.endswith("# long"):
                     assert code(line) == 0, f"{block.place}: {line}"
         elif block.language == "python":
             exec(compile(block.text, block.place, "exec"), {"__name__": "__main__"})
@@ -219,8 +244,8 @@ def as_text(section: Any, key: str) -> str:
     return f"{part} of d" if "of_width" in rule else f"{part} of the run{most}"
 
 
-def test_every_method_has_a_page_and_the_readme_links_to_it() -> None:
-    assert PAGES.keys() == METHODS.keys()
+def test_every_method_of_the_papers_has_a_page_and_the_readme_links_to_it() -> None:
+    assert PAGES.keys() == set(algebra.COUNTED)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in PAGES if f"(docs/methods/{name}.md)" not in readme] == []
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from slow import algebra, footprint
-from support import ALONE, EVENT, MODEL, tiny_method
+from support import ALONE, tiny_method
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -30,6 +30,7 @@ from peptrain.methods.base import Method
 from peptrain.model import ModelConfig, Precision
 from peptrain.optim import clip_gradients
 from peptrain.rng import Rng
+from peptrain.testing import EVENT, MODEL
 from peptrain.trainee import Trainee, ready
 
 COUNTED = ("full", "bpt", "lora", "relora", "lowrank", "loro")

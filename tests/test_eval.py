@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import MODEL, make_corpus, rows, tiny
+from support import rows, tiny
 from torch import Tensor, nn
 
 from peptrain.cli import main
@@ -25,6 +25,7 @@ from peptrain.eval.perplexity import Evaluation, evaluate, evaluate_legacy
 from peptrain.eval.run import evaluate_run
 from peptrain.methods import METHODS
 from peptrain.model import build_model
+from peptrain.testing import MODEL, small_corpus
 from peptrain.train import train
 
 V = MODEL["vocab_size"]
@@ -301,7 +302,7 @@ def test_another_corpus_can_be_measured(runs: dict[str, Path], other: Path) -> N
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
-    foreign = make_corpus(tmp_path, words=2000)  # other merges: its ids mean other words
+    foreign = small_corpus(tmp_path, words=2000)  # other merges: its ids mean other words
     before = recorded(runs["bpt"])
     with pytest.raises(DataError, match=r"another tokenizer than the run's.*--tokenizer .*bpt/tok"):
         evaluate_run(runs["bpt"], data=foreign)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import MODEL, tiny, tiny_method
+from support import tiny, tiny_method
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
@@ -27,6 +27,7 @@ from peptrain.methods.base import ReparamLinear, reparametrized
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.lowrank import LowRankLinear
 from peptrain.ops.linear import bpt_weight
+from peptrain.testing import MODEL
 from peptrain.train import train
 
 IDS = torch.arange(64).view(2, 32) * 7 % 300

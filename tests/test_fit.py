@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from support import MODEL
 
 from peptrain.cli import main
 from peptrain.config import RunConfig, TrainConfig
@@ -26,6 +25,7 @@ from peptrain.methods.base import Method
 from peptrain.model import ModelConfig
 from peptrain.progress import fitting
 from peptrain.rehearsal import Rehearsal
+from peptrain.testing import MODEL
 
 WIDE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 168, "layers": 2, "heads": 4}
 

@@ -151,7 +151,7 @@ def test_only_swiglu_is_fused(name: str, around: Callable[..., Any], zero: bool)
     model = nn.Sequential(mlp).to(DEVICE)
     method = BPT(rank=2)
     adapt(model, method, steps=10)
-    method.accelerate(model)
+    method.fuse(model)
     assert isinstance(mlp, FusedMLP) == (name == "swiglu" and not zero)
 
 

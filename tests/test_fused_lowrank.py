@@ -243,7 +243,7 @@ def test_a_llama_of_low_rank_maps(own: dict[str, Any], masks: bool, calls: list[
     exact.double().load_state_dict(model.state_dict())
     wanted = exact(ids.cpu(), use_cache=False).logits
     written = {name: p.clone() for name, p in model.named_parameters()}
-    method.accelerate(model)
+    method.fuse(model)
     if not masks:
         assert attend_without_masks(model, 20)
     calls.clear()
@@ -267,7 +267,7 @@ def test_a_layer_is_one_graph(length: int, gradients: bool) -> None:
     model, method = llama().to(DEVICE), LowRank(rank=8)
     adapt(model, method, steps=10)
     model.bfloat16()
-    method.accelerate(model)
+    method.fuse(model)
     assert attend_without_masks(model, length)
     ids = torch.arange(length, device=DEVICE)[None] % 64
     with torch.set_grad_enabled(gradients):
@@ -283,7 +283,7 @@ def test_a_layer_is_plain_where_it_must_be(calls: list[Tensor]) -> None:
     model, method = llama().to(DEVICE), LowRank(rank=8)
     adapt(model, method, steps=10)
     plain = model.state_dict()
-    method.accelerate(model)
+    method.fuse(model)
     assert all(isinstance(layer, LowRankLayer) for layer in model.model.layers)
     assert model.state_dict().keys() == plain.keys()
     ids = torch.arange(12, device=DEVICE)[None]
@@ -307,7 +307,7 @@ def accelerated(**own: Any) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
     model, method = llama(**own), LowRank(rank=8)
     adapt(model, method, steps=10)
     fused = copy.deepcopy(model.bfloat16())
-    method.accelerate(fused)
+    method.fuse(fused)
     return model.to(DEVICE), fused.to(DEVICE)
 
 
@@ -369,7 +369,7 @@ def test_other_layers_keep_their_forward_pass() -> None:
     for model in (qwen, biased, gelu, changed, attending):
         method = LowRank(rank=8)
         adapt(model, method, steps=10)
-        method.accelerate(model)
+        method.fuse(model)
         assert not any(isinstance(module, LowRankLayer) for module in model.modules())
 
 
@@ -397,7 +397,7 @@ def test_an_mlp_is_fused_where_no_gradient_is_asked_for(monkeypatch: pytest.Monk
     adapt(model, method, steps=10)
     x = torch.randn(5, 32, device=DEVICE)
     plain = model(x).detach()
-    method.accelerate(model)
+    method.fuse(model)
     model.bfloat16()
     with torch.no_grad():
         near = model(x.bfloat16())

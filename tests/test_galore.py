@@ -11,7 +11,7 @@ from byhand import back, made, seeded, snapshot, walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import projected
-from support import EVENT, STEPS, Killed, differences, kill_at, newest, tiny, tiny_method
+from support import Killed, kill_at, tiny, tiny_method
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -21,6 +21,7 @@ from peptrain.methods.galore import GaLore, ProjectedLinear
 from peptrain.methods.galore_optimizer import GaLoreOptimizer, Rule
 from peptrain.ops.projection import leading_directions, project, rotated
 from peptrain.optim import clip_gradients, set_lr
+from peptrain.testing import EVENT, STEPS, differences, newest
 from peptrain.train import resume, train
 
 BETAS = (0.9, 0.99)

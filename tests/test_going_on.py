@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import EVENT, STEPS, Killed, differences, kill_at, newest, rows, tiny, tiny_method
+from support import Killed, kill_at, rows, tiny, tiny_method
 
 from peptrain.config import load, resolved
 from peptrain.errors import CheckpointError, ConfigError
@@ -14,6 +14,7 @@ from peptrain.methods import METHODS, LoRA, ReLoRA
 from peptrain.methods.targets import TargetedMethod
 from peptrain.model import ModelConfig
 from peptrain.rundir import RunDir
+from peptrain.testing import EVENT, STEPS, differences, newest
 from peptrain.train import resume, train
 
 MERGES_LAST = 2 * EVENT

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from byhand import seeded
-from support import losses, newest, tiny, tiny_method
+from support import tiny, tiny_method
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peptrain.adapt import adapt
@@ -21,6 +21,7 @@ from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
 from peptrain.ops.cross_entropy import linear_cross_entropy, softmax_
 from peptrain.ops.riemannian_gram import gram_steps_
 from peptrain.ops.spectral import semi_orthogonal
+from peptrain.testing import losses, newest
 from peptrain.train import resume, train
 
 pytestmark = pytest.mark.gpu
@@ -213,7 +214,7 @@ def test_a_compiled_llama_of_low_rank_maps(length: int) -> None:
     ids = torch.randint(1000, (3, length), generator=seeded(0))
     wanted = copy.deepcopy(model).double()(ids, use_cache=False).logits
     model.cuda()
-    method.accelerate(model)
+    method.fuse(model)
     assert attend_without_masks(model, length)
     compile_layers(model)
     found = model(ids.cuda(), use_cache=False).logits
@@ -233,7 +234,7 @@ def test_kernels_run_where_the_model_is(name: str) -> None:
     ids = torch.arange(50)[None]
     wanted = copy.deepcopy(model).double()(ids, use_cache=False).logits
     model.to("cuda:1")
-    method.accelerate(model)
+    method.fuse(model)
     assert torch.cuda.current_device() == 0
     assert attend_without_masks(model, 50)
     found = model(ids.to("cuda:1"), use_cache=False).logits

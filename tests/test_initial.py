@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import MODEL, Killed, differences, kill_at, losses, newest, rows, tiny, tiny_method
+from support import Killed, kill_at, rows, tiny, tiny_method
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
@@ -31,6 +31,7 @@ from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.lowrank import LowRankLinear
 from peptrain.model import ModelConfig
 from peptrain.rundir import RunDir
+from peptrain.testing import MODEL, differences, losses, newest
 from peptrain.train import resume, train
 
 KEEP_THE_FUNCTION = ["full", "bpt", "lora", "relora", "dora", "vera", "hyperadapt"]

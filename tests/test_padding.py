@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from byhand import made, snapshot, walk
-from support import EVENT, STEPS, differences, losses, newest, tiny, tiny_method
+from support import tiny, tiny_method
 from torch import Tensor, nn
 
 import peptrain.trainee
@@ -25,6 +25,7 @@ from peptrain.model import count_parameters
 from peptrain.padding import _Padded, pad_mlps, widen_mlps
 from peptrain.rehearsal import without_numbers
 from peptrain.rng import Rng
+from peptrain.testing import EVENT, STEPS, differences, losses, newest
 from peptrain.train import resume, train
 
 ODD = {"intermediate_size": 21}

@@ -9,20 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
-    STEPS,
-    AddedLinear,
-    Killed,
-    Toy,
-    differences,
-    kill_at,
-    losses,
-    newest,
-    rows,
-    same,
-    tiny,
-    trainee_at,
-)
+from support import AddedLinear, Killed, Toy, kill_at, rows, tiny, trainee_at
 
 import peptrain.methods
 from peptrain.build import phase_at, rebuild
@@ -32,6 +19,7 @@ from peptrain.errors import ConfigError
 from peptrain.methods import METHODS, Full
 from peptrain.methods.base import reparametrized
 from peptrain.rundir import RunDir
+from peptrain.testing import STEPS, differences, losses, newest, same
 from peptrain.train import resume, train
 
 WARM = 4

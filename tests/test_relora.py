@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from byhand import back, made, moments, seeded, snapshot, walk, zero_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import EVENT, tiny_method
+from support import tiny_method
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.testing import assert_close
@@ -19,6 +19,7 @@ from peptrain.methods.base import Method, Site, reparametrized
 from peptrain.methods.lora import LoRA, LoRALinear, fresh_A
 from peptrain.optim import OptimConfig
 from peptrain.rng import Rng
+from peptrain.testing import EVENT
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
 QWEN = {"family": "qwen2", "kv_heads": 1}
@@ -422,7 +423,7 @@ def test_each_phase_has_its_own_learning_rate(name: str) -> None:
     method = tiny_method(name, warm_start_steps=2, warm_start_lr=0.3)
     optim = OptimConfig(lr=0.7, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
     model = nn.Linear(2, 2)
-    rates = [method.optimizer(model, optim, phase).param_groups[0]["lr"] for phase in (0, 1)]
+    rates = [method.optimizer(model, [], optim, phase).param_groups[0]["lr"] for phase in (0, 1)]
     assert rates == [0.3, 0.7]
     cold = replace(method, warm_start_steps=0)  # type: ignore[type-var]
-    assert cold.optimizer(model, optim, 0).param_groups[0]["lr"] == 0.7
+    assert cold.optimizer(model, [], optim, 0).param_groups[0]["lr"] == 0.7

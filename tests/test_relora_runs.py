@@ -11,18 +11,7 @@ from byhand import zero_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import algebra
-from support import (
-    STEPS,
-    Killed,
-    differences,
-    kill_at,
-    losses,
-    newest,
-    rows,
-    same,
-    tiny,
-    trainee_at,
-)
+from support import Killed, kill_at, rows, tiny, trainee_at
 from torch import nn
 
 from peptrain.checkpoint import Checkpoint, read
@@ -36,6 +25,7 @@ from peptrain.optim import set_lr
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir
 from peptrain.schedule import ScheduleConfig, build
+from peptrain.testing import STEPS, differences, losses, newest, same
 from peptrain.train import resume, train
 
 EACH = {"checkpoint_every": 1, "keep": 99}

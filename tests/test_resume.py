@@ -10,18 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
-    EVENT,
-    MODEL,
-    STEPS,
-    Killed,
-    differences,
-    kill_at,
-    losses,
-    newest,
-    rows,
-    tiny,
-)
+from support import Killed, kill_at, rows, tiny
 
 import peptrain.checkpoint
 import peptrain.train as trainer
@@ -30,6 +19,7 @@ from peptrain.config import RunConfig
 from peptrain.errors import CheckpointError
 from peptrain.methods import METHODS
 from peptrain.rundir import RunDir
+from peptrain.testing import EVENT, MODEL, STEPS, differences, losses, newest
 from peptrain.train import resume, train
 
 EACH = {"checkpoint_every": 1, "keep": 99, "micro_batch": 2}

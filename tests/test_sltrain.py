@@ -9,7 +9,7 @@ import torch
 from byhand import made, seeded, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import newest, tiny, tiny_method
+from support import tiny, tiny_method
 from torch import Tensor, nn
 
 from peptrain.adapt import adapt
@@ -18,6 +18,7 @@ from peptrain.methods.base import Site, reparametrized
 from peptrain.methods.sltrain import SLTrain, SLTrainLinear, support
 from peptrain.ops.sparse import sparse_linear, sparse_weight
 from peptrain.rng import Rng
+from peptrain.testing import newest
 from peptrain.train import train
 
 

@@ -8,7 +8,7 @@ from byhand import made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import algebra
-from support import MODEL, tiny, tiny_method
+from support import tiny, tiny_method
 from torch import nn
 
 from peptrain.build import build
@@ -21,6 +21,7 @@ from peptrain.methods.lowrank import LowRank
 from peptrain.methods.rank import RankMethod
 from peptrain.methods.targets import TargetedMethod
 from peptrain.model import count_parameters
+from peptrain.testing import MODEL
 
 TARGETED = [n for n, cls in METHODS.items() if issubclass(cls, TargetedMethod)]
 targeted_methods = pytest.mark.parametrize("name", TARGETED)

@@ -14,19 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
-    MODEL,
-    STEPS,
-    TRAIN,
-    VECTORS,
-    Killed,
-    differences,
-    losses,
-    make_corpus,
-    newest,
-    rows,
-    tiny,
-)
+from support import VECTORS, Killed, rows, tiny
 from torch import Tensor
 
 import peptrain.loss
@@ -47,6 +35,7 @@ from peptrain.journal import throughput
 from peptrain.methods import METHODS
 from peptrain.ops.cross_entropy import linear_cross_entropy
 from peptrain.rundir import RunDir, first_free
+from peptrain.testing import MODEL, STEPS, TRAIN, differences, losses, newest, small_corpus
 from peptrain.train import resume, train
 
 EACH = {"checkpoint_every": 1, "keep": 99}
@@ -127,7 +116,7 @@ def test_a_directory_that_cannot_be_made_is_named(corpus: Path, tmp_path: Path) 
 
 
 def small_data(folder: Path) -> Path:
-    return make_corpus(folder, words=40)
+    return small_corpus(folder, words=40)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[PeptrainError], str]] = {

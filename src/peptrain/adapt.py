@@ -20,7 +20,7 @@ from peptrain.dense import densify
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method, Metrics, Site
 from peptrain.model import find_sites
-from peptrain.optim import OptimConfig, clip_gradients, set_lr
+from peptrain.optim import OptimConfig, clip_gradients, learning_rates, set_lr
 from peptrain.rng import Rng
 from peptrain.schedule import ScheduleConfig
 
@@ -54,13 +54,13 @@ class Adapted:
         """Move along the gradients that a backward pass has left, and do what is due after it.
 
         Sets the learning rate, clips, updates, clears the gradients; then merges, resets, or, where
-        a warm start ends, rebuilds the layers in place. Returns lr, grad_norm and the method's own
-        numbers. Raises ConfigError when all `steps` are done.
+        a warm start ends, rebuilds the layers in place. Returns lr (and lr_NAME of groups with a
+        name), grad_norm and the method's own numbers. Raises ConfigError when all `steps` are done.
         """
         if self.done >= self.steps:
             raise ConfigError(f"steps: all {self.steps} are done; give `adapt` more of them")
         set_lr(self.optimizer, self.schedule(self.done))
-        numbers: dict[str, Any] = {"lr": self.optimizer.param_groups[0]["lr"]}
+        numbers: dict[str, Any] = {**learning_rates(self.optimizer)}
         numbers["grad_norm"] = clip_gradients(self.model, self.optim.clip)
         with _without_autocast(self.model):
             self.optimizer.step()
@@ -114,13 +114,13 @@ class Adapted:
             for p in group["params"]:
                 if p in moments:
                     self.optimizer.state[p] = moments[p]
-        self.method.enter(self.model, self.optimizer, self._phase)
+        self.method.on_phase_start(self.model, self.optimizer, self._phase)
 
     def _install(self, fresh: bool) -> Optimizer:
         sites = _sites(self.model, fresh)
         with _without_autocast(self.model):
             self.method.install(self.model, sites, self._rng, self._phase)
-        return self.method.optimizer(self.model, self.optim, self._phase)
+        return self.method.optimizer(self.model, sites, self.optim, self._phase)
 
 
 def adapt(

@@ -13,9 +13,9 @@ from torch import Tensor
 from peptrain.checkpoint import Checkpoint, latest, load_model
 from peptrain.config import RunConfig, load
 from peptrain.dense import dense_state, load_dense
-from peptrain.errors import CheckpointError
-from peptrain.methods.base import Method
-from peptrain.model import build_model, find_sites
+from peptrain.errors import CheckpointError, Unsupported
+from peptrain.methods.base import Method, has_effective_weight, reparametrized
+from peptrain.model import build_model, find_sites, warn_of_experts
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir
 
@@ -38,9 +38,29 @@ def build(
     model = plain_model(config)
     if dense is not None:
         load_dense(model, dense)
+    warn_of_experts(model)
     sites = find_sites(model, fresh=dense is None)
     config.method.install(model, sites, Rng(config.train.seed), phase)
+    _check_dense_weights(config, model, phase)
     return model
+
+
+def _check_dense_weights(config: RunConfig[Method], model: PreTrainedModel, phase: int) -> None:
+    """Raise Unsupported now for layers whose dense weights will be asked for and don't exist."""
+    method, layers = config.method, list(reparametrized(model))
+    for layer in layers if method.has_dense_equivalent else ():
+        if not has_effective_weight(layer):
+            kind = type(layer).__name__
+            raise Unsupported(
+                f"method.name: {method.name}: {kind} has no effective_weight(), so the run could"
+                f" not be evaluated; define it, or for a map that is not linear set"
+                f" has_dense_equivalent = False in {type(method).__name__}"
+            )
+    if layers and not method.has_dense_equivalent and phase + 2 < len(bounds(config)):
+        raise Unsupported(
+            f"method.name: {method.name}: has no dense equivalent, so phase {phase + 1} could not"
+            f" start from the weights of phase {phase}; keep such layers to the last phase"
+        )
 
 
 def rebuild(config: RunConfig[Method], saved: Checkpoint, phase: int) -> PreTrainedModel:
@@ -71,6 +91,10 @@ class Opened:
     saved: Checkpoint
     model: PreTrainedModel
     """With the method's layers."""
+
+    def evaluated(self) -> PreTrainedModel:
+        """What evaluation looks at: the dense twin, or the model itself where there is none."""
+        return self.dense_twin() if self.config.method.has_dense_equivalent else self.model
 
     def dense_twin(self) -> PreTrainedModel:
         """The same function as a plain Hugging Face model, in the run's dtype."""

@@ -45,13 +45,20 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
     """Write the newest checkpoint of `run` to `out`, and check it by comparing logits.
 
     dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads with no peptrain
-    installed. factorised: W = B A kept as factors, for `load_factorised`; lowrank and loro only.
-    Raises ConfigError when `out` exists, Unsupported for a method without factors, and
+    installed. factorised: the method's own layers, for `load_factorised`; for W = B A (lowrank,
+    loro) and for methods without a dense equivalent.
+    Raises ConfigError when `out` exists, Unsupported for a form that the method doesn't have, and
     CheckpointError for a run without its tokenizer or when the written model answers differently.
     """
     if out.exists():
         raise ConfigError(f"--out {out}: exists and is never overwritten; choose another")
     opened, tokenizer = open_run(run), RunDir(run).tokenizer
+    method = opened.config.method
+    if form == "dense" and not method.has_dense_equivalent:
+        raise Unsupported(
+            f"--form dense: {method.name} has no dense equivalent; use --form factorised, which"
+            " keeps its layers"
+        )
     if not tokenizer.is_dir():
         raise CheckpointError(f"{tokenizer}: missing; copy it from a run on the same corpus")
     temporary = out.with_name(f".{out.name}.tmp")
@@ -80,17 +87,17 @@ def _dense(opened: Opened, out: Path) -> PreTrainedModel:
 
 
 def _factorised(opened: Opened, out: Path) -> PreTrainedModel:
-    layers = list(reparametrized(opened.model))
-    if not layers or not all(isinstance(layer, LowRankLinear) for layer in layers):
+    layers, method = list(reparametrized(opened.model)), opened.config.method
+    factored = layers and all(isinstance(layer, LowRankLinear) for layer in layers)
+    if method.has_dense_equivalent and not factored:
         raise Unsupported(
-            f"--form factorised: {opened.config.method.name} has other matrices than W = B A;"
-            " use --form dense"
+            f"--form factorised: {method.name} has other matrices than W = B A; use --form dense"
         )
     opened.model.config.save_pretrained(out)
     tensors = {name: p.detach().contiguous() for name, p in opened.model.named_parameters()}
     save_file(tensors, out / FACTORS, {"format": "pt"})
-    method = {"name": opened.config.method.name} | _set(opened.config.method)
-    recipe = {"peptrain": __version__, "method": method}
+    made = {"phase": opened.saved.phase, "seed": opened.config.train.seed}
+    recipe = {"peptrain": __version__, "method": {"name": method.name} | _set(method), **made}
     (out / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
     return _read_factorised(out)[0]
 
@@ -108,7 +115,7 @@ def load_factorised(path: Path) -> PreTrainedModel:
     model, method = _read_factorised(Path(path))
     widen_mlps(model)
     if find_spec("triton"):
-        method.accelerate(model)
+        method.fuse(model)
     return model
 
 
@@ -120,15 +127,22 @@ def _read_factorised(path: Path) -> tuple[PreTrainedModel, Method]:
             " make one by `peptrain export RUN --form factorised`"
         )
     try:
-        recipe = dict(json.loads((path / RECIPE).read_text(encoding="utf-8"))["method"])
-        method = toml.parse(methods()[recipe.pop("name")], recipe, "method.")
+        recipe = json.loads((path / RECIPE).read_text(encoding="utf-8"))
+        name, known = recipe["method"].pop("name"), methods()
+        if name not in known:
+            raise CheckpointError(
+                f"{path}: was made by the method {name!r}, which is not installed here; install"
+                " the package that offers it"
+            )
+        method = toml.parse(known[name], recipe["method"], "method.")
         tensors = load_file(path / FACTORS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: can't be read: {error}; export it again") from error
     dtype = next(iter(tensors.values())).dtype
     config = AutoConfig.from_pretrained(path)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    method.install(model, find_sites(model), Rng(0), phase=0)
+    rng, phase = Rng(recipe.get("seed", 0)), recipe.get("phase", 0)  # 0.1.0 didn't write these
+    method.install(model, find_sites(model), rng, phase)
     load_model(model, tensors)
     model.eval()
     return model, method

@@ -54,10 +54,20 @@ def initial_weights(config: RunConfig[Method]) -> dict[str, Tensor] | None:
     path = config.init_from
     if path is None:
         return None
-    weights = dense_state(open_run(path).model) if _is_run(path) else _pretrained(path, config)
+    weights = _of_run(path) if _is_run(path) else _pretrained(path, config)
     _check_shapes(weights, config)
     _check_function(config)
     return weights
+
+
+def _of_run(path: Path) -> dict[str, Tensor]:
+    opened = open_run(path)
+    if not (method := opened.config.method).has_dense_equivalent:
+        raise ConfigError(
+            f"init_from: {path} was trained by {method.name}, whose layers have no dense weights to"
+            " start from; give a run of another method"
+        )
+    return dense_state(opened.model)
 
 
 def contents(path: Path) -> str:

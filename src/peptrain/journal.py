@@ -48,7 +48,7 @@ class Journal:
     world: World
     observe: Observer
     tokens_per_step: int
-    _steps: list[tuple[int, float, Tensor]] = field(default_factory=list)
+    _steps: list[tuple[int, Mapping[str, float], Tensor]] = field(default_factory=list)
     _norms: dict[int, Tensor] = field(default_factory=dict)
     _metrics: dict[str, Tensor | float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
@@ -56,14 +56,16 @@ class Journal:
     def add(
         self,
         step: int,
-        lr: float,
+        rates: Mapping[str, float],
         loss: Tensor,
         norm: Tensor | None,
         metrics: Mapping[str, Tensor | float],
     ) -> None:
-        """Note step number `step` (1 is the first), without waiting for the device. `norm`: of the
-        gradient, if the step needed it."""
-        self._steps.append((step, lr, loss))
+        """Note step number `step` (1 is the first), without waiting for the device.
+
+        rates: `learning_rates` of the optimizer. norm: of the gradient, if the step needed it.
+        """
+        self._steps.append((step, rates, loss))
         if norm is not None:
             self._norms[step] = norm
         self._metrics.update(metrics)
@@ -80,20 +82,21 @@ class Journal:
         self._steps, self._metrics, self._norms = [], {}, {}
         losses = self.world.mean(torch.stack([loss for *_, loss in steps]).double()).tolist()
         seconds, tokens = self._clock(), len(steps) * self.tokens_per_step
-        for (step, lr, _), loss in zip(steps, losses, strict=True):
+        for (step, rates, _), loss in zip(steps, losses, strict=True):
             norm = norms.get(step, 0.0)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 gradient = f" and the gradient norm {norm}" if step in norms else ""
+                lr = rates["lr"]
                 raise Diverged(
                     f"step {step}: the loss is {loss}{gradient} at a learning rate of {lr:.3g}"
                 )
-        step, lr, _ = steps[-1]
+        step, rates, _ = steps[-1]
         newest = {"grad_norm": norms[max(norms)]} if norms else {}
         self.write(
             "step",
             step=step,
             loss=sum(losses) / len(losses),
-            lr=lr,
+            **rates,
             **newest,
             tokens=step * self.tokens_per_step,
             tokens_per_second=throughput(tokens, seconds),

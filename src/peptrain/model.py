@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from peptrain.errors import ConfigError, Unsupported
-from peptrain.methods.base import Site
+from peptrain.methods.base import ReparamLinear, Site
 from peptrain.settings import check
 
 if TYPE_CHECKING:
@@ -227,20 +228,30 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_sites(model: PreTrainedModel, fresh: bool = True) -> list[Site]:
-    """Every nn.Linear inside a decoder layer, in the model's order; `fresh` as in Site."""
+    """Every nn.Linear inside a decoder layer, or what replaced it, in the model's order; `fresh`
+    as in Site."""
     stack, layers = decoder_layers(model)
     width = model.config.get_text_config().hidden_size
-    experts = sum(p.numel() for p in layers.parameters() if p.ndim > 2)
+    found = _matrices(stack, layers)
+    return [Site(name, parent, width, fresh) for name, parent in found]
+
+
+def _matrices(name: str, parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and parents of the matrices below `parent`; what lies in a method's layer is its."""
+    for child, module in parent.named_children():
+        if isinstance(module, nn.Linear | ReparamLinear):
+            yield f"{name}.{child}", parent
+        else:
+            yield from _matrices(f"{name}.{child}", module)
+
+
+def warn_of_experts(model: PreTrainedModel) -> None:
+    """Say what of the decoder layers no method can adapt."""
+    experts = sum(p.numel() for p in decoder_layers(model)[1].parameters() if p.ndim > 2)
     if experts:
         log.warning(
             "%.1fM parameters of experts are no nn.Linear and stay as they are", experts / 1e6
         )
-    return [
-        Site(f"{stack}.{parent_name}.{child}", parent, width, fresh)
-        for parent_name, parent in layers.named_modules()
-        for child, module in parent.named_children()
-        if isinstance(module, nn.Linear)
-    ]
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -90,6 +90,13 @@ def set_lr(optimizer: Optimizer, multiplier: float) -> None:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * multiplier
 
 
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """The first group's as "lr", and that of each group with a name as "lr_NAME"."""
+    groups = optimizer.param_groups
+    named = {f"lr_{group['name']}": group["lr"] for group in groups if "name" in group}
+    return {"lr": groups[0]["lr"], **named}
+
+
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
     """The global gradient norm, after scaling the gradients down to `clip` unless that is 0."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]

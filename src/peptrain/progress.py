@@ -84,11 +84,17 @@ class TrainingProgress:
             parts = [f"loss {seen['loss']:.3f}"]
             if "held_out_loss" in seen:
                 parts.append(f"held-out {seen['held_out_loss']:.3f}")
-            parts += [f"lr {seen['lr']:.1e}", f"{seen['tokens_per_second']:,.0f} tok/s"]
+            parts += [self._rates(), f"{seen['tokens_per_second']:,.0f} tok/s"]
         parts += [f"{seen[name]:.0f} {name.replace('_', ' ')}" for name in EVENTS if name in seen]
         if self._bar is None and "loss" in seen:
             parts.append(f"{self._minutes_left():.1f} min left")
         return "  ".join(parts)
+
+    def _rates(self) -> str:
+        """The learning rate, and in brackets those of groups that have names."""
+        named = {k.removeprefix("lr_"): v for k, v in self._seen.items() if k.startswith("lr_")}
+        listed = ", ".join(f"{name} {rate:.1e}" for name, rate in named.items())
+        return f"lr {self._seen['lr']:.1e}" + (f" ({listed})" if listed else "")
 
     def _minutes_left(self) -> float:
         """At the pace so far, evaluations and checkpoints included."""

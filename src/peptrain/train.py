@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from peptrain.initial import adopting, compare_tokenizers
 from peptrain.journal import Journal, Observer, silent
 from peptrain.methods.base import Method, Metrics
 from peptrain.model import check_causal, config_file, count_parameters, save_tokenizer
-from peptrain.optim import clip_gradients, set_lr, state_bytes
+from peptrain.optim import clip_gradients, learning_rates, set_lr, state_bytes
 from peptrain.rng import Rng
 from peptrain.rundir import RunDir, first_free
 from peptrain.signals import Stop, stop_on_signals
@@ -38,6 +39,8 @@ from peptrain.trainee import (
     restore,
     save,
 )
+
+log = logging.getLogger("peptrain")
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
         with eager_layers():
             check_causal(trainee.model)
     if run is None:
+        if not config.method.has_dense_equivalent:
+            log.warning("%s has no dense equivalent: eval runs the model itself, and `peptrain"
+                        " export` needs --form factorised", config.method.name)  # fmt: skip
         compare_tokenizers(config, corpus)
         run = _create(config, corpus, here)
     tokens_per_step = config.train.batch_size * config.train.seq_len
@@ -137,8 +143,7 @@ def _loop(
     t, here, optimizer = config.train, journal.world, trainee.optimizer
     while trainee.step < trainee.end:
         loss, norm, metrics = advance(trainee, config, corpus, here)
-        lr = optimizer.param_groups[0]["lr"]
-        journal.add(trainee.step, lr, loss, norm, metrics)
+        journal.add(trainee.step, learning_rates(optimizer), loss, norm, metrics)
 
         stopping = _agreed(stop, here, trainee.step % t.log_every == 0)
         saving = trainee.step == trainee.end or stopping or _due(t.checkpoint_every, trainee.step)

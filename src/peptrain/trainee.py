@@ -21,7 +21,7 @@ from peptrain.execution import attend_without_masks, checkpoint_activations, com
 from peptrain.initial import initial_weights
 from peptrain.loss import NextTokenLoss
 from peptrain.methods.base import Method
-from peptrain.model import config_file, vocabulary_size
+from peptrain.model import config_file, find_sites, vocabulary_size
 from peptrain.padding import pad_mlps
 from peptrain.passes import Passes, kernels_fuse, passes, records
 from peptrain.rng import Rng
@@ -67,7 +67,7 @@ def restore(
     if saved:
         checkpoint.load_optimizer(model, optimizer, saved, same_phase=not entered)
         if entered:
-            config.method.enter(model, optimizer, phase)
+            config.method.on_phase_start(model, optimizer, phase)
         elif step == saved.end < end:  # the run's end has moved: now it is between two steps
             config.method.after_step(model, optimizer, step, Rng(config.train.seed))
     base = schedule.build(config.schedule, config.train.steps)
@@ -88,14 +88,14 @@ def ready(
     maskless = on_gpu and attend_without_masks(model, t.seq_len)
     recorded = records(t.cuda_graph, t.compile and maskless, here)
     if kernels_fuse(t.kernels, t.precision, here.device, recorded=recorded):
-        config.method.accelerate(model)
+        config.method.fuse(model)
     if on_gpu:
         pad_mlps(model)
     if t.checkpoint_activations:
         checkpoint_activations(model)
     if t.compile:
         compile_layers(model, t.memory_budget)
-    optimizer = config.method.optimizer(model, config.optim, phase)
+    optimizer = config.method.optimizer(model, find_sites(model), config.optim, phase)
     loss = here.parallelize(NextTokenLoss(model, compile=t.compile))
     return optimizer, passes(loss, t.precision, here, recorded=recorded)
 

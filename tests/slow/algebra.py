@@ -311,6 +311,11 @@ class Count(NamedTuple):
     embedding: int  # input embedding and output head, once when tied
 
 
+COUNTED = ("full", "bpt", "lora", "relora", "lowrank", "loro", "dora", "vera", "hyperadapt",
+           "galore", "sltrain")  # fmt: skip
+"""The methods that `parameter_count` knows: those of the papers' tables."""
+
+
 def parameter_count(arch: Arch, method: str, r: int = 0, trained_scale: bool = False) -> Count:
     """Counts by arithmetic for full, galore, bpt, lora, relora (after its warm start), lowrank,
     loro, dora, vera, hyperadapt and sltrain (density 0.03).

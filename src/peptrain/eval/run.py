@@ -30,7 +30,8 @@ def evaluate_run(
     legacy: bool = False,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """The newest checkpoint's dense twin on the whole held-out part, in the run's precision.
+    """The newest checkpoint's dense twin on the whole held-out part, in the run's precision; the
+    model itself where its method has no dense equivalent.
 
     data: another prepared corpus than the run's own. legacy: the older repositories' division by
     batches + 1, where the batch size (theirs is 512 at most) does change the number. The result
@@ -46,7 +47,7 @@ def evaluate_run(
     assert config.train.precision is not None
     measure = evaluate_legacy if legacy else evaluate
     result = measure(
-        opened.dense_twin().to(device),  # type: ignore[arg-type]
+        opened.evaluated().to(device),  # type: ignore[arg-type]
         corpus.held_out(),
         seq_len=config.train.seq_len,
         batch_size=batch_size or config.train.micro_batch or 1,

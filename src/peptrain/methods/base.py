@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from inspect import signature
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peptrain.errors import Unsupported
 from peptrain.optim import OptimConfig, adamw
 from peptrain.rng import Rng
 from peptrain.schedule import Schedule, ScheduleConfig
@@ -20,7 +22,7 @@ waits for the device. A name that ends in `_warning` is also logged when it is n
 
 @dataclass(frozen=True)
 class Site:
-    """One nn.Linear that a method may replace."""
+    """One matrix of the model that a method may adapt: an nn.Linear, or what replaced it."""
 
     name: str
     """As in the state dict: "model.layers.0.mlp.up_proj"."""
@@ -32,15 +34,23 @@ class Site:
     comes from a trained model is to be kept, or approximated."""
 
     @property
-    def linear(self) -> nn.Linear:
+    def module(self) -> nn.Linear | ReparamLinear:
+        """What stands there now: after `install` the layer that replaced the nn.Linear, if any."""
         module = getattr(self.parent, self.name.rpartition(".")[2])
-        assert isinstance(module, nn.Linear)
+        assert isinstance(module, nn.Linear | ReparamLinear)
+        return module
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The nn.Linear, while it has not been replaced."""
+        module = self.module
+        assert isinstance(module, nn.Linear), f"{self.name} was replaced; use `module`"
         return module
 
     @property
     def shape(self) -> tuple[int, int]:
         """(n, m) = (out, in)."""
-        return self.linear.out_features, self.linear.in_features
+        return self.module.out_features, self.module.in_features
 
     def replace(self, new: ReparamLinear) -> None:
         setattr(self.parent, self.name.rpartition(".")[2], new)
@@ -50,6 +60,8 @@ class ReparamLinear(nn.Module):
     """y = x W_effᵀ + bias, with W_eff written in other parameters.
 
     A frozen base keeps the name `weight`, a bias the name `bias`, so Hugging Face's keys survive.
+    A layer that is not linear in x has no W_eff: it leaves `effective_weight` alone, and its method
+    says `has_dense_equivalent = False`.
     """
 
     site: str
@@ -61,8 +73,14 @@ class ReparamLinear(nn.Module):
         self.bias = site.linear.bias
 
     def effective_weight(self) -> Tensor:
-        """W_eff, [out, in], in at least fp32, on unsharded tensors."""
-        raise NotImplementedError
+        """W_eff, [out, in], in at least fp32, on unsharded tensors.
+
+        Raises Unsupported for a layer that has none.
+        """
+        raise Unsupported(
+            f"{self.site}: {type(self).__name__} has no effective_weight(), so the model has no"
+            " dense weights"
+        )
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{k}={list(p.shape)}" for k, p in self.named_parameters())
@@ -72,6 +90,14 @@ class ReparamLinear(nn.Module):
 def reparametrized(model: nn.Module) -> Iterator[ReparamLinear]:
     """Every layer that a method replaced, in the model's order."""
     return (m for m in model.modules() if isinstance(m, ReparamLinear))
+
+
+def has_effective_weight(layer: ReparamLinear) -> bool:
+    """Whether the layer's class defines `effective_weight`."""
+    return type(layer).effective_weight is not ReparamLinear.effective_weight
+
+
+RENAMED_HOOKS = {"enter": "on_phase_start", "accelerate": "fuse"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +118,28 @@ class Method:
     schedule_defaults: ClassVar[ScheduleConfig] = ScheduleConfig(
         kind="cosine", decay_shape="cosine", floor=0.1, restart_every=0, restart_warmup=50
     )
+    has_dense_equivalent: ClassVar[bool] = True
+    """Whether every layer is a linear map with an `effective_weight`. False: the model itself is
+    evaluated, exported only in the factorised form, and no phase follows one with such layers."""
+    keeps_function_with: ClassVar[Mapping[str, Any] | None] = {}
+    """Settings under which installing leaves the model's function unchanged; None: it never does,
+    since no dense W remains."""
+    zero_factor: ClassVar[bool] = False
+    """Whether one factor of each layer starts at zero, so that the other waits a step for its
+    gradient."""
+    merges: ClassVar[bool] = False
+    """Whether `after_step` merges the factors and restarts one of them at zero."""
+
+    def __init_subclass__(cls) -> None:
+        """Refuse hooks as older versions had them: called by no one, they would be lost."""
+        super().__init_subclass__()
+        for old, new in RENAMED_HOOKS.items():
+            if old in vars(cls):
+                raise TypeError(f"{cls.__name__}.{old}: this hook is now called {new}; rename it")
+        if "optimizer" in vars(cls) and "sites" not in signature(cls.optimizer).parameters:
+            raise TypeError(
+                f"{cls.__name__}.optimizer: takes (model, sites, optim, phase) now; add `sites`"
+            )
 
     def phases(self, steps: int) -> tuple[int, ...]:
         """The steps at which the model is rebuilt from its dense weights, ascending.
@@ -106,15 +154,22 @@ class Method:
         `sites` are all the layers that may be replaced; the dense weights are in them.
         """
 
-    def optimizer(self, model: nn.Module, optim: OptimConfig, phase: int) -> Optimizer:
-        """The phase's optimizer; the schedule multiplies the learning rate each group has here."""
+    def optimizer(
+        self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
+    ) -> Optimizer:
+        """The phase's optimizer; the schedule multiplies the learning rate each group has here.
+
+        `sites` are those `install` got: `site.module` is the layer that stands there now, and
+        `site.linear.weight` a matrix that was left whole. A group with a "name" has its learning
+        rate in metrics.jsonl as lr_NAME.
+        """
         return adamw(model, optim)
 
-    def enter(self, model: nn.Module, optimizer: Optimizer, phase: int) -> None:
+    def on_phase_start(self, model: nn.Module, optimizer: Optimizer, phase: int) -> None:
         """Called once as a phase after the first begins. Parameters that kept their name and shape
         have brought their moments along; what shall not go on is forgotten here."""
 
-    def accelerate(self, model: nn.Module) -> None:
+    def fuse(self, model: nn.Module) -> None:
         """Let layers use the fused forms of ops/, which only a GPU can run. Parameters and their
         names stay; results are the same to rounding, except that a diagonal that is exactly 0 gets
         no gradient. Low-rank maps are fused where no gradient is asked for; a model whose MLPs

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,9 @@ class BPT(RankMethod):
 
     name: ClassVar[str] = "bpt"
     equation: ClassVar[str] = "W_eff = diag(a) (W + U V) diag(b), W += U V now and then"
+    keeps_function_with: ClassVar[Mapping[str, Any] | None] = {"init": "model"}
+    zero_factor = True
+    merges = True
     # The paper's, ten times full training's; 1e-3 is better at llama-60m (docs/first-table.md).
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
     schedule_defaults = fill(ScheduleConfig(kind="wsd", floor=0.0), Method.schedule_defaults)
@@ -124,7 +127,7 @@ class BPT(RankMethod):
     def layer(self, site: Site, rng: Rng) -> BPTLinear:
         return BPTLinear(site, self.r, self.init, rng)
 
-    def accelerate(self, model: nn.Module) -> None:
+    def fuse(self, model: nn.Module) -> None:
         from peptrain.methods.fused_mlp import BPTMLP, fuse_mlps  # Triton is not everywhere
         from peptrain.ops import fused
 

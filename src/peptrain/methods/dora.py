@@ -53,5 +53,5 @@ class DoRA(LoRA):
     def cost(self, n: int, m: int, rank: int) -> int:
         return super().cost(n, m, rank) + n
 
-    def accelerate(self, model: nn.Module) -> None:
+    def fuse(self, model: nn.Module) -> None:
         """There is no fused form: LoRA's has no row norms."""

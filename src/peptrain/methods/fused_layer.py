@@ -1,4 +1,4 @@
-"""LLaMA's decoder layer of low-rank maps as a few kernels, for `Method.accelerate`."""
+"""LLaMA's decoder layer of low-rank maps as a few kernels, for `Method.fuse`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SwiGLU between three layers of a method as one fused map, for `Method.accelerate`."""
+"""SwiGLU between three layers of a method as one fused map, for `Method.fuse`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -64,7 +65,9 @@ class GaLore(RankMethod):
     def layer(self, site: Site, rng: Rng) -> ProjectedLinear:
         return ProjectedLinear(site)
 
-    def optimizer(self, model: nn.Module, optim: OptimConfig, phase: int) -> Optimizer:
+    def optimizer(
+        self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
+    ) -> Optimizer:
         assert optim.lr is not None and optim.beta1 is not None and optim.beta2 is not None
         assert optim.eps is not None and self.gap is not None
         weights = [m.weight for m in reparametrized(model) if isinstance(m, ProjectedLinear)]

@@ -98,6 +98,7 @@ class LoRA(RankMethod):
     name: ClassVar[str] = "lora"
     kind: ClassVar[type[LoRALinear]] = LoRALinear
     equation: ClassVar[str] = "W_eff = W + s B A, W frozen (after a full warm start, if any)"
+    zero_factor = True
     # At llama-60m 1e-3 and 2e-3 are alike without a warm start, and more is better after one; in
     # the default model 2e-3 is ahead of 1e-3 and 4e-3 (docs/first-table.md, docs/log.md).
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
@@ -162,15 +163,17 @@ class LoRA(RankMethod):
             for site in chosen:
                 site.linear.weight.requires_grad_(True)
 
-    def optimizer(self, model: nn.Module, optim: OptimConfig, phase: int) -> Optimizer:
+    def optimizer(
+        self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
+    ) -> Optimizer:
         lr = self.warm_start_lr if self._warming(phase) else optim.lr
         return adamw(model, replace(optim, lr=lr))
 
-    def enter(self, model: nn.Module, optimizer: Optimizer, phase: int) -> None:
+    def on_phase_start(self, model: nn.Module, optimizer: Optimizer, phase: int) -> None:
         if self.warm_start_then == "fresh":
             optimizer.state.clear()
 
-    def accelerate(self, model: nn.Module) -> None:
+    def fuse(self, model: nn.Module) -> None:
         from peptrain.ops import fused  # Triton is not everywhere
 
         layers = list(reparametrized(model))  # none in a warm start

@@ -67,7 +67,9 @@ class LORO(LowRank):
                 self.exact_every,
             )
 
-    def optimizer(self, model: nn.Module, optim: OptimConfig, phase: int) -> Optimizer:
+    def optimizer(
+        self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
+    ) -> Optimizer:
         assert optim.lr is not None and optim.beta1 is not None and optim.beta2 is not None
         assert optim.eps is not None
         layers = [m for m in reparametrized(model) if isinstance(m, LowRankLinear)]

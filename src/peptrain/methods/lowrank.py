@@ -51,13 +51,14 @@ class LowRank(RankMethod):
 
     name: ClassVar[str] = "lowrank"
     equation: ClassVar[str] = "W = B A, both factors trained by AdamW"
+    keeps_function_with = None
     # The best of 5e-4, 1e-3, 3e-3 and 1e-2 at llama-60m (docs/first-table.md).
     optim_defaults = replace(Method.optim_defaults, lr=1e-3)
 
     def layer(self, site: Site, rng: Rng) -> LowRankLinear:
         return LowRankLinear(site, self.r, rng)
 
-    def accelerate(self, model: nn.Module) -> None:
+    def fuse(self, model: nn.Module) -> None:
         from peptrain.methods.fused_layer import fuse_layers  # Triton is not everywhere
         from peptrain.methods.fused_mlp import LowRankMLP, fuse_mlps
 

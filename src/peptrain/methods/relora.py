@@ -25,6 +25,7 @@ class ReLoRA(LoRA):
 
     name: ClassVar[str] = "relora"
     equation: ClassVar[str] = "W_eff = W + s B A, W += s B A now and then"
+    merges = True
     # The paper has 1.5 to 2 times full training's; at llama-60m after a warm start 4e-3 is better
     # by 0.16 nats than 2e-3, and 8e-3 by 0.05 more (docs/first-table.md).
     optim_defaults = replace(Method.optim_defaults, lr=4e-3)

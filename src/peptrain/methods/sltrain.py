@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -89,6 +90,8 @@ class SLTrain(RankMethod):
 
     name: ClassVar[str] = "sltrain"
     equation: ClassVar[str] = "W = s B A + S, S sparse on a fixed random support"
+    keeps_function_with = None
+    zero_factor = True
     optim_defaults = replace(Method.optim_defaults, lr=3e-3)
 
     alpha: float = 32.0
@@ -107,7 +110,9 @@ class SLTrain(RankMethod):
     def layer(self, site: Site, rng: Rng) -> SLTrainLinear:
         return SLTrainLinear(site, self.r, self.alpha, self.density, rng)
 
-    def optimizer(self, model: nn.Module, optim: OptimConfig, phase: int) -> Optimizer:
+    def optimizer(
+        self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
+    ) -> Optimizer:
         """AdamW, with decay on the values too: a list of them is the matrix S all the same."""
         values = [m.values for m in reparametrized(model) if isinstance(m, SLTrainLinear)]
         mine = {id(p) for p in values}

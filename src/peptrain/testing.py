@@ -1,0 +1,384 @@
+"""The laws that every method keeps: `check_method(cls)` runs them on a small model.
+
+A method from outside checks itself with one line, from a test or a notebook:
+
+    from peptrain.testing import check_method
+
+    check_method(MyMethod)
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from peptrain.build import build, plain_model
+from peptrain.checkpoint import Checkpoint, available, read
+from peptrain.config import DataConfig, RunConfig, TrainConfig, dump, parse, resolved
+from peptrain.data import PrepareConfig, prepare
+from peptrain.dense import dense_state, load_dense
+from peptrain.eval.run import evaluate_run
+from peptrain.export import export
+from peptrain.loss import NextTokenLoss
+from peptrain.methods import METHODS
+from peptrain.methods.base import Method, ReparamLinear, reparametrized
+from peptrain.model import ModelConfig, find_sites
+from peptrain.optim import OptimConfig
+from peptrain.rng import Rng
+from peptrain.rundir import RunDir
+from peptrain.schedule import ScheduleConfig
+from peptrain.train import resume, train
+
+STEPS, EVENT = 8, 3
+"""A run, and the interval of everything periodic in it: merges come at steps 3 and 6."""
+SMALL = {"rank": 2, "warm_start_steps": 2, "restart_warmup": 0, "reset_every": EVENT}
+"""Taken by every method that has the field; its intervals are EVENT."""
+MODEL = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "vocab_size": 320}
+TRAIN = {"steps": STEPS, "batch_size": 4, "seq_len": 16, "log_every": 1, "eval_every": 0}
+QWEN = {"family": "qwen2", "kv_heads": 1}
+"""Biases, and matrices of three more shapes."""
+
+
+def small(cls: type[Method], **given: Any) -> Method:
+    """The method at rank 2 with an event at every third step; `given` go before that."""
+    own = {f.name: f.metadata for f in fields(cls)}
+    every = {k: EVENT for k, rule in own.items() if rule.get("up")}
+    known = {k: v for k, v in SMALL.items() if k in own}
+    return cls(**(every | known | given))
+
+
+def small_run(
+    method: Method, corpus: Path, run: Path | None = None, **sections: Mapping[str, Any]
+) -> RunConfig[Any]:
+    """8 steps in float64 at a constant learning rate; `sections` are dicts of what differs."""
+    given: dict[str, Any] = {"model": MODEL, "optim": {}, "train": TRAIN | {"precision": "fp64"}}
+    given["schedule"] = {"kind": "constant", "warmup": 0}
+    merged = {k: {**v, **sections.pop(k, {})} for k, v in given.items()}
+    assert not sections, sections
+    return RunConfig(
+        method=method,
+        model=ModelConfig(**merged["model"]),
+        optim=OptimConfig(**merged["optim"]),
+        schedule=ScheduleConfig(**merged["schedule"]),
+        train=TrainConfig(**merged["train"]),
+        data=DataConfig(path=corpus),
+        run=run,
+    )
+
+
+def small_corpus(folder: Path, words: int = 6000) -> Path:
+    """A prepared corpus of random words, 300 token ids, in `folder`."""
+    draw = random.Random(0)
+    letters = "etaoinshrd"
+    lexicon = ["".join(draw.choices(letters, k=draw.randrange(2, 7))) for _ in range(60)]
+    text = folder / "text.txt"
+    text.write_text(" ".join(draw.choices(lexicon, k=words)), encoding="utf-8")
+    out = folder / "corpus"
+    prepare(PrepareConfig(inputs=(text,), out=out, vocab_size=300, held_out=0.02))
+    return out
+
+
+@dataclass
+class Bench:
+    """A method on a small model, stepped by hand: no trainer and no directory."""
+
+    config: RunConfig[Method]
+    model: Any
+    optimizer: Optimizer
+    step: int = 0
+
+    @property
+    def layers(self) -> list[ReparamLinear]:
+        return list(reparametrized(self.model))
+
+    def backward(self) -> dict[str, bool]:
+        """Gradients of one batch; whether each trainable tensor's has an entry that isn't 0."""
+        NextTokenLoss(self.model)(ids(self.step)).backward()
+        trainable = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        return {n: p.grad is not None and bool(p.grad.any()) for n, p in trainable}
+
+    def train(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.backward()
+            self.update()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.after_step(self.step)
+
+    def after_step(self, step: int) -> None:
+        self.config.method.after_step(self.model, self.optimizer, step, Rng(0))
+
+    @torch.no_grad()
+    def scramble(self, size: float = 0.3) -> None:
+        """Random numbers on all that trains: biases and diagonals too."""
+        draw = torch.Generator().manual_seed(1)
+        for layer in self.layers:
+            for p in layer.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn(p.shape, generator=draw, dtype=p.dtype), alpha=size)
+
+    @torch.no_grad()
+    def effective(self) -> dict[str, Tensor]:
+        """What each layer computes: W_eff, or y of a fixed x where there is none."""
+        if self.config.method.has_dense_equivalent:
+            return {layer.site: layer.effective_weight().clone() for layer in self.layers}
+        return {layer.site: layer(_inputs(layer)) for layer in self.layers}
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Copies of what doesn't train."""
+        found = ((n, p) for n, p in self.model.named_parameters() if not p.requires_grad)
+        return {n: p.clone() for n, p in found}
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        logits: Tensor = self.model.eval()(input_ids=ids(99)).logits
+        return logits
+
+
+def bench(
+    method: Method,
+    phase: int | None = None,
+    *,
+    model: Mapping[str, Any] = QWEN,
+    optim: Mapping[str, Any] | None = None,
+) -> Bench:
+    """`method` in its last phase (or `phase`): after any warm start."""
+    config = small_run(method, Path(), model=model, optim=optim or {})
+    config = resolved(config, world_size=1, on_gpu=False)
+    at = len(config.method.phases(STEPS)) if phase is None else phase
+    built = build(config, at)
+    optimizer = config.method.optimizer(built, find_sites(built), config.optim, at)
+    return Bench(config, built, optimizer)
+
+
+def ids(seed: int) -> Tensor:
+    """Token ids, [4, 17]."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(MODEL["vocab_size"], (4, 17), generator=draw)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> None:
+    """Raise AssertionError unless no entry differs by more than `tolerance`."""
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def newest(run: Path) -> Checkpoint:
+    """The last checkpoint of a run."""
+    return read(available(RunDir(run).checkpoints)[-1])
+
+
+def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
+    """What is not the same, bit for bit, in two checkpoints."""
+    found = [k for k in ("step", "phase", "groups") if getattr(one, k) != getattr(other, k)]
+    for kind in ("model", "optimizer"):
+        a, b = getattr(one, kind), getattr(other, kind)
+        found += sorted(a.keys() ^ b.keys())
+        found += [k for k in sorted(a.keys() & b.keys()) if not same(a[k], b[k])]
+    return found
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal in every bit and in dtype."""
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """Step and loss of each row of metrics.jsonl about a step."""
+    return [(row["step"], row["loss"]) for row in RunDir(run).metrics() if row["event"] == "step"]
+
+
+def _inputs(layer: ReparamLinear) -> Tensor:
+    draw = torch.Generator().manual_seed(2)
+    return torch.randn(2, 5, layer.in_features, generator=draw, dtype=torch.float64)
+
+
+def forward_is_the_effective_weight(one: Bench) -> None:
+    """y = x W_effᵀ + bias in every layer."""
+    for layer in one.layers if one.config.method.has_dense_equivalent else ():
+        x = _inputs(layer)
+        wanted = F.linear(x, layer.effective_weight(), layer.bias)
+        close(layer(x), wanted, 1e-13 * max(1.0, wanted.abs().max().item()))
+
+
+# The laws. Each takes the method, small, and a folder with a corpus.
+
+
+def it_is_a_frozen_dataclass_of_plain_settings(method: Method, corpus: Path) -> None:
+    """Named and described, and the same after a round trip through TOML."""
+    assert method.equation and "\n" not in method.equation, "equation: one line"
+    assert type(method).__doc__, "a docstring says what the method trains"
+    try:
+        method.anything = 1  # type: ignore[attr-defined]
+    except AttributeError:
+        pass
+    else:
+        raise AssertionError("not a frozen dataclass: write @dataclass(frozen=True, kw_only=True)")
+    for name, value in asdict(method).items():
+        assert isinstance(value, str | int | float | bool | None), f"{name}: {value!r} is no leaf"
+    config = resolved(small_run(method, corpus), world_size=1, on_gpu=False)
+    assert parse(tomllib.loads(dump(config))) == config
+
+
+def installing_keeps_the_function(method: Method, corpus: Path) -> None:
+    """In every phase, with `keeps_function_with`."""
+    if method.keeps_function_with is None:
+        return forward_is_the_effective_weight(bench(method))
+    keeping = replace(method, **method.keeps_function_with)
+    for phase in range(len(keeping.phases(STEPS)) + 1):
+        adapted = bench(keeping, phase)
+        plain = replace(adapted, model=plain_model(adapted.config))
+        close(adapted.logits(), plain.logits(), 1e-12)
+
+
+def a_layer_computes_its_effective_weight(method: Method, corpus: Path) -> None:
+    """After training, and for any numbers in what trains."""
+    one = bench(method)
+    one.train(EVENT + 2)
+    forward_is_the_effective_weight(one)
+    one.scramble()
+    forward_is_the_effective_weight(one)
+
+
+def a_merge_keeps_the_function_and_a_second_one_does_nothing(method: Method, corpus: Path) -> None:
+    """What comes after a step changes no layer's function."""
+    one = bench(method)
+    one.train(EVENT - 1)
+    one.scramble()
+    before = one.effective()
+    one.after_step(EVENT)
+    merged = one.effective()
+    for site, weight in before.items():
+        close(merged[site], weight, 1e-12)
+    frozen = one.frozen()
+    one.after_step(2 * EVENT)
+    assert all(torch.equal(p, frozen[n]) for n, p in one.frozen().items())
+    assert all(torch.equal(weight, merged[site]) for site, weight in one.effective().items())
+
+
+def every_trainable_tensor_gets_a_gradient(method: Method, corpus: Path) -> None:
+    """Within two steps of the start and of a merge; `zero_factor` and `merges` say where one waits
+    for the other."""
+    one = bench(method)
+    for start in (0, EVENT):
+        one.train(start - one.step)
+        first = one.backward()
+        for layer in one.layers:
+            factors = [f"{layer.site}.{n}" for n, p in layer.named_parameters() if p.ndim == 2]
+            dead = [n for n in factors if not first.get(n, True)]
+            zeroed = method.merges if start else method.zero_factor
+            assert len(dead) == 1 if zeroed else len(dead) <= 1, (start, factors)
+        one.update()
+        second = one.backward()
+        assert [n for n in first if not (first[n] or second[n])] == []
+        one.update()
+
+
+def what_is_frozen_stays_the_same_between_merges(method: Method, corpus: Path) -> None:
+    """To the last bit, with weight decay."""
+    one = bench(method, optim={"weight_decay": 0.1})
+    for steps in (EVENT - 1, EVENT - 1):
+        before = one.frozen()
+        one.train(steps)
+        moved = [n for n, p in one.frozen().items() if not torch.equal(p, before[n])]
+        assert moved == [], "they don't train, and yet they move"
+        one.train()  # the merge
+
+
+def the_dense_twin_has_the_same_logits(method: Method, corpus: Path) -> None:
+    """In three families of models, one with tied embeddings."""
+    for model in (QWEN, QWEN | {"tied": True}, {"family": "olmo2"}):
+        one = bench(method, model=model)
+        one.train(EVENT + 1)
+        one.scramble(0.05)
+        if not method.has_dense_equivalent:
+            continue
+        plain = plain_model(one.config)
+        load_dense(plain, dense_state(one.model))
+        # 1e-7 is what Hugging Face's norms lose by computing in fp32.
+        close(one.logits(), replace(one, model=plain).logits(), 1e-5)
+
+
+def a_run_resumes_to_the_same_bits(method: Method, corpus: Path) -> None:
+    """From a checkpoint half-way, in weights, moments and losses."""
+    half = STEPS // 2
+    with tempfile.TemporaryDirectory() as folder:
+        whole, parted = Path(folder, "whole"), Path(folder, "parted")
+        train(small_run(method, corpus, whole, train={"checkpoint_every": half, "keep": 9}))
+        shutil.copytree(whole, parted)
+        for path in available(RunDir(parted).checkpoints):
+            if path.name > f"step-{half:08d}":
+                shutil.rmtree(path)
+        assert newest(parted).step == half
+        resume(parted)
+        assert differences(newest(whole), newest(parted)) == []
+        assert losses(whole) == losses(parted)
+
+
+def a_run_is_evaluated_and_exported(method: Method, corpus: Path) -> None:
+    """Evaluation gives the loss of the run's end; export compares logits itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        end = train(small_run(method, corpus, run)).held_out.loss
+        assert abs(evaluate_run(run).loss - end) <= 1e-6 * end
+        export(run, Path(folder, "out"), "dense" if method.has_dense_equivalent else "factorised")
+
+
+Law = Callable[[Method, Path], None]
+LAWS: tuple[Law, ...] = (
+    it_is_a_frozen_dataclass_of_plain_settings,
+    installing_keeps_the_function,
+    a_layer_computes_its_effective_weight,
+    a_merge_keeps_the_function_and_a_second_one_does_nothing,
+    every_trainable_tensor_gets_a_gradient,
+    what_is_frozen_stays_the_same_between_merges,
+    the_dense_twin_has_the_same_logits,
+    a_run_resumes_to_the_same_bits,
+    a_run_is_evaluated_and_exported,
+)
+
+
+@contextmanager
+def registered(cls: type[Method]) -> Iterator[None]:
+    """In this context a run can name the method, whether or not a package offers it."""
+    ours = METHODS.get(cls.name)
+    assert ours in (None, cls), f"{cls.name!r} is a method of peptrain's; choose another name"
+    METHODS[cls.name] = cls
+    try:
+        yield
+    finally:
+        if ours is None:
+            del METHODS[cls.name]
+
+
+def check_method(cls: type[Method], **settings: Any) -> None:
+    """Run all laws on `cls`, at rank 2 with every interval at 3 steps; `settings` go before that.
+
+    On a CPU in float64, in about ten seconds, in a temporary directory. Raises AssertionError that
+    names every law which doesn't hold, and why.
+    """
+    method, broken = small(cls, **settings), list[str]()
+    with tempfile.TemporaryDirectory() as folder, registered(cls):
+        corpus = small_corpus(Path(folder))
+        for law in LAWS:
+            try:
+                law(method, corpus)
+            except Exception as error:  # of the method's own code too
+                said = law.__name__.replace("_", " ")
+                broken.append(f"- {said}: {type(error).__name__}: {error}")
+    if broken:
+        raise AssertionError("\n".join([f"{cls.__name__} breaks {len(broken)} laws:", *broken]))

@@ -1,0 +1,23 @@
+"""What other packages get wrong. test_outside.py installs this file as a package."""
+
+from dataclasses import dataclass
+
+from peptrain.methods.base import Method
+
+NO_METHOD = "a string"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misnamed(Method):
+    """Its entry point has another name."""
+
+    name = "inner-name"
+    equation = "W"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impostor(Method):
+    """It calls itself what a method of peptrain's is called."""
+
+    name = "bpt"
+    equation = "W"
