@@ -41,9 +41,10 @@ from common import (
 from torch import Tensor
 
 from peptrain.config import RunConfig
-from peptrain.methods.base import Method, ReparamLinear, reparametrized
+from peptrain.methods.base import Method
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.lora import LoRALinear
+from peptrain.models.sites import ReparamLinear, reparametrized
 from peptrain.rng import Rng
 
 ROWS = ("full", "bpt:rank=256", "bpt:rank=512", "relora:rank=256", "loro:rank=512",

@@ -23,18 +23,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-import peptrain.environment
-from peptrain import toml
+import peptrain.runs.environment
 from peptrain.config import RunConfig, TrainConfig, resolved
-from peptrain.distributed import World
-from peptrain.journal import throughput
+from peptrain.distributed.world import World
+from peptrain.execution.forward_backward import Replayed
 from peptrain.methods import methods
 from peptrain.methods.base import Method
-from peptrain.model import ModelConfig, count_parameters, vocabulary_size
-from peptrain.optim import clip_gradients, set_lr
-from peptrain.passes import Replayed
+from peptrain.models.hf import ModelConfig, count_parameters, vocabulary_size
+from peptrain.optim.adamw import clip_gradients, set_lr
 from peptrain.rng import Rng
-from peptrain.trainee import Trainee, restore
+from peptrain.settings import toml
+from peptrain.training.metrics import throughput
+from peptrain.training.state import Trainee, restore
 
 GIB = 2**30
 STEPS = 10_000
@@ -285,7 +285,7 @@ def gib(size: float) -> str:
 
 def environment(device: torch.device) -> dict[str, object]:
     """Versions and the device; the commit is for whoever keeps the numbers to add."""
-    found = peptrain.environment.environment(World(0, 1, device))
+    found = peptrain.runs.environment.environment(World(0, 1, device))
     for name in ("triton", "peft", "accelerate"):
         try:
             found[name] = version(name)

@@ -49,12 +49,13 @@ from transformers import (
     default_data_collator,
 )
 
-from peptrain.build import plain_model
 from peptrain.config import DataConfig, RunConfig
 from peptrain.data import Corpus, default_corpus
 from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
-from peptrain.model import count_parameters, find_sites
+from peptrain.models.hf import count_parameters
+from peptrain.models.sites import find_sites
+from peptrain.runs.build import plain_model
 
 CPU = torch.device("cpu")
 ROWS = ("lora", "lora:train_rest=false", "relora", "bpt", "loro", "full")

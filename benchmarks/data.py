@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from peptrain.data import Corpus, PrepareConfig, Prepared, embedded_documents, prepare
-from peptrain.data.fileset import FileSet, find_files
 from peptrain.data.index import Index
+from peptrain.data.sources.files import FileSet, find_files
 from peptrain.data.tokenizer import train_tokenizer
 
 GPU_TOKENS = 1.5e6  # a second: full training of llama-60m on one H200 takes 1.3 M

@@ -33,11 +33,11 @@ from common import (
 )
 
 from peptrain.config import RunConfig
-from peptrain.estimate import estimate
+from peptrain.estimation.estimate import estimate
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method
-from peptrain.model import ModelConfig
-from peptrain.optim import clip_gradients
+from peptrain.models.hf import ModelConfig
+from peptrain.optim.adamw import clip_gradients
 
 KEYS = ("checkpoint_activations=true", "micro_batch=4", "precision=bf16")
 ROWS = (*METHODS, *(f"{name}:train.{key}" for name in ("full", "bpt") for key in KEYS))

@@ -22,9 +22,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
 from peptrain.ops.riemannian import riemannian_step
 from peptrain.ops.riemannian_gram import eigenvectors, gram_steps_
+from peptrain.optim.loro import LOROOptimizer, Rule
 
 LR = 0.003  # lr_p of a first step at lr 0.01
 RULE = Rule(

@@ -20,8 +20,8 @@ from common import announce, configured, device_of, free, parser, table, write
 
 from peptrain.config import RunConfig, TrainConfig
 from peptrain.methods import methods
-from peptrain.model import ModelConfig
-from peptrain.train import train
+from peptrain.models.hf import ModelConfig
+from peptrain.training.loop import train
 
 ROWS = (
     "bpt:rank=128:optim.lr=1e-3",

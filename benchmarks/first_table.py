@@ -26,14 +26,14 @@ from pathlib import Path
 
 import torch
 
-from peptrain import toml
 from peptrain.config import DataConfig, RunConfig, TrainConfig
 from peptrain.data import PrepareConfig, prepare
 from peptrain.methods import methods
-from peptrain.model import ModelConfig
-from peptrain.optim import OptimConfig
-from peptrain.schedule import ScheduleConfig
-from peptrain.train import train
+from peptrain.models.hf import ModelConfig
+from peptrain.optim.adamw import OptimConfig
+from peptrain.optim.schedule import ScheduleConfig
+from peptrain.settings import toml
+from peptrain.training.loop import train
 
 OWN = {"bpt": {"merge_every": 150}, "loro": {"exact_every": 150}}
 """What the pilot set; everything else is the method's default."""

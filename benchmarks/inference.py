@@ -37,10 +37,11 @@ from common import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peptrain.build import build
-from peptrain.execution import attend_without_masks, compile_layers
-from peptrain.model import count_parameters, vocabulary_size
-from peptrain.padding import widen_mlps
+from peptrain.execution.attention import attend_without_masks
+from peptrain.execution.compile import compile_layers
+from peptrain.execution.padding import widen_mlps
+from peptrain.models.hf import count_parameters, vocabulary_size
+from peptrain.runs.build import build
 
 CELLS = ("512x128", "512x64", "512x32", "256x256", "256x128", "256x64",
          "128x512", "128x256", "128x128", "64x1024", "64x512", "64x256")  # fmt: skip

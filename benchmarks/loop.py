@@ -40,7 +40,7 @@ from common import (
 
 from peptrain.config import DataConfig, RunConfig
 from peptrain.methods.base import Method
-from peptrain.train import train
+from peptrain.training.loop import train
 
 ROWS = ("full", "lora", "loro")
 HEADER = ("row", "trainer, thousand tokens/s (quartiles)", "bare", "ratio", "of CPU time")

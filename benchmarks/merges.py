@@ -34,7 +34,7 @@ from common import (
     write,
 )
 
-from peptrain.methods.loro_optimizer import LOROOptimizer
+from peptrain.optim.loro import LOROOptimizer
 from peptrain.rng import Rng
 
 ROWS = ("bpt:rank=512", "relora:rank=512", "loro:rank=512")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peptrain.adapt import adapt
+from peptrain.adaptation import adapt
 from peptrain.methods import METHODS
 
 SIDE, CLASSES, WIDTH, ROWS = 16, 10, 256, 128

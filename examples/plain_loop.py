@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peptrain.adapt import adapt
+from peptrain.adaptation import adapt
 from peptrain.data import default_corpus
 from peptrain.methods import ReLoRA
 

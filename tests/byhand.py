@@ -8,11 +8,11 @@ from support import tiny
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peptrain.build import build
 from peptrain.config import RunConfig, resolved
-from peptrain.loss import NextTokenLoss
+from peptrain.execution.loss import NextTokenLoss
 from peptrain.methods.base import Method
-from peptrain.model import find_sites
+from peptrain.models.sites import find_sites
+from peptrain.runs.build import build
 
 
 def seeded(seed: int = 0) -> torch.Generator:

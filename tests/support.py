@@ -14,18 +14,19 @@ from slow import algebra
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from peptrain.checkpoint import available
 from peptrain.config import RunConfig, load
 from peptrain.data import PrepareConfig, prepare
 from peptrain.data.writer import Writer
-from peptrain.distributed import World
+from peptrain.distributed.world import World
 from peptrain.methods import METHODS
-from peptrain.methods.base import Method, Metrics, ReparamLinear, Site
+from peptrain.methods.base import Method, Metrics
 from peptrain.methods.rank import RankMethod
+from peptrain.models.sites import ReparamLinear, Site
 from peptrain.rng import Rng
-from peptrain.rundir import RunDir
+from peptrain.runs.checkpoint import available
+from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL, TRAIN, newest, small, small_run
-from peptrain.trainee import Trainee, restore
+from peptrain.training.state import Trainee, restore
 
 ALONE = World(0, 1, torch.device("cpu"))
 VECTORS = (".a", ".b", ".m", ".lambda_d", ".lambda_b")

@@ -10,20 +10,20 @@ import torch.nn.functional as F
 from support import ALONE, tiny, tiny_method
 from torch import Tensor, fx, nn
 
-import peptrain.stacking
+import peptrain.execution.graph_passes
 from peptrain.config import TrainConfig
-from peptrain.distributed import World
+from peptrain.distributed.world import World
 from peptrain.errors import ConfigError
-from peptrain.execution import attend_without_masks
-from peptrain.loss import NextTokenLoss
-from peptrain.methods.base import reparametrized
-from peptrain.methods.fused_mlp import FusedMLP
-from peptrain.model import ModelConfig, build_model, find_sites
-from peptrain.passes import Eager, kernels_fuse, passes, records
+from peptrain.execution.attention import attend_without_masks
+from peptrain.execution.forward_backward import Eager, kernels_fuse, passes, records
+from peptrain.execution.graph_passes import StackThinLinears
+from peptrain.execution.loss import NextTokenLoss
+from peptrain.kernels.swiglu_mlp import FusedMLP
+from peptrain.models.hf import ModelConfig, build_model
+from peptrain.models.sites import find_sites, reparametrized
 from peptrain.rng import Rng
-from peptrain.stacking import StackThinLinears
 from peptrain.testing import losses
-from peptrain.train import train
+from peptrain.training.loop import train
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "layers": 1, "heads": 2, "vocab_size": 320}
 fused_methods = pytest.mark.parametrize("name", ["bpt", "lora", "relora"])
@@ -126,7 +126,7 @@ def test_a_graph_comes_with_compile_on_one_gpu(compile: bool, ranks: int, device
 def stacked(monkeypatch: pytest.MonkeyPatch, module: nn.Module, x: Tensor) -> list[int]:
     """How many maps each product stands for; the result is what it was, with its gradients."""
     sizes: list[int] = []
-    stack = peptrain.stacking._stack
+    stack = peptrain.execution.graph_passes._stack
 
     def counting(graph: fx.Graph, linears: list[fx.Node]) -> None:
         sizes.append(len(linears))
@@ -137,7 +137,7 @@ def stacked(monkeypatch: pytest.MonkeyPatch, module: nn.Module, x: Tensor) -> li
         graph.recompile()
         return graph
 
-    monkeypatch.setattr(peptrain.stacking, "_stack", counting)
+    monkeypatch.setattr(peptrain.execution.graph_passes, "_stack", counting)
     torch._dynamo.reset()
     results = []
     for call in (module, torch.compile(module, backend=backend)):

@@ -10,18 +10,19 @@ import torch.nn.functional as F
 from support import tiny, tiny_method
 from torch import Tensor, nn
 
-from peptrain.adapt import Adapted, adapt
-from peptrain.build import plain_model
+from peptrain.adaptation import Adapted, adapt
 from peptrain.config import RunConfig, resolved
 from peptrain.data import Corpus
 from peptrain.errors import ConfigError
-from peptrain.loss import token_loss
+from peptrain.execution.loss import token_loss
 from peptrain.methods import BPT, LORO, METHODS, LoRA, ReLoRA
-from peptrain.methods.base import Method, ReparamLinear, reparametrized
-from peptrain.optim import OptimConfig
-from peptrain.schedule import ScheduleConfig
+from peptrain.methods.base import Method
+from peptrain.models.sites import ReparamLinear, reparametrized
+from peptrain.optim.adamw import OptimConfig
+from peptrain.optim.schedule import ScheduleConfig
+from peptrain.runs.build import plain_model
 from peptrain.testing import STEPS, TRAIN, newest
-from peptrain.train import train
+from peptrain.training.loop import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 every_method = pytest.mark.parametrize("name", METHODS)

@@ -15,15 +15,15 @@ from support import tiny, tiny_method
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peptrain.build import build
 from peptrain.methods import VeRA
-from peptrain.methods.base import ReparamLinear, Site, reparametrized
 from peptrain.methods.dora import DoRA, DoRALinear
 from peptrain.methods.hyperadapt import HyperAdaptLinear
 from peptrain.methods.vera import VeRALinear, frozen_pair
+from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.rng import Rng
+from peptrain.runs.build import build
 from peptrain.testing import newest
-from peptrain.train import train
+from peptrain.training.loop import train
 
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6))

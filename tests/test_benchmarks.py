@@ -13,13 +13,13 @@ import pytest
 import torch
 from support import tiny, tiny_method
 
-from peptrain.checkpoint import available, read
 from peptrain.config import resolved
 from peptrain.data import Corpus
 from peptrain.methods import METHODS
-from peptrain.rundir import RunDir
+from peptrain.runs.checkpoint import available, read
+from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL
-from peptrain.train import train
+from peptrain.training.loop import train
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from slow import algebra, footprint
 from support import rows, tiny, write_grid
 
-from peptrain import timing
-from peptrain.budget import Timing, allot, clock, count_flops, kept
-from peptrain.compare import compare
+from peptrain.comparison import timing
+from peptrain.comparison.compare import compare
+from peptrain.comparison.equal_cost import Timing, allot, clock, count_flops, kept
+from peptrain.comparison.grid import Grid, GridRun, expand
+from peptrain.comparison.workers import Job, alone
 from peptrain.config import resolved
 from peptrain.errors import CheckpointError, ConfigError, Interrupted, PeptrainError
-from peptrain.grid import Grid, GridRun, expand
 from peptrain.methods import Full, ReLoRA
 from peptrain.testing import MODEL, TRAIN
-from peptrain.workers import Job, alone
 
 ARCH = algebra.Arch(family="llama", V=320, d=16, f=24, L=2, heads=2, kv=2, tied=True)
 """The shape of the tests' model."""

@@ -14,8 +14,12 @@ import torch
 from support import VECTORS, Killed, kill_at, tiny
 from torch import nn
 
-import peptrain.checkpoint
-from peptrain.checkpoint import (
+import peptrain.runs.checkpoint
+from peptrain.config import load
+from peptrain.distributed.world import World
+from peptrain.errors import CheckpointError
+from peptrain.methods import METHODS
+from peptrain.runs.checkpoint import (
     Checkpoint,
     agrees,
     available,
@@ -25,14 +29,10 @@ from peptrain.checkpoint import (
     load_optimizer,
     save,
 )
-from peptrain.config import load
-from peptrain.distributed import World
-from peptrain.errors import CheckpointError
-from peptrain.methods import METHODS
-from peptrain.rundir import RunDir
+from peptrain.runs.directory import RunDir
 from peptrain.testing import differences, losses, newest, small_corpus
-from peptrain.train import resume, train
-from peptrain.trainee import restore
+from peptrain.training.loop import resume, train
+from peptrain.training.state import restore
 
 IDENTITY = {"method.name": "full", "data": "0123"}
 
@@ -98,9 +98,8 @@ def full_at_call(real: Callable[..., Any], number: int) -> Callable[..., Any]:
 
 
 def break_save_file(patch: pytest.MonkeyPatch, number: int) -> None:
-    patch.setattr(
-        peptrain.checkpoint, "save_file", full_at_call(peptrain.checkpoint.save_file, number)
-    )
+    module = peptrain.runs.checkpoint
+    patch.setattr(module, "save_file", full_at_call(module.save_file, number))
 
 
 FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

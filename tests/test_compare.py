@@ -23,20 +23,20 @@ import pytest
 from rich.console import Console
 from support import Killed, kill_at, rows, tiny, write_grid
 
-import peptrain.workers
-from peptrain import toml
-from peptrain.cli import main
-from peptrain.compare import compare
+import peptrain.comparison.workers
+from peptrain.cli.app import main
+from peptrain.cli.progress import comparing, standing
+from peptrain.comparison.compare import compare
+from peptrain.comparison.grid import GridRun, load_grid
+from peptrain.comparison.workers import Job, Status, Working, visible_gpus
 from peptrain.config import load
 from peptrain.data import Corpus
 from peptrain.errors import CheckpointError, ConfigError, DataError, Interrupted
 from peptrain.files import write_atomically
-from peptrain.grid import GridRun, load_grid
-from peptrain.model import ModelConfig, hf_config
-from peptrain.progress import comparing, standing
+from peptrain.models.hf import ModelConfig, hf_config
+from peptrain.settings import toml
 from peptrain.testing import MODEL, newest
-from peptrain.train import Result, train
-from peptrain.workers import Job, Status, Working, visible_gpus
+from peptrain.training.loop import Result, train
 
 RATES, SEEDS = [1e-3, 2e-3], [0, 1]
 
@@ -99,7 +99,7 @@ class Fakes:
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     made = Fakes()
     monkeypatch.setattr(Job, "command", lambda job: made.command(job))
-    monkeypatch.setattr(peptrain.workers, "POLL", 0.02)
+    monkeypatch.setattr(peptrain.comparison.workers, "POLL", 0.02)
     return made
 
 
@@ -231,7 +231,7 @@ def test_runs_are_spread_over_the_gpus_or_have_one_thread(
     gpus: list[str], environments: set[str], fakes: Fakes, corpus: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("peptrain.compare._gpus", lambda planned: gpus)
+    monkeypatch.setattr("peptrain.comparison.compare._gpus", lambda planned: gpus)
     for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     compare(write_grid(tmp_path, corpus), tmp_path / "out", workers=2)
@@ -543,7 +543,7 @@ def test_the_end_of_a_run_says_how_much_it_holds_also_after_a_resume(
     corpus: Path, tmp_path: Path
 ) -> None:
     """The warm start holds the most, and it was another process that saw it."""
-    from peptrain.train import resume
+    from peptrain.training.loop import resume
 
     grid = write_grid(
         tmp_path, corpus, {"method.name": "relora", "method.rank": 2, "method.warm_start_steps": 4},

@@ -24,11 +24,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import peptrain
-from peptrain.cli import main
+from peptrain.cli.app import main
 from peptrain.config import dump, load
 from peptrain.eval.run import evaluate_run
-from peptrain.export import export, load_factorised
-from peptrain.train import resume
+from peptrain.exporting.export import export
+from peptrain.exporting.factorised import load_factorised
+from peptrain.training.loop import resume
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "d33fb5c4cbda3cb93a2b82565578a78d2f8b77c8"

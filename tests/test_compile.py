@@ -8,11 +8,11 @@ import torch._dynamo
 from support import tiny, tiny_method
 from torch import Tensor
 
-from peptrain.execution import compile_layers
+from peptrain.execution.compile import compile_layers
 from peptrain.methods.base import Method
-from peptrain.model import ModelConfig, build_model
+from peptrain.models.hf import ModelConfig, build_model
 from peptrain.testing import MODEL, losses
-from peptrain.train import train
+from peptrain.training.loop import train
 
 
 @pytest.mark.slow

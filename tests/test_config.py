@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny, tiny_method
 
-from peptrain import toml
 from peptrain.config import DataConfig, RunConfig, TrainConfig, dump, load, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods import METHODS
@@ -18,10 +17,11 @@ from peptrain.methods.base import Method
 from peptrain.methods.bpt import BPT
 from peptrain.methods.full import Full
 from peptrain.methods.loro import LORO
-from peptrain.model import ModelConfig
-from peptrain.optim import OptimConfig
-from peptrain.schedule import ScheduleConfig, build
-from peptrain.settings import interval, of_width, resolve, same_as
+from peptrain.models.hf import ModelConfig
+from peptrain.optim.adamw import OptimConfig
+from peptrain.optim.schedule import ScheduleConfig, build
+from peptrain.settings import toml
+from peptrain.settings.fields import interval, of_width, resolve, same_as
 
 
 def parsed(text: str) -> RunConfig[Method]:

@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 from slow import algebra
 from support import arch_of, rows, tiny
 
-from peptrain import control, recipes
+from peptrain import recipes
 from peptrain.config import RunConfig, dump, load, resolved
-from peptrain.control import matched, trained_by
 from peptrain.errors import CheckpointError, ConfigError
 from peptrain.methods.bpt import BPT
 from peptrain.methods.full import Full
-from peptrain.model import PRESETS, ModelConfig, hf_config
+from peptrain.models.hf import ModelConfig, hf_config
+from peptrain.models.presets import PRESETS
 from peptrain.testing import MODEL
-from peptrain.train import train
+from peptrain.training import match_size as control
+from peptrain.training.loop import train
+from peptrain.training.match_size import matched, trained_by
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True)
 

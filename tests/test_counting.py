@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peptrain.counting import Assent, LiveBytes, Operations, Products, touches_tensors
+from peptrain.execution.counters import Assent, LiveBytes, Operations, Products, touches_tensors
 
 
 def test_a_storage_counts_once_while_it_lives() -> None:

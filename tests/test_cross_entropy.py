@@ -11,11 +11,11 @@ from byhand import seeded
 from support import tiny
 from torch import Tensor, nn
 
-from peptrain.build import plain_model
 from peptrain.config import resolved
-from peptrain.loss import NextTokenLoss, has_plain_head, token_loss
+from peptrain.estimation.dry_run import without_numbers
+from peptrain.execution.loss import NextTokenLoss, has_plain_head, token_loss
 from peptrain.ops.cross_entropy import Scale, linear_cross_entropy, scale_
-from peptrain.rehearsal import without_numbers
+from peptrain.runs.build import plain_model
 from peptrain.testing import MODEL
 
 SHAPES = [(7, 5, 3), (64, 31, 8), (33, 16, 4), (1, 2, 1), (50, 257, 16)]

@@ -16,7 +16,6 @@ from support import rows, tiny
 from torch import Tensor
 from torch.testing import assert_close
 
-from peptrain.build import build, plain_model
 from peptrain.config import RunConfig, resolved
 from peptrain.data import Corpus
 from peptrain.methods.base import Method
@@ -26,10 +25,12 @@ from peptrain.methods.lora import LoRA, fresh_A
 from peptrain.methods.loro import LORO
 from peptrain.methods.lowrank import LowRank
 from peptrain.methods.relora import ReLoRA
-from peptrain.model import build_model, find_sites
+from peptrain.models.hf import build_model
+from peptrain.models.sites import find_sites
 from peptrain.rng import Rng
+from peptrain.runs.build import build, plain_model
 from peptrain.testing import newest
-from peptrain.train import train
+from peptrain.training.loop import train
 
 STEPS, WARMUP, FLOOR, CLIP, RANK, EVERY = 16, 3, 0.1, 0.9, 3, 5
 BETAS, WIDTH = (0.9, 0.95), 16

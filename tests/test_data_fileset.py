@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from peptrain.data.fileset import FileSet, find_files
+from peptrain.data.sources.files import FileSet, find_files
 from peptrain.errors import DataError
 
 
@@ -17,7 +17,7 @@ def write(path: Path, content: bytes = b"") -> Path:
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> FileSet:
     """A long text in pieces, two JSON Lines documents, and a file without text."""
-    monkeypatch.setattr("peptrain.data.textfiles.PIECE_BYTES", 10)
+    monkeypatch.setattr("peptrain.data.sources.text.PIECE_BYTES", 10)
     lines = [json.dumps({"text": text}) for text in ("one", "two")]
     write(tmp_path / "a.txt", b"a line of it\n" * 5)
     write(tmp_path / "b.txt")
@@ -78,7 +78,7 @@ def test_a_file_that_was_finished_is_not_read_again(source):
 
 
 def test_a_sample_takes_an_equal_share_of_each_file_and_ends_at_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("peptrain.data.fileset.PIECE_BYTES", 1)
+    monkeypatch.setattr("peptrain.data.sources.files.PIECE_BYTES", 1)
     files = [write(tmp_path / f"{n}.txt", str(n).encode() * 100) for n in range(4)]
     text = "".join(FileSet("all", files, "text", "strict").sample(40))
     assert sorted(text) == sorted("0" * 10 + "1" * 10 + "2" * 10 + "3" * 10)

@@ -15,9 +15,10 @@ import huggingface_hub
 import pytest
 from support import killed_after_commit
 
-from peptrain.data import Corpus, PrepareConfig, huggingface, prepare
-from peptrain.data.huggingface import HubStream, SavedDataset, parse
+from peptrain.data import Corpus, PrepareConfig, prepare
 from peptrain.data.index import Index
+from peptrain.data.sources import hub as huggingface
+from peptrain.data.sources.hub import HubStream, SavedDataset, parse
 from peptrain.data.tokenizer import train_tokenizer
 from peptrain.errors import ConfigError, DataError
 

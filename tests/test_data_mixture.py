@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from peptrain.data import Corpus, PrepareConfig, prepare
 from peptrain.data.index import Index
-from peptrain.data.mixture import mixed
-from peptrain.data.source import Piece, Taken
+from peptrain.data.sources.base import Piece, Taken
+from peptrain.data.sources.mixture import mixed
 from peptrain.errors import ConfigError, DataError
 
 END = 50
@@ -260,7 +260,7 @@ def test_inputs_that_hold_fewer_tokens_than_wanted_are_warned_of(config, caplog)
 def test_killed_after_any_commit_it_ends_with_the_same_bytes(
     config, tmp_path, monkeypatch, weights, max_tokens, held_out
 ):
-    monkeypatch.setattr("peptrain.data.textfiles.PIECE_BYTES", 30)
+    monkeypatch.setattr("peptrain.data.sources.text.PIECE_BYTES", 30)
     (tmp_path / "long.txt").write_text("w13 w14\n" * 60)  # a document that shards cut
     inputs = (*config.inputs[:2], tmp_path / "long.txt")
     config = replace(config, inputs=inputs, weights=weights, max_tokens=max_tokens)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peptrain.data.parquet import read_rows
+from peptrain.data.sources.parquet import read_rows
 from peptrain.errors import DataError
 
 pa = pytest.importorskip("pyarrow")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peptrain.data import textfiles
-from peptrain.data.textfiles import read_pieces
+from peptrain.data.sources import text as textfiles
+from peptrain.data.sources.text import read_pieces
 from peptrain.errors import DataError
 
 PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}

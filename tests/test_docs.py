@@ -20,16 +20,16 @@ from typing import Any
 import pytest
 from slow import algebra
 
-import peptrain.cli
-import peptrain.compare
+import peptrain.cli.app
+import peptrain.comparison.compare
 import peptrain.data
-from peptrain.cli import main
+from peptrain.cli.app import main
+from peptrain.comparison.grid import expand
 from peptrain.config import RunConfig, parse, resolved
 from peptrain.data import PrepareConfig, embedded
-from peptrain.grid import expand
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method
-from peptrain.settings import fill
+from peptrain.settings.fields import fill
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -139,7 +139,7 @@ def only_parsed() -> list[tuple[str, str]]:
                 whole = block.language in RUN and not line.endswith("# long")
                 if line.startswith("peptrain ") and not whole:
                     found.append((block.place, line))
-    for line in peptrain.compare.NEXT_STEPS.splitlines():
+    for line in peptrain.comparison.demo.NEXT_STEPS.splitlines():
         if line.startswith("  peptrain "):
             found.append(("demo", re.split(r"\s{3,}", line.strip())[0]))
     return found
@@ -158,8 +158,8 @@ def test_a_command_that_is_not_run_can_be_parsed(
         raise Parsed
 
     for target in (
-        *("peptrain.cli._watched", "peptrain.compare.compare"),
-        *("peptrain.data.prepare", "peptrain.export.export"),
+        *("peptrain.cli.app._watched", "peptrain.comparison.compare.compare"),
+        *("peptrain.data.prepare", "peptrain.exporting.export.export"),
     ):
         monkeypatch.setattr(target, work)
     if "--help" in line:

@@ -20,18 +20,18 @@ from support import ALONE, tiny_method
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from peptrain.build import build
-from peptrain.cli import main
+from peptrain.cli.app import main
 from peptrain.config import RunConfig, TrainConfig, resolved
 from peptrain.errors import ConfigError, Unsupported
-from peptrain.estimate import Estimate, PhaseEstimate, estimate, memory
+from peptrain.estimation.estimate import Estimate, PhaseEstimate, estimate, memory
 from peptrain.methods import BPT, LORO, METHODS, Full, GaLore, LowRank, ReLoRA
 from peptrain.methods.base import Method
-from peptrain.model import ModelConfig, Precision
-from peptrain.optim import clip_gradients
+from peptrain.models.hf import ModelConfig, Precision
+from peptrain.optim.adamw import clip_gradients
 from peptrain.rng import Rng
+from peptrain.runs.build import build
 from peptrain.testing import EVENT, MODEL
-from peptrain.trainee import Trainee, ready
+from peptrain.training.state import Trainee, ready
 
 COUNTED = ("full", "bpt", "lora", "relora", "lowrank", "loro")
 """The methods of the closed forms."""
@@ -369,7 +369,7 @@ def test_llama_7b_takes_seconds_and_less_than_2_gb(name: str) -> None:
     """10, 16 and 24 s of a processor, of LORO's most for the exact step of 224 pairs; 0.5 GB."""
     code = f"""
 import resource, time
-from peptrain.cli import main
+from peptrain.cli.app import main
 start = time.monotonic()
 assert main("estimate {name} --model.preset llama-7b --json".split()) == 0
 assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e9 / 1024

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from support import rows, tiny
 from torch import Tensor, nn
 
-from peptrain.cli import main
+from peptrain.cli.app import main
 from peptrain.config import resolved
 from peptrain.data import Corpus, PrepareConfig, prepare
-from peptrain.distributed import World
+from peptrain.distributed.world import World
 from peptrain.errors import ConfigError, DataError
 from peptrain.eval.perplexity import Evaluation, evaluate, evaluate_legacy
 from peptrain.eval.run import evaluate_run
 from peptrain.methods import METHODS
-from peptrain.model import build_model
+from peptrain.models.hf import build_model
 from peptrain.testing import MODEL, small_corpus
-from peptrain.train import train
+from peptrain.training.loop import train
 
 V = MODEL["vocab_size"]
 both_evaluators = pytest.mark.parametrize("measure", [evaluate, evaluate_legacy])

@@ -17,18 +17,19 @@ from support import tiny, tiny_method
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from peptrain.build import open_run
 from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import CheckpointError, ConfigError, Unsupported
-from peptrain.export import FACTORS, RECIPE, TOLERANCE, export, load_factorised
+from peptrain.exporting.export import TOLERANCE, export
+from peptrain.exporting.factorised import FACTORS, RECIPE, load_factorised
 from peptrain.methods import METHODS
-from peptrain.methods.base import ReparamLinear, reparametrized
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.lowrank import LowRankLinear
+from peptrain.models.sites import ReparamLinear, reparametrized
 from peptrain.ops.linear import bpt_weight
+from peptrain.runs.build import open_run
 from peptrain.testing import MODEL
-from peptrain.train import train
+from peptrain.training.loop import train
 
 IDS = torch.arange(64).view(2, 32) * 7 % 300
 PROMPT, NEW = IDS[:1, :5], 12
@@ -123,7 +124,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 try:
-    import peptrain.export
+    import peptrain.exporting.export
 except ImportError:
     pass
 else:

@@ -15,16 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from peptrain.cli import main
+from peptrain.cli.app import main
+from peptrain.cli.progress import fitting
 from peptrain.config import RunConfig, TrainConfig
 from peptrain.errors import ConfigError
-from peptrain.estimate import estimate
-from peptrain.fit import _largest
+from peptrain.estimation.dry_run import Rehearsal
+from peptrain.estimation.estimate import estimate
+from peptrain.estimation.memory_fit import _largest
 from peptrain.methods import BPT, LORO, Full, LowRank, ReLoRA
 from peptrain.methods.base import Method
-from peptrain.model import ModelConfig
-from peptrain.progress import fitting
-from peptrain.rehearsal import Rehearsal
+from peptrain.models.hf import ModelConfig
 from peptrain.testing import MODEL
 
 WIDE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 168, "layers": 2, "heads": 4}

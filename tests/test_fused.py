@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from peptrain.adapt import adapt
+from peptrain.adaptation import adapt
+from peptrain.kernels import linear as fused
+from peptrain.kernels.swiglu_mlp import FusedMLP
 from peptrain.methods import BPT
-from peptrain.methods.fused_mlp import FusedMLP
-from peptrain.ops import fused, linear
+from peptrain.ops import linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEAR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}

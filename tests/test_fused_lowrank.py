@@ -28,14 +28,16 @@ from transformers.models.llama.modeling_llama import (
 
 pytest.importorskip("triton")
 
-from peptrain.adapt import adapt
-from peptrain.dense import densify
-from peptrain.execution import WHOLE_WINDOWS, attend_without_masks
-from peptrain.methods import LowRank, fused_layer, fused_mlp
-from peptrain.methods.fused_layer import LowRankLayer
-from peptrain.ops import fused_lowrank
-from peptrain.ops.fused_lowrank import Factors, Norm
-from peptrain.ops.short_attention import LONGEST, fits_short, short_attention
+from peptrain.adaptation import adapt
+from peptrain.execution.attention import WHOLE_WINDOWS, attend_without_masks
+from peptrain.kernels import llama_layer as fused_layer
+from peptrain.kernels import lowrank as fused_lowrank
+from peptrain.kernels import swiglu_mlp as fused_mlp
+from peptrain.kernels.attention import LONGEST, fits_short, short_attention
+from peptrain.kernels.llama_layer import LowRankLayer
+from peptrain.kernels.lowrank import Factors, Norm
+from peptrain.methods import LowRank
+from peptrain.models.dense import densify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
@@ -197,7 +199,7 @@ def test_what_asks_for_more_is_not_short_attention(
 
     model = llama().bfloat16()
     assert attend_without_masks(model, 4)
-    monkeypatch.setattr("peptrain.ops.short_attention.short_attention", counting)
+    monkeypatch.setattr("peptrain.kernels.attention.short_attention", counting)
     q = Draw(0)(1, 2, 4, 16).bfloat16().to(DEVICE)
     on_device = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in own.items()}
     settings_ = {"attention_mask": None, **on_device}

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from peptrain.errors import ConfigError
-from peptrain.methods.base import reparametrized
 from peptrain.methods.galore import GaLore, ProjectedLinear
-from peptrain.methods.galore_optimizer import GaLoreOptimizer, Rule
+from peptrain.models.sites import reparametrized
 from peptrain.ops.projection import leading_directions, project, rotated
-from peptrain.optim import clip_gradients, set_lr
+from peptrain.optim.adamw import clip_gradients, set_lr
+from peptrain.optim.galore import GaLoreOptimizer, Rule
 from peptrain.testing import EVENT, STEPS, differences, newest
-from peptrain.train import resume, train
+from peptrain.training.loop import resume, train
 
 BETAS = (0.9, 0.99)
 SHAPES = [(5, 9), (9, 5), (6, 6), (1, 4), (4, 1), (2, 2)]

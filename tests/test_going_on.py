@@ -9,13 +9,13 @@ from support import Killed, kill_at, rows, tiny, tiny_method
 
 from peptrain.config import load, resolved
 from peptrain.errors import CheckpointError, ConfigError
-from peptrain.initial import adopting, initial_weights
 from peptrain.methods import METHODS, LoRA, ReLoRA
 from peptrain.methods.targets import TargetedMethod
-from peptrain.model import ModelConfig
-from peptrain.rundir import RunDir
+from peptrain.models.hf import ModelConfig
+from peptrain.runs.directory import RunDir
 from peptrain.testing import EVENT, STEPS, differences, newest
-from peptrain.train import resume, train
+from peptrain.training.init_from import adopting, initial_weights
+from peptrain.training.loop import resume, train
 
 MERGES_LAST = 2 * EVENT
 """The end of a run whose last step is that of a merge, if it goes on."""

@@ -10,19 +10,20 @@ from byhand import seeded
 from support import tiny, tiny_method
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peptrain.adapt import adapt
+from peptrain.adaptation import adapt
 from peptrain.eval.run import evaluate_run
-from peptrain.execution import attend_without_masks, compile_layers
-from peptrain.export import export
-from peptrain.loss import token_loss
+from peptrain.execution.attention import attend_without_masks
+from peptrain.execution.compile import compile_layers
+from peptrain.execution.loss import token_loss
+from peptrain.exporting.export import export
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method
-from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
 from peptrain.ops.cross_entropy import linear_cross_entropy, softmax_
 from peptrain.ops.riemannian_gram import gram_steps_
 from peptrain.ops.spectral import semi_orthogonal
+from peptrain.optim.loro import LOROOptimizer, Rule
 from peptrain.testing import losses, newest
-from peptrain.train import resume, train
+from peptrain.training.loop import resume, train
 
 pytestmark = pytest.mark.gpu
 CALM = {"eps": 0.1}

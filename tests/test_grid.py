@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from slow import algebra
 
 from peptrain import recipes
+from peptrain.comparison.grid import GridRun, expand, load_grid, unstated
 from peptrain.config import dump, parse, resolved
 from peptrain.errors import ConfigError
-from peptrain.grid import GridRun, expand, load_grid, unstated
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

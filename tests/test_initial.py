@@ -16,23 +16,24 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from peptrain.build import build, open_run, plain_model
 from peptrain.config import RunConfig, load, resolved
 from peptrain.data import Corpus
-from peptrain.dense import dense_state
 from peptrain.errors import CheckpointError, ConfigError, PeptrainError
 from peptrain.eval.run import evaluate_run
-from peptrain.export import export
-from peptrain.initial import adopting, initial_weights
-from peptrain.loss import token_loss
+from peptrain.execution.loss import token_loss
+from peptrain.exporting.export import export
 from peptrain.methods import METHODS
-from peptrain.methods.base import Method, reparametrized
+from peptrain.methods.base import Method
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.lowrank import LowRankLinear
-from peptrain.model import ModelConfig
-from peptrain.rundir import RunDir
+from peptrain.models.dense import dense_state
+from peptrain.models.hf import ModelConfig
+from peptrain.models.sites import reparametrized
+from peptrain.runs.build import build, open_run, plain_model
+from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL, differences, losses, newest
-from peptrain.train import resume, train
+from peptrain.training.init_from import adopting, initial_weights
+from peptrain.training.loop import resume, train
 
 KEEP_THE_FUNCTION = ["full", "bpt", "lora", "relora", "dora", "vera", "hyperadapt"]
 SIZES = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}

@@ -18,14 +18,14 @@ from peptrain import testing
 from peptrain.config import resolved
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.methods import METHODS
-from peptrain.methods.base import ReparamLinear, Site
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.rank import RankMethod
-from peptrain.model import count_parameters
-from peptrain.optim import state_bytes
+from peptrain.models.hf import count_parameters
+from peptrain.models.sites import ReparamLinear, Site
+from peptrain.optim.adamw import state_bytes
 from peptrain.rng import Rng
 from peptrain.testing import EVENT, MODEL, QWEN, STEPS, Bench, close, losses, newest
-from peptrain.train import train
+from peptrain.training.loop import train
 
 RESUMED_AFTER = (1, 2, 4)
 KEPT = SPREAD | {"checkpoint_every": 1, "keep": 99}

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from slow import algebra
 from torch import Tensor, nn
 
-from peptrain.methods.base import Site
 from peptrain.methods.bpt import BPTLinear
+from peptrain.models.sites import Site
 from peptrain.ops.linear import bpt_linear, bpt_weight
 from peptrain.rng import Rng
 

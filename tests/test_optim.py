@@ -16,12 +16,12 @@ from torch.linalg import svdvals
 from torch.optim import AdamW
 
 from peptrain.methods import METHODS
-from peptrain.methods.base import reparametrized
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.loro import LORO
-from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
 from peptrain.methods.lowrank import LowRankLinear
-from peptrain.optim import OptimConfig, adamw, keep_mask, reset_moments
+from peptrain.models.sites import reparametrized
+from peptrain.optim.adamw import OptimConfig, adamw, keep_mask, reset_moments
+from peptrain.optim.loro import LOROOptimizer, Rule
 from peptrain.rng import Rng
 
 D, R, BETAS = 16, 2, (0.9, 0.999)

@@ -14,17 +14,19 @@ import torch
 from support import rows, tiny, tiny_method
 from torch import nn
 
-from peptrain.adapt import adapt
-from peptrain.cli import main
+from peptrain.adaptation import adapt
+from peptrain.cli.app import main
+from peptrain.cli.progress import TrainingProgress
 from peptrain.errors import ConfigError, Unsupported
-from peptrain.export import export, load_factorised
+from peptrain.exporting.export import export
+from peptrain.exporting.factorised import load_factorised
 from peptrain.methods import METHODS, methods
-from peptrain.methods.base import Method, ReparamLinear, Site
+from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
-from peptrain.progress import TrainingProgress
+from peptrain.models.sites import ReparamLinear, Site
 from peptrain.rng import Rng
 from peptrain.testing import MODEL, TRAIN, check_method, small
-from peptrain.train import train
+from peptrain.training.loop import train
 
 SOURCES = Path(__file__).with_name("outside")
 NAMES = ("silu", "signed", "scaledgd")

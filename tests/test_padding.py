@@ -14,19 +14,19 @@ from byhand import made, snapshot, walk
 from support import tiny, tiny_method
 from torch import Tensor, nn
 
-import peptrain.trainee
-from peptrain.dense import dense_state
-from peptrain.execution import checkpoint_activations
-from peptrain.export import export
-from peptrain.loss import NextTokenLoss
+import peptrain.training.state
+from peptrain.estimation.dry_run import without_numbers
+from peptrain.execution.compile import checkpoint_activations
+from peptrain.execution.loss import NextTokenLoss
+from peptrain.execution.padding import _Padded, pad_mlps, widen_mlps
+from peptrain.exporting.export import export
 from peptrain.methods import METHODS
-from peptrain.methods.base import ReparamLinear, Site, reparametrized
-from peptrain.model import count_parameters
-from peptrain.padding import _Padded, pad_mlps, widen_mlps
-from peptrain.rehearsal import without_numbers
+from peptrain.models.dense import dense_state
+from peptrain.models.hf import count_parameters
+from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.rng import Rng
 from peptrain.testing import EVENT, STEPS, differences, losses, newest
-from peptrain.train import resume, train
+from peptrain.training.loop import resume, train
 
 ODD = {"intermediate_size": 21}
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -160,7 +160,7 @@ def test_runs_resumes_and_exports_as_without(
 
     settings = {"model": ODD, "train": {"checkpoint_every": STEPS // 2, "keep": 9}}
     train(tiny(name, corpus, tmp_path / "plain", **settings))
-    monkeypatch.setattr(peptrain.trainee, "checkpoint_activations", padding)
+    monkeypatch.setattr(peptrain.training.state, "checkpoint_activations", padding)
     settings["train"]["checkpoint_activations"] = True
     train(tiny(name, corpus, tmp_path / "padded", **settings))
     plain, padded = newest(tmp_path / "plain"), newest(tmp_path / "padded")
@@ -362,9 +362,9 @@ def test_compiled_padded_layers_compile_once_and_give_the_same_losses(
 ) -> None:
     settings = {"precision": "fp32", "eval_every": 2}
     train(tiny(name, corpus, tmp_path / "plain", model=ODD, train=settings))
-    layers = peptrain.trainee.compile_layers
+    layers = peptrain.training.state.compile_layers
     monkeypatch.setattr(
-        peptrain.trainee, "compile_layers", lambda m, *rest: (pad_mlps(m), layers(m, *rest))
+        peptrain.training.state, "compile_layers", lambda m, *rest: (pad_mlps(m), layers(m, *rest))
     )
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 
 from peptrain.config import settled
 from peptrain.methods import METHODS
-from peptrain.methods.base import Method, reparametrized
+from peptrain.methods.base import Method
 from peptrain.methods.sltrain import SLTrainLinear
-from peptrain.model import PRESETS, Family, ModelConfig, build_model, count_parameters, find_sites
-from peptrain.optim import OptimConfig, state_bytes
+from peptrain.models.hf import ModelConfig, build_model, count_parameters
+from peptrain.models.presets import PRESETS, Family
+from peptrain.models.sites import find_sites, reparametrized
+from peptrain.optim.adamw import OptimConfig, state_bytes
+from peptrain.optim.schedule import ScheduleConfig
 from peptrain.rng import Rng
-from peptrain.schedule import ScheduleConfig
 
 FULL = {
     "llama-60m": 58_073_600,

@@ -8,7 +8,7 @@ from support import ALONE
 from torch import Tensor, nn
 
 from peptrain.errors import ConfigError, Unsupported
-from peptrain.passes import Eager, Passes, Replayed
+from peptrain.execution.forward_backward import Eager, Passes, Replayed
 
 
 class Dropped(nn.Module):

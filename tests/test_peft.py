@@ -11,11 +11,11 @@ from byhand import seeded
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peptrain.adapt import Adapted, adapt
+from peptrain.adaptation import Adapted, adapt
 from peptrain.methods import DoRA, VeRA
-from peptrain.methods.base import reparametrized
-from peptrain.optim import OptimConfig
-from peptrain.schedule import ScheduleConfig
+from peptrain.models.sites import reparametrized
+from peptrain.optim.adamw import OptimConfig
+from peptrain.optim.schedule import ScheduleConfig
 
 STEPS = 6
 PLACES = ["0", "2", "4"]

@@ -12,15 +12,15 @@ import torch
 from support import AddedLinear, Killed, Toy, kill_at, rows, tiny, trainee_at
 
 import peptrain.methods
-from peptrain.build import phase_at, rebuild
-from peptrain.checkpoint import Checkpoint, read
 from peptrain.config import load
 from peptrain.errors import ConfigError
 from peptrain.methods import METHODS, Full
-from peptrain.methods.base import reparametrized
-from peptrain.rundir import RunDir
+from peptrain.models.sites import reparametrized
+from peptrain.runs.build import phase_at, rebuild
+from peptrain.runs.checkpoint import Checkpoint, read
+from peptrain.runs.directory import RunDir
 from peptrain.testing import STEPS, differences, losses, newest, same
-from peptrain.train import resume, train
+from peptrain.training.loop import resume, train
 
 WARM = 4
 KEPT = {"checkpoint_every": 1, "keep": 99}

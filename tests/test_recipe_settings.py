@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peptrain import recipes
-from peptrain.model import hf_config
+from peptrain.models.hf import hf_config
 
 Settings = dict[str, Any]
 

@@ -17,11 +17,12 @@ from peptrain import recipes
 from peptrain.config import DataConfig, RunConfig, dump, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
-from peptrain.model import build_model, count_parameters, find_sites, hf_config
+from peptrain.models.hf import build_model, count_parameters, hf_config
+from peptrain.models.sites import find_sites
+from peptrain.optim.schedule import build as build_schedule
 from peptrain.rng import Rng
-from peptrain.schedule import build as build_schedule
 from peptrain.testing import MODEL, STEPS
-from peptrain.train import train
+from peptrain.training.loop import train
 
 NAMES = recipes.names()
 every_recipe = pytest.mark.parametrize("name", NAMES)

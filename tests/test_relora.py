@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.testing import assert_close
 
-from peptrain.methods.base import Method, Site, reparametrized
+from peptrain.methods.base import Method
 from peptrain.methods.lora import LoRA, LoRALinear, fresh_A
-from peptrain.optim import OptimConfig
+from peptrain.models.sites import Site, reparametrized
+from peptrain.optim.adamw import OptimConfig
 from peptrain.rng import Rng
 from peptrain.testing import EVENT
 

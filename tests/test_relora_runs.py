@@ -14,19 +14,19 @@ from slow import algebra
 from support import Killed, kill_at, rows, tiny, trainee_at
 from torch import nn
 
-from peptrain.checkpoint import Checkpoint, read
 from peptrain.config import RunConfig, resolved
 from peptrain.errors import ConfigError
 from peptrain.eval.run import evaluate_run
-from peptrain.methods.base import reparametrized
 from peptrain.methods.lora import LoRA, LoRALinear
 from peptrain.methods.relora import ReLoRA
-from peptrain.optim import set_lr
+from peptrain.models.sites import reparametrized
+from peptrain.optim.adamw import set_lr
+from peptrain.optim.schedule import ScheduleConfig, build
 from peptrain.rng import Rng
-from peptrain.rundir import RunDir
-from peptrain.schedule import ScheduleConfig, build
+from peptrain.runs.checkpoint import Checkpoint, read
+from peptrain.runs.directory import RunDir
 from peptrain.testing import STEPS, differences, losses, newest, same
-from peptrain.train import resume, train
+from peptrain.training.loop import resume, train
 
 EACH = {"checkpoint_every": 1, "keep": 99}
 

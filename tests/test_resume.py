@@ -12,15 +12,15 @@ import pytest
 import torch
 from support import Killed, kill_at, rows, tiny
 
-import peptrain.checkpoint
-import peptrain.train as trainer
-from peptrain.checkpoint import Checkpoint, available, save
+import peptrain.runs.checkpoint
+import peptrain.training.loop as trainer
 from peptrain.config import RunConfig
 from peptrain.errors import CheckpointError
 from peptrain.methods import METHODS
-from peptrain.rundir import RunDir
+from peptrain.runs.checkpoint import Checkpoint, available, save
+from peptrain.runs.directory import RunDir
 from peptrain.testing import EVENT, MODEL, STEPS, differences, losses, newest
-from peptrain.train import resume, train
+from peptrain.training.loop import resume, train
 
 EACH = {"checkpoint_every": 1, "keep": 99, "micro_batch": 2}
 
@@ -150,7 +150,7 @@ def test_a_kill_while_a_checkpoint_is_written_falls_back_to_the_one_before(
     whole: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    run, real = tmp_path / "run", peptrain.checkpoint._write
+    run, real = tmp_path / "run", peptrain.runs.checkpoint._write
 
     def killed(directory: Path, saved: Checkpoint) -> None:
         if half and saved.step == EVENT:
@@ -161,7 +161,7 @@ def test_a_kill_while_a_checkpoint_is_written_falls_back_to_the_one_before(
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(peptrain.checkpoint, "_write", killed)
+        patch.setattr(peptrain.runs.checkpoint, "_write", killed)
         train(configured("loro", run))
     assert newest(run).step == EVENT - 1
     resume(run)

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from support import tiny, tiny_method
 from torch import Tensor, nn
 
-from peptrain.adapt import adapt
+from peptrain.adaptation import adapt
 from peptrain.errors import ConfigError
-from peptrain.methods.base import Site, reparametrized
 from peptrain.methods.sltrain import SLTrain, SLTrainLinear, support
+from peptrain.models.sites import Site, reparametrized
 from peptrain.ops.sparse import sparse_linear, sparse_weight
 from peptrain.rng import Rng
 from peptrain.testing import newest
-from peptrain.train import train
+from peptrain.training.loop import train
 
 
 def normal(*shape: int, seed: int) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
+from peptrain.execution.graph_passes import StackThinLinears, StackThinProducts
 from peptrain.ops.linear import added_linear
-from peptrain.stacking import StackThinLinears, StackThinProducts
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

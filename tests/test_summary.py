@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from support import rows, tiny
 
+from peptrain.comparison.grid import GridRun, expand
+from peptrain.comparison.summary import Line, Outcome, half_width, outcome, student_t, summarize
+from peptrain.comparison.table import Comparison, as_csv, latex, markdown, terminal
 from peptrain.errors import Diverged
-from peptrain.grid import GridRun, expand
-from peptrain.rundir import RunDir
-from peptrain.summary import Line, Outcome, half_width, outcome, student_t, summarize
-from peptrain.table import Comparison, as_csv, latex, markdown, terminal
-from peptrain.train import resume, train
+from peptrain.runs.directory import RunDir
+from peptrain.training.loop import resume, train
 
 PRINTED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042,
            100: 1.984}  # fmt: skip

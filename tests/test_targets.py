@@ -11,16 +11,16 @@ from slow import algebra
 from support import tiny, tiny_method
 from torch import nn
 
-from peptrain.build import build
 from peptrain.config import resolved
 from peptrain.errors import ConfigError
 from peptrain.methods import METHODS
-from peptrain.methods.base import Site, reparametrized
 from peptrain.methods.lora import LoRA
 from peptrain.methods.lowrank import LowRank
 from peptrain.methods.rank import RankMethod
 from peptrain.methods.targets import TargetedMethod
-from peptrain.model import count_parameters
+from peptrain.models.hf import count_parameters
+from peptrain.models.sites import Site, reparametrized
+from peptrain.runs.build import build
 from peptrain.testing import MODEL
 
 TARGETED = [n for n, cls in METHODS.items() if issubclass(cls, TargetedMethod)]

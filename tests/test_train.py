@@ -17,10 +17,8 @@ import torch
 from support import VECTORS, Killed, rows, tiny
 from torch import Tensor
 
-import peptrain.loss
-import peptrain.train as trainer
-from peptrain.build import open_run
-from peptrain.checkpoint import available
+import peptrain.execution.loss
+import peptrain.training.loop as trainer
 from peptrain.config import load
 from peptrain.errors import (
     CheckpointError,
@@ -31,12 +29,14 @@ from peptrain.errors import (
     PeptrainError,
     Unsupported,
 )
-from peptrain.journal import throughput
 from peptrain.methods import METHODS
 from peptrain.ops.cross_entropy import linear_cross_entropy
-from peptrain.rundir import RunDir, first_free
+from peptrain.runs.build import open_run
+from peptrain.runs.checkpoint import available
+from peptrain.runs.directory import RunDir, first_free
 from peptrain.testing import MODEL, STEPS, TRAIN, differences, losses, newest, small_corpus
-from peptrain.train import resume, train
+from peptrain.training.loop import resume, train
+from peptrain.training.metrics import throughput
 
 EACH = {"checkpoint_every": 1, "keep": 99}
 
@@ -289,7 +289,7 @@ def no_gradient(loss: Tensor) -> Tensor:
 
 def assert_all_finite(run: Path) -> None:
     for path in available(RunDir(run).checkpoints):
-        saved = peptrain.checkpoint.read(path)
+        saved = peptrain.runs.checkpoint.read(path)
         for n, tensor in {**saved.model, **saved.optimizer}.items():
             assert tensor.isfinite().all(), (path.name, n)
 
@@ -303,7 +303,7 @@ def test_divergence_names_the_step_the_rate_and_the_last_good_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(peptrain.loss, "linear_cross_entropy", spoiled(6, spoil))
+    monkeypatch.setattr(peptrain.execution.loss, "linear_cross_entropy", spoiled(6, spoil))
     run, often = tmp_path / "run", {"checkpoint_every": 4, "log_every": log_every}
     with pytest.raises(Diverged) as caught:
         train(tiny("bpt", corpus, run, train=often))
@@ -340,7 +340,7 @@ import torch
 torch.set_num_threads(1)
 from support import tiny
 from peptrain.errors import Interrupted
-from peptrain.train import train
+from peptrain.training.loop import train
 
 def observe(row):
     print(row["event"], flush=True)
@@ -395,7 +395,8 @@ def asked_to_stop(loss: Tensor) -> Tensor:
 def test_a_wish_to_stop_in_the_last_step_is_no_interruption(
     step: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peptrain.loss, "linear_cross_entropy", spoiled(step, asked_to_stop))
+    loss = spoiled(step, asked_to_stop)
+    monkeypatch.setattr(peptrain.execution.loss, "linear_cross_entropy", loss)
     config = tiny("full", corpus, tmp_path / "run", train={"checkpoint_every": 0})
     if step < STEPS:
         with pytest.raises(Interrupted, match=f"saved at step {step} of"):
@@ -515,7 +516,7 @@ def test_a_row_is_the_mean_of_its_steps(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_clipping_bounds_what_the_optimizer_sees(corpus: Path, tmp_path: Path) -> None:
-    from peptrain.optim import clip_gradients
+    from peptrain.optim.adamw import clip_gradients
 
     weights = torch.nn.ParameterList([torch.zeros(2), torch.zeros(1), torch.zeros(3)])
     for clip, length in ((1.0, 1.0), (0.0, 13.0), (20.0, 13.0)):

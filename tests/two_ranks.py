@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from support import SPREAD, Toy, tiny
 
-import peptrain.train as trainer
+import peptrain.training.loop as trainer
 from peptrain.errors import CheckpointError
 from peptrain.methods import METHODS
 

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from peptrain.cli import main
+    from peptrain.cli.app import main
 except ModuleNotFoundError as missing:
     if missing.name != "tyro":
         raise

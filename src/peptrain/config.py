@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
-from peptrain import toml
 from peptrain.errors import ConfigError
 from peptrain.methods import methods
 from peptrain.methods.base import Method
-from peptrain.model import DEFAULT_PRESET, ModelConfig, Precision, hf_config
-from peptrain.optim import OptimConfig
-from peptrain.schedule import ScheduleConfig
-from peptrain.settings import check, fill, interval, resolve
+from peptrain.models.hf import ModelConfig, Precision, hf_config
+from peptrain.models.presets import DEFAULT_PRESET
+from peptrain.optim.adamw import OptimConfig
+from peptrain.optim.schedule import ScheduleConfig
+from peptrain.settings import toml
+from peptrain.settings.fields import check, fill, interval, resolve
 
 M = TypeVar("M", bound=Method)
 

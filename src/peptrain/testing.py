@@ -24,22 +24,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from peptrain.build import build, plain_model
-from peptrain.checkpoint import Checkpoint, available, read
 from peptrain.config import DataConfig, RunConfig, TrainConfig, dump, parse, resolved
 from peptrain.data import PrepareConfig, prepare
-from peptrain.dense import dense_state, load_dense
 from peptrain.eval.run import evaluate_run
-from peptrain.export import export
-from peptrain.loss import NextTokenLoss
+from peptrain.execution.loss import NextTokenLoss
+from peptrain.exporting.export import export
 from peptrain.methods import METHODS
-from peptrain.methods.base import Method, ReparamLinear, reparametrized
-from peptrain.model import ModelConfig, find_sites
-from peptrain.optim import OptimConfig
+from peptrain.methods.base import Method
+from peptrain.models.dense import dense_state, load_dense
+from peptrain.models.hf import ModelConfig
+from peptrain.models.sites import ReparamLinear, find_sites, reparametrized
+from peptrain.optim.adamw import OptimConfig
+from peptrain.optim.schedule import ScheduleConfig
 from peptrain.rng import Rng
-from peptrain.rundir import RunDir
-from peptrain.schedule import ScheduleConfig
-from peptrain.train import resume, train
+from peptrain.runs.build import build, plain_model
+from peptrain.runs.checkpoint import Checkpoint, available, read
+from peptrain.runs.directory import RunDir
+from peptrain.training.loop import resume, train
 
 STEPS, EVENT = 8, 3
 """A run, and the interval of everything periodic in it: merges come at steps 3 and 6."""

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peptrain.methods.base import Method, ReparamLinear, Site
+from peptrain.methods.base import Method
 from peptrain.methods.lowrank import LowRank, LowRankLinear
 from peptrain.methods.rank import RankMethod
-from peptrain.optim import OptimConfig, parameter_groups
+from peptrain.models.sites import ReparamLinear, Site
+from peptrain.optim.adamw import OptimConfig, parameter_groups
 from peptrain.rng import Rng
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from peptrain.errors import ConfigError
-from peptrain.settings import check
+from peptrain.settings.fields import check
 
 DEFAULT_VOCAB = 8192
 WEIGHTS_TOLERANCE = 1e-6  # what we print to paste is rounded to nine digits

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peptrain.data.config import PrepareConfig
-from peptrain.data.fileset import FileSet, find_files
-from peptrain.data.huggingface import SCHEME, HubStream, SavedDataset, is_saved_dataset
-from peptrain.data.mixture import furthest_behind, mixed, one_after_another
-from peptrain.data.source import Piece, Source, Taken
+from peptrain.data.sources.base import Piece, Source, Taken
+from peptrain.data.sources.files import FileSet, find_files
+from peptrain.data.sources.hub import SCHEME, HubStream, SavedDataset, is_saved_dataset
+from peptrain.data.sources.mixture import furthest_behind, mixed, one_after_another
 from peptrain.errors import DataError
 
 

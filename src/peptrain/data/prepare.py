@@ -17,7 +17,7 @@ import numpy as np
 from peptrain.data.config import DEFAULT_VOCAB, PrepareConfig
 from peptrain.data.documents import Inputs, Part, describe
 from peptrain.data.index import JOURNAL, TOKENIZER, Index
-from peptrain.data.source import Source, Taken
+from peptrain.data.sources.base import Source, Taken
 from peptrain.data.tokenizer import (
     TRAINED_END,
     encode,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from peptrain.data.textfiles import read_bytes
+from peptrain.data.sources.text import read_bytes
 from peptrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -26,10 +26,10 @@ from peptrain.data.index import (
     shard_name,
     write_json,
 )
-from peptrain.data.source import Taken
+from peptrain.data.sources.base import Taken
 from peptrain.errors import ConfigError, DataError
 from peptrain.files import write_atomically
-from peptrain.settings import check
+from peptrain.settings.fields import check
 
 Ids = NDArray[np.unsignedinteger]
 LEAST_HELD_OUT = 2  # tokens: a loss needs one to see and one to foretell

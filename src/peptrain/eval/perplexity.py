@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from peptrain.distributed import World
+from peptrain.distributed.world import World
 from peptrain.errors import DataError
-from peptrain.model import Precision, autocast
+from peptrain.models.hf import Precision, autocast
+from peptrain.models.probe import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ def evaluate(
     here = world or World(0, 1, model.device)
     windows = _windows(tokens[: limit + 1] if limit else tokens, seq_len)
     total, count = torch.zeros((), dtype=torch.float64), 0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _batches(windows[here.rank :: here.size], batch_size):
             ids = torch.from_numpy(batch).to(here.device)
             with autocast(precision, here.device):
@@ -74,7 +74,7 @@ def evaluate_legacy(
     """The evaluator of the older repositories, to match tables printed with it: the sum of the
     batches' mean losses divided by the number of batches plus 1, which flatters the model."""
     means, count = [], 0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _batches(_windows(tokens, seq_len), batch_size):
             ids = torch.from_numpy(batch).to(model.device)
             predicted = batch.shape[0] * (batch.shape[1] - 1)
@@ -82,17 +82,6 @@ def evaluate_legacy(
                 means.append(_summed_loss(model, ids).item() / predicted)
             count += predicted
     return Evaluation(sum(means) / (len(means) + 1), count)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation's mode, and back to the one before."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _windows(tokens: np.ndarray, seq_len: int) -> list[np.ndarray]:

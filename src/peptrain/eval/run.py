@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from peptrain.build import open_run
 from peptrain.data import Corpus, default_corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import DataError
 from peptrain.eval.perplexity import Evaluation, evaluate, evaluate_legacy
 from peptrain.files import write_atomically
-from peptrain.model import vocabulary_size
-from peptrain.rundir import RunDir
-from peptrain.settings import check
+from peptrain.models.hf import vocabulary_size
+from peptrain.runs.build import open_run
+from peptrain.runs.directory import RunDir
+from peptrain.settings.fields import check
 
 log = logging.getLogger("peptrain")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar
@@ -10,91 +10,16 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peptrain.errors import Unsupported
-from peptrain.optim import OptimConfig, adamw
+from peptrain.models.sites import ReparamLinear as ReparamLinear
+from peptrain.models.sites import Site as Site
+from peptrain.models.sites import reparametrized as reparametrized
+from peptrain.optim.adamw import OptimConfig, adamw
+from peptrain.optim.schedule import Schedule, ScheduleConfig
 from peptrain.rng import Rng
-from peptrain.schedule import Schedule, ScheduleConfig
 
 Metrics = Mapping[str, Tensor | float]
 """Numbers for metrics.jsonl. Tensors are read when the next row is written, so that nothing
 waits for the device. A name that ends in `_warning` is also logged when it is not zero."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """One matrix of the model that a method may adapt: an nn.Linear, or what replaced it."""
-
-    name: str
-    """As in the state dict: "model.layers.0.mlp.up_proj"."""
-    parent: nn.Module
-    width: int
-    """The model's hidden size, d in the papers."""
-    fresh: bool = True
-    """Whether the weight was only just initialised, so that a method may draw it anew. One that
-    comes from a trained model is to be kept, or approximated."""
-
-    @property
-    def module(self) -> nn.Linear | ReparamLinear:
-        """What stands there now: after `install` the layer that replaced the nn.Linear, if any."""
-        module = getattr(self.parent, self.name.rpartition(".")[2])
-        assert isinstance(module, nn.Linear | ReparamLinear)
-        return module
-
-    @property
-    def linear(self) -> nn.Linear:
-        """The nn.Linear, while it has not been replaced."""
-        module = self.module
-        assert isinstance(module, nn.Linear), f"{self.name} was replaced; use `module`"
-        return module
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, m) = (out, in)."""
-        return self.module.out_features, self.module.in_features
-
-    def replace(self, new: ReparamLinear) -> None:
-        setattr(self.parent, self.name.rpartition(".")[2], new)
-
-
-class ReparamLinear(nn.Module):
-    """y = x W_effᵀ + bias, with W_eff written in other parameters.
-
-    A frozen base keeps the name `weight`, a bias the name `bias`, so Hugging Face's keys survive.
-    A layer that is not linear in x has no W_eff: it leaves `effective_weight` alone, and its method
-    says `has_dense_equivalent = False`.
-    """
-
-    site: str
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.site = site.name
-        self.out_features, self.in_features = site.shape
-        self.bias = site.linear.bias
-
-    def effective_weight(self) -> Tensor:
-        """W_eff, [out, in], in at least fp32, on unsharded tensors.
-
-        Raises Unsupported for a layer that has none.
-        """
-        raise Unsupported(
-            f"{self.site}: {type(self).__name__} has no effective_weight(), so the model has no"
-            " dense weights"
-        )
-
-    def extra_repr(self) -> str:
-        shapes = ", ".join(f"{k}={list(p.shape)}" for k, p in self.named_parameters())
-        return f"in={self.in_features}, out={self.out_features}, {shapes}"
-
-
-def reparametrized(model: nn.Module) -> Iterator[ReparamLinear]:
-    """Every layer that a method replaced, in the model's order."""
-    return (m for m in model.modules() if isinstance(m, ReparamLinear))
-
-
-def has_effective_weight(layer: ReparamLinear) -> bool:
-    """Whether the layer's class defines `effective_weight`."""
-    return type(layer).effective_weight is not ReparamLinear.effective_weight
 
 
 RENAMED_HOOKS = {"enter": "on_phase_start", "accelerate": "fuse"}

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peptrain.methods.base import Method, Metrics, ReparamLinear, Site, reparametrized
+from peptrain.methods.base import Method, Metrics
 from peptrain.methods.rank import RankMethod
+from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.ops.linear import bpt_linear, bpt_weight
 from peptrain.ops.rounding import add_
 from peptrain.ops.spectral import semi_orthogonal
-from peptrain.optim import ResetMode, reset_moments
+from peptrain.optim.adamw import ResetMode, reset_moments
+from peptrain.optim.schedule import Schedule, ScheduleConfig, restarted
 from peptrain.rng import Rng
-from peptrain.schedule import Schedule, ScheduleConfig, restarted
-from peptrain.settings import changeable, check, fill, interval
+from peptrain.settings.fields import changeable, check, fill, interval
 
 log = logging.getLogger("peptrain")
 Init = Literal["kaiming_uniform", "kaiming_normal", "model"]
@@ -128,8 +129,8 @@ class BPT(RankMethod):
         return BPTLinear(site, self.r, self.init, rng)
 
     def fuse(self, model: nn.Module) -> None:
-        from peptrain.methods.fused_mlp import BPTMLP, fuse_mlps  # Triton is not everywhere
-        from peptrain.ops import fused
+        from peptrain.kernels import linear as fused
+        from peptrain.kernels.swiglu_mlp import BPTMLP, fuse_mlps  # Triton is not everywhere
 
         for layer in reparametrized(model):
             assert isinstance(layer, BPTLinear)

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from peptrain.methods.base import Site
 from peptrain.methods.bpt import BPT
 from peptrain.methods.lora import LoRA, LoRALinear
+from peptrain.models.sites import Site
 from peptrain.ops.linear import dora_linear, over_norms, row_norms
 from peptrain.rng import Rng
 

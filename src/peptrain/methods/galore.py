@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peptrain.methods.base import Method, ReparamLinear, Site, reparametrized
-from peptrain.methods.galore_optimizer import GaLoreOptimizer, Rule
+from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
-from peptrain.optim import OptimConfig, parameter_groups
+from peptrain.models.sites import ReparamLinear, Site, reparametrized
+from peptrain.optim.adamw import OptimConfig, parameter_groups
+from peptrain.optim.galore import GaLoreOptimizer, Rule
 from peptrain.rng import Rng
-from peptrain.settings import check, interval, of_width
+from peptrain.settings.fields import check, interval, of_width
 
 
 class ProjectedLinear(ReparamLinear):

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peptrain.methods.base import Method, ReparamLinear, Site
+from peptrain.methods.base import Method
 from peptrain.methods.bpt import BPT
 from peptrain.methods.targets import TargetedMethod
+from peptrain.models.sites import ReparamLinear, Site
 from peptrain.ops.linear import scaled_linear
 from peptrain.rng import Rng
 

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peptrain.methods.base import Method, ReparamLinear, Site, reparametrized
+from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
+from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.ops.linear import added_linear
 from peptrain.ops.rounding import add_
-from peptrain.optim import OptimConfig, adamw
+from peptrain.optim.adamw import OptimConfig, adamw
+from peptrain.optim.schedule import Schedule, restarted
 from peptrain.rng import Rng
-from peptrain.schedule import Schedule, restarted
-from peptrain.settings import changeable, check, length
+from peptrain.settings.fields import changeable, check, length
 
 log = logging.getLogger("peptrain")
 
@@ -174,7 +175,7 @@ class LoRA(RankMethod):
             optimizer.state.clear()
 
     def fuse(self, model: nn.Module) -> None:
-        from peptrain.ops import fused  # Triton is not everywhere
+        from peptrain.kernels import linear as fused  # Triton is not everywhere
 
         layers = list(reparametrized(model))  # none in a warm start
         for layer in layers:

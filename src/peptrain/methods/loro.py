@@ -11,13 +11,14 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from peptrain.methods.base import Method, Metrics, Site, reparametrized
-from peptrain.methods.loro_optimizer import LOROOptimizer, Rule
+from peptrain.methods.base import Method, Metrics
 from peptrain.methods.lowrank import LowRank, LowRankLinear
-from peptrain.optim import OptimConfig, parameter_groups
+from peptrain.models.sites import Site, reparametrized
+from peptrain.optim.adamw import OptimConfig, parameter_groups
+from peptrain.optim.loro import LOROOptimizer, Rule
+from peptrain.optim.schedule import Schedule, cosine, restarted
 from peptrain.rng import Rng
-from peptrain.schedule import Schedule, cosine, restarted
-from peptrain.settings import check, interval, length, same_as
+from peptrain.settings.fields import check, interval, length, same_as
 
 log = logging.getLogger("peptrain")
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peptrain.methods.base import Method, ReparamLinear, Site
+from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
+from peptrain.models.sites import ReparamLinear, Site
 from peptrain.ops.spectral import best_factors
 from peptrain.rng import Rng
 
@@ -59,8 +60,8 @@ class LowRank(RankMethod):
         return LowRankLinear(site, self.r, rng)
 
     def fuse(self, model: nn.Module) -> None:
-        from peptrain.methods.fused_layer import fuse_layers  # Triton is not everywhere
-        from peptrain.methods.fused_mlp import LowRankMLP, fuse_mlps
+        from peptrain.kernels.llama_layer import fuse_layers  # Triton is not everywhere
+        from peptrain.kernels.swiglu_mlp import LowRankMLP, fuse_mlps
 
         fuse_mlps(model, LowRankLinear, LowRankMLP)
         fuse_layers(model)

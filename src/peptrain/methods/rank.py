@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peptrain.errors import ConfigError
-from peptrain.methods.base import Site
 from peptrain.methods.targets import TargetedMethod, matches
-from peptrain.settings import check, of_width
+from peptrain.models.sites import Site
+from peptrain.settings.fields import check, of_width
 
 
 @dataclass(frozen=True, kw_only=True)

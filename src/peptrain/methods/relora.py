@@ -9,12 +9,13 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from peptrain.methods.base import Method, Metrics, Site, reparametrized
+from peptrain.methods.base import Method, Metrics
 from peptrain.methods.lora import LoRA, LoRALinear
-from peptrain.optim import ResetMode, reset_moments
+from peptrain.models.sites import Site, reparametrized
+from peptrain.optim.adamw import ResetMode, reset_moments
+from peptrain.optim.schedule import Schedule
 from peptrain.rng import Rng
-from peptrain.schedule import Schedule
-from peptrain.settings import check, interval, length, same_as
+from peptrain.settings.fields import check, interval, length, same_as
 
 log = logging.getLogger("peptrain")
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peptrain.methods.base import Method, ReparamLinear, Site, reparametrized
+from peptrain.methods.base import Method
 from peptrain.methods.lora import fresh_A
 from peptrain.methods.rank import RankMethod
+from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.ops.sparse import sparse_linear, sparse_weight
 from peptrain.ops.spectral import best_factors
-from peptrain.optim import OptimConfig, adamw, parameter_groups
+from peptrain.optim.adamw import OptimConfig, adamw, parameter_groups
 from peptrain.rng import Rng
-from peptrain.settings import check
+from peptrain.settings.fields import check
 
 
 class SLTrainLinear(ReparamLinear):

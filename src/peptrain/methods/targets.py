@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from peptrain.errors import ConfigError, Unsupported
-from peptrain.methods.base import Method, ReparamLinear, Site
+from peptrain.methods.base import Method
+from peptrain.models.sites import ReparamLinear, Site
 from peptrain.rng import Rng
-from peptrain.settings import check
+from peptrain.settings.fields import check
 
 log = logging.getLogger("peptrain")
 

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peptrain.methods.base import Method, ReparamLinear, Site
+from peptrain.methods.base import Method
 from peptrain.methods.bpt import BPT
 from peptrain.methods.targets import TargetedMethod
+from peptrain.models.sites import ReparamLinear, Site
 from peptrain.rng import Rng
-from peptrain.settings import check
+from peptrain.settings.fields import check
 
 
 class VeRALinear(ReparamLinear):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from peptrain import toml
 from peptrain.config import HEADER, RunConfig, parse
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
-from peptrain.settings import nearest
+from peptrain.settings import toml
+from peptrain.settings.fields import nearest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,205 @@
+"""What a person sees while training: a bar on a terminal, plain lines in a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from peptrain.data.prepare import Progress as Preparation
+
+if TYPE_CHECKING:
+    from peptrain.comparison.workers import Status
+
+EVENTS = ("merges", "exact_steps")
+"""Counts that methods report between steps."""
+
+
+class TrainingProgress:
+    """An observer: loss, held-out loss, learning rate, tokens/s, merges and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._seen: dict[str, Any] = {}
+        self._bar: Progress | None = None
+        self._since, self._from = time.monotonic(), 0
+        self._said = ""
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        self._seen |= row
+        if row["event"] == "start":
+            self._start()
+        elif row["event"] == "end":
+            self.close()
+            self._say(f"held-out loss {row['held_out_loss']:.4f}, run saved in {self._seen['run']}")
+        elif row["event"] == "phase":
+            self._say(f"step {row['step']}: {self._trainable()} from here on")
+        elif self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=row["step"], state=self._state())
+        elif row["event"] in ("eval", "checkpoint"):
+            self._say(f"step {row['step']}/{self._seen['steps']}  {self._state()}")
+
+    def close(self) -> None:
+        """Take the bar off the terminal; also when training ends early."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _start(self) -> None:
+        seen = self._seen
+        self._since, self._from = time.monotonic(), seen["step"]
+        at = f" from step {seen['step']}" if seen["step"] else ""
+        self._say(
+            f"{self._trainable()}, {seen['steps']} steps of {seen['tokens_per_step']} tokens"
+            f" in {seen['precision']}{at}"
+        )
+        if self._console.is_terminal:
+            self._bar = _BarAndState(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                speed_estimate_period=3600,  # rows may be minutes apart
+            )
+            self._bar.add_task(
+                seen["method"], total=seen["steps"], completed=seen["step"], state=""
+            )
+            self._bar.start()
+
+    def _trainable(self) -> str:
+        trainable, total = (self._seen[key] / 1e6 for key in ("trainable", "parameters"))
+        return f"{trainable:.2f}M of {total:.2f}M parameters trainable"
+
+    def _state(self) -> str:
+        seen, parts = self._seen, []
+        if "loss" in seen:
+            parts = [f"loss {seen['loss']:.3f}"]
+            if "held_out_loss" in seen:
+                parts.append(f"held-out {seen['held_out_loss']:.3f}")
+            parts += [self._rates(), f"{seen['tokens_per_second']:,.0f} tok/s"]
+        parts += [f"{seen[name]:.0f} {name.replace('_', ' ')}" for name in EVENTS if name in seen]
+        if self._bar is None and "loss" in seen:
+            parts.append(f"{self._minutes_left():.1f} min left")
+        return "  ".join(parts)
+
+    def _rates(self) -> str:
+        """The learning rate, and in brackets those of groups that have names."""
+        named = {k.removeprefix("lr_"): v for k, v in self._seen.items() if k.startswith("lr_")}
+        listed = ", ".join(f"{name} {rate:.1e}" for name, rate in named.items())
+        return f"lr {self._seen['lr']:.1e}" + (f" ({listed})" if listed else "")
+
+    def _minutes_left(self) -> float:
+        """At the pace so far, evaluations and checkpoints included."""
+        done = self._seen["step"] - self._from
+        left = self._seen["steps"] - self._seen["step"]
+        return float((time.monotonic() - self._since) / max(done, 1) * left / 60)
+
+    def _say(self, text: str) -> None:
+        if text != self._said:  # an evaluation and a checkpoint at one step say the same
+            self._said = text
+            line = f"[bold]{self._seen['method']}[/]  {escape(text)}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+
+class _BarAndState(Progress):
+    """A bar, and below it the state, which leaves no room for a bar in 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield Text(task.fields["state"])
+
+
+@contextmanager
+def preparing(console: Console) -> Iterator[Callable[[Preparation], None]]:
+    """A bar over the work where its end is known; documents, tokens and tokens/s so far."""
+    columns = (TextColumn("preparing"), BarColumn(bar_width=20), TimeRemainingColumn())
+    with _BarAndState(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None, state="")
+        since, before = time.monotonic(), -1
+
+        def show(done: Preparation) -> None:
+            nonlocal since, before
+            now = time.monotonic()
+            if before < 0:  # what was finished before an interruption is not of this pace
+                since, before = now, done.tokens
+            total = None if done.share is None else 1.0
+            state = preparation_state(done, now - since, before)
+            bar.update(task, total=total, completed=done.share or 0.0, state=state)
+
+        yield show
+
+
+def preparation_state(done: Preparation, seconds: float, before: int) -> str:
+    """Documents, tokens, and the pace of the tokens since there were `before`, seconds ago."""
+    pace = f"  {(done.tokens - before) / seconds:,.0f} tok/s" if seconds > 0 else ""
+    return f"{done.documents:,} documents  {done.tokens:,} tokens{pace}"
+
+
+@contextmanager
+def fitting(console: Console) -> Iterator[Callable[[str], None]]:
+    """On a terminal, and only there: what a search for what fits into memory tries."""
+    # What is printed meanwhile is left alone: it may go to a file, and this console's is another.
+    with Live(console=console, transient=True, auto_refresh=False,
+              redirect_stdout=False, redirect_stderr=False) as live:  # fmt: skip
+
+        def show(trial: str) -> None:
+            if console.is_terminal:
+                live.update(Text(f"what fits: {trial}"), refresh=True)
+
+        yield show
+
+
+@contextmanager
+def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
+    """A line for each run that begins or ends; on a terminal below them what is running now."""
+    told: set[str] = set()
+
+    def tell(key: str, line: str) -> None:
+        if key not in told:
+            told.add(key)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+
+        def show(status: Status) -> None:
+            if status.before:
+                tell("before", f"finished before: {status.before}")
+            if status.interrupted:
+                tell("stop", "stopping: the running ones save first")
+            for name, result in status.finished.items():
+                tell(name, f"finished  {name}  {result}  ({standing(status)})")
+            for name, error in status.failed.items():
+                tell(name, f"failed    {name}  {error}  ({standing(status)})")
+            for working in [] if console.is_terminal else status.running.values():
+                at = f"  from step {working.begun}" if working.begun else ""
+                tell(f"begin {working.job.name}", f"begun     {working.job.name}{at}")
+            if console.is_terminal:
+                live.update(Text("\n".join(_running(status))), refresh=True)
+
+        yield show
+
+
+def standing(status: Status) -> str:
+    """How many runs are done, running and left, and the time they take."""
+    done = status.before + len(status.finished)
+    parts = [f"{done} done", f"{len(status.running)} running", f"{len(status.waiting)} left"]
+    parts += [f"{len(status.failed)} failed"] if status.failed else []
+    seconds = status.seconds_left()
+    parts += [f"{seconds / 60:.1f} min left"] if seconds else []
+    return ", ".join(parts)
+
+
+def _running(status: Status) -> Iterator[str]:
+    for working in status.running.values():
+        loss = "" if working.loss is None else f"  loss {working.loss:.3f}"
+        yield f"running   {working.job.name}  {working.step}/{working.job.steps}{loss}"
+    yield standing(status)

@@ -1,0 +1,1 @@
+"""Several runs side by side: a grid, its processes, its table; and the demo."""

@@ -1,0 +1,323 @@
+"""A grid of runs from one TOML file: any setting may be a list, a block is their product."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from peptrain.config import HEADER, RunConfig, dump, parse, resolved
+from peptrain.errors import ConfigError
+from peptrain.methods.base import Method
+from peptrain.settings import toml
+from peptrain.settings.fields import quiet
+from peptrain.training.init_from import adopting
+
+Equal = Literal["tokens", "flops", "time"]
+"""What the runs of a grid have in common, that their losses compare."""
+NOT_SHOWN = ("method.name", "optim.lr", "train.seed")
+"""What a label leaves to other columns."""
+STEPS = "train.steps"
+LONGEST = 120
+"""Characters of a readable name; the digest comes on top, and file systems take 255 bytes."""
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """One run of a grid."""
+
+    config: RunConfig[Method]
+    """Resolved: what the run directory will hold."""
+    written: RunConfig[Method]
+    """The same with what its block leaves unset."""
+    settings: Mapping[str, Any]
+    """What its block says, and the lists of [base], by dotted key; but for the method's name, the
+    learning rate and the seed."""
+    data: str = ""
+    """What distinguishes the corpus and the files that it starts from, once they were opened."""
+    cost: float | None = None
+    """Of the budget: FLOPs, or seconds; None at equal tokens."""
+
+    @property
+    def method(self) -> str:
+        return self.config.method.name
+
+    @property
+    def lr(self) -> float:
+        assert self.config.optim.lr is not None
+        return self.config.optim.lr
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
+
+    @property
+    def tokens(self) -> int:
+        """What it trains on."""
+        train = self.config.train
+        return train.steps * train.batch_size * train.seq_len
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.steps
+
+    def lasting(self, steps: int) -> GridRun:
+        """The same for so many steps, all that is a part of the run with it."""
+        written = replace(self.written, train=replace(self.written.train, steps=steps))
+        return replace(self, written=written, config=_resolved(written))
+
+    @property
+    def label(self) -> str:
+        """The method with its settings, the same for all seeds and learning rates."""
+        return " ".join((self.method, *_pairs(self.settings)))
+
+    @property
+    def digest(self) -> str:
+        """Of every setting, the corpus and the files that are named: a run with another digest is
+        another run."""
+        return _digest(dump(self.config) + self.data)
+
+    @property
+    def configuration(self) -> str:
+        """What the runs of a line of the table have in common."""
+        return dump(_untuned(self.config))
+
+    @property
+    def family(self) -> RunConfig[Method]:
+        """What the runs of a line of the table have in common before their steps are known."""
+        return _untuned(self.written)
+
+    @property
+    def name(self) -> str:
+        """Readable, and the same whatever else is in the grid."""
+        words = [self.method, *_pairs(self.settings), f"lr={self.lr:g}", f"seed={self.seed}"]
+        return _file_name(words, self.digest)
+
+    @property
+    def costs_name(self) -> str:
+        """That of the line: learning rate and seed cost nothing."""
+        words = [self.method, *_pairs(self.settings)]
+        return _file_name(words, _digest(self.configuration + self.data))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the file of a grid describes."""
+
+    runs: Sequence[GridRun]
+    """In its order; unless tokens are equal, their steps are not known yet."""
+    equal: Equal
+
+    @property
+    def baseline(self) -> GridRun:
+        """The first run of full training, or else the first one: its cost is what all may spend."""
+        return next((run for run in self.runs if run.method == "full"), self.runs[0])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _file_name(words: Sequence[str], digest: str) -> str:
+    readable = re.sub(r"[^\w.=+-]+", "_", "-".join(words), flags=re.ASCII)
+    return f"{readable[:LONGEST]}-{digest}"
+
+
+def _untuned(c: RunConfig[Method]) -> RunConfig[Method]:
+    return replace(c, optim=replace(c.optim, lr=None), train=replace(c.train, seed=0))
+
+
+def load_grid(path: Path) -> Grid:
+    """The grid in a file."""
+    return expand(toml.read(path, given_as=""))
+
+
+def expand(table: Mapping[str, Any]) -> Grid:
+    """What the table of a grid describes.
+
+    Both [base] and each [[grid]] block have the form of `peptrain train --config`, except that a
+    value may be a list. A block's settings go before those of [base]; the runs of a block are the
+    product of its lists. Raises ConfigError for what is no grid, for a run that can't be
+    configured, and for what `check` refuses; unless tokens are equal that is for later, when the
+    steps are known, but for steps that are given to others than the baseline.
+    """
+    for key in table:
+        if key not in (known := ["equal", "base", "grid"]):
+            raise ConfigError(toml.unknown(key, known))
+    equal: Equal = toml.parse_value(Equal, table.get("equal", "tokens"), "equal")
+    base, blocks = table.get("base", {}), table.get("grid", [])
+    if not isinstance(base, Mapping):
+        raise ConfigError(f"base: {base!r} must be a table, [base]")
+    if not isinstance(blocks, list) or not all(isinstance(b, Mapping) for b in blocks):
+        raise ConfigError("grid: must be blocks, each under [[grid]]")
+    if not blocks:
+        raise ConfigError('grid: empty; write a [[grid]] block with method.name = "bpt"')
+    common, own = _flat(base), [_flat(block) for block in blocks]
+    of_block: list[list[GridRun]] = []
+    for number, block in enumerate(own, start=1):
+        try:
+            of_block.append(list(_of_block(common, block, equal)))
+        except ConfigError as error:
+            raise ConfigError(f"[[grid]] {number}: {error}") from error
+    grid = Grid([run for runs in of_block for run in runs], equal)
+    if equal == "tokens":
+        check(grid.runs, equal)
+    else:
+        at = next(n for n, runs in enumerate(of_block) if grid.baseline in runs)
+        _check_steps(common, own, at, grid)
+        _check_same(grid.runs, CONTEXT)
+    return grid
+
+
+def unstated(runs: Sequence[GridRun]) -> list[str]:
+    """Settings of optimizer and schedule that differ although the grid says nothing of them, since
+    each method has its own defaults. Parts of a run's length and the learning rate are left out."""
+    found = []
+    for section in ("optim", "schedule"):
+        for field in fields(getattr(runs[0].config, section)):
+            if field.name == "lr" or "fraction" in field.metadata:
+                continue
+            values: dict[Any, dict[str, None]] = {}
+            for run in runs:
+                told, used = (
+                    getattr(getattr(c, section), field.name) for c in (run.written, run.config)
+                )
+                if told is None:
+                    values.setdefault(used, {})[run.method] = None
+            if len(values) > 1:
+                each = "; ".join(f"{v} for {', '.join(names)}" for v, names in values.items())
+                found.append(f"{section}.{field.name} by the methods' own defaults: {each}")
+    return found
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves and lists by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, leaf = key.split(".")
+        inner = table
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{key}: {section} is a value elsewhere in the grid")
+        inner[leaf] = value
+    return table
+
+
+def _of_block(common: Mapping[str, Any], own: Mapping[str, Any], equal: Equal) -> Iterator[GridRun]:
+    given = {key: v for key, v in {**common, **own}.items() if not key.startswith(f"{HEADER}.")}
+    if "run" in given:
+        raise ConfigError("run: compare names the runs itself; give --out")
+    if "equal" in given:
+        raise ConfigError("equal: is for all runs; write it above [base] and every [[grid]]")
+    shown = {*own, *(key for key, value in common.items() if isinstance(value, list))}
+    hidden = NOT_SHOWN if equal == "tokens" else (*NOT_SHOWN, STEPS)
+    choices = [value if isinstance(value, list) else [value] for value in given.values()]
+    for key, values in zip(given, choices, strict=True):
+        if not values:
+            raise ConfigError(f"{key}: [] makes no run; give one value or more")
+        if any(isinstance(value, Mapping) for value in values):
+            raise ConfigError(f"{key}: a list of tables; write a [[grid]] block for each of them")
+    for chosen in product(*choices):
+        flat = dict(zip(given, chosen, strict=True))
+        written = adopting(parse(_nested(flat)))
+        settings = {k: v for k, v in flat.items() if k in shown and k not in hidden}
+        # Of steps that aren't its own yet nothing true could be said.
+        with nullcontext() if equal == "tokens" else quiet():
+            config = _resolved(written)
+        yield GridRun(config, written, settings)
+
+
+def _resolved(config: RunConfig[Method]) -> RunConfig[Method]:
+    on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
+    return resolved(config, world_size=1, on_gpu=on_gpu)
+
+
+def _pairs(settings: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in settings.items():
+        spelt = str(value).lower() if isinstance(value, bool) else str(value)
+        yield f"{key.removeprefix('method.')}={spelt}"
+
+
+def check(runs: Sequence[GridRun], equal: Equal) -> None:
+    """Raise ConfigError for runs that don't compare, once their steps are known."""
+    _check_different(runs)
+    _check_same(runs, CONTEXT)
+    if equal == "tokens":
+        _check_same(runs, TOKENS)
+    _check_seeds(runs)
+
+
+def _check_different(runs: Sequence[GridRun]) -> None:
+    seen: dict[str, GridRun] = {}
+    for run in runs:
+        if (other := seen.setdefault(run.digest, run)) is not run:
+            both = f"{other.label!r} and {run.label!r}, both lr={run.lr:g} seed={run.seed}"
+            raise ConfigError(f"grid: two identical runs, {both}; remove one")
+
+
+def _check_seeds(runs: Sequence[GridRun]) -> None:
+    """A mean over fewer seeds would be chosen for their luck."""
+    groups: dict[str, dict[float, set[int]]] = {}
+    for run in runs:
+        groups.setdefault(run.configuration, {}).setdefault(run.lr, set()).add(run.seed)
+    for run in runs:
+        seeds = groups[run.configuration]
+        for lr, given in seeds.items():
+            if given != seeds[run.lr]:
+                raise ConfigError(
+                    f"train.seed: {run.label!r} has {sorted(seeds[run.lr])} at lr={run.lr:g} and"
+                    f" {sorted(given)} at lr={lr:g}; give all learning rates the same seeds"
+                )
+
+
+CONTEXT: dict[str, Callable[[GridRun], object]] = {
+    "data.path": lambda run: run.config.data.path,
+    "train.seq_len": lambda run: run.config.train.seq_len,
+}
+TOKENS: dict[str, Callable[[GridRun], object]] = {
+    "train.steps x batch_size x seq_len": lambda run: run.tokens
+}
+
+
+def _check_same(runs: Sequence[GridRun], values: Mapping[str, Callable[[GridRun], object]]) -> None:
+    """Losses compare on one corpus, with equal contexts, after equal tokens or an equal budget."""
+    first = runs[0]
+    for run in runs:
+        for key, value in values.items():
+            if value(first) != value(run):
+                raise ConfigError(
+                    f"{key}: {value(first)} in {first.label!r} and {value(run)} in {run.label!r};"
+                    " their losses don't compare, so give all runs the same"
+                )
+
+
+def _check_steps(
+    common: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]], at: int, grid: Grid
+) -> None:
+    """Steps that follow from those of the baseline, in block `at`, can't be given."""
+    for number, block in enumerate(blocks):
+        given = block.get(STEPS, common.get(STEPS))
+        if isinstance(given, list) or (number != at and STEPS in block):
+            raise ConfigError(
+                f"[[grid]] {number + 1}: {STEPS}: {given} can't be used with equal ="
+                f' "{grid.equal}"; all steps follow from those of {grid.baseline.label!r}: give'
+                " these, one number, in [base] or in its block, and no others"
+            )

@@ -1,0 +1,219 @@
+"""The table of a grid, for the terminal and as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
+
+from peptrain.comparison.grid import Equal
+from peptrain.comparison.summary import Line
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+LATEX |= {"±": r"$\pm$", "–": "--"}
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Lines, and what has to be said with them."""
+
+    lines: Sequence[Line]
+    equal: Equal
+    epoch: int
+    """Tokens after which a run begins the corpus anew."""
+    unstated: Sequence[str] = ()
+    """What differs between lines though the grid doesn't say so."""
+
+    @property
+    def baseline(self) -> Line:
+        """Full training's first line, or else the first: what it spends all may spend."""
+        return next((line for line in self.lines if line.method == "full"), self.lines[0])
+
+    @property
+    def columns(self) -> dict[str, Callable[[Line], str]]:
+        """By their heads."""
+        return COLUMNS | COSTS[self.equal]
+
+    @property
+    def caption(self) -> str:
+        """What the numbers are, and how the baseline was tuned."""
+        return (
+            f"Held-out loss in nats per token {_budget(self)}: mean over seeds and its 95 %"
+            " interval (Student's t; none for one seed). Ppl: exp of that mean. State: the"
+            " optimizer's moments, 10^6 bytes. Tokens/s: with as many runs at a time as there were"
+            f" workers. {_counted(self)}Each line is at the learning rate whose mean held-out loss"
+            " is lowest of those tried; (lowest) and (highest) mark a rate at the edge of them,"
+            " beyond which a better one may lie, (only) one that was not tuned. " + _tuned(self)
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What else differs; what is missing, and why."""
+        found = list(self.unstated)
+        for line in self.lines:
+            if line.finished < line.runs:
+                found.append(f"{line.label}: {line.finished} of {line.runs} runs finished")
+            # The advice that follows a semicolon is in the run's log.
+            found += [f"diverged: {error.split('; ')[0]}" for error in line.diverged]
+            found += [f"failed: {error.split('; ')[0]}" for error in line.errors]
+        return found
+
+
+def _budget(made: Comparison) -> str:
+    """After what the losses are."""
+    base = made.baseline
+    if made.equal == "tokens":
+        return f"after {base.tokens:,} training tokens"
+    *_, (unit, amount) = COSTS[made.equal].items()
+    whose = f"those of {base.label} in {base.steps:,} steps"
+    return f"after training for {amount(base)} {unit}, {whose}"
+
+
+def _counted(made: Comparison) -> str:
+    if made.equal == "tokens":
+        return ""
+    how = {
+        "flops": "FLOPs: of matrix products, as `peptrain estimate` counts them.",
+        "time": "Seconds: of training steps, timed alone before the runs.",
+    }
+    return f"{how[made.equal]} An epoch of the corpus has {made.epoch:,} tokens. "
+
+
+def _tuned(made: Comparison) -> str:
+    base = made.baseline
+    if base.method != "full":
+        return "There is no full-training baseline in this grid."
+    if base.loss is None:
+        return "The full-training baseline has no result."
+    listed = ", ".join(f"{rate:g}" for rate in base.tried)
+    if len(base.tried) < 2:
+        return f"The full-training baseline ran at one learning rate, {listed}: not tuned."
+    whole = [line for line in made.lines if line is not base and line.loss is not None]
+    counts = sorted({len(line.tried) for line in whole})
+    others = ""
+    if counts and counts != [len(base.tried)]:
+        ends = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        others = f" (the other lines: {ends} rate{'s' if counts[-1] > 1 else ''})"
+    return f"The full-training baseline is tuned by the same grid, over {listed}{others}."
+
+
+def _known(show: Callable[[float], str], value: float | None) -> str:
+    return UNKNOWN if value is None else show(value)
+
+
+def _loss(line: Line) -> str:
+    if line.loss is None:
+        return "failed" if line.errors else "diverged" if line.diverged else "unfinished"
+    interval = "" if line.half_width is None else f" ± {line.half_width:.3f}"
+    return f"{line.loss:.3f}{interval}"
+
+
+def _rate(line: Line) -> str:
+    place = f" ({line.place})" if line.place else ""
+    return _known(lambda lr: f"{lr:g}{place}", line.lr)
+
+
+COLUMNS: dict[str, Callable[[Line], str]] = {
+    "method": lambda line: line.label,
+    "held-out loss": _loss,
+    "ppl": lambda line: _known(lambda ppl: f"{ppl:.2f}", line.perplexity),
+    "trainable": lambda line: _known(lambda count: f"{count / 1e6:.2f}M", line.trainable),
+    "state MB": lambda line: _known(lambda size: f"{size / 1e6:.1f}", line.state_bytes),
+    "tokens/s": lambda line: _known(lambda speed: f"{speed:,.0f}", line.tokens_per_second),
+    "best lr": _rate,
+    "seeds": lambda line: str(line.seeds),
+}
+
+
+TOKENS: dict[str, Callable[[Line], str]] = {"tokens": lambda line: f"{line.tokens:,}"}
+COSTS: dict[Equal, dict[str, Callable[[Line], str]]] = {
+    "tokens": {},
+    "flops": TOKENS | {"FLOPs": lambda line: _known(lambda cost: f"{cost:.3g}", line.cost)},
+    "time": TOKENS | {"seconds": lambda line: _known(lambda cost: f"{cost:,.1f}", line.cost)},
+}
+"""What each line spends; the last is the budget."""
+
+
+def _rows(comparison: Comparison) -> Iterator[list[str]]:
+    shown = comparison.columns.values()
+    return ([show(line) for show in shown] for line in comparison.lines)
+
+
+def terminal(comparison: Comparison) -> Table:
+    """For a person, without the caption."""
+    table = Table(box=None)
+    for n, column in enumerate(comparison.columns):
+        table.add_column(column, justify="right" if n else "left", overflow="fold")
+    for row in _rows(comparison):
+        table.add_row(*map(escape, row))
+    return table
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table, its caption and the notes."""
+    heads = list(comparison.columns)
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *_rows(comparison)]
+    table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in lines]
+    notes = [f"- {note}" for note in comparison.notes]
+    return "\n".join([*table, "", comparison.caption, *([""] if notes else []), *notes, ""])
+
+
+def latex(comparison: Comparison) -> str:
+    """A table environment, for the package booktabs."""
+    rows = [" & ".join(map(_tex, row)) + r" \\" for row in _rows(comparison)]
+    caption = _tex(" ".join([comparison.caption, *(f"{note}." for note in comparison.notes)]))
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{caption}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(comparison.columns) - 1)}}}",
+            r"\toprule",
+            " & ".join(map(_tex, comparison.columns)) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _tex(text: str) -> str:
+    return "".join(LATEX.get(sign, sign) for sign in text)
+
+
+def as_csv(comparison: Comparison) -> str:
+    """A line per configuration, numbers in full and in base units; empty is unknown."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["configuration", "method", "held_out_loss", "interval_95_low", "interval_95_high",
+         "perplexity", "trainable_parameters", "optimizer_state_bytes", "tokens_per_second",
+         "training_steps", "training_tokens", "training_flops", "training_seconds",
+         "best_lr", "best_lr_place", "seeds", "runs_finished", "runs", "errors"]
+    )  # fmt: skip
+    for line in comparison.lines:
+        low, high = interval(line)
+        writer.writerow(
+            [line.label, line.method, line.loss, low, high, line.perplexity, line.trainable,
+             line.state_bytes, line.tokens_per_second, line.steps, line.tokens,
+             line.cost if comparison.equal == "flops" else None,
+             line.cost if comparison.equal == "time" else None,
+             line.lr, line.place, line.seeds, line.finished, line.runs,
+             "; ".join((*line.diverged, *line.errors))]
+        )  # fmt: skip
+    return out.getvalue()
+
+
+def interval(line: Line) -> tuple[float | None, float | None]:
+    """The ends of the 95 % interval."""
+    if line.loss is None or line.half_width is None:
+        return None, None
+    return line.loss - line.half_width, line.loss + line.half_width

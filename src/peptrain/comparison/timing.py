@@ -1,0 +1,91 @@
+"""How long a step takes in each phase of a run.
+
+python -m peptrain.comparison.timing SETTINGS FILE
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from peptrain.config import RunConfig, load
+from peptrain.data import Corpus, default_corpus
+from peptrain.distributed.world import World, world
+from peptrain.errors import PeptrainError
+from peptrain.files import write_atomically
+from peptrain.methods.base import Method
+from peptrain.optim import schedule
+from peptrain.runs.build import bounds, build
+from peptrain.settings.fields import intervals
+from peptrain.training.loop import advance
+from peptrain.training.state import Trainee, check_vocabulary, ready
+
+BEFORE = 5
+"""Steps of a phase that aren't counted: in them all is compiled and recorded."""
+LEAST, SECONDS = 20, 2.0
+"""What is counted: as many steps, and more until they took so long."""
+EVERY = 5
+"""Steps between two merges and the like meanwhile, at most."""
+
+
+def step_seconds(config: RunConfig[Method]) -> list[float]:
+    """Seconds of a step in each phase of the run of a resolved `config`, here and now.
+
+    The trainer's own steps of the phase's model on the corpus, each waited for, at a learning rate
+    of 0, so that none can diverge.
+    """
+    corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
+    begins = bounds(config)[:-1]
+    with world(config.train.device) as here:
+        return [_of_phase(config, corpus, here, *which) for which in enumerate(begins)]
+
+
+def _of_phase(
+    config: RunConfig[Method], corpus: Corpus, here: World, phase: int, begin: int
+) -> float:
+    every = intervals(config.method)
+    often = {name: min(steps, EVERY) for name, steps in every.items()}
+    config = replace(config, method=replace(config.method, **often))
+    model = build(config, phase)
+    check_vocabulary(model, corpus)
+    optimizer, passes = ready(model, config, here, phase)
+    # Its warm-up may be longer than the run of which the steps are timed.
+    base = schedule.build(replace(config.schedule, warmup=0), config.train.steps)
+    still = replace(base, multiplier=lambda step: 0.0)
+    trainee = Trainee(model, passes, optimizer, still, phase, begin, end=sys.maxsize)
+    for _ in range(BEFORE):
+        _timed(trainee, config, corpus, here)
+    seconds: list[float] = []
+    while len(seconds) < LEAST or sum(seconds) < SECONDS or len(seconds) % EVERY:
+        seconds.append(_timed(trainee, config, corpus, here))
+    return spread(seconds, min(every.values(), default=math.inf))
+
+
+def _timed(trainee: Trainee, config: RunConfig[Method], corpus: Corpus, here: World) -> float:
+    begun = time.perf_counter()
+    loss, _, _ = advance(trainee, config, corpus, here)
+    loss.item()  # the device has done all that was asked of it before
+    return time.perf_counter() - begun
+
+
+def spread(seconds: Sequence[float], every: float) -> float:
+    """Seconds of a step, with its share of what comes `every` so many steps and came here every
+    min(every, EVERY): the median u of a step, and of the excess x over it of the steps in which
+    something came, x / every."""
+    usual = statistics.median(seconds)
+    excess = (statistics.fmean(seconds) - usual) * min(every, EVERY)
+    return usual + excess / every
+
+
+if __name__ == "__main__":
+    settings, file = map(Path, sys.argv[1:])
+    try:
+        write_atomically(file, json.dumps({"seconds": step_seconds(load(settings))}))
+    except PeptrainError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,226 @@
+"""Several trainings at a time, each a process of its own, so that one can't take others along."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peptrain.errors import CheckpointError
+from peptrain.runs.directory import RunDir
+from peptrain.training.signals import stop_on_signals
+
+POLL = 0.2
+"""Seconds between two looks at the workers."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training to do, or to go on with."""
+
+    name: str
+    run: Path
+    settings: Path
+    """Its configuration, for a start."""
+    log: Path
+    """What the process says, attempt after attempt."""
+    steps: int
+
+    def command(self) -> list[str]:
+        """A resume if there is a run directory."""
+        peptrain = [sys.executable, "-m", "peptrain"]
+        if RunDir(self.run).config_file.is_file():
+            return [*peptrain, "resume", str(self.run)]
+        return [*peptrain, "train", "--config", str(self.settings), "--run", str(self.run)]
+
+    def result(self) -> str | None:
+        """What came of it, in words; None while it isn't done."""
+        row = RunDir(self.run).newest("end")
+        return f"held-out loss {row['held_out_loss']:.4f}" if row else None
+
+    def progress(self) -> tuple[int, float | None]:
+        """(steps done, last loss), as far as they are written."""
+        row = RunDir(self.run).newest("step")
+        return (row["step"], row["loss"]) if row else (0, None)
+
+
+@dataclass
+class Working:
+    """A job whose process is running."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    said: int
+    """Bytes of the log before this attempt."""
+    begun: int
+    """Steps that were done before this attempt."""
+    step: int = 0
+    loss: float | None = None
+
+    def look(self) -> None:
+        """Read how far it is."""
+        self.step, self.loss = self.job.progress()
+
+    @property
+    def trained(self) -> float:
+        """The part of a whole run that this attempt has trained."""
+        return max(0, self.step - self.begun) / self.job.steps  # a resume drops a few rows
+
+
+@dataclass
+class Status:
+    """The state of all jobs of a call."""
+
+    waiting: deque[Job]
+    before: int = 0
+    """Runs that were finished before the call."""
+    begun: dict[str, int] = field(default_factory=dict)
+    """Steps of each job that were done before the call."""
+    running: dict[int, Working] = field(default_factory=dict)
+    """By slot."""
+    finished: dict[str, str] = field(default_factory=dict)
+    """The result of each job that is done."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """The error of each job that ended with one."""
+    interrupted: bool = False
+    since: float = field(default_factory=time.monotonic)
+    trained: float = 0.0
+    """Runs, and parts of one, that ended processes have trained in this call."""
+
+    def seconds_left(self) -> float | None:
+        """At the pace of this call; None before there is one."""
+        trained = self.trained + sum(w.trained for w in self.running.values())
+        rest = sum(1 - w.step / w.job.steps for w in self.running.values())
+        rest += sum(1 - self.begun[job.name] / job.steps for job in self.waiting)
+        return (time.monotonic() - self.since) / trained * rest if trained > 0 else None
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[int]:
+    """Nobody else works in `directory`: the open lock, for processes that shall hold it too.
+
+    Raises CheckpointError while another one holds it, or a worker that outlived its parent.
+    """
+    with (directory / "lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"--out {directory}: another compare works here, or a run that it left behind;"
+                " wait for it or end it"
+            ) from None
+        yield file.fileno()
+
+
+def work(
+    jobs: Sequence[Job],
+    workers: int,
+    gpus: Sequence[str],
+    lock: int,
+    before: int = 0,
+    watch: Callable[[Status], None] = lambda status: None,
+) -> Status:
+    """Do the jobs, at most `workers` at a time, spread over the GPUs; each holds the `lock` too.
+
+    Ctrl-C or SIGTERM lets every running one save and stop, a second Ctrl-C ends them at once; both
+    leave what can be resumed. Without a GPU a process has one thread, unless OMP_NUM_THREADS says
+    otherwise.
+    """
+    status = Status(deque(jobs), before, {job.name: job.progress()[0] for job in jobs})
+    with stop_on_signals() as stop:
+        try:
+            while status.waiting or status.running:
+                if stop.requested and not status.interrupted:
+                    status.interrupted = True
+                    status.waiting.clear()
+                    for working in status.running.values():
+                        working.process.terminate()
+                for slot in [s for s in range(workers) if s not in status.running]:
+                    if status.waiting:
+                        status.running[slot] = _start(status, slot, gpus, lock)
+                watch(status)
+                time.sleep(POLL)
+                for slot in [s for s, w in status.running.items() if w.process.poll() is not None]:
+                    _end(status, status.running.pop(slot))
+                for working in status.running.values():
+                    working.look()
+        except KeyboardInterrupt:
+            _stop(status, signal.SIGKILL)
+            raise
+        except BaseException:
+            # What is shown may have no reader any more, say; the runs can save all the same.
+            _stop(status, signal.SIGTERM)
+            raise
+    watch(status)
+    return status
+
+
+def _stop(status: Status, number: signal.Signals) -> None:
+    """Send it to all processes, and wait for their ends."""
+    for working in status.running.values():
+        working.process.send_signal(number)
+    for working in status.running.values():
+        working.process.wait()
+
+
+def _start(status: Status, slot: int, gpus: Sequence[str], lock: int) -> Working:
+    job = status.waiting.popleft()
+    environment = dict(os.environ, NO_COLOR="1", TERM="dumb")  # the log is read by a program
+    for forced in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"):
+        environment.pop(forced, None)
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    else:
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    begun = status.begun[job.name]
+    with job.log.open("ab") as log:
+        said = log.tell()  # the process moves it on
+        # A group of its own: the terminal's Ctrl-C is for us, and it gets one signal, not two.
+        process = subprocess.Popen(
+            job.command(),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            pass_fds=[lock],
+        )
+        return Working(job, process, said, begun, begun)
+
+
+def _end(status: Status, working: Working) -> None:
+    job, code = working.job, working.process.returncode
+    working.look()
+    status.trained += working.trained
+    result = job.result()
+    if code == 0 and result is not None:
+        status.finished[job.name] = result
+    elif not (status.interrupted and code in (130, -signal.SIGTERM)):
+        status.failed[job.name] = _error(code, job.log, working.said)
+
+
+def _error(code: int, log: Path, said: int) -> str:
+    """One line on why a process ended."""
+    if code < 0:
+        often = "; often the machine's memory was full" if code == -signal.SIGKILL else ""
+        return f"ended by {signal.Signals(-code).name}{often}"
+    with log.open("rb") as file:
+        file.seek(said)
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return own[-1] if own else lines[-1].strip() if lines else f"exit code {code}"
+
+
+def visible_gpus(environment: Mapping[str, str], count: int) -> list[str]:
+    """What to write into CUDA_VISIBLE_DEVICES for each of `count` GPUs."""
+    listed = environment.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    return names[:count] if names else [str(n) for n in range(count)]

@@ -1,0 +1,162 @@
+"""Datasets of Hugging Face: streamed from the hub, or saved on the disk by `save_to_disk`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+from peptrain.data.sources.base import Piece, field_of, first_characters, imported, not_a_string
+from peptrain.data.sources.files import describe_files
+from peptrain.data.sources.text import unreadable
+from peptrain.errors import ConfigError, DataError
+
+SCHEME = "hf:"
+WAITS = (5.0, 20.0, 80.0)  # seconds; `datasets` itself has retried each read for minutes by then
+ROWS_AT_ONCE = 256
+SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
+log = logging.getLogger("peptrain")
+
+
+class HubStream:
+    """A dataset of the hub by its id, streamed. A position is the state of the stream.
+
+    The commit that the id meant when it was opened is read throughout, and is part of what
+    `describe` returns: a dataset that changed is another input.
+    """
+
+    size = None
+
+    def __init__(self, name: str, key: str, text_field: str):
+        self.name, self._text_field = name, text_field
+        self._id, revision, self._config, self._split = parse(name, key)
+        datasets, hub = imported("datasets", name), imported("huggingface_hub", name)
+        refused = (
+            *(ValueError, RuntimeError, datasets.exceptions.DatasetNotFoundError),
+            *(hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError),
+        )
+        try:
+            self._commit = hub.HfApi().dataset_info(self._id, revision=revision).sha
+            self._stream = datasets.load_dataset(
+                f"hf://datasets/{self._id}",  # never a directory here that happens to be called so
+                self._config,
+                split=self._split,
+                revision=self._commit,
+                streaming=True,
+            )
+        except refused as error:
+            raise DataError(f"{key}: {name} can't be opened: {error}") from error
+        except Exception as error:  # a network fails in the words of four libraries
+            raise DataError(
+                f"{key}: {name} can't be reached ({_briefly(error)}). Where there is no network:"
+                f" download it where there is one, `hf download --repo-type dataset {self._id}"
+                " --local-dir DIR` (with --include PATTERN for a part of it), and give the"
+                " directory of its files as an input"
+            ) from error
+        self._start = self._stream.state_dict()
+
+    def describe(self) -> str:
+        """Can itself be given as an input, and then means the same commit."""
+        return f"{SCHEME}{self._id}@{self._commit}:{self._config or ''}:{self._split}"
+
+    def pieces(self, position: Any) -> Iterator[Piece]:
+        """One document for each row; rows that are null or empty are left out.
+
+        A stream that breaks is opened again at its position, after growing waits.
+        """
+        position, failures = position or self._start, 0
+        rows = self._rows(position)
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # a file cut short by the network looks like a damaged one
+                failures += 1
+                self._wait(failures, error)
+                rows = self._rows(position)
+                continue
+            if row is None:
+                return
+            position, failures = self._stream.state_dict(), 0
+            text = field_of(row, self._text_field, self.name)
+            if not isinstance(text, str | None):
+                raise not_a_string(self.name, self._text_field, type(text).__name__)
+            if text:
+                yield Piece(text, True, position=position)
+
+    def sample(self, characters: int) -> Iterator[str]:
+        """The beginning of the stream."""
+        return first_characters(self.pieces(None), characters)
+
+    def _rows(self, position: Any) -> Iterator[dict[str, Any]]:
+        self._stream.load_state_dict(position)
+        return iter(self._stream)
+
+    def _wait(self, failures: int, error: Exception) -> None:
+        if failures > len(WAITS):
+            raise DataError(
+                f"{self.name}: the stream broke {failures} times in one place ({_briefly(error)});"
+                " what is finished is kept: give the same command again to go on"
+            ) from error
+        seconds = WAITS[failures - 1]
+        log.warning("%s: %s; going on in %g s", self.name, _briefly(error), seconds)
+        sleep(seconds)
+
+
+def parse(name: str, key: str) -> tuple[str, str | None, str | None, str]:
+    """Id, revision, configuration and split of hf:ID[@REVISION][:CONFIG[:SPLIT]]."""
+    identifier, *rest = name.removeprefix(SCHEME).split(":")
+    repository, _, revision = identifier.partition("@")
+    if not repository or len(rest) > 2:
+        raise ConfigError(f"{key}: {name!r} can't be used; give hf:ID, hf:ID:CONFIG:SPLIT or such")
+    config, split = (*rest, "", "")[:2]
+    return repository, revision or None, config or None, split or "train"
+
+
+def _briefly(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+class SavedDataset:
+    """A directory made by `Dataset.save_to_disk`. A position is the number of rows read."""
+
+    def __init__(self, directory: Path, text_field: str):
+        self.name, self._text_field = str(directory), text_field
+        self._files = sorted(directory.glob("*.arrow"))
+        self.size = sum(file.stat().st_size for file in self._files)
+        datasets = imported("datasets", self.name)
+        try:
+            self._rows = datasets.load_from_disk(self.name).with_format(None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise unreadable(directory, error) from error
+
+    def describe(self) -> str:
+        return describe_files(self._files)
+
+    def pieces(self, position: int | None) -> Iterator[Piece]:
+        """One document for each row; rows that are null or empty are left out."""
+        field = self._text_field
+        kind = field_of(self._rows.features, field, self.name)
+        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+            raise not_a_string(self.name, field, str(kind))
+        column = self._rows.select_columns([field])
+        for start in range(position or 0, len(column), ROWS_AT_ONCE):
+            texts = column[start : start + ROWS_AT_ONCE][field]
+            for row, text in enumerate(texts, start=start + 1):
+                if text:
+                    yield Piece(text, True, self.size * row // len(column), row)
+
+    def sample(self, characters: int) -> Iterator[str]:
+        """The first rows."""
+        return first_characters(self.pieces(None), characters)
+
+
+def is_saved_dataset(directory: Path, key: str) -> bool:
+    """Whether `save_to_disk` made it; DataError for one of several splits, which are named."""
+    if (directory / SAVED_SPLITS).is_file():
+        splits = json.loads((directory / SAVED_SPLITS).read_bytes())["splits"]
+        choices = " or ".join(str(directory / split) for split in splits)
+        raise DataError(f"{key}: {directory} holds several splits; give {choices}")
+    return (directory / SAVED_DATASET).is_file() and (directory / "dataset_info.json").is_file()

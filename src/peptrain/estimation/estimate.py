@@ -1,0 +1,111 @@
+"""What a run will take, before it: parameters, bytes, operations, and what fits into a GPU."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from peptrain.config import RunConfig, resolved
+from peptrain.estimation.dry_run import without_numbers
+from peptrain.estimation.memory_fit import Fit, Watch, fit
+from peptrain.estimation.phases import Candidate, PhaseEstimate
+from peptrain.methods.base import Method
+from peptrain.settings.fields import check, each_line_once
+from peptrain.training.init_from import adopting
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+         "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes on each rank. Counts are those of the last phase, the peak that of all."""
+
+    config: RunConfig[Method]
+    ranks: int
+    on_gpu: bool
+    phases: tuple[PhaseEstimate, ...]
+    fit: Fit | None
+
+    @property
+    def tokens(self) -> int:
+        return self.config.train.steps * self._tokens_per_step
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(phase.peak_bytes for phase in self.phases)
+
+    @property
+    def run_flops(self) -> float:
+        """Of all forward and backward passes, on all ranks."""
+        each = ((p.last - p.first) * p.flops_per_token for p in self.phases)
+        return self._tokens_per_step * sum(each)
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.config.train.batch_size * self.config.train.seq_len
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        t, last = self.config.train, self.phases[-1].as_dict()
+        for key in ("first", "last", "step_peak_bytes", "peak_bytes"):
+            del last[key]
+        return {
+            "method": self.config.method.name,
+            "rank": getattr(self.config.method, "rank", None),
+            "model": str(self.config.model.config or self.config.model.preset),
+            "precision": t.precision,
+            "device": "cuda" if self.on_gpu else "cpu",
+            "ranks": self.ranks,
+            "batch_size": t.batch_size,
+            "micro_batch": t.micro_batch,
+            "seq_len": t.seq_len,
+            "checkpoint_activations": t.checkpoint_activations,
+            "steps": t.steps,
+            "tokens": self.tokens,
+            "run_flops": self.run_flops,
+            "peak_bytes": self.peak_bytes,
+            **last,
+            "phases": [phase.as_dict() for phase in self.phases],
+            "fit": asdict(self.fit) if self.fit else None,
+        }
+
+
+def estimate(
+    config: RunConfig[Any],
+    *,
+    ranks: int = 1,
+    gpu_memory: int | None = None,
+    watch: Watch = lambda trial: None,
+) -> Estimate:
+    """What the run of `config` takes on each of `ranks` replicas, uncompiled.
+
+    A model without numbers is built, and takes its steps, as the trainer does it: nothing is
+    allocated, read or written. With `gpu_memory`, in bytes, also what fits into that; the run is
+    then one on a GPU, unless train.device is cpu. `watch` is told of each trial of that search.
+
+    Raises ConfigError for settings that can't be, and when nothing fits; Unsupported for a model
+    or method that looks at the numbers.
+    """
+    device = config.train.device
+    on_gpu = device == "cuda" or (
+        device == "auto" and (gpu_memory is not None or torch.cuda.is_available())
+    )
+    check(ranks >= 1, "--ranks", ranks, "1 or more")
+    config = resolved(adopting(config), world_size=ranks, on_gpu=on_gpu)
+    with without_numbers(), each_line_once():
+        candidate = Candidate(config, ranks, on_gpu)
+        phases = tuple(candidate.phases())
+        found = None if gpu_memory is None else fit(candidate, gpu_memory, watch)
+    return Estimate(config, ranks, on_gpu, phases, found)
+
+
+def memory(text: str) -> int:
+    """Bytes of "24GiB", "80 GB" or "512m"; a number alone is bytes. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+\.?\d*)\s*([kmgt]i?)?b?", text.strip().lower())
+    size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
+    check(size > 0, "--gpu-memory", text, "a size such as 24GiB or 80GB")
+    return size

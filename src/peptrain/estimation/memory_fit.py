@@ -1,0 +1,167 @@
+"""What fits into the memory of a GPU: the largest micro-batch and rank; if nothing does, why."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from peptrain.config import RunConfig
+from peptrain.errors import ConfigError
+from peptrain.estimation.phases import Candidate, PhaseEstimate
+from peptrain.methods.base import Method
+from peptrain.settings.fields import quiet
+
+GIB = 2**30
+Watch = Callable[[str], None]
+"""Is told what is tried next: a trial takes seconds."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits into `gpu_memory` bytes."""
+
+    gpu_memory: int
+    fits: bool
+    """Whether the run does, as it is configured."""
+    micro_batch: int | None
+    """The largest at the configured rank; a divisor of the rows of a rank's step. None: not one."""
+    rank: int | None = None
+    """If the run does not fit: the largest rank that does at `rank_micro_batch`. None: not one."""
+    rank_micro_batch: int | None = None
+    """The configured one if it fits at some rank, else 1."""
+
+
+def fit(configured: Candidate, budget: int, watch: Watch) -> Fit:
+    """Raises ConfigError if no other micro-batch and no lower rank does."""
+    with quiet():
+        return _Search(configured, budget, watch).fit()
+
+
+class _Search:
+    def __init__(self, configured: Candidate, budget: int, watch: Watch) -> None:
+        self.configured, self.budget, self.watch = configured, budget, watch
+        self.rank: int | None = getattr(configured.config.method, "rank", None)
+        self.at_rank = cache(self._at_rank)
+
+    def fit(self) -> Fit:
+        now = self.configured.micro_batch
+        fits = self.configured.peak(now) <= self.budget
+        micro_batch = self._largest_micro_batch()
+        if fits:
+            return Fit(self.budget, fits, micro_batch)
+        for tried in (now, 1) if micro_batch is None else (now,):
+            if (rank := self._largest_rank(tried)) is not None:
+                return Fit(self.budget, fits, micro_batch, rank, tried)
+        if micro_batch is None:
+            raise ConfigError(self._too_little())
+        return Fit(self.budget, fits, micro_batch)
+
+    def _largest_micro_batch(self) -> int | None:
+        """At the configured rank; a micro-batch of 0, which is what stays, is not one."""
+        rows = self.configured.rows
+        divisors = [k for k in range(1, rows + 1) if rows % k == 0]
+        return _largest([0, *divisors], lambda k: self._peak(k, self.rank), self.budget) or None
+
+    def _largest_rank(self, micro_batch: int) -> int | None:
+        """The largest, up to the configured one, at which the run fits; None for no rank."""
+        if self.rank is None:
+            return None
+        ranks = range(1, self.rank + 1)
+        return _largest(ranks, lambda rank: self._peak(micro_batch, rank), self.budget)
+
+    def _peak(self, micro_batch: int, rank: int | None) -> int:
+        if micro_batch:
+            self.watch(f"a micro-batch of {micro_batch}" + (f" at rank {rank}" if rank else ""))
+        return self.at_rank(rank).peak(micro_batch, self.budget)
+
+    def _at_rank(self, rank: int | None) -> Candidate:
+        if rank == self.rank:
+            return self.configured
+        method: Any = replace(self.configured.config.method, rank=rank)  # type: ignore[call-arg]
+        return self.configured.like(replace(self.configured.config, method=method))
+
+    def _too_little(self) -> str:
+        """Of the least that was tried: what is more than the budget, and what would help."""
+        rank = self.rank and 1
+        least = self.at_rank(rank)
+        at = "a micro-batch of 1" + (" and rank 1" if rank else "")
+        helps = []
+        for name, config in _repairs(least.config):
+            self.watch(f"{at} with {name}")
+            if least.like(config).peak(1, self.budget) <= self.budget:
+                helps.append(name)
+        advice = f"set {' or '.join(helps)}, or " if helps else ""
+        return (
+            f"--gpu-memory: {_gib(self.budget)} is too little for {least.config.method.name}, also"
+            f" at {at}: {_excess(least, self.budget)}; {advice}choose a smaller model or another"
+            " method"
+        )
+
+
+def _largest(sizes: Sequence[int], peak: Callable[[int], int], budget: int) -> int | None:
+    """The largest of the ascending `sizes` whose peak is within the budget; None if none is.
+
+    Between one that fits and one that doesn't, the next to be tried is where the straight line
+    between their peaks meets the budget: peaks are nearly straight lines, and cost seconds.
+    """
+    low, high = 0, len(sizes) - 1
+    if (most := peak(sizes[high])) <= budget:
+        return sizes[high]
+    if (least := peak(sizes[low])) > budget:
+        return None
+    while high - low > 1:
+        share = (budget - least) / (most - least)
+        meets = sizes[low] + share * (sizes[high] - sizes[low])
+        middle = min(max(bisect_right(sizes, meets) - 1, low + 1), high - 1)
+        if (between := peak(sizes[middle])) <= budget:
+            low, least = middle, between
+        else:
+            high, most = middle, between
+    return sizes[low]
+
+
+def _repairs(config: RunConfig[Any]) -> Iterator[tuple[str, RunConfig[Method]]]:
+    """Settings that take less memory, each with its name."""
+    t = config.train
+    if not t.checkpoint_activations:
+        again = replace(t, checkpoint_activations=True)
+        yield "train.checkpoint_activations true", replace(config, train=again)
+    if t.precision != "bf16":
+        yield "train.precision bf16", replace(config, train=replace(t, precision="bf16"))
+    yield "a shorter train.seq_len", replace(config, train=replace(t, seq_len=1))
+    if getattr(config.method, "warm_start_steps", 0):
+        cold = replace(config.method, warm_start_steps=0)
+        name = "method.warm_start_steps 0 (--init-from takes what was trained before)"
+        yield name, replace(config, method=cold)
+
+
+def _excess(candidate: Candidate, budget: int) -> str:
+    """What of the candidate's phases, at a micro-batch of 1, is more than the budget."""
+    phases = candidate.phases(1)
+    stays = max(phases, key=_stays)
+    if _stays(stays) > budget:
+        where = f" in steps {stays.first} to {stays.last}" if len(phases) > 1 else ""
+        parts = {"weights": stays.weight_bytes, "gradients": stays.gradient_bytes,
+                 "optimizer state": stays.state_bytes, "exchange between ranks":
+                 stays.exchange_bytes}  # fmt: skip
+        listed = " + ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
+        return (
+            f"{listed} = {_gib(_stays(stays))} stay{where}, which neither a micro-batch nor"
+            " recomputation changes, nor more ranks, each of which holds it all"
+        )
+    step = max(phases, key=lambda phase: phase.step_peak_bytes)
+    if step.step_peak_bytes > budget:
+        return f"a step takes {_gib(step.step_peak_bytes)}, of which {_gib(_stays(step))} stay"
+    event = max((e for phase in phases for e in phase.events), key=lambda e: e.peak_bytes)
+    return f"{event.what.replace('_', ' ')} takes {_gib(event.peak_bytes)}"
+
+
+def _stays(phase: PhaseEstimate) -> int:
+    return phase.static_bytes + phase.exchange_bytes
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.4g} GiB"

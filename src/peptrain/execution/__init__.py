@@ -1,0 +1,1 @@
+"""How a model is run in training, fast, with the same results."""

@@ -1,0 +1,116 @@
+"""A run as a directory for others: plain Hugging Face, or the small factorised model."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from peptrain.errors import CheckpointError, ConfigError, Unsupported
+from peptrain.exporting.factorised import write_factorised
+from peptrain.models.dense import dense_state
+from peptrain.models.sites import reparametrized
+from peptrain.runs.build import Opened, open_run
+from peptrain.runs.directory import RunDir
+
+log = logging.getLogger("peptrain")
+Form = Literal["dense", "factorised"]
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest difference of logits that are computed in this dtype, relative to the largest logit.
+Folding fp32 factors was seen to move them by 3e-7 to 6e-5; forgetting a factor or diagonal moves
+them by 0.02, in the first steps of BPT, to 2 (tests/test_export.py). Looser in float64 than that
+could be, because Hugging Face's norms compute in fp32."""
+
+
+def export(run: Path, out: Path, form: Form = "dense") -> Path:
+    """Write the newest checkpoint of `run` to `out`, and check it by comparing logits.
+
+    dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads with no peptrain
+    installed. factorised: the method's own layers, for `load_factorised`; for W = B A (lowrank,
+    loro) and for methods without a dense equivalent.
+    Raises ConfigError when `out` exists, Unsupported for a form that the method doesn't have, and
+    CheckpointError for a run without its tokenizer or when the written model answers differently.
+    """
+    if out.exists():
+        raise ConfigError(f"--out {out}: exists and is never overwritten; choose another")
+    opened, tokenizer = open_run(run), RunDir(run).tokenizer
+    method = opened.config.method
+    if form == "dense" and not method.has_dense_equivalent:
+        raise Unsupported(
+            f"--form dense: {method.name} has no dense equivalent; use --form factorised, which"
+            " keeps its layers"
+        )
+    if not tokenizer.is_dir():
+        raise CheckpointError(f"{tokenizer}: missing; copy it from a run on the same corpus")
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
+        _name_end_token(opened.model, temporary)
+        written = (_dense if form == "dense" else write_factorised)(opened, temporary)
+        _compare(opened.model, written)
+        temporary.replace(out)
+    except OSError as error:
+        raise CheckpointError(f"--out {out}: can't be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _dense(opened: Opened, out: Path) -> PreTrainedModel:
+    twin = opened.dense_twin()
+    _name_end_token(twin, out)
+    twin.save_pretrained(out)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(out)
+    model.eval()
+    return model
+
+
+def _name_end_token(model: PreTrainedModel, tokenizer: Path) -> None:
+    """Let `generate` stop where documents end."""
+    end = AutoTokenizer.from_pretrained(tokenizer).eos_token_id
+    model.config.eos_token_id = end
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = end
+
+
+@torch.no_grad()
+def _compare(model: PreTrainedModel, written: PreTrainedModel) -> None:
+    """Raise CheckpointError unless the weights were written as they are, and fold rightly.
+
+    The second is that logits on random tokens agree, in at least fp32 and before the weights are
+    rounded: in bf16 a right fold of a small OLMo2 moved them by 0.4 of the largest.
+    """
+    has_factors = next(reparametrized(written), None) is not None
+    folded = dict(model.named_parameters()) if has_factors else dense_state(model)
+    for name, p in written.named_parameters():
+        if not torch.equal(p, folded[name].to(p.dtype)):
+            raise CheckpointError(f"{name}: came back from the disk changed; nothing was exported")
+    wide = torch.promote_types(model.dtype, torch.float32)
+    model.to(wide)  # type: ignore[arg-type]
+    for name, p in written.to(wide).named_parameters():  # type: ignore[arg-type]
+        p.copy_(folded[name])
+    ids = torch.randint(
+        model.config.get_text_config().vocab_size,
+        (2, 64),
+        generator=torch.Generator().manual_seed(0),
+    )
+    before, after = model(ids).logits, written(ids).logits
+    difference = _relative(before, after)
+    if not difference <= TOLERANCE[before.dtype]:
+        raise CheckpointError(
+            f"the exported model's logits differ by {difference:.2g} of the largest logit from the"
+            " run's; nothing was exported"
+        )
+    log.info("exported logits agree to %.1e of the largest", difference)
+
+
+def _relative(before: Tensor, after: Tensor) -> float:
+    largest = before.abs().max().double()
+    return float((before.double() - after.double()).abs().max() / largest)

@@ -1,0 +1,90 @@
+"""The factorised model: a method's own layers, as safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from peptrain import __version__
+from peptrain.errors import CheckpointError, Unsupported
+from peptrain.execution.padding import widen_mlps
+from peptrain.methods import methods
+from peptrain.methods.base import Method
+from peptrain.methods.lowrank import LowRankLinear
+from peptrain.models.sites import find_sites, reparametrized
+from peptrain.rng import Rng
+from peptrain.runs.build import Opened
+from peptrain.runs.checkpoint import load_model
+from peptrain.settings import toml
+
+FACTORS, RECIPE = "factors.safetensors", "peptrain.json"
+"""The factorised weights don't carry Hugging Face's file name: `from_pretrained` would take them,
+find no dense matrix in them, and go on with random ones."""
+
+
+def write_factorised(opened: Opened, out: Path) -> PreTrainedModel:
+    layers, method = list(reparametrized(opened.model)), opened.config.method
+    factored = layers and all(isinstance(layer, LowRankLinear) for layer in layers)
+    if method.has_dense_equivalent and not factored:
+        raise Unsupported(
+            f"--form factorised: {method.name} has other matrices than W = B A; use --form dense"
+        )
+    opened.model.config.save_pretrained(out)
+    tensors = {name: p.detach().contiguous() for name, p in opened.model.named_parameters()}
+    save_file(tensors, out / FACTORS, {"format": "pt"})
+    made = {"phase": opened.saved.phase, "seed": opened.config.train.seed}
+    recipe = {"peptrain": __version__, "method": {"name": method.name} | _set(method), **made}
+    (out / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    return _read_factorised(out)[0]
+
+
+def _set(method: Method) -> dict[str, Any]:
+    return {k: v for k, v in vars(method).items() if v is not None}
+
+
+def load_factorised(path: Path) -> PreTrainedModel:
+    """The model that `export(..., form="factorised")` wrote: smaller, and `generate` works on it.
+
+    MLPs of an unaligned width get zeros up to the next multiple of 64, so that it is fast on a GPU.
+    Only safetensors and JSON are read. Raises CheckpointError if `path` holds no such model.
+    """
+    model, method = _read_factorised(Path(path))
+    widen_mlps(model)
+    if find_spec("triton"):
+        method.fuse(model)
+    return model
+
+
+def _read_factorised(path: Path) -> tuple[PreTrainedModel, Method]:
+    """As it was written."""
+    if not (path / RECIPE).is_file():
+        raise CheckpointError(
+            f"{path}: {RECIPE} is missing, so this is no factorised model;"
+            " make one by `peptrain export RUN --form factorised`"
+        )
+    try:
+        recipe = json.loads((path / RECIPE).read_text(encoding="utf-8"))
+        name, known = recipe["method"].pop("name"), methods()
+        if name not in known:
+            raise CheckpointError(
+                f"{path}: was made by the method {name!r}, which is not installed here; install"
+                " the package that offers it"
+            )
+        method = toml.parse(known[name], recipe["method"], "method.")
+        tensors = load_file(path / FACTORS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: can't be read: {error}; export it again") from error
+    dtype = next(iter(tensors.values())).dtype
+    config = AutoConfig.from_pretrained(path)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    rng, phase = Rng(recipe.get("seed", 0)), recipe.get("phase", 0)  # 0.1.0 didn't write these
+    method.install(model, find_sites(model), rng, phase)
+    load_model(model, tensors)
+    model.eval()
+    return model, method

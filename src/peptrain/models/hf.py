@@ -1,0 +1,192 @@
+"""Unmodified Hugging Face causal language models, built from a config, and their target layers."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from peptrain.errors import ConfigError, Unsupported
+from peptrain.models.presets import DEFAULT_PRESET, PRESETS, Family
+from peptrain.settings.fields import check
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+log = logging.getLogger("peptrain")
+Precision = Literal["fp32", "bf16-mixed", "bf16", "fp64"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A preset or a config.json, then what is to differ from it."""
+
+    preset: str | None = None
+    """A named architecture (`peptrain methods` lists them with the methods); the sizes below, also
+    those of a recipe or a file, go before it. Unset: tiny, if neither config nor --init-from says
+    otherwise."""
+    config: Path | None = None
+    """A Hugging Face config.json, or the directory that holds one, instead of a preset."""
+    family: Family | None = None
+    """llama, qwen2 or olmo2."""
+    vocab_size: int | None = None
+    """V, at least the largest token id that occurs plus 1."""
+    hidden_size: int | None = None
+    """d, the width of the residual stream."""
+    intermediate_size: int | None = None
+    """f, the width of the MLP."""
+    layers: int | None = None
+    """L, the number of decoder layers."""
+    heads: int | None = None
+    """Attention heads."""
+    kv_heads: int | None = None
+    """Key and value heads (grouped-query attention)."""
+    tied: bool | None = None
+    """Whether the output head shares the embedding's matrix."""
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads"):
+            value = getattr(self, key)
+            check(value is None or value >= 1, f"model.{key}", value, "1 or more")
+        if self.config is None and (self.preset or DEFAULT_PRESET) not in PRESETS:
+            raise ConfigError(
+                f"model.preset: {self.preset!r} is unknown; choose one of {', '.join(PRESETS)},"
+                " or give model.config a config.json"
+            )
+        if self.config is not None and self.family is not None:
+            raise ConfigError("model.family: a config.json names its own; leave one of them out")
+
+
+HF_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "tied": "tie_word_embeddings",
+}
+
+
+def hf_config(config: ModelConfig, seq_len: int) -> PretrainedConfig:
+    """The Hugging Face config that `config` describes, its positions at least `seq_len`.
+
+    Raises ConfigError for sizes that don't fit together.
+    """
+    made = _made(config, seq_len)
+    heads, kv = (getattr(made, f"num_{k}_heads", None) for k in ("attention", "key_value"))
+    fits = not heads or kv is None or (kv >= 1 and heads % kv == 0)
+    check(fits, "model.kv_heads", kv, f"a divisor of the {heads} heads")
+    positions = getattr(made, "max_position_embeddings", None) or seq_len
+    check(seq_len <= positions, "train.seq_len", seq_len, f"at most the model's {positions}")
+    return made
+
+
+def _made(config: ModelConfig, seq_len: int) -> PretrainedConfig:
+    wanted = {
+        hf: getattr(config, k) for k, hf in HF_NAMES.items() if getattr(config, k) is not None
+    }
+    if "num_attention_heads" in wanted:
+        wanted.setdefault("num_key_value_heads", wanted["num_attention_heads"])
+    if config.config is not None:
+        return _from_file(config.config, wanted)
+    shape = PRESETS[config.preset or DEFAULT_PRESET]
+    preset = {
+        "vocab_size": shape.V,
+        "hidden_size": shape.d,
+        "intermediate_size": shape.f,
+        "num_hidden_layers": shape.L,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv,
+        "tie_word_embeddings": shape.tied,
+    }
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    fields = {**preset, **special, "max_position_embeddings": max(2048, seq_len), **wanted}
+    heads = fields["num_attention_heads"]
+    check(fields["hidden_size"] % (2 * heads) == 0, "model.hidden_size", fields["hidden_size"],
+          f"an even multiple of the {heads} heads")  # fmt: skip
+    return _family(config.family or shape.family)(**fields)
+
+
+def config_file(config: ModelConfig) -> Path | None:
+    """The file that `model.config` names, itself or by its directory."""
+    path = config.config
+    return path / "config.json" if path is not None and path.is_dir() else path
+
+
+def _family(name: Family) -> type[PretrainedConfig]:
+    from transformers import LlamaConfig, Olmo2Config, Qwen2Config
+
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config, "olmo2": Olmo2Config}[name]
+
+
+def _from_file(path: Path, wanted: dict[str, Any]) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    if not path.exists():
+        raise ConfigError(
+            f"model.config: {path} does not exist; give a config.json or its directory"
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, **wanted)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(f"model.config: {path} is no usable config.json: {error}") from error
+    return config
+
+
+def build_model(
+    config: ModelConfig, *, seq_len: int, seed: int, precision: Precision = "fp32"
+) -> PreTrainedModel:
+    """A freshly initialised causal LM on the CPU; its numbers depend on the seed alone.
+
+    Raises Unsupported for an architecture that Hugging Face has no causal LM for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf = hf_config(config, seq_len)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(hf, dtype=dtype_of(precision))
+        except ValueError as error:
+            raise Unsupported(f"model: no causal LM for {hf.model_type!r}: {error}") from error
+    return model
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The dtype of parameters and moments."""
+    return {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The context of a forward pass: bf16 compute for bf16-mixed, nothing for the others."""
+    if precision != "bf16-mixed":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the embedding: one more than the largest id it takes."""
+    table = model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    return table.num_embeddings
+
+
+def count_parameters(model: nn.Module, trainable: bool = False) -> int:
+    """Parameters of the model, shared ones once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def save_tokenizer(file: Path, end_id: int, out: Path) -> None:
+    """A tokenizer.json with its end token, saved the way `AutoTokenizer` loads it."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_id)
+    tokenizer.save_pretrained(out)

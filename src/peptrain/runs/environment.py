@@ -1,0 +1,35 @@
+"""What a run ran on: versions and device, for whoever reads its numbers later."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+
+import torch
+
+from peptrain import __version__
+from peptrain.distributed.world import World
+from peptrain.files import write_atomically
+from peptrain.runs.directory import RunDir
+
+
+def environment(here: World) -> dict[str, object]:
+    """Versions, the device's name and the number of ranks."""
+    on_gpu = here.device.type == "cuda"
+    return {
+        "peptrain": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "ranks": here.size,
+    }
+
+
+def record_environment(run: RunDir, here: World) -> None:
+    """Add this start to env.json; a resumed run may go on elsewhere."""
+    file = run.path / "env.json"
+    starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    write_atomically(file, json.dumps([*starts, environment(here)], indent=1) + "\n")

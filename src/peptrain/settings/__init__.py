@@ -1,0 +1,1 @@
+"""What configurations share: fields with their defaults and intervals, and strict TOML."""

@@ -1,0 +1,115 @@
+"""Strict TOML for frozen dataclasses: a misspelt key or mistyped value is answered by its name."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from peptrain.errors import ConfigError
+from peptrain.settings.fields import nearest
+
+T = TypeVar("T")
+
+
+def read(path: Path, given_as: str = "--config ") -> dict[str, Any]:
+    """The table in `path`. Raises ConfigError when it is absent or no TOML; `given_as` is what
+    stood before the path on the command line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{given_as}{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{given_as}{path}: not TOML: {error}") from error
+
+
+def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
+    """A `cls` with the values of `table`; every key must be a field and have its type."""
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key in table:
+        if key not in known:
+            raise ConfigError(unknown(key, known, prefix, getattr(cls, "name", "")))
+    return cls(
+        **{key: parse_value(hints[key], value, prefix + key) for key, value in table.items()}
+    )
+
+
+def unknown(key: str, known: Sequence[str], prefix: str = "", owner: str = "") -> str:
+    """The message for a key that doesn't exist, with the nearest one that does, or else all."""
+    listed = ", ".join(prefix + name for name in known) or "none"
+    hint = nearest(key, known, prefix).rstrip() or (
+        f"{owner} has {listed}" if owner else f"known are {listed}"
+    )
+    return f"{prefix}{key}: unknown key; {hint}"
+
+
+def parse_value(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type `hint`, a dataclass or a leaf; `key` is its dotted name in errors."""
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}: {value!r} must be a table, [{key}]")
+        return parse(hint, value, f"{key}.")  # type: ignore[arg-type]
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for option in options:
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if option is float and type(value) in (int, float):
+            return float(value)
+        if option in (str, int, bool) and type(value) is option:
+            return value
+    raise ConfigError(f"{key}: {value!r} has the wrong type or value; give {_wanted(options)}")
+
+
+def _wanted(options: tuple[Any, ...]) -> str:
+    names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+    listed: list[str] = []
+    for option in options:
+        if get_origin(option) is Literal:
+            listed += [repr(choice) for choice in get_args(option)]
+        elif option is not type(None):
+            listed.append(names.get(option, "a path in quotes"))
+    return " or ".join(listed)
+
+
+def dump(config: Any) -> str:
+    """A dataclass of leaves and sections as TOML; what is None is left out."""
+    return "\n".join(_lines(config))
+
+
+def _lines(config: Any) -> Iterator[str]:
+    yield from _leaves(config)  # before any section, or they would be part of it
+    for section in fields(config):
+        value = getattr(config, section.name)
+        if not is_dataclass(value):
+            continue
+        yield f"[{section.name}]"
+        name = getattr(type(value), "name", None)
+        if isinstance(name, str):
+            yield f"name = {_literal(name)}"
+        yield from _leaves(value)
+        yield ""
+
+
+def _leaves(section: Any) -> Iterator[str]:
+    for leaf in fields(section):
+        value = getattr(section, leaf.name)
+        if value is not None and not is_dataclass(value):
+            yield f"{leaf.name} = {_literal(value)}"
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return repr(value)
+    # JSON's strings are TOML's, but for DEL, which TOML wants escaped.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

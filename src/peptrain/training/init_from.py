@@ -1,0 +1,189 @@
+"""Weights to start from: those of a run, or of a directory in Hugging Face's format."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from peptrain.config import RunConfig
+from peptrain.data import Corpus
+from peptrain.data.tokenizer import load_tokenizer
+from peptrain.errors import ConfigError
+from peptrain.methods.base import Method
+from peptrain.methods.targets import TargetedMethod
+from peptrain.models.dense import dense_state
+from peptrain.models.hf import ModelConfig, dtype_of, hf_config
+from peptrain.runs import checkpoint
+from peptrain.runs.build import open_run, plain_model, run_config
+from peptrain.runs.directory import RunDir
+from peptrain.training.match_size import matched
+
+log = logging.getLogger("peptrain")
+ADVICE = "leave out all settings of the model, and it is that of init_from"
+
+
+def adopting(config: RunConfig[Any]) -> RunConfig[Any]:
+    """`config` with the model of what it starts from, if it says nothing of the model itself, or
+    with a model sized to another run."""
+    if config.match_trainable is not None:
+        return matched(config)
+    path = config.init_from
+    if path is None:
+        if isinstance(config.method, TargetedMethod) and not config.method.train_rest:
+            log.warning(
+                "method.train_rest: false leaves embeddings and head at their random numbers; start"
+                " from trained weights with --init-from"
+            )
+        return config
+    return replace(config, model=_model_of(path)) if config.model == ModelConfig() else config
+
+
+def initial_weights(config: RunConfig[Method]) -> dict[str, Tensor] | None:
+    """The dense weights that `config` starts from, by Hugging Face's names; None for fresh ones.
+
+    Raises ConfigError when they can't be read or are those of another model: of another shape, or
+    of the same shapes with another function.
+    """
+    path = config.init_from
+    if path is None:
+        return None
+    weights = _of_run(path) if _is_run(path) else _pretrained(path, config)
+    _check_shapes(weights, config)
+    _check_function(config)
+    return weights
+
+
+def _of_run(path: Path) -> dict[str, Tensor]:
+    opened = open_run(path)
+    if not (method := opened.config.method).has_dense_equivalent:
+        raise ConfigError(
+            f"init_from: {path} was trained by {method.name}, whose layers have no dense weights to"
+            " start from; give a run of another method"
+        )
+    return dense_state(opened.model)
+
+
+def contents(path: Path) -> str:
+    """Identifies what weights to start from are: the newest checkpoint of a run, by its checksums;
+    else the files of a Hugging Face directory."""
+    if _is_run(path):
+        found = checkpoint.available(RunDir(path).checkpoints)
+        files = [newest / checkpoint.SUMS for newest in found[-1:]]
+    else:
+        files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")])
+    return "".join(f"{file.parent.name}/{file.name} {sha256(file)}\n" for file in files)
+
+
+def sha256(file: Path) -> str:
+    """Of what is in it."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _model_of(path: Path) -> ModelConfig:
+    return run_config(RunDir(path)).model if _is_run(path) else ModelConfig(config=path)
+
+
+def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
+    """Warn when the weights to start from know other tokens than the corpus has."""
+    if (path := config.init_from) is None:
+        return
+    file = (RunDir(path).tokenizer if _is_run(path) else path) / "tokenizer.json"
+    if not file.is_file():
+        return
+    ours, theirs = (load_tokenizer(f).get_vocab() for f in (corpus.tokenizer_file, file))
+    if ours != theirs:
+        log.warning(
+            "init_from: the tokenizer of %s is not the one of %s, so the weights know other"
+            " tokens; prepare the data with --tokenizer %s", path, corpus.path, file,
+        )  # fmt: skip
+
+
+def _is_run(path: Path) -> bool:
+    if RunDir(path).config_file.is_file():
+        return True
+    if (path / "config.json").is_file():
+        return False
+    raise ConfigError(
+        f"init_from: {path} is no run directory (config.toml) and no Hugging Face directory"
+        " (config.json); give one of the two"
+    )
+
+
+def _pretrained(path: Path, config: RunConfig[Method]) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    assert config.train.precision is not None
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, report = load(
+            path,
+            dtype=dtype_of(config.train.precision),
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"init_from: {path} can't be read: {error}") from error
+    _check_whole(report, path)
+    return dense_state(model)
+
+
+def _check_whole(report: Mapping[str, Any], path: Path) -> None:
+    """Raise ConfigError for weights that would stay at random numbers; warn of unused ones."""
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"init_from: {path} lacks {missing[0]} and {len(missing) - 1} more weights of its"
+            " model; give a whole causal language model"
+        )
+    for name, has, wants in sorted(report["mismatched_keys"]):
+        raise ConfigError(
+            f"init_from: {path} has {list(has)} for {name}, and its config.json says {list(wants)};"
+            " give the config.json of these weights"
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        log.warning(
+            "init_from: %s has %s and %d more weights that its config.json knows nothing of; the"
+            " model starts without them", path, unused[0], len(unused) - 1,
+        )  # fmt: skip
+
+
+NO_PART_OF_THE_FUNCTION = {
+    *("dtype", "architectures", "transformers_version", "use_cache", "initializer_range"),
+    *("max_position_embeddings", "attention_dropout", "pretraining_tp"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
+
+
+def _check_function(config: RunConfig[Method]) -> None:
+    """Raise ConfigError where equal shapes make another function: other heads, another RoPE."""
+    assert config.init_from is not None
+    theirs = hf_config(_model_of(config.init_from), seq_len=1).to_dict()
+    ours = hf_config(config.model, seq_len=1).to_dict()
+    for key in sorted(theirs.keys() | ours.keys()):
+        if key in NO_PART_OF_THE_FUNCTION or key.startswith("_"):
+            continue
+        if theirs.get(key) != ours.get(key):
+            raise ConfigError(
+                f"init_from: {config.init_from} has {key} {theirs.get(key)!r}, and the model of"
+                f" this run {ours.get(key)!r}; {ADVICE}"
+            )
+
+
+def _check_shapes(weights: dict[str, Tensor], config: RunConfig[Method]) -> None:
+    wanted = {name: list(p.shape) for name, p in plain_model(config).named_parameters()}
+    given = {name: list(p.shape) for name, p in weights.items()}
+    for name in sorted(wanted.keys() | given.keys()):
+        if (has := given.get(name, "nothing")) != (wants := wanted.get(name, "nothing")):
+            raise ConfigError(
+                f"init_from: {config.init_from} has {has} for {name}, and the model of this run"
+                f" {wants}; {ADVICE}"
+            )

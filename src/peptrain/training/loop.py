@@ -1,0 +1,307 @@
+"""The trainer: one explicit function that names no method."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peptrain.config import RunConfig, dump, resolved
+from peptrain.data import Corpus, default_corpus
+from peptrain.distributed.world import World, world
+from peptrain.errors import Diverged, Interrupted
+from peptrain.eval.perplexity import Evaluation, evaluate
+from peptrain.files import write_atomically
+from peptrain.methods.base import Method, Metrics
+from peptrain.models.hf import config_file, count_parameters, save_tokenizer
+from peptrain.models.probe import check_causal
+from peptrain.optim.adamw import clip_gradients, learning_rates, set_lr, state_bytes
+from peptrain.rng import Rng
+from peptrain.runs.build import run_config
+from peptrain.runs.directory import RunDir, first_free
+from peptrain.runs.environment import record_environment
+from peptrain.training.init_from import adopting, compare_tokenizers
+from peptrain.training.metrics import Journal, Observer, silent
+from peptrain.training.signals import Stop, stop_on_signals
+from peptrain.training.state import (
+    Trainee,
+    check_corpus,
+    check_vocabulary,
+    diverged,
+    identity_of,
+    restore,
+    save,
+)
+
+log = logging.getLogger("peptrain")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves in memory; the rest is in its directory."""
+
+    run: Path
+    held_out: Evaluation
+    parameters: int
+    trainable: int
+    """In the last phase."""
+    state_bytes: int
+    """Of the optimizer's moments, in the phase that has the most of them."""
+    tokens_per_second: float
+    peak_bytes: int
+    """Most GPU memory that PyTorch held (a recorded pass is no tensor to it), 0 on a CPU."""
+
+
+def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
+    """Train what `config` describes in a new run directory, to the last step.
+
+    Raises ConfigError, DataError, Unsupported before anything is written (but for a pass that can't
+    be recorded, which the first step shows); CheckpointError when the run directory exists or the
+    disk is full; Diverged; Interrupted after Ctrl-C or SIGTERM.
+    """
+    with world(config.train.device) as here:
+        config = resolved(adopting(config), world_size=here.size, on_gpu=here.device.type == "cuda")
+        return _train(config, None, here, observe)
+
+
+def resume(path: Path, observe: Observer = silent) -> Result:
+    """Go on with the run in `path` from its newest whole checkpoint, or from the start.
+
+    On a CPU the result is the same, bit for bit, as that of an uninterrupted run.
+    """
+    run = RunDir.open(path)
+    config = run_config(run)
+    with world(config.train.device) as here:
+        return _train(config, run, here, observe)
+
+
+def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: Observer) -> Result:
+    corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
+    check_corpus(corpus, config)
+    identity = identity_of(config, corpus)
+    trainee = restore(config, run, here, identity)
+    check_vocabulary(trainee.model, corpus)
+    if config.model.config is not None:
+        check_causal(trainee.model)
+    if run is None:
+        if not config.method.has_dense_equivalent:
+            log.warning("%s has no dense equivalent: eval runs the model itself, and `peptrain"
+                        " export` needs --form factorised", config.method.name)  # fmt: skip
+        compare_tokenizers(config, corpus)
+        run = _create(config, corpus, here)
+    tokens_per_step = config.train.batch_size * config.train.seq_len
+    if here.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    journal = Journal(run, here, observe, tokens_per_step)
+    if here.main:
+        run.rewind(trainee.step)
+        record_environment(run, here)
+        observe(_start(config, run, trainee, corpus))
+    _announce(trainee, journal)
+    try:
+        with stop_on_signals() as stop:
+            _loop(config, trainee, corpus, run, journal, stop, identity)
+            while trainee.step < config.train.steps:
+                del trainee  # or both phases' moments would be in memory at once
+                trainee = restore(config, run, here, identity)
+                _announce(trainee, journal)
+                journal.pause()
+                _loop(config, trainee, corpus, run, journal, stop, identity)
+        held_out = _evaluate(config, trainee, corpus, run, here, limit=0)
+    except Diverged as error:
+        journal.write("diverged", step=trainee.step, error=str(error))
+        raise
+    result = _result(run, trainee, held_out, journal)
+    sizes = {"parameters": result.parameters, "trainable": result.trainable}
+    journal.end(trainee.step, held_out, **sizes, state_bytes=result.state_bytes)
+    return result
+
+
+def _announce(trainee: Trainee, journal: Journal) -> None:
+    if trainee.entered:
+        journal.write("phase", step=trainee.step, phase=trainee.phase, **_sizes(trainee))
+
+
+def _loop(
+    config: RunConfig[Method],
+    trainee: Trainee,
+    corpus: Corpus,
+    run: RunDir,
+    journal: Journal,
+    stop: Stop,
+    identity: Mapping[str, Any],
+) -> None:
+    """Train to the end of the phase, and leave a checkpoint there."""
+    t, here, optimizer = config.train, journal.world, trainee.optimizer
+    while trainee.step < trainee.end:
+        loss, norm, metrics = advance(trainee, config, corpus, here)
+        journal.add(trainee.step, learning_rates(optimizer), loss, norm, metrics)
+
+        stopping = _agreed(stop, here, trainee.step % t.log_every == 0)
+        saving = trainee.step == trainee.end or stopping or _due(t.checkpoint_every, trainee.step)
+        evaluating = trainee.step < t.steps and _due(t.eval_every, trainee.step)
+        if saving or evaluating or trainee.step % t.log_every == 0:
+            _flush(journal, run)
+        if evaluating:
+            assert t.eval_tokens is not None
+            held_out = _evaluate(config, trainee, corpus, run, here, limit=t.eval_tokens)
+            journal.evaluation(trainee.step, held_out)
+        if saving:
+            save(trainee, run, here, identity, t.keep)
+            held = state_bytes(optimizer)
+            journal.write("checkpoint", step=trainee.step, state_bytes=held)
+        if saving or evaluating:
+            journal.pause()
+        if stopping and trainee.step < t.steps:
+            raise Interrupted(
+                f"stopped and saved at step {trainee.step} of {t.steps}; go on with"
+                f" `peptrain resume {run.path}`"
+            )
+
+
+def advance(
+    trainee: Trainee, config: RunConfig[Method], corpus: Corpus, here: World
+) -> tuple[Tensor, Tensor | None, Metrics]:
+    """A step of the optimizer and, within the phase, what the method does after it: the mean loss
+    before the step, the gradient's norm if it was needed, and the method's numbers."""
+    t, rng = config.train, Rng(config.train.seed)
+    model, optimizer = trainee.model, trainee.optimizer
+    set_lr(optimizer, trainee.schedule(trainee.step))
+    torch.manual_seed(rng.integer(f"rank {here.rank}", trainee.step, "dropout"))
+    loss = _accumulate(trainee, corpus, config, here)
+    wanted = config.optim.clip or _due(t.log_every, trainee.step + 1)
+    norm = clip_gradients(model, config.optim.clip) if wanted else None
+    optimizer.step()
+    optimizer.zero_grad()
+    trainee.step += 1
+    if trainee.step == trainee.end:
+        return loss, norm, {}
+    return loss, norm, config.method.after_step(model, optimizer, trainee.step, rng)
+
+
+def _due(every: int | None, step: int) -> bool:
+    return bool(every) and step % (every or 1) == 0
+
+
+def _accumulate(trainee: Trainee, corpus: Corpus, config: RunConfig[Method], here: World) -> Tensor:
+    """Gradients of this rank's share of the batch; the mean loss."""
+    t = config.train
+    assert t.micro_batch is not None
+    windows = corpus.batch(
+        seed=t.seed,
+        step=trainee.step,
+        rank=here.rank,
+        world=here.size,
+        batch_size=t.batch_size,
+        seq_len=t.seq_len,
+    ).to(here.device, non_blocking=True)
+    return trainee.passes(torch.split(windows, t.micro_batch))
+
+
+def _agreed(stop: Stop, here: World, at_boundary: bool) -> bool:
+    """Whether to stop: alone at once, several ranks together at the next row of metrics."""
+    if here.size == 1:
+        return stop.requested
+    asked = torch.tensor(float(stop.requested), device=here.device)
+    return at_boundary and here.sum(asked).item() > 0
+
+
+def _flush(journal: Journal, run: RunDir) -> None:
+    try:
+        journal.flush()
+    except Diverged as error:
+        raise diverged(str(error), run) from None
+
+
+def _evaluate(
+    config: RunConfig[Method],
+    trainee: Trainee,
+    corpus: Corpus,
+    run: RunDir,
+    here: World,
+    limit: int,
+) -> Evaluation:
+    """The held-out loss. Raises Diverged, on every rank, if the last update broke the model."""
+    t = config.train
+    assert t.micro_batch is not None and t.precision is not None
+    held_out = evaluate(
+        trainee.model,
+        corpus.held_out(),
+        seq_len=t.seq_len,
+        batch_size=t.micro_batch,
+        precision=t.precision,
+        world=here,
+        limit=limit,
+    )
+    if not math.isfinite(held_out.loss):
+        lr = trainee.optimizer.param_groups[0]["lr"]
+        what = f"step {trainee.step}: the held-out loss is {held_out.loss}"
+        raise diverged(f"{what} at a learning rate of {lr:.3g}", run)
+    return held_out
+
+
+def _create(config: RunConfig[Method], corpus: Corpus, here: World) -> RunDir:
+    path = config.run
+
+    def make() -> None:
+        nonlocal path
+        path = path or first_free(Path("runs"), config.method.name)
+        RunDir.create(path, lambda run: _first_files(run, config, corpus))
+
+    here.on_main(make)
+    path = here.agree(path)
+    assert path is not None
+    return RunDir(path)
+
+
+def _first_files(run: RunDir, config: RunConfig[Method], corpus: Corpus) -> None:
+    """All that resume, eval and export need beside the checkpoints and the corpus."""
+    write_atomically(run.config_file, dump(config))
+    save_tokenizer(corpus.tokenizer_file, corpus.eos_id, run.tokenizer)
+    if file := config_file(config.model):
+        shutil.copyfile(file, run.model_file)
+
+
+def _start(
+    config: RunConfig[Method], run: RunDir, trainee: Trainee, corpus: Corpus
+) -> dict[str, Any]:
+    t = config.train
+    return {
+        "event": "start",
+        "run": str(run.path),
+        "method": config.method.name,
+        "step": trainee.step,
+        "steps": t.steps,
+        "tokens_per_step": t.batch_size * t.seq_len,
+        "train_tokens": corpus.train_tokens,
+        "precision": t.precision,
+        **_sizes(trainee),
+    }
+
+
+def _sizes(trainee: Trainee) -> dict[str, int]:
+    return {
+        "parameters": count_parameters(trainee.model),
+        "trainable": count_parameters(trainee.model, trainable=True),
+    }
+
+
+def _result(run: RunDir, trainee: Trainee, held_out: Evaluation, journal: Journal) -> Result:
+    on_gpu = journal.world.device.type == "cuda"
+    # A phase ends with a checkpoint, whose row outlives this process.
+    held = [row.get("state_bytes", 0) for row in run.metrics() if row["event"] == "checkpoint"]
+    return Result(
+        run=run.path,
+        held_out=held_out,
+        **_sizes(trainee),
+        state_bytes=max([state_bytes(trainee.optimizer), *held]),
+        tokens_per_second=journal.median_throughput(),
+        peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else 0,
+    )

@@ -1,0 +1,139 @@
+"""Control (ReLoRA, Table 2): a dense model of about the size that another run trains."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peptrain.config import RunConfig
+from peptrain.errors import ConfigError
+from peptrain.methods.base import Method
+from peptrain.methods.full import Full
+from peptrain.models.hf import ModelConfig, build_model, count_parameters, hf_config
+from peptrain.models.sites import decoder_layers, find_sites
+from peptrain.rng import Rng
+from peptrain.runs.build import run_config
+from peptrain.runs.directory import RunDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("peptrain")
+STEP = 8
+"""f is a multiple of it, as a GPU's matrix products want: 16 bytes of bf16."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A smaller decoder: hidden d, MLP f, layers L, heads, and its parameters."""
+
+    d: int
+    f: int
+    L: int
+    heads: int
+    kv: int
+    parameters: int
+
+
+def matched(config: RunConfig[Any]) -> RunConfig[Any]:
+    """`config` with its model shrunk to the number of parameters that `match_trainable` trains.
+
+    Heads keep their size and f is a multiple of 8, chosen so that the total agrees; of all widths
+    and depths the one whose f / d and d / L are nearest to the whole model's. That is the model of
+    `config`, or, if it says nothing of the model, that of the run.
+
+    Raises ConfigError when another method is to train it, and when no such model is smaller.
+    """
+    path = config.match_trainable
+    assert path is not None
+    if not isinstance(config.method, Full):
+        raise ConfigError(f"match_trainable: {path}: is for full, and not for {config.method.name}")
+    if config.init_from is not None:
+        raise ConfigError(
+            f"match_trainable: {path}: makes a smaller model than that of init_from"
+            f" {config.init_from}; leave one of them out"
+        )
+    other = run_config(RunDir.open(path))
+    whole = other.model if config.model == ModelConfig() else config.model
+    wanted = trained_by(other)
+    best = _nearest(whole, config.train.seq_len, wanted, path)
+    log.info("match_trainable: d %d, f %d, %d layers, %d heads: %.3fM parameters for the %.3fM"
+             " that %s trains", best.d, best.f, best.L, best.heads, best.parameters / 1e6,
+             wanted / 1e6, path)  # fmt: skip
+    model = replace(
+        whole,
+        hidden_size=best.d,
+        intermediate_size=best.f,
+        layers=best.L,
+        heads=best.heads,
+        kv_heads=best.kv,
+    )
+    return replace(config, model=model, match_trainable=None)
+
+
+def trained_by(config: RunConfig[Method]) -> int:
+    """Parameters that a resolved `config` trains in its last phase, counted without numbers."""
+    last = len(config.method.phases(config.train.steps))
+    with torch.device("meta"):
+        model = build_model(config.model, seq_len=config.train.seq_len, seed=0)
+        config.method.install(model, find_sites(model), Rng(0), last)
+    return count_parameters(model, trainable=True)
+
+
+def _nearest(whole: ModelConfig, seq_len: int, wanted: int, path: Path) -> Shape:
+    hf = hf_config(whole, seq_len)
+    d, f, L = hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers
+
+    def distortion(shape: Shape) -> float:
+        gated, deep = shape.f / shape.d / (f / d), shape.d / shape.L / (d / L)
+        return abs(math.log(gated)) + abs(math.log(deep))
+
+    shapes = [s for s in _shapes(whole, seq_len, wanted) if s.d < d or s.f < f or s.L < L]
+    if not shapes:
+        raise ConfigError(
+            f"match_trainable: {path}: trains {wanted:,} parameters, and no smaller model of this"
+            " kind has as many; give a run of a method that trains less than the whole model, and"
+            " more than its embeddings"
+        )
+    return min(shapes, key=distortion)
+
+
+def _shapes(whole: ModelConfig, seq_len: int, wanted: int) -> Iterator[Shape]:
+    """For every width and depth the f that brings the total nearest to `wanted`."""
+    hf = hf_config(whole, seq_len)
+    heads, kv = hf.num_attention_heads, hf.num_key_value_heads
+    for n in range(1, heads + 1):
+        if n * kv % heads:
+            continue
+        d = hf.hidden_size // heads * n
+        narrow = replace(whole, hidden_size=d, heads=n, kv_heads=n * kv // heads, layers=1)
+        rest, empty, slope = _parts(narrow, seq_len)
+        for L in range(1, hf.num_hidden_layers + 1):
+            f = round(((wanted - rest) / L - empty) / slope / STEP) * STEP
+            if 0 < f <= hf.intermediate_size:
+                total = rest + L * (empty + slope * f)
+                yield Shape(d, f, L, n, n * kv // heads, total)
+
+
+def _parts(model: ModelConfig, seq_len: int) -> tuple[int, int, int]:
+    """Parameters outside of the layers; of a layer without its MLP; and per unit of f."""
+
+    def counted(f: int) -> tuple[int, int]:
+        made = _without_numbers(replace(model, intermediate_size=f), seq_len)
+        layer = count_parameters(decoder_layers(made)[1])
+        return count_parameters(made) - layer, layer
+
+    (rest, one), (_, two) = counted(STEP), counted(2 * STEP)
+    slope = (two - one) // STEP
+    return rest, one - slope * STEP, slope
+
+
+def _without_numbers(model: ModelConfig, seq_len: int) -> PreTrainedModel:
+    with torch.device("meta"):
+        return build_model(model, seq_len=seq_len, seed=0)

@@ -1,0 +1,146 @@
+"""The record of a training: rows for metrics.jsonl and for whoever watches."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peptrain.distributed.world import World
+from peptrain.errors import Diverged
+from peptrain.eval.perplexity import Evaluation
+from peptrain.runs.directory import RunDir
+
+log = logging.getLogger("peptrain")
+
+Observer = Callable[[Mapping[str, Any]], None]
+"""Told what happens, on the main rank: rows with an "event" of start, step, eval, checkpoint,
+phase, end or diverged. It can't change the training."""
+
+
+def silent(row: Mapping[str, Any]) -> None:
+    """The observer that looks away."""
+
+
+def throughput(tokens: int, seconds: float) -> float:
+    """Tokens per second; 0 before any time has passed."""
+    return tokens / seconds if seconds > 0 else 0.0
+
+
+def _numbers(scalars: Iterable[Tensor]) -> list[float]:
+    """Read from the device at once."""
+    given = list(scalars)
+    return torch.stack(given).tolist() if given else []
+
+
+@dataclass
+class Journal:
+    """Collects what each step measured on the device, and reads it only when a row is written."""
+
+    run: RunDir
+    world: World
+    observe: Observer
+    tokens_per_step: int
+    _steps: list[tuple[int, Mapping[str, float], Tensor]] = field(default_factory=list)
+    _norms: dict[int, Tensor] = field(default_factory=dict)
+    _metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def add(
+        self,
+        step: int,
+        rates: Mapping[str, float],
+        loss: Tensor,
+        norm: Tensor | None,
+        metrics: Mapping[str, Tensor | float],
+    ) -> None:
+        """Note step number `step` (1 is the first), without waiting for the device.
+
+        rates: `learning_rates` of the optimizer. norm: of the gradient, if the step needed it.
+        """
+        self._steps.append((step, rates, loss))
+        if norm is not None:
+            self._norms[step] = norm
+        self._metrics.update(metrics)
+
+    def flush(self) -> None:
+        """Write a row for the steps since the last one: mean loss, newest of everything else.
+
+        Raises Diverged when a loss or gradient norm among them is not finite.
+        """
+        if not self._steps:
+            return
+        steps, metrics = self._steps, {k: float(v) for k, v in self._metrics.items()}
+        norms = dict(zip(self._norms, _numbers(self._norms.values()), strict=True))
+        self._steps, self._metrics, self._norms = [], {}, {}
+        losses = self.world.mean(torch.stack([loss for *_, loss in steps]).double()).tolist()
+        seconds, tokens = self._clock(), len(steps) * self.tokens_per_step
+        for (step, rates, _), loss in zip(steps, losses, strict=True):
+            norm = norms.get(step, 0.0)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                gradient = f" and the gradient norm {norm}" if step in norms else ""
+                lr = rates["lr"]
+                raise Diverged(
+                    f"step {step}: the loss is {loss}{gradient} at a learning rate of {lr:.3g}"
+                )
+        step, rates, _ = steps[-1]
+        newest = {"grad_norm": norms[max(norms)]} if norms else {}
+        self.write(
+            "step",
+            step=step,
+            loss=sum(losses) / len(losses),
+            **rates,
+            **newest,
+            tokens=step * self.tokens_per_step,
+            tokens_per_second=throughput(tokens, seconds),
+            **metrics,
+        )
+        for name, value in metrics.items():
+            if name.endswith("_warning") and value:
+                log.warning(
+                    "step %d: %g %s", step, value, name.removesuffix("_warning").replace("_", " ")
+                )
+
+    def evaluation(self, step: int, held_out: Evaluation) -> None:
+        """A row for an evaluation during training."""
+        self.write("eval", step=step, **_fields(held_out))
+
+    def end(self, step: int, held_out: Evaluation, **sizes: int) -> None:
+        """The last row, with the evaluation on the whole held-out part and the model's `sizes`."""
+        rate = self.median_throughput()
+        self.write("end", step=step, **_fields(held_out), tokens_per_second=rate, **sizes)
+
+    def median_throughput(self) -> float:
+        """Tokens per second: the median over the run's rows, unmoved by a slow first one."""
+        rates = [row["tokens_per_second"] for row in self.run.metrics() if row["event"] == "step"]
+        return statistics.median(rates) if rates else 0.0
+
+    def write(self, event: str, **row: Any) -> None:
+        """One row to the file and the observer, from the main rank."""
+        if self.world.main:
+            self.run.record({"event": event, **row})
+            self.observe({"event": event, **row})
+
+    def pause(self) -> None:
+        """Start the clock anew after something that is no training: evaluation, saving."""
+        self._clock()
+
+    def _clock(self) -> float:
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds
+
+
+def _fields(held_out: Evaluation) -> dict[str, float | None]:
+    return {
+        "held_out_loss": held_out.loss,
+        "perplexity": held_out.perplexity if math.isfinite(held_out.perplexity) else None,
+        "held_out_tokens": held_out.tokens,
+    }

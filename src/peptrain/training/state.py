@@ -1,0 +1,176 @@
+"""A model in training: built or restored for its phase, checked, and saved."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from peptrain.config import RunConfig
+from peptrain.data import Corpus
+from peptrain.distributed.world import World
+from peptrain.errors import ConfigError, DataError, Diverged
+from peptrain.execution.attention import attend_without_masks
+from peptrain.execution.compile import checkpoint_activations, compile_layers
+from peptrain.execution.forward_backward import Passes, kernels_fuse, passes, records
+from peptrain.execution.loss import NextTokenLoss
+from peptrain.execution.padding import pad_mlps
+from peptrain.methods.base import Method
+from peptrain.models.hf import config_file, vocabulary_size
+from peptrain.models.sites import find_sites
+from peptrain.optim import schedule
+from peptrain.optim.schedule import Schedule
+from peptrain.rng import Rng
+from peptrain.runs import checkpoint
+from peptrain.runs.build import build, phase_at, rebuild
+from peptrain.runs.directory import RunDir
+from peptrain.training.init_from import initial_weights
+
+
+@dataclass
+class Trainee:
+    """A model in one phase of its training, with all that moves it."""
+
+    model: PreTrainedModel
+    passes: Passes
+    """Forward and backward, through the model with its loss, replicated over the ranks."""
+    optimizer: Optimizer
+    schedule: Schedule
+    phase: int
+    step: int
+    """Completed optimizer steps."""
+    end: int
+    """The step at which the phase ends."""
+    entered: bool = False
+    """Whether it was made at the phase's boundary."""
+
+
+def restore(
+    config: RunConfig[Method], run: RunDir | None, here: World, identity: Mapping[str, Any]
+) -> Trainee:
+    """The trainee at the newest checkpoint of `run`, or at the start.
+
+    The one path for a start, a resume and a phase boundary.
+    """
+    saved = checkpoint.latest(run.checkpoints) if run else None
+    step = saved.step if saved else 0
+    phase, end = phase_at(config, step)
+    entered = saved is not None and phase != saved.phase
+    if saved:
+        checkpoint.agrees(saved, identity)
+        model = rebuild(config, saved, phase)
+    else:
+        model = build(config, phase, initial_weights(config))
+    optimizer, backward = ready(model, config, here, phase)
+    if saved:
+        checkpoint.load_optimizer(model, optimizer, saved, same_phase=not entered)
+        if entered:
+            config.method.on_phase_start(model, optimizer, phase)
+        elif step == saved.end < end:  # the run's end has moved: now it is between two steps
+            config.method.after_step(model, optimizer, step, Rng(config.train.seed))
+    base = schedule.build(config.schedule, config.train.steps)
+    moves = config.method.schedule(base)
+    return Trainee(model, backward, optimizer, moves, phase, step, end, entered)
+
+
+def ready(
+    model: PreTrainedModel, config: RunConfig[Method], here: World, phase: int
+) -> tuple[Optimizer, Passes]:
+    """Put a built model on its device, as fast as `config` asks, with what moves it."""
+    t = config.train
+    assert t.precision is not None
+    if model.device != here.device:
+        model.to(here.device)  # type: ignore[arg-type]
+    model.train()
+    on_gpu = here.device.type == "cuda"
+    maskless = on_gpu and attend_without_masks(model, t.seq_len)
+    recorded = records(t.cuda_graph, t.compile and maskless, here)
+    if kernels_fuse(t.kernels, t.precision, here.device, recorded=recorded):
+        config.method.fuse(model)
+    if on_gpu:
+        pad_mlps(model)
+    if t.checkpoint_activations:
+        checkpoint_activations(model)
+    if t.compile:
+        compile_layers(model, t.memory_budget)
+    optimizer = config.method.optimizer(model, find_sites(model), config.optim, phase)
+    loss = here.parallelize(NextTokenLoss(model, compile=t.compile))
+    return optimizer, passes(loss, t.precision, here, recorded=recorded)
+
+
+def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
+    """Raise DataError now for what would end the training later."""
+    corpus.windows(config.train.seq_len)
+    if len(corpus.held_out()) < 2:
+        raise DataError(
+            f"{corpus.path}: the held-out part is empty, so there is nothing to evaluate on;"
+            " prepare it with a larger --held-out, or with --held-out-inputs"
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
+    """Raise ConfigError unless the model has an embedding for every id that occurs."""
+    vocabulary = vocabulary_size(model)
+    if corpus.max_id >= vocabulary:
+        raise ConfigError(
+            f"model.vocab_size: {vocabulary}, and token id {corpus.max_id} occurs in {corpus.path};"
+            f" set it to {corpus.vocab_size}, or prepare the data with the model's own tokenizer"
+        )
+
+
+def save(
+    trainee: Trainee, run: RunDir, here: World, identity: Mapping[str, Any], keep: int
+) -> None:
+    """Write a checkpoint from the main rank. Raises Diverged rather than save a broken weight."""
+
+    def write() -> None:
+        finite = torch.stack([p.isfinite().all() for p in trainee.model.parameters()])
+        if not finite.all():
+            lr = trainee.optimizer.param_groups[0]["lr"]
+            what = f"step {trainee.step}: a weight is not finite at a learning rate of {lr:.3g}"
+            raise diverged(what, run)
+        state = checkpoint.capture(
+            trainee.model,
+            trainee.optimizer,
+            step=trainee.step,
+            phase=trainee.phase,
+            end=trainee.end,
+            identity=identity,
+        )
+        checkpoint.save(run.checkpoints, state, keep)
+
+    here.on_main(write)
+
+
+def diverged(what: str, run: RunDir) -> Diverged:
+    """The error for `what`, with what to do about it."""
+    rate = "optim.lr, or the method's own in a warm start"
+    advice = f"nothing was saved since; try a lower {rate}, in the run's config.toml"
+    return Diverged(f"{what}; {checkpoint.last_good(run.checkpoints)}; {advice}")
+
+
+def identity_of(config: RunConfig[Method], corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint and the run that continues from it must agree in.
+
+    The learning rates, the schedule and the number of steps may change.
+    """
+    method = asdict(config.method)
+    for item in fields(config.method):
+        if item.metadata.get("changeable"):
+            del method[item.name]
+    model = asdict(config.model)
+    if file := config_file(config.model):
+        model["config"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    train = {k: getattr(config.train, k) for k in ("precision", "seed", "batch_size", "seq_len")}
+    sections = {
+        "method": {"name": config.method.name, **method},
+        "model": model,
+        "train": train,
+    }
+    flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
+    return {**flat, "data": corpus.fingerprint}
