@@ -86,12 +86,12 @@ def trained(training: Training, every: int) -> dict[str, Any]:
 
 def event(training: Training) -> tuple[float, list[dict[str, float]]]:
     """What the method does after this step: its milliseconds, and the errors of a few merges."""
-    trainee, rng = training.trainee, Rng(training.config.train.seed)
-    watched = some(list(reparametrized(trainee.model)))
+    train_state, rng = training.train_state, Rng(training.config.train.seed)
+    watched = some(list(reparametrized(train_state.model)))
     before = [(on_host(layer.weight), summed(layer)) for layer in watched]
     after_step = training.config.method.after_step
     ms = waited(
-        lambda: after_step(trainee.model, trainee.optimizer, trainee.step, rng),
+        lambda: after_step(train_state.model, train_state.optimizer, train_state.step, rng),
         training.here.device,
     )
     after = [on_host(layer.weight) for layer in watched]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import peptrain.runs.environment
 from peptrain.config import RunConfig, TrainConfig, resolved
 from peptrain.distributed.world import World
-from peptrain.execution.forward_backward import Replayed
+from peptrain.execution.forward_backward import CUDAGraphSteps
 from peptrain.methods import methods
 from peptrain.methods.base import Method
 from peptrain.models.hf import ModelConfig, count_parameters, vocabulary_size
@@ -34,7 +34,7 @@ from peptrain.optim.adamw import clip_gradients, set_lr
 from peptrain.rng import Rng
 from peptrain.settings import toml
 from peptrain.training.metrics import throughput
-from peptrain.training.state import Trainee, restore
+from peptrain.training.state import TrainState, restore
 
 GIB = 2**30
 STEPS = 10_000
@@ -116,14 +116,14 @@ class Training:
 
     config: RunConfig[Method]
     here: World
-    trainee: Trainee
+    train_state: TrainState
 
     def sizes(self) -> dict[str, int | bool]:
-        model = self.trainee.model
+        model = self.train_state.model
         return {
             "parameters": count_parameters(model),
             "trainable": count_parameters(model, trainable=True),
-            "recorded": isinstance(self.trainee.passes, Replayed),
+            "recorded": isinstance(self.train_state.passes, CUDAGraphSteps),
         }
 
 
@@ -131,8 +131,8 @@ def start(config: RunConfig[Method], device: torch.device, *, quick: bool = True
     """What the trainer makes at step 0; `quick` draws the weights on the device."""
     here = World(0, 1, device)
     with drawn_on(device) if quick else nullcontext():
-        trainee = restore(config, None, here, {})
-    return Training(config, here, trainee)
+        train_state = restore(config, None, here, {})
+    return Training(config, here, train_state)
 
 
 @contextmanager
@@ -151,15 +151,15 @@ def drawn_on(device: torch.device) -> Iterator[None]:
 
 def step(training: Training, windows: Tensor) -> Tensor:
     """One optimizer step on `windows` as the trainer takes it; the loss."""
-    trainee = training.trainee
-    set_lr(trainee.optimizer, trainee.schedule(trainee.step))
-    loss = trainee.passes([windows])
+    train_state = training.train_state
+    set_lr(train_state.optimizer, train_state.schedule(train_state.step))
+    loss = train_state.passes([windows])
     clip, every = training.config.optim.clip, training.config.train.log_every
-    if clip or (trainee.step + 1) % every == 0:
-        clip_gradients(trainee.model, clip)
-    trainee.optimizer.step()
-    trainee.optimizer.zero_grad()
-    trainee.step += 1
+    if clip or (train_state.step + 1) % every == 0:
+        clip_gradients(train_state.model, clip)
+    train_state.optimizer.step()
+    train_state.optimizer.zero_grad()
+    train_state.step += 1
     return loss
 
 
@@ -168,7 +168,7 @@ def random_windows(training: Training, count: int = 4) -> list[Tensor]:
     t, device = training.config.train, training.here.device
     shape = (t.batch_size, t.seq_len + 1)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = vocabulary_size(training.trainee.model)
+    vocabulary = vocabulary_size(training.train_state.model)
     return [torch.randint(vocabulary, shape, generator=generator).to(device) for _ in range(count)]
 
 

@@ -53,12 +53,12 @@ def predicted(config: RunConfig[Method]) -> dict[str, int]:
 
 def step(training: Training) -> None:
     """One step in micro-batches, as configured."""
-    trainee, t = training.trainee, training.config.train
+    train_state, t = training.train_state, training.config.train
     assert t.micro_batch is not None
-    trainee.passes(torch.split(random_windows(training, 1)[0], t.micro_batch))
-    clip_gradients(trainee.model, training.config.optim.clip)
-    trainee.optimizer.step()
-    trainee.optimizer.zero_grad()
+    train_state.passes(torch.split(random_windows(training, 1)[0], t.micro_batch))
+    clip_gradients(train_state.model, training.config.optim.clip)
+    train_state.optimizer.step()
+    train_state.optimizer.zero_grad()
 
 
 def measured(config: RunConfig[Method], device: torch.device) -> dict[str, int]:

@@ -51,11 +51,11 @@ def configured_row(row: str) -> str:
 
 def merge_times(training: Training, repeat: int) -> list[float]:
     """Milliseconds of each merge of all layers; the first, untimed, loads what it needs."""
-    method, trainee = training.config.method, training.trainee
+    method, train_state = training.config.method, training.train_state
     rng = Rng(training.config.train.seed)
 
     def merge() -> None:
-        done = method.after_step(trainee.model, trainee.optimizer, EVERY, rng)
+        done = method.after_step(train_state.model, train_state.optimizer, EVERY, rng)
         assert done, f"{method.name} does nothing between steps"
 
     return [waited(merge, training.here.device) for _ in range(repeat + 1)][1:]
@@ -63,9 +63,9 @@ def merge_times(training: Training, repeat: int) -> list[float]:
 
 def exact_times(training: Training, repeat: int) -> list[float]:
     """Milliseconds by which an exact optimizer step is longer than the ordinary one before it."""
-    optimizer, device = training.trainee.optimizer, training.here.device
+    optimizer, device = training.train_state.optimizer, training.here.device
     assert isinstance(optimizer, LOROOptimizer)
-    training.trainee.passes(random_windows(training, 1))
+    training.train_state.passes(random_windows(training, 1))
     optimizer.rule = replace(optimizer.rule, exact_every=2, refresh_every=2)
     if optimizer.param_groups[0]["clock"] % 2:
         optimizer.step()

@@ -26,7 +26,7 @@ from peptrain.rng import Rng
 from peptrain.runs.checkpoint import available
 from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL, TRAIN, newest, small, small_run
-from peptrain.training.state import Trainee, restore
+from peptrain.training.state import TrainState, restore
 
 ALONE = World(0, 1, torch.device("cpu"))
 VECTORS = (".a", ".b", ".m", ".lambda_d", ".lambda_b")
@@ -102,7 +102,7 @@ def write_grid(folder: Path, corpus: Path, *blocks: Mapping[str, Any], **base: A
     return path
 
 
-def trainee_at(run: Path, step: int, scratch: Path) -> Trainee:
+def train_state_at(run: Path, step: int, scratch: Path) -> TrainState:
     """What training goes on from after `step` steps, made as every resume makes it."""
     shutil.copytree(run, scratch)
     for path in available(RunDir(scratch).checkpoints):

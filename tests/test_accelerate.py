@@ -15,7 +15,12 @@ from peptrain.config import TrainConfig
 from peptrain.distributed.world import World
 from peptrain.errors import ConfigError
 from peptrain.execution.attention import attend_without_masks
-from peptrain.execution.forward_backward import Eager, kernels_fuse, passes, records
+from peptrain.execution.forward_backward import (
+    EagerSteps,
+    make_forward_backward,
+    uses_cuda_graph,
+    uses_triton,
+)
 from peptrain.execution.graph_passes import StackThinLinears
 from peptrain.execution.loss import NextTokenLoss
 from peptrain.kernels.swiglu_mlp import FusedMLP
@@ -89,13 +94,13 @@ def test_what_cannot_run_is_an_error_that_names_the_setting(
     cpu = torch.device("cpu")
     loss = NextTokenLoss(build_model(ModelConfig(**SMALL), seq_len=16, seed=0))
     with pytest.raises(ConfigError, match=r"train\.cuda_graph"):
-        records(True, False, ALONE)
-    assert isinstance(passes(loss, "fp32", ALONE, recorded=False), Eager)
+        uses_cuda_graph(True, False, ALONE)
+    assert isinstance(make_forward_backward(loss, "fp32", ALONE, recorded=False), EagerSteps)
     with pytest.raises(ConfigError, match=r"train\.kernels.*fp64"):
-        kernels_fuse("triton", "fp64", cpu, recorded=True)
+        uses_triton("triton", "fp64", cpu, recorded=True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match=r"train\.kernels"):
-        kernels_fuse("triton", "fp32", cpu, recorded=True)
+        uses_triton("triton", "fp32", cpu, recorded=True)
     with pytest.raises(ConfigError, match=r"train\.memory_budget"):
         TrainConfig(memory_budget=0.5)
     with pytest.raises(ConfigError, match=r"train\.memory_budget"):
@@ -105,10 +110,10 @@ def test_what_cannot_run_is_an_error_that_names_the_setting(
 def test_auto_fuses_where_a_graph_is_recorded() -> None:
     gpu = torch.device("cuda")
     for recorded in (False, True):
-        assert kernels_fuse("auto", "bf16", gpu, recorded=recorded) == recorded
-    assert not kernels_fuse("auto", "fp64", gpu, recorded=True)
-    assert not kernels_fuse("torch", "bf16", gpu, recorded=True)
-    assert not kernels_fuse("auto", "bf16", torch.device("cpu"), recorded=True)
+        assert uses_triton("auto", "bf16", gpu, recorded=recorded) == recorded
+    assert not uses_triton("auto", "fp64", gpu, recorded=True)
+    assert not uses_triton("torch", "bf16", gpu, recorded=True)
+    assert not uses_triton("auto", "bf16", torch.device("cpu"), recorded=True)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -117,10 +122,10 @@ def test_auto_fuses_where_a_graph_is_recorded() -> None:
 def test_a_graph_comes_with_compile_on_one_gpu(compile: bool, ranks: int, device: str) -> None:
     here = World(0, ranks, torch.device(device))
     can = device == "cuda" and ranks == 1
-    assert records(None, compile, here) == (compile and can)
-    assert not records(False, compile, here)
+    assert uses_cuda_graph(None, compile, here) == (compile and can)
+    assert not uses_cuda_graph(False, compile, here)
     if can:
-        assert records(True, compile, here)
+        assert uses_cuda_graph(True, compile, here)
 
 
 def stacked(monkeypatch: pytest.MonkeyPatch, module: nn.Module, x: Tensor) -> list[int]:

@@ -142,7 +142,7 @@ def test_the_step_that_is_timed_is_the_trainers(
         windows = batches.batch(seed=0, step=i, rank=0, world=1, batch_size=4, seq_len=16)
         common.step(training, windows)
     saved = read(available(RunDir(run).checkpoints)[-1]).model
-    for key, p in training.trainee.model.named_parameters():
+    for key, p in training.train_state.model.named_parameters():
         torch.testing.assert_close(p.detach(), saved[key])
 
 

@@ -229,11 +229,11 @@ def test_each_phase_is_timed_with_its_merges(corpus: Path, monkeypatch: pytest.M
     """On a clock of our own: full steps take 2 s, others 1 and 10 more where merges are due."""
     now, seen = [0.0], []
 
-    def advance(trainee: Any, config: Any, corpus: Any, here: Any) -> tuple[Any, None, Any]:
-        trainee.step += 1
-        merges = trainee.phase == 1 and trainee.step % config.method.merge_every == 0
-        now[0] += 2.0 if trainee.phase == 0 else 11.0 if merges else 1.0
-        seen.append((trainee.phase, trainee.step, trainee.schedule(trainee.step)))
+    def advance(train_state: Any, config: Any, corpus: Any, here: Any) -> tuple[Any, None, Any]:
+        train_state.step += 1
+        merges = train_state.phase == 1 and train_state.step % config.method.merge_every == 0
+        now[0] += 2.0 if train_state.phase == 0 else 11.0 if merges else 1.0
+        seen.append((train_state.phase, train_state.step, train_state.schedule(train_state.step)))
         return SimpleNamespace(item=lambda: 0.0), None, {}
 
     monkeypatch.setattr(timing, "advance", advance)

@@ -371,9 +371,9 @@ def test_moments_come_back_in_the_dtype_that_they_had(
         train(tiny(name, corpus, run, train=settings), kill_at("checkpoint", 4))
     saved, config = newest(run), load(RunDir(run).config_file)
     alone = World(0, 1, torch.device("cpu"))
-    trainee = restore(config, RunDir(run), alone, saved.identity)
-    state = {"step": 4, "phase": trainee.phase, "identity": saved.identity}
-    back = capture(trainee.model, trainee.optimizer, **state)
+    train_state = restore(config, RunDir(run), alone, saved.identity)
+    state = {"step": 4, "phase": train_state.phase, "identity": saved.identity}
+    back = capture(train_state.model, train_state.optimizer, **state)
     assert differences(back, saved) == []
     wanted = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
     for n, moment in saved.optimizer.items():

@@ -548,7 +548,7 @@ def test_ctrl_c_elsewhere_is_no_traceback(
 
     for place in (
         "peptrain.data.prepare",
-        "peptrain.eval.run.evaluate_run",
+        "peptrain.eval.run.evaluate",
         "peptrain.exporting.export.export",
     ):
         monkeypatch.setattr(place, interrupted)

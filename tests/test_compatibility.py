@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import peptrain
 from peptrain.cli.app import main
 from peptrain.config import dump, load
-from peptrain.eval.run import evaluate_run
+from peptrain.eval.run import evaluate
 from peptrain.exporting.export import export
 from peptrain.exporting.factorised import load_factorised
 from peptrain.training.loop import resume
@@ -284,7 +284,7 @@ def test_a_factorised_export_of_the_old_code_has_the_same_logits(old: Old) -> No
 def test_an_old_run_is_evaluated_to_the_same_loss(name: str, old: Old, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(old.run(name), run)
-    result, row = evaluate_run(run), json.loads((run / "eval.json").read_text())[0]
+    result, row = evaluate(run), json.loads((run / "eval.json").read_text())[0]
     assert (result.loss, result.tokens) == (row["loss"], row["tokens"])
     assert row["step"] == STEPS and json.loads((run / "eval.json").read_text())[1] == row
 

@@ -12,7 +12,7 @@ from support import tiny
 from torch import Tensor, nn
 
 from peptrain.config import resolved
-from peptrain.estimation.dry_run import without_numbers
+from peptrain.estimation.dry_run import fake_tensors
 from peptrain.execution.loss import NextTokenLoss, has_plain_head, token_loss
 from peptrain.ops.cross_entropy import Scale, linear_cross_entropy, scale_
 from peptrain.runs.build import plain_model
@@ -250,7 +250,7 @@ def test_without_numbers_a_head_is_known_by_what_is_computed(
     given: dict[str, Any], tmp_path: Path
 ) -> None:
     """Granite divides by a scale of 1 too, which takes numbers to see."""
-    with without_numbers():
+    with fake_tensors():
         found = has_plain_head(model_of(config_json(tmp_path, **given)).train())
     assert found == (given in UNCHANGED and given["model_type"] != "granite")
 
@@ -277,5 +277,5 @@ class Halved(nn.Module):
 def test_a_scale_before_the_head_is_seen() -> None:
     assert has_plain_head(model_of({}))
     assert not has_plain_head(Halved(model_of({}, "bf16")))  # type: ignore[arg-type]
-    with without_numbers():
+    with fake_tensors():
         assert not has_plain_head(Halved(model_of({})))  # type: ignore[arg-type]

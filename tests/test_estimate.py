@@ -31,7 +31,7 @@ from peptrain.optim.adamw import clip_gradients
 from peptrain.rng import Rng
 from peptrain.runs.build import build
 from peptrain.testing import EVENT, MODEL
-from peptrain.training.state import Trainee, ready
+from peptrain.training.state import TrainState, prepare
 
 COUNTED = ("full", "bpt", "lora", "relora", "lowrank", "loro")
 """The methods of the closed forms."""
@@ -212,27 +212,29 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def trainee_of(config: RunConfig[Any]) -> Trainee:
+def train_state_of(config: RunConfig[Any]) -> TrainState:
     config = resolved(config, world_size=1, on_gpu=False)
     model = build(config, 0)
-    optimizer, passes = ready(model, config, ALONE, 0)
-    return Trainee(model, passes, optimizer, lambda step: 1.0, 0, 0, config.train.steps)  # type: ignore[arg-type]
+    optimizer, forward_backward = prepare(model, config, ALONE, 0)
+    return TrainState(
+        model, forward_backward, optimizer, lambda step: 1.0, 0, 0, config.train.steps
+    )  # type: ignore[arg-type]
 
 
-def step(trainee: Trainee, config: RunConfig[Any]) -> None:
+def step(train_state: TrainState, config: RunConfig[Any]) -> None:
     t = config.train
     windows = torch.zeros(t.batch_size, t.seq_len + 1, dtype=torch.long)
-    trainee.passes(torch.split(windows, t.micro_batch or t.batch_size))
-    clip_gradients(trainee.model, config.optim.clip)
-    trainee.optimizer.step()
-    trainee.optimizer.zero_grad()
+    train_state.forward_backward(torch.split(windows, t.micro_batch or t.batch_size))
+    clip_gradients(train_state.model, config.optim.clip)
+    train_state.optimizer.step()
+    train_state.optimizer.zero_grad()
 
 
-def there(trainee: Trainee) -> int:
+def there(train_state: TrainState) -> int:
     """Bytes of what a trainee holds between two steps, storages once."""
-    state = [t for s in trainee.optimizer.state.values() for t in s.values()]
-    held = [*trainee.model.parameters(), *trainee.model.buffers(), *state]
-    grads = [p.grad for p in trainee.model.parameters() if p.grad is not None]
+    state = [t for s in train_state.optimizer.state.values() for t in s.values()]
+    held = [*train_state.model.parameters(), *train_state.model.buffers(), *state]
+    grads = [p.grad for p in train_state.model.parameters() if p.grad is not None]
     storages = [t.untyped_storage() for t in [*held, *grads]]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
@@ -259,9 +261,9 @@ def test_the_peak_is_what_a_step_takes(name: str, case: dict[str, Any], tmp_path
     if "warm_start_steps" in method.__dataclass_fields__:
         method = replace(method, warm_start_steps=0)  # type: ignore[call-arg]
     config = config_of(method, SMALL, seq_len=64, **case)
-    trainee = trainee_of(config)
-    step(trainee, config)
-    measured = peak_of(lambda: step(trainee, config), there(trainee), tmp_path)
+    train_state = train_state_of(config)
+    step(train_state, config)
+    measured = peak_of(lambda: step(train_state, config), there(train_state), tmp_path)
     predicted = estimate(config).phases[-1].step_peak_bytes
     # Where dtypes meet, a CPU makes a copy that nothing but its allocator sees: up to 7 %.
     tolerance = 0.1 if config.train.precision == "bf16-mixed" else 0.02
@@ -274,14 +276,14 @@ def test_a_merge_takes_what_was_foretold(name: str, tmp_path: Path) -> None:
         tiny_method(name, **({} if name == "bpt" else {"warm_start_steps": 0})), SMALL
     )
     (event,) = estimate(config).phases[-1].events
-    trainee = trainee_of(config)
-    step(trainee, config)
+    train_state = train_state_of(config)
+    step(train_state, config)
     method = resolved(config, world_size=1, on_gpu=False).method
 
     def merge() -> None:
-        assert method.after_step(trainee.model, trainee.optimizer, EVENT, Rng(0))
+        assert method.after_step(train_state.model, train_state.optimizer, EVENT, Rng(0))
 
-    assert event.peak_bytes == pytest.approx(peak_of(merge, there(trainee), tmp_path), rel=0.02)
+    assert event.peak_bytes == pytest.approx(peak_of(merge, there(train_state), tmp_path), rel=0.02)
 
 
 # What happens now and then.

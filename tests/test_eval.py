@@ -21,15 +21,15 @@ from peptrain.config import resolved
 from peptrain.data import Corpus, PrepareConfig, prepare
 from peptrain.distributed.world import World
 from peptrain.errors import ConfigError, DataError
-from peptrain.eval.perplexity import Evaluation, evaluate, evaluate_legacy
-from peptrain.eval.run import evaluate_run
+from peptrain.eval.perplexity import Evaluation, held_out_loss, held_out_loss_legacy
+from peptrain.eval.run import evaluate
 from peptrain.methods import METHODS
 from peptrain.models.hf import build_model
 from peptrain.testing import MODEL, small_corpus
 from peptrain.training.loop import train
 
 V = MODEL["vocab_size"]
-both_evaluators = pytest.mark.parametrize("measure", [evaluate, evaluate_legacy])
+both_evaluators = pytest.mark.parametrize("measure", [held_out_loss, held_out_loss_legacy])
 
 
 def draw(tokens: int, vocabulary: int = V) -> np.ndarray:
@@ -93,7 +93,7 @@ def network() -> Any:
 def test_perplexity_is_that_of_a_count_by_hand(network: Any, tokens: int, seq_len: int) -> None:
     ids = draw(tokens)
     losses = by_hand(network, ids, seq_len)
-    found = evaluate(network, ids, seq_len=seq_len, batch_size=3, precision="fp64")
+    found = held_out_loss(network, ids, seq_len=seq_len, batch_size=3, precision="fp64")
     assert found.tokens == len(losses) == tokens - 1
     # 1e-7 is what Hugging Face's norms lose by computing in fp32.
     assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
@@ -109,7 +109,7 @@ streams = given(n=st.integers(2, 70), L=st.integers(1, 20), rows=st.integers(1, 
 def test_batches_and_the_last_short_window_change_nothing(n: int, L: int, rows: int) -> None:
     model, ids = Model(), draw(n, 11)
     losses = by_hand(model, ids, L)
-    found = evaluate(model, ids, seq_len=L, batch_size=rows)  # type: ignore[arg-type]
+    found = held_out_loss(model, ids, seq_len=L, batch_size=rows)  # type: ignore[arg-type]
     assert close(found, Evaluation(sum(losses) / len(losses), n - 1))
 
 
@@ -117,7 +117,7 @@ def test_batches_and_the_last_short_window_change_nothing(n: int, L: int, rows: 
 @settings(max_examples=30, deadline=None)
 def test_nothing_is_padded_and_nothing_is_read_twice(n: int, L: int, rows: int) -> None:
     model = Model()
-    evaluate(model, draw(n, 11), seq_len=L, batch_size=rows)  # type: ignore[arg-type]
+    held_out_loss(model, draw(n, 11), seq_len=L, batch_size=rows)  # type: ignore[arg-type]
     assert sum(shape[0] * shape[1] for shape, _ in model.seen) == n - 1
     assert all(shape[0] <= rows and shape[1] <= L for shape, _ in model.seen)
 
@@ -141,18 +141,18 @@ def test_the_shares_of_the_ranks_add_up(ranks: int, n: int, L: int, rows: int) -
     model, ids = Model(), draw(n, 11)
     kwargs: Any = {"seq_len": L, "batch_size": rows}
     for rank in range(ranks):  # some may have no window at all
-        evaluate(model, ids, world=Share(rank, ranks, model.device), **kwargs)  # type: ignore[arg-type]
+        held_out_loss(model, ids, world=Share(rank, ranks, model.device), **kwargs)  # type: ignore[arg-type]
     loss, tokens = torch.stack(shares).sum(0).tolist()
-    assert close(evaluate(model, ids, **kwargs), Evaluation(loss / tokens, round(tokens)))  # type: ignore[arg-type]
+    assert close(held_out_loss(model, ids, **kwargs), Evaluation(loss / tokens, round(tokens)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("limit", [1, 7, 8, 9, 49, 50, 1000])
 def test_a_limit_is_a_number_of_predicted_tokens(limit: int) -> None:
     model, ids = Model(), draw(51, 11)
     kwargs: Any = {"seq_len": 8, "batch_size": 2}
-    found = evaluate(model, ids, limit=limit, **kwargs)  # type: ignore[arg-type]
+    found = held_out_loss(model, ids, limit=limit, **kwargs)  # type: ignore[arg-type]
     assert found.tokens == min(limit, 50)
-    assert found == evaluate(model, ids[: limit + 1], **kwargs)  # type: ignore[arg-type]
+    assert found == held_out_loss(model, ids[: limit + 1], **kwargs)  # type: ignore[arg-type]
 
 
 def test_the_older_evaluator_divides_the_batches_means_by_one_too_many() -> None:
@@ -162,11 +162,11 @@ def test_the_older_evaluator_divides_the_batches_means_by_one_too_many() -> None
     for batch_size, cuts in {1: (8, 16, 24, 32, 40), 2: (16, 32, 40), 5: (40,)}.items():
         means = [float(part.mean()) for part in np.split(np.array(losses), cuts)]
         wanted = sum(means) / (len(means) + 1)
-        legacy = evaluate_legacy(model, ids, seq_len=8, batch_size=batch_size)  # type: ignore[arg-type]
+        legacy = held_out_loss_legacy(model, ids, seq_len=8, batch_size=batch_size)  # type: ignore[arg-type]
         assert close(legacy, Evaluation(wanted, len(losses)))
         found[batch_size] = legacy.loss
     assert found[5] < found[2] < found[1]
-    right = evaluate(model, ids, seq_len=8, batch_size=1)  # type: ignore[arg-type]
+    right = held_out_loss(model, ids, seq_len=8, batch_size=1)  # type: ignore[arg-type]
     assert all(loss < right.loss for loss in found.values())
 
 
@@ -199,7 +199,7 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity() -> No
     model = build_model(config.model, seq_len=16, seed=0)
     nn.init.zeros_(model.get_output_embeddings().weight)
     for precision in ("fp32", "bf16-mixed"):
-        found = evaluate(model, draw(100), seq_len=16, batch_size=4, precision=precision)
+        found = held_out_loss(model, draw(100), seq_len=16, batch_size=4, precision=precision)
         assert found.perplexity == pytest.approx(V, rel=1e-6)
 
 
@@ -228,7 +228,7 @@ def recorded(run: Path) -> list[dict[str, Any]]:
 def test_a_run_is_measured_as_it_was_at_its_end(name: str, runs: dict[str, Path]) -> None:
     (end,) = rows(runs[name], "end")
     for batch_size in (None, 1, 7):
-        found = evaluate_run(runs[name], batch_size=batch_size)
+        found = evaluate(runs[name], batch_size=batch_size)
         assert found.tokens == end["held_out_tokens"]
         # Trained factors against the folded weight, in fp32.
         assert found.loss == pytest.approx(end["held_out_loss"], abs=1e-5)
@@ -236,7 +236,7 @@ def test_a_run_is_measured_as_it_was_at_its_end(name: str, runs: dict[str, Path]
 
 def test_results_are_kept_beside_the_run(runs: dict[str, Path], corpus: Path) -> None:
     run, before = runs["full"], len(recorded(runs["full"]))
-    plain, legacy = evaluate_run(run), evaluate_run(run, legacy=True, batch_size=2)
+    plain, legacy = evaluate(run), evaluate(run, legacy=True, batch_size=2)
     first, second = recorded(run)[before:]
     assert (first["loss"], first["perplexity"], first["tokens"]) == (
         plain.loss, plain.perplexity, plain.tokens
@@ -295,7 +295,7 @@ def other(runs: dict[str, Path], tmp_path: Path) -> Iterator[Path]:
 
 def test_another_corpus_can_be_measured(runs: dict[str, Path], other: Path) -> None:
     run = runs["bpt"]
-    own, found = evaluate_run(run), evaluate_run(run, data=other)
+    own, found = evaluate(run), evaluate(run, data=other)
     assert found.tokens == len(Corpus.open(other).held_out()) - 1 != own.tokens
     assert found.loss != own.loss
     assert recorded(run)[-1]["data"] == Corpus.open(other).fingerprint
@@ -305,7 +305,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(runs: dict[str, Path], tmp_pat
     foreign = small_corpus(tmp_path, words=2000)  # other merges: its ids mean other words
     before = recorded(runs["bpt"])
     with pytest.raises(DataError, match=r"another tokenizer than the run's.*--tokenizer .*bpt/tok"):
-        evaluate_run(runs["bpt"], data=foreign)
+        evaluate(runs["bpt"], data=foreign)
     assert recorded(runs["bpt"]) == before
 
 
@@ -314,10 +314,10 @@ def test_ids_that_the_model_lacks_are_named(corpus: Path, other: Path, tmp_path:
     assert known <= Corpus.open(corpus).max_id
     train(tiny("full", other, tmp_path / "run", model={"vocab_size": known}, train={"steps": 1}))
     with pytest.raises(DataError, match=rf"token id \d+ occurs in it, and .* is {known}"):
-        evaluate_run(tmp_path / "run", data=corpus)
+        evaluate(tmp_path / "run", data=corpus)
 
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_of_nothing_is_refused(runs: dict[str, Path], size: int) -> None:
     with pytest.raises(ConfigError, match=rf"--batch-size: {size} can't be used; give 1 or more"):
-        evaluate_run(runs["full"], batch_size=size)
+        evaluate(runs["full"], batch_size=size)

@@ -19,7 +19,7 @@ from peptrain.cli.app import main
 from peptrain.cli.progress import fitting
 from peptrain.config import RunConfig, TrainConfig
 from peptrain.errors import ConfigError
-from peptrain.estimation.dry_run import Rehearsal
+from peptrain.estimation.dry_run import DryRun
 from peptrain.estimation.estimate import estimate
 from peptrain.estimation.memory_fit import _largest
 from peptrain.methods import BPT, LORO, Full, LowRank, ReLoRA
@@ -60,13 +60,13 @@ def test_the_largest_of_any_ascending_peaks_is_found(
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The micro-batches of the steps that are rehearsed."""
     made: list[int] = []
-    whole = Rehearsal.step_peak
+    whole = DryRun.step_peak
 
-    def counted(self: Rehearsal, micro_batch: int) -> int:
+    def counted(self: DryRun, micro_batch: int) -> int:
         made.append(micro_batch)
         return whole(self, micro_batch)
 
-    monkeypatch.setattr(Rehearsal, "step_peak", counted)
+    monkeypatch.setattr(DryRun, "step_peak", counted)
     return made
 
 
@@ -93,21 +93,21 @@ def test_where_what_stays_is_too_much_no_step_is_rehearsed(trials: list[int]) ->
 def test_a_step_that_accumulates_holds_the_gradients_of_the_first_micro_batch() -> None:
     """Against both micro-batches, one after the other."""
     config = run_of(BPT(rank=4), WIDE, batch_size=6, micro_batch=2, seq_len=32)
-    whole = Rehearsal.step_peak
+    whole = DryRun.step_peak
 
-    def both(self: Rehearsal, micro_batch: int) -> int:
+    def both(self: DryRun, micro_batch: int) -> int:
         windows = torch.zeros(self.rows, self.config.train.seq_len + 1, dtype=torch.long)
         with self._live(windows) as live:
-            self.passes(torch.split(windows, micro_batch))
+            self.forward_backward(torch.split(windows, micro_batch))
             self._step()
         return live.peak
 
     quick = estimate(config).phases[0].step_peak_bytes
     try:
-        Rehearsal.step_peak = both  # type: ignore[method-assign]
+        DryRun.step_peak = both  # type: ignore[method-assign]
         assert estimate(config).phases[0].step_peak_bytes == quick
     finally:
-        Rehearsal.step_peak = whole  # type: ignore[method-assign]
+        DryRun.step_peak = whole  # type: ignore[method-assign]
 
 
 # What is said when nothing fits.

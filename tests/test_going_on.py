@@ -14,7 +14,7 @@ from peptrain.methods.targets import TargetedMethod
 from peptrain.models.hf import ModelConfig
 from peptrain.runs.directory import RunDir
 from peptrain.testing import EVENT, STEPS, differences, newest
-from peptrain.training.init_from import adopting, initial_weights
+from peptrain.training.init_from import initial_weights, with_inherited_model
 from peptrain.training.loop import resume, train
 
 MERGES_LAST = 2 * EVENT
@@ -104,10 +104,10 @@ def test_freezing_random_embeddings_is_warned_of(
     for name, cls in METHODS.items():
         if issubclass(cls, TargetedMethod):
             caplog.clear()
-            adopting(tiny(tiny_method(name, train_rest=False), corpus))
+            with_inherited_model(tiny(tiny_method(name, train_rest=False), corpus))
             assert said(caplog, "method.train_rest", "--init-from")
             caplog.clear()
-            adopting(tiny(name, corpus))
+            with_inherited_model(tiny(name, corpus))
             assert not caplog.messages
 
 
@@ -128,10 +128,10 @@ def test_a_preset_that_is_given_is_not_overruled(corpus: Path, tmp_path: Path) -
     named = replace(
         tiny("full", corpus), init_from=tmp_path / "source", model=ModelConfig(preset="tiny")
     )
-    config = resolved(adopting(named), world_size=1, on_gpu=False)
+    config = resolved(with_inherited_model(named), world_size=1, on_gpu=False)
     with pytest.raises(ConfigError, match="init_from"):
         initial_weights(config)
     alone = replace(named, model=ModelConfig())
-    assert adopting(alone).model.hidden_size == 16
+    assert with_inherited_model(alone).model.hidden_size == 16
     train(replace(alone, run=tmp_path / "run"))
     assert load(RunDir(tmp_path / "run").config_file).model.preset == "tiny"

@@ -11,7 +11,7 @@ from support import tiny, tiny_method
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peptrain.adaptation import adapt
-from peptrain.eval.run import evaluate_run
+from peptrain.eval.run import evaluate
 from peptrain.execution.attention import attend_without_masks
 from peptrain.execution.compile import compile_layers
 from peptrain.execution.loss import token_loss
@@ -21,7 +21,7 @@ from peptrain.methods.base import Method
 from peptrain.ops.cross_entropy import linear_cross_entropy, softmax_
 from peptrain.ops.riemannian_gram import gram_steps_
 from peptrain.ops.spectral import semi_orthogonal
-from peptrain.optim.loro import LOROOptimizer, Rule
+from peptrain.optim.loro import LOROOptimizer, LORORule
 from peptrain.testing import losses, newest
 from peptrain.training.loop import resume, train
 
@@ -61,7 +61,7 @@ def test_a_run_trains_resumes_and_leaves_the_gpu(
     again = newest(run)
     for key, value in finished.model.items():
         torch.testing.assert_close(again.model[key], value, rtol=0.02, atol=2e-3)
-    held_out = evaluate_run(run, device="cuda")
+    held_out = evaluate(run, device="cuda")
     assert held_out.loss == pytest.approx(result.held_out.loss, rel=2e-2)
     export(run, tmp_path / "out")
 
@@ -111,7 +111,7 @@ def test_a_recorded_run_resumes(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_loros_ordinary_step_is_that_of_the_cpu(dtype: torch.dtype) -> None:
     """Its kernel gets a step count of infinity, which every device must take for no correction."""
-    rule = Rule(0, 0, "riemannian", "adam", "adam", 1e-6, "none")
+    rule = LORORule(0, 0, "riemannian", "adam", "adam", 1e-6, "none")
     found = []
     for device in ("cpu", "cuda"):
         params = [torch.nn.Parameter(torch.randn(9, 7, generator=seeded(i))) for i in range(4)]

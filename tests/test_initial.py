@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from peptrain.config import RunConfig, load, resolved
 from peptrain.data import Corpus
 from peptrain.errors import CheckpointError, ConfigError, PeptrainError
-from peptrain.eval.run import evaluate_run
+from peptrain.eval.run import evaluate
 from peptrain.execution.loss import token_loss
 from peptrain.exporting.export import export
 from peptrain.methods import METHODS
@@ -32,7 +32,7 @@ from peptrain.models.sites import reparametrized
 from peptrain.runs.build import build, open_run, plain_model
 from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL, differences, losses, newest
-from peptrain.training.init_from import adopting, initial_weights
+from peptrain.training.init_from import initial_weights, with_inherited_model
 from peptrain.training.loop import resume, train
 
 KEEP_THE_FUNCTION = ["full", "bpt", "lora", "relora", "dora", "vera", "hyperadapt"]
@@ -56,7 +56,7 @@ def starting(
 
 
 def built(config: RunConfig[Any], phase: int = 0) -> Any:
-    config = resolved(adopting(config), world_size=1, on_gpu=False)
+    config = resolved(with_inherited_model(config), world_size=1, on_gpu=False)
     return build(config, phase, initial_weights(config))
 
 
@@ -198,7 +198,7 @@ def test_a_model_that_is_given_and_agrees_is_as_good(
     sources: dict[str, Path], corpus: Path
 ) -> None:
     config = starting("full", sources["full"], corpus, model=MODEL)
-    assert adopting(config) == config
+    assert with_inherited_model(config) == config
     assert_close(logits(built(config)), logits(model_of(sources["full"])), rtol=0, atol=0)
 
 
@@ -241,7 +241,7 @@ def test_once_there_is_a_checkpoint_the_source_may_go(
     assert differences(*(newest(tmp_path / x) for x in ("run", "whole"))) == []
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     (end,) = rows(tmp_path / "run", "end")
-    assert evaluate_run(tmp_path / "run").loss == pytest.approx(end["held_out_loss"], abs=1e-6)
+    assert evaluate(tmp_path / "run").loss == pytest.approx(end["held_out_loss"], abs=1e-6)
     exported = model_of(export(tmp_path / "run", tmp_path / "out"))
     assert_close(logits(exported), logits(open_run(tmp_path / "run").model), rtol=0, atol=1e-5)
 

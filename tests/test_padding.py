@@ -15,7 +15,7 @@ from support import tiny, tiny_method
 from torch import Tensor, nn
 
 import peptrain.training.state
-from peptrain.estimation.dry_run import without_numbers
+from peptrain.estimation.dry_run import fake_tensors
 from peptrain.execution.compile import checkpoint_activations
 from peptrain.execution.loss import NextTokenLoss
 from peptrain.execution.padding import _Padded, pad_mlps, widen_mlps
@@ -303,7 +303,7 @@ def test_a_rank_that_is_the_width_is_left_alone() -> None:
 
 
 def test_a_model_without_numbers_is_padded_untried() -> None:
-    with without_numbers():
+    with fake_tensors():
         stack = Stack(MLP(), MLP())
         assert pad_mlps(stack, tried=False) == 2
         x = torch.zeros(2, 16, dtype=torch.float64)

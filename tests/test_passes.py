@@ -8,7 +8,7 @@ from support import ALONE
 from torch import Tensor, nn
 
 from peptrain.errors import ConfigError, Unsupported
-from peptrain.execution.forward_backward import Eager, Passes, Replayed
+from peptrain.execution.forward_backward import CUDAGraphSteps, EagerSteps, ForwardBackward
 
 
 class Dropped(nn.Module):
@@ -50,8 +50,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph", recording)
 
 
-def replayed(error: Exception | None = None) -> Passes:
-    return Replayed(Eager(Dropped(error), "fp32", ALONE))
+def replayed(error: Exception | None = None) -> ForwardBackward:
+    return CUDAGraphSteps(EagerSteps(Dropped(error), "fp32", ALONE))
 
 
 def test_memory_that_runs_out_is_not_taken_for_a_pass_that_cannot_be_recorded() -> None:
@@ -66,7 +66,7 @@ def test_what_cannot_be_recorded_is_named_by_its_first_error() -> None:
 
 def test_the_warm_up_gives_back_what_dropout_drew() -> None:
     """Or the first step after a resume, which records, would differ from an uninterrupted run's."""
-    made = Replayed(Eager(Dropped(), "fp32", ALONE))
+    made = CUDAGraphSteps(EagerSteps(Dropped(), "fp32", ALONE))
     made.windows, made.share = torch.zeros(2, 5), 1.0
     before = torch.get_rng_state()
     made._warm_up()

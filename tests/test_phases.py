@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import AddedLinear, Killed, Toy, kill_at, rows, tiny, trainee_at
+from support import AddedLinear, Killed, Toy, kill_at, rows, tiny, train_state_at
 
 import peptrain.methods
 from peptrain.config import load
@@ -67,9 +67,9 @@ def test_going_back_to_dense_weights_keeps_the_function(whole: Path) -> None:
 def test_moments_and_clocks_stay_with_the_parameters_that_keep_their_name(
     whole: Path, tmp_path: Path
 ) -> None:
-    trainee, saved = trainee_at(whole, WARM, tmp_path / "run"), at(whole, WARM)
-    assert (trainee.phase, trainee.step, trainee.end) == (1, WARM, STEPS)
-    model, state = trainee.model, trainee.optimizer.state
+    train_state, saved = train_state_at(whole, WARM, tmp_path / "run"), at(whole, WARM)
+    assert (train_state.phase, train_state.step, train_state.end) == (1, WARM, STEPS)
+    model, state = train_state.model, train_state.optimizer.state
     stay = {n: p for n, p in model.named_parameters() if n in saved.model and p.requires_grad}
     assert {n.split(".")[-2] for n in stay} == {
         "embed_tokens", "input_layernorm", "post_attention_layernorm", "norm", "lm_head"
@@ -82,14 +82,14 @@ def test_moments_and_clocks_stay_with_the_parameters_that_keep_their_name(
 
 
 def test_what_the_new_phase_freezes_leaves_the_optimizer(whole: Path, tmp_path: Path) -> None:
-    trainee = trainee_at(whole, WARM, tmp_path / "run")
-    held = {id(p) for group in trainee.optimizer.param_groups for p in group["params"]}
-    layers = list(reparametrized(trainee.model))
+    train_state = train_state_at(whole, WARM, tmp_path / "run")
+    held = {id(p) for group in train_state.optimizer.param_groups for p in group["params"]}
+    layers = list(reparametrized(train_state.model))
     for layer in layers:
         assert isinstance(layer, AddedLinear)
         assert id(layer.weight) not in held and not layer.weight.requires_grad
         assert id(layer.A) in held and id(layer.B) in held
-    assert held == {id(p) for p in trainee.model.parameters() if p.requires_grad}
+    assert held == {id(p) for p in train_state.model.parameters() if p.requires_grad}
     frozen = [f"{layer.site}.weight" for layer in layers]
     boundary, end = at(whole, WARM).model, at(whole, STEPS).model
     assert all(same(end[n], boundary[n]) for n in frozen)

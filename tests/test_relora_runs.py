@@ -11,12 +11,12 @@ from byhand import zero_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow import algebra
-from support import Killed, kill_at, rows, tiny, trainee_at
+from support import Killed, kill_at, rows, tiny, train_state_at
 from torch import nn
 
 from peptrain.config import RunConfig, resolved
 from peptrain.errors import ConfigError
-from peptrain.eval.run import evaluate_run
+from peptrain.eval.run import evaluate
 from peptrain.methods.lora import LoRA, LoRALinear
 from peptrain.methods.relora import ReLoRA
 from peptrain.models.sites import reparametrized
@@ -205,12 +205,12 @@ def test_after_a_merge_and_a_resume_a_step_without_gradients_leaves_b_at_0(
     method = ReLoRA(rank=2, warm_start_steps=2, merge_every=2)
     train(tiny(method, corpus, tmp_path / "run", train=EACH))
     for step, still in ((4, True), (5, False)):
-        trainee = trainee_at(tmp_path / "run", step, tmp_path / f"at {step}")
-        zero_gradients(trainee.model)
-        set_lr(trainee.optimizer, 1.0)
-        before = {n: p.detach().clone() for n, p in trainee.model.named_parameters()}
-        trainee.optimizer.step()
-        for layer in reparametrized(trainee.model):
+        train_state = train_state_at(tmp_path / "run", step, tmp_path / f"at {step}")
+        zero_gradients(train_state.model)
+        set_lr(train_state.optimizer, 1.0)
+        before = {n: p.detach().clone() for n, p in train_state.model.named_parameters()}
+        train_state.optimizer.step()
+        for layer in reparametrized(train_state.model):
             assert isinstance(layer, LoRALinear)
             assert torch.equal(layer.B, before[f"{layer.site}.B"]) is still
             assert still is not bool(layer.B.any())
@@ -219,20 +219,22 @@ def test_after_a_merge_and_a_resume_a_step_without_gradients_leaves_b_at_0(
 def test_the_switch_keeps_the_moments_of_what_trains_on_and_drops_those_of_w(
     whole: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    saved, trainee = at(whole, 2), trainee_at(whole, 2, tmp_path / "run")
-    assert (saved.phase, trainee.phase, trainee.end) == (0, 1, STEPS)
-    names = {p: n for n, p in trainee.model.named_parameters()}
-    held = {f"{names[p]}/{k}": v for p, s in trainee.optimizer.state.items() for k, v in s.items()}
+    saved, train_state = at(whole, 2), train_state_at(whole, 2, tmp_path / "run")
+    assert (saved.phase, train_state.phase, train_state.end) == (0, 1, STEPS)
+    names = {p: n for n, p in train_state.model.named_parameters()}
+    held = {
+        f"{names[p]}/{k}": v for p, s in train_state.optimizer.state.items() for k, v in s.items()
+    }
     rest = {k for k in saved.optimizer if "_proj." not in k}
     assert held.keys() == rest and len(rest) == 3 * (2 + 2 * 2 + 1)
     assert all(same(held[k], saved.optimizer[k]) for k in rest)
-    in_groups = {id(p) for g in trainee.optimizer.param_groups for p in g["params"]}
-    for layer in reparametrized(trainee.model):
+    in_groups = {id(p) for g in train_state.optimizer.param_groups for p in g["params"]}
+    for layer in reparametrized(train_state.model):
         assert same(layer.weight.detach(), saved.model[f"{layer.site}.weight"])
         assert id(layer.weight) not in in_groups and id(layer.A) in in_groups
     fresh = ReLoRA(rank=2, warm_start_steps=2, warm_start_then="fresh")
     train(tiny(fresh, corpus, tmp_path / "fresh", train=EACH))
-    assert not trainee_at(tmp_path / "fresh", 2, tmp_path / "copy").optimizer.state
+    assert not train_state_at(tmp_path / "fresh", 2, tmp_path / "copy").optimizer.state
 
 
 def test_dropout_is_a_function_of_the_seed_and_evaluation_has_none(
@@ -246,7 +248,7 @@ def test_dropout_is_a_function_of_the_seed_and_evaluation_has_none(
     train(wild(corpus, tmp_path / "other", train={"seed": 1}))
     assert losses(tmp_path / "other") != losses(whole)
     (end,) = rows(whole, "end")
-    assert evaluate_run(whole).loss == pytest.approx(end["held_out_loss"], abs=1e-6)
+    assert evaluate(whole).loss == pytest.approx(end["held_out_loss"], abs=1e-6)
 
 
 def test_dropout_begins_with_the_adapters_and_changes_the_training(

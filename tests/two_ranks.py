@@ -22,10 +22,12 @@ def main(corpus: Path, out: Path) -> None:
     for method in (*METHODS, Toy()):
         name = method if isinstance(method, str) else method.name
 
-        def keeping(config: Any, trainee: Any, *rest: Any, name: str = name, **named: Any) -> Any:
-            weights = {n: p.detach().contiguous() for n, p in trainee.model.named_parameters()}
+        def keeping(
+            config: Any, train_state: Any, *rest: Any, name: str = name, **named: Any
+        ) -> Any:
+            weights = {n: p.detach().contiguous() for n, p in train_state.model.named_parameters()}
             save_file(weights, out / f"{name}-rank{rank}.safetensors")
-            return evaluate(config, trainee, *rest, **named)
+            return evaluate(config, train_state, *rest, **named)
 
         trainer._evaluate = keeping
         trainer.train(tiny(method, corpus, out / name, train=SPREAD))

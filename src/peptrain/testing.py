@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from peptrain.config import DataConfig, RunConfig, TrainConfig, dump, parse, resolved
 from peptrain.data import PrepareConfig, prepare
-from peptrain.eval.run import evaluate_run
+from peptrain.eval.run import evaluate
 from peptrain.execution.loss import NextTokenLoss
 from peptrain.exporting.export import export
 from peptrain.methods import METHODS
@@ -335,7 +335,7 @@ def a_run_is_evaluated_and_exported(method: Method, corpus: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         end = train(small_run(method, corpus, run)).held_out.loss
-        assert abs(evaluate_run(run).loss - end) <= 1e-6 * end
+        assert abs(evaluate(run).loss - end) <= 1e-6 * end
         export(run, Path(folder, "out"), "dense" if method.has_dense_equivalent else "factorised")
 
 

@@ -266,12 +266,10 @@ def _eval(
         device: auto takes a GPU if there is one.
     """
     from peptrain.distributed.world import world
-    from peptrain.eval.run import evaluate_run
+    from peptrain.eval.run import evaluate
 
     with world(device) as here:
-        result = evaluate_run(
-            run, data=data, batch_size=batch_size, legacy=legacy, device=here.device
-        )
+        result = evaluate(run, data=data, batch_size=batch_size, legacy=legacy, device=here.device)
     note = " (legacy: divided by batches + 1, which flatters the model)" if legacy else ""
     console.print(
         f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from peptrain.data.prepare import Progress as Preparation
+from peptrain.data.prepare import ProgressReport
 
 if TYPE_CHECKING:
     from peptrain.comparison.workers import Status
@@ -119,14 +119,14 @@ class _BarAndState(Progress):
 
 
 @contextmanager
-def preparing(console: Console) -> Iterator[Callable[[Preparation], None]]:
+def preparing(console: Console) -> Iterator[Callable[[ProgressReport], None]]:
     """A bar over the work where its end is known; documents, tokens and tokens/s so far."""
     columns = (TextColumn("preparing"), BarColumn(bar_width=20), TimeRemainingColumn())
     with _BarAndState(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None, state="")
         since, before = time.monotonic(), -1
 
-        def show(done: Preparation) -> None:
+        def show(done: ProgressReport) -> None:
             nonlocal since, before
             now = time.monotonic()
             if before < 0:  # what was finished before an interruption is not of this pace
@@ -138,7 +138,7 @@ def preparing(console: Console) -> Iterator[Callable[[Preparation], None]]:
         yield show
 
 
-def preparation_state(done: Preparation, seconds: float, before: int) -> str:
+def preparation_state(done: ProgressReport, seconds: float, before: int) -> str:
     """Documents, tokens, and the pace of the tokens since there were `before`, seconds ago."""
     pace = f"  {(done.tokens - before) / seconds:,.0f} tok/s" if seconds > 0 else ""
     return f"{done.documents:,} documents  {done.tokens:,} tokens{pace}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-from peptrain.comparison.grid import Grid, GridRun, check
+from peptrain.comparison.grid import Grid, GridRun, check_comparable
 from peptrain.comparison.workers import Job, work
 from peptrain.config import dump
 from peptrain.errors import CheckpointError, ConfigError, Interrupted, PeptrainError
@@ -65,7 +65,7 @@ def allot(grid: Grid, costs: Costs) -> list[GridRun]:
         steps, price = known[run.family]
         run = run.lasting(steps)
         made.append(replace(run, cost=price(run)))
-    check(made, grid.equal)
+    check_comparable(made, grid.equal)
     return made
 
 

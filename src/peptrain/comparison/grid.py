@@ -18,7 +18,7 @@ from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
 from peptrain.settings import toml
 from peptrain.settings.fields import quiet
-from peptrain.training.init_from import adopting
+from peptrain.training.init_from import with_inherited_model
 
 Equal = Literal["tokens", "flops", "time"]
 """What the runs of a grid have in common, that their losses compare."""
@@ -168,7 +168,7 @@ def expand(table: Mapping[str, Any]) -> Grid:
             raise ConfigError(f"[[grid]] {number}: {error}") from error
     grid = Grid([run for runs in of_block for run in runs], equal)
     if equal == "tokens":
-        check(grid.runs, equal)
+        check_comparable(grid.runs, equal)
     else:
         at = next(n for n, runs in enumerate(of_block) if grid.baseline in runs)
         _check_steps(common, own, at, grid)
@@ -237,7 +237,7 @@ def _of_block(common: Mapping[str, Any], own: Mapping[str, Any], equal: Equal) -
             raise ConfigError(f"{key}: a list of tables; write a [[grid]] block for each of them")
     for chosen in product(*choices):
         flat = dict(zip(given, chosen, strict=True))
-        written = adopting(parse(_nested(flat)))
+        written = with_inherited_model(parse(_nested(flat)))
         settings = {k: v for k, v in flat.items() if k in shown and k not in hidden}
         # Of steps that aren't its own yet nothing true could be said.
         with nullcontext() if equal == "tokens" else quiet():
@@ -256,7 +256,7 @@ def _pairs(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"{key.removeprefix('method.')}={spelt}"
 
 
-def check(runs: Sequence[GridRun], equal: Equal) -> None:
+def check_comparable(runs: Sequence[GridRun], equal: Equal) -> None:
     """Raise ConfigError for runs that don't compare, once their steps are known."""
     _check_different(runs)
     _check_same(runs, CONTEXT)

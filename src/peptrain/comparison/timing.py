@@ -24,7 +24,7 @@ from peptrain.optim import schedule
 from peptrain.runs.build import bounds, build
 from peptrain.settings.fields import intervals
 from peptrain.training.loop import advance
-from peptrain.training.state import Trainee, check_vocabulary, ready
+from peptrain.training.state import TrainState, check_vocabulary, prepare
 
 BEFORE = 5
 """Steps of a phase that aren't counted: in them all is compiled and recorded."""
@@ -54,22 +54,22 @@ def _of_phase(
     config = replace(config, method=replace(config.method, **often))
     model = build(config, phase)
     check_vocabulary(model, corpus)
-    optimizer, passes = ready(model, config, here, phase)
+    optimizer, forward_backward = prepare(model, config, here, phase)
     # Its warm-up may be longer than the run of which the steps are timed.
     base = schedule.build(replace(config.schedule, warmup=0), config.train.steps)
     still = replace(base, multiplier=lambda step: 0.0)
-    trainee = Trainee(model, passes, optimizer, still, phase, begin, end=sys.maxsize)
+    state = TrainState(model, forward_backward, optimizer, still, phase, begin, end=sys.maxsize)
     for _ in range(BEFORE):
-        _timed(trainee, config, corpus, here)
+        _timed(state, config, corpus, here)
     seconds: list[float] = []
     while len(seconds) < LEAST or sum(seconds) < SECONDS or len(seconds) % EVERY:
-        seconds.append(_timed(trainee, config, corpus, here))
+        seconds.append(_timed(state, config, corpus, here))
     return spread(seconds, min(every.values(), default=math.inf))
 
 
-def _timed(trainee: Trainee, config: RunConfig[Method], corpus: Corpus, here: World) -> float:
+def _timed(state: TrainState, config: RunConfig[Method], corpus: Corpus, here: World) -> float:
     begun = time.perf_counter()
-    loss, _, _ = advance(trainee, config, corpus, here)
+    loss, _, _ = advance(state, config, corpus, here)
     loss.item()  # the device has done all that was asked of it before
     return time.perf_counter() - begun
 

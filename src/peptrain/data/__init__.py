@@ -3,13 +3,13 @@
 from peptrain.data.config import PrepareConfig
 from peptrain.data.corpus import Corpus
 from peptrain.data.embedded import default_corpus, embedded_documents
-from peptrain.data.prepare import Prepared, Progress, prepare
+from peptrain.data.prepare import Prepared, ProgressReport, prepare
 
 __all__ = [
     "Corpus",
     "PrepareConfig",
     "Prepared",
-    "Progress",
+    "ProgressReport",
     "default_corpus",
     "embedded_documents",
     "prepare",

@@ -26,7 +26,7 @@ from peptrain.data.tokenizer import (
     train_tokenizer,
     vocabulary,
 )
-from peptrain.data.writer import LEAST_HELD_OUT, Journal, Writer
+from peptrain.data.writer import LEAST_HELD_OUT, Progress, Writer
 from peptrain.errors import DataError
 from peptrain.files import write_atomically
 
@@ -41,7 +41,7 @@ log = logging.getLogger("peptrain")
 
 
 @dataclass(frozen=True)
-class Progress:
+class ProgressReport:
     """How far a preparation is."""
 
     documents: int
@@ -72,7 +72,7 @@ class Prepared:
 
 
 def prepare(
-    config: PrepareConfig, on_progress: Callable[[Progress], None] | None = None
+    config: PrepareConfig, on_progress: Callable[[ProgressReport], None] | None = None
 ) -> Prepared:
     """Make a directory of token shards that `Corpus.open` reads.
 
@@ -94,13 +94,13 @@ def prepare(
         end_id(given, config.eos_token)  # a wrong name is better found before writing
     with _disk_errors_explained(config.out):
         sources = [*inputs.train, *inputs.held_out]
-        journal = Journal.open(config.out, _settings(config, inputs, given), len(sources))
-        resumed = any(taken.position is not None for taken in journal.taken)
+        progress = Progress.open(config.out, _settings(config, inputs, given), len(sources))
+        resumed = any(taken.position is not None for taken in progress.taken)
         tokenizer = _tokenizer_in(config, inputs, given)
-        writer = Writer(config.out, _id_type(tokenizer), journal)
+        writer = Writer(config.out, _id_type(tokenizer), progress)
         _pack(config, inputs, tokenizer, writer, on_progress)
         _warn_of_an_early_end(config, inputs, writer)
-        _warn_of_other_shares(config, journal)
+        _warn_of_other_shares(config, progress)
         index = _finish(config, sources, tokenizer, writer)
     return Prepared(
         path=config.out,
@@ -158,11 +158,11 @@ def _pack(
     inputs: Inputs,
     tokenizer: Tokenizer,
     writer: Writer,
-    on_progress: Callable[[Progress], None] | None,
+    on_progress: Callable[[ProgressReport], None] | None,
 ) -> None:
     """Encode every part after those of the journal, and write them."""
     eos = np.array([end_id(tokenizer, config.eos_token)], writer.dtype)
-    taken, most = writer.journal.taken, config.max_tokens or math.inf
+    taken, most = writer.progress.taken, config.max_tokens or math.inf
     for parts, room in ((inputs.training(taken), most), (inputs.apart(taken), math.inf)):
         for batch in _batches(parts):
             encoded = encode(tokenizer, [part.piece.text for part in batch], writer.dtype)
@@ -180,11 +180,11 @@ def _pack(
         writer.commit()
 
 
-def _progress(inputs: Inputs, writer: Writer, max_tokens: int | None) -> Progress:
-    taken = writer.journal.taken
+def _progress(inputs: Inputs, writer: Writer, max_tokens: int | None) -> ProgressReport:
+    taken = writer.progress.taken
     shares = [inputs.share_read(taken), writer.train_tokens / max_tokens if max_tokens else None]
     share = max((min(share, 1.0) for share in shares if share is not None), default=None)
-    return Progress(sum(t.documents for t in taken), writer.tokens, share)
+    return ProgressReport(sum(t.documents for t in taken), writer.tokens, share)
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
@@ -201,7 +201,7 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 def _warn_of_an_early_end(config: PrepareConfig, inputs: Inputs, writer: Writer) -> None:
-    tokens, taken = writer.train_tokens, writer.journal.taken
+    tokens, taken = writer.train_tokens, writer.progress.taken
     if config.max_tokens is not None and tokens >= config.max_tokens:
         return
     if config.weights:
@@ -217,8 +217,8 @@ def _warn_of_an_early_end(config: PrepareConfig, inputs: Inputs, writer: Writer)
         log.warning("max_tokens: %d wanted, and the inputs hold %d; give more", wanted, tokens)
 
 
-def _warn_of_other_shares(config: PrepareConfig, journal: Journal) -> None:
-    counts = [taken.text_bytes for taken in journal.taken[: len(config.weights)]]
+def _warn_of_other_shares(config: PrepareConfig, progress: Progress) -> None:
+    counts = [taken.text_bytes for taken in progress.taken[: len(config.weights)]]
     shares = [count / sum(counts) for count in counts]
     if any(abs(share - w) > FAR_OFF for share, w in zip(shares, config.weights, strict=True)):
         log.warning(
@@ -231,14 +231,14 @@ def _warn_of_other_shares(config: PrepareConfig, journal: Journal) -> None:
 def _finish(
     config: PrepareConfig, sources: Sequence[Source], tokenizer: Tokenizer, writer: Writer
 ) -> Index:
-    journal = writer.journal
-    if journal.settings["held_out"] and not journal.held_out_tokens:
+    progress = writer.progress
+    if progress.settings["held_out"] and not progress.held_out_tokens:
         writer.set_aside_tail(config.held_out)
-    if journal.held_out_tokens < LEAST_HELD_OUT:
+    if progress.held_out_tokens < LEAST_HELD_OUT:
         log.warning(
             "held_out: training needs %d held-out tokens or more, and this corpus has %d;"
             " prepare it with a larger --held-out, --held-out-inputs or more text",
-            *(LEAST_HELD_OUT, journal.held_out_tokens),
+            *(LEAST_HELD_OUT, progress.held_out_tokens),
         )
     train, held_out, max_id = writer.survey()
     index = Index(
@@ -246,14 +246,14 @@ def _finish(
         vocab_size=vocabulary(tokenizer),
         eos_id=end_id(tokenizer, config.eos_token),
         max_id=max_id,
-        documents=sum(taken.documents for taken in journal.taken),
-        held_out_documents=journal.held_out_documents,
-        text_bytes=sum(taken.text_bytes for taken in journal.taken),
+        documents=sum(taken.documents for taken in progress.taken),
+        held_out_documents=progress.held_out_documents,
+        text_bytes=sum(taken.text_bytes for taken in progress.taken),
         train=train,
         held_out=held_out,
         tokenizer_sha256=sha256((config.out / TOKENIZER).read_bytes()).hexdigest(),
-        settings={**journal.settings, "on_bad_utf8": config.on_bad_utf8},
-        sources=[_counts(*both) for both in zip(sources, journal.taken, strict=True)],
+        settings={**progress.settings, "on_bad_utf8": config.on_bad_utf8},
+        sources=[_counts(*both) for both in zip(sources, progress.taken, strict=True)],
     )
     index.save(config.out)
     (config.out / JOURNAL).unlink()

@@ -36,7 +36,7 @@ LEAST_HELD_OUT = 2  # tokens: a loss needs one to see and one to foretell
 
 
 @dataclass
-class Journal:
+class Progress:
     """How far a preparation has come; every count is of the whole corpus so far."""
 
     settings: dict[str, Any]
@@ -51,7 +51,7 @@ class Journal:
         write_json(directory / JOURNAL, asdict(self))
 
     @classmethod
-    def open(cls, directory: Path, settings: dict[str, Any], sources: int) -> Journal:
+    def open(cls, directory: Path, settings: dict[str, Any], sources: int) -> Progress:
         """The journal in `directory`, or a new one in a directory that is empty or made here.
 
         Raises ConfigError where something else lies there, or a journal with other settings.
@@ -65,28 +65,28 @@ class Journal:
             return cls._reopen(directory, settings)
         found = sorted(p.name for p in directory.iterdir() if p.name != f"{JOURNAL}.tmp")
         check(not found, "out", str(directory), f"{new}: this one holds {found[:1]}")
-        journal = cls(settings, [Taken() for _ in range(sources)])
-        journal.save(directory)
-        return journal
+        progress = cls(settings, [Taken() for _ in range(sources)])
+        progress.save(directory)
+        return progress
 
     @classmethod
-    def _reopen(cls, directory: Path, settings: dict[str, Any]) -> Journal:
+    def _reopen(cls, directory: Path, settings: dict[str, Any]) -> Progress:
         found = json.loads((directory / JOURNAL).read_bytes())
-        journal = cls(**found | {"taken": [Taken(**taken) for taken in found["taken"]]})
-        for key, begun in journal.settings.items():
+        progress = cls(**found | {"taken": [Taken(**taken) for taken in found["taken"]]})
+        for key, begun in progress.settings.items():
             if begun != (now := settings.get(key)):
                 raise ConfigError(
                     f"{key}: {now!r}, but the unfinished preparation in {directory} has {begun!r};"
                     " give the same settings to go on, or delete it"
                 )
-        return journal
+        return progress
 
 
 class Writer:
     """Sorts the ids of parts into training shards and the held-out file."""
 
-    def __init__(self, directory: Path, dtype: np.dtype[np.unsignedinteger], journal: Journal):
-        self.directory, self.dtype, self.journal = directory, dtype, journal
+    def __init__(self, directory: Path, dtype: np.dtype[np.unsignedinteger], progress: Progress):
+        self.directory, self.dtype, self.progress = directory, dtype, progress
         self._train: list[Ids] = []
         self._held_out: list[Ids] = []
         self._tokens = {True: 0, False: 0}  # in memory, held out or not
@@ -94,7 +94,7 @@ class Writer:
     @property
     def train_tokens(self) -> int:
         """Training tokens so far, on the disk or in memory."""
-        return sum(self.journal.shards) + self._tokens[False]
+        return sum(self.progress.shards) + self._tokens[False]
 
     @property
     def pending(self) -> int:
@@ -104,32 +104,32 @@ class Writer:
     @property
     def tokens(self) -> int:
         """All tokens so far, on the disk or in memory."""
-        return self.train_tokens + self.journal.held_out_tokens + self._tokens[True]
+        return self.train_tokens + self.progress.held_out_tokens + self._tokens[True]
 
     def reached(self, tokens: float) -> bool:
         """Whether there are so many training tokens, and the last part ended its document."""
-        return self.train_tokens >= tokens and not any(t.inside for t in self.journal.taken)
+        return self.train_tokens >= tokens and not any(t.inside for t in self.progress.taken)
 
     def add(self, part: Part, ids: Ids) -> None:
         (self._held_out if part.held_out else self._train).append(ids)
         self._tokens[part.held_out] += len(ids)
-        self.journal.taken[part.source].add(part.piece, len(ids))
-        self.journal.held_out_documents += part.piece.ends and part.held_out
+        self.progress.taken[part.source].add(part.piece, len(ids))
+        self.progress.held_out_documents += part.piece.ends and part.held_out
 
     def commit(self) -> None:
         """Put on the disk what is in memory, and then the journal."""
         if self._train:
-            name = shard_name(len(self.journal.shards))
+            name = shard_name(len(self.progress.shards))
             write_atomically(self.directory / name, (ids.data for ids in self._train))
-            self.journal.shards.append(self._tokens[False])
+            self.progress.shards.append(self._tokens[False])
         self._append_held_out()
-        self.journal.held_out_tokens += self._tokens[True]
-        self.journal.save(self.directory)
+        self.progress.held_out_tokens += self._tokens[True]
+        self.progress.save(self.directory)
         self._train, self._held_out = [], []
         self._tokens = {True: 0, False: 0}
 
     def _append_held_out(self) -> None:
-        start = self.journal.held_out_tokens * self.dtype.itemsize
+        start = self.progress.held_out_tokens * self.dtype.itemsize
         path = self.directory / HELD_OUT
         with path.open("ab") as file:
             if file.tell() < start:
@@ -147,7 +147,7 @@ class Writer:
         A process killed in here can do it all again: the tail is copied before any shard is cut,
         and cutting to a length twice is cutting once. Only the index counts what is left.
         """
-        lengths = np.array(self.journal.shards, np.int64)
+        lengths = np.array(self.progress.shards, np.int64)
         total = int(lengths.sum())
         moved = max(int(total * fraction), min(LEAST_HELD_OUT, total // 2))
         starts = lengths.cumsum() - lengths
@@ -162,13 +162,13 @@ class Writer:
                 os.truncate(shard, tokens * self.dtype.itemsize)
             else:
                 shard.unlink(missing_ok=True)
-        self.journal.shards = [tokens for tokens in kept if tokens]
-        self.journal.held_out_tokens = moved
+        self.progress.shards = [tokens for tokens in kept if tokens]
+        self.progress.held_out_tokens = moved
 
     def survey(self) -> tuple[tuple[TokenFile, ...], TokenFile, int]:
         """The finished training shards, the held-out file, and the largest id in any of them."""
-        names = [shard_name(number) for number in range(len(self.journal.shards))]
-        sizes = [*self.journal.shards, self.journal.held_out_tokens]
+        names = [shard_name(number) for number in range(len(self.progress.shards))]
+        sizes = [*self.progress.shards, self.progress.held_out_tokens]
         largest, files = 0, []
         for name, tokens in zip([*names, HELD_OUT], sizes, strict=True):
             path = self.directory / name

@@ -22,8 +22,8 @@ from peptrain.config import RunConfig
 from peptrain.distributed.world import World
 from peptrain.errors import Unsupported
 from peptrain.execution.attention import WHOLE_WINDOWS
-from peptrain.execution.counters import Assent, LiveBytes, Products, Shape, touches_tensors
-from peptrain.execution.forward_backward import Eager
+from peptrain.execution.counters import Assent, LiveBytes, MatrixShape, Products, touches_tensors
+from peptrain.execution.forward_backward import EagerSteps
 from peptrain.execution.padding import pad_mlps
 from peptrain.methods.base import Method
 from peptrain.models.hf import autocast, count_parameters
@@ -32,7 +32,7 @@ from peptrain.optim.adamw import clip_gradients
 from peptrain.rng import Rng
 from peptrain.runs.build import build, plain_model
 from peptrain.settings.fields import intervals
-from peptrain.training.state import ready
+from peptrain.training.state import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ KINDS = ("dense", "low_rank", "attention", "head")
 
 
 @contextmanager
-def without_numbers() -> Iterator[None]:
+def fake_tensors() -> Iterator[None]:
     """Tensors made here are fake: they have a shape and a dtype, and take no memory.
 
     Raises Unsupported where something looks at a number, since there are none.
@@ -78,7 +78,7 @@ class Event:
         return self.flops, *sorted(self.decompositions.items())
 
 
-class Plain:
+class DenseBaseline:
     """The dense model, as far as the method's is compared with it.
 
     Raises Unsupported for one with experts, of which a token meets a few that only numbers tell.
@@ -95,21 +95,21 @@ class Plain:
         self.parameters = count_parameters(model)
         self.embedding = sum(p.numel() for p in {t.weight for t in tables if t is not None})
         """Parameters of the input embedding and the output head, once when they are tied."""
-        self.sites: dict[str, Shape] = {site.name: site.shape for site in find_sites(model)}
+        self.sites: dict[str, MatrixShape] = {site.name: site.shape for site in find_sites(model)}
         self.sides = _sides(model)
 
 
-class Rehearsal:
+class DryRun:
     """One phase of a run, built and stepped as the trainer does it: uncompiled, on one device.
 
-    Made and used under `without_numbers`. The tensors are a CPU's for a GPU too, where their
+    Made and used under `fake_tensors`. The tensors are a CPU's for a GPU too, where their
     shapes and dtypes are the same; on a GPU MLPs are padded, and sizes rounded up.
     """
 
     def __init__(
         self,
         config: RunConfig[Method],
-        plain: Plain,
+        dense: DenseBaseline,
         phase: int,
         steps: range,
         *,
@@ -117,12 +117,12 @@ class Rehearsal:
         on_gpu: bool,
     ) -> None:
         """steps: of the phase. rows: of a step, on one rank."""
-        self.config, self.plain, self.rows, self.on_gpu = config, plain, rows, on_gpu
+        self.config, self.dense, self.rows, self.on_gpu = config, dense, rows, on_gpu
         self.begin, self.end = steps.start, steps.stop
         self.model = build(config, phase)
         _attend_without_masks(self.model)
         alone = World(0, 1, torch.device("cpu"))
-        self.optimizer, self.passes = ready(self.model, config, alone, phase)
+        self.optimizer, self.forward_backward = prepare(self.model, config, alone, phase)
         self._first_step()
         if on_gpu:
             pad_mlps(self.model, tried=False)
@@ -130,18 +130,18 @@ class Rehearsal:
     def _first_step(self) -> None:
         """From here on there are moments, and what forward and backward compute is known."""
         t = self.config.train
-        sides = self.plain.sides | _sides(self.model)
+        sides = self.dense.sides | _sides(self.model)
         rows = next(rows for rows in count(1) if rows * t.seq_len not in sides)
         self.tokens = rows * t.seq_len
-        modules: dict[nn.Module, Shape | None] = dict.fromkeys(decoder_layers(self.model)[1])
-        modules |= {self.model.get_submodule(name): at for name, at in self.plain.sites.items()}
+        modules: dict[nn.Module, MatrixShape | None] = dict.fromkeys(decoder_layers(self.model)[1])
+        modules |= {self.model.get_submodule(name): at for name, at in self.dense.sites.items()}
         self.forward, self.training = (Products(modules, self.tokens) for _ in range(2))
-        assert isinstance(self.passes, Eager) and t.precision is not None
+        assert isinstance(self.forward_backward, EagerSteps) and t.precision is not None
         windows = _windows(rows, t.seq_len)
         with torch.no_grad(), autocast(t.precision, torch.device("cpu")), self.forward.counting():
-            self.passes.loss(windows)
+            self.forward_backward.loss(windows)
         with self.training.counting():
-            self.passes([windows])
+            self.forward_backward([windows])
         self._moved = [p for p in self.model.parameters() if p.grad is not None]
         self.gradient_bytes = _bytes(p.grad for p in self._moved)
         groups = self.optimizer.param_groups
@@ -194,7 +194,7 @@ class Rehearsal:
         if len(parts) > 1:
             self._fill_gradients()
         with self._live(windows) as live:
-            self.passes(parts[:2][-1:])
+            self.forward_backward(parts[:2][-1:])
             self._step()
         peak: int = live.peak
         return peak

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from peptrain.config import RunConfig, resolved
-from peptrain.estimation.dry_run import without_numbers
-from peptrain.estimation.memory_fit import Fit, Watch, fit
-from peptrain.estimation.phases import Candidate, PhaseEstimate
+from peptrain.estimation.dry_run import fake_tensors
+from peptrain.estimation.memory_fit import MemoryFit, Watch, fit
+from peptrain.estimation.phases import PhaseEstimate, PhaseEstimator
 from peptrain.methods.base import Method
 from peptrain.settings.fields import check, each_line_once
-from peptrain.training.init_from import adopting
+from peptrain.training.init_from import with_inherited_model
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
@@ -28,7 +28,7 @@ class Estimate:
     ranks: int
     on_gpu: bool
     phases: tuple[PhaseEstimate, ...]
-    fit: Fit | None
+    fit: MemoryFit | None
 
     @property
     def tokens(self) -> int:
@@ -95,11 +95,11 @@ def estimate(
         device == "auto" and (gpu_memory is not None or torch.cuda.is_available())
     )
     check(ranks >= 1, "--ranks", ranks, "1 or more")
-    config = resolved(adopting(config), world_size=ranks, on_gpu=on_gpu)
-    with without_numbers(), each_line_once():
-        candidate = Candidate(config, ranks, on_gpu)
-        phases = tuple(candidate.phases())
-        found = None if gpu_memory is None else fit(candidate, gpu_memory, watch)
+    config = resolved(with_inherited_model(config), world_size=ranks, on_gpu=on_gpu)
+    with fake_tensors(), each_line_once():
+        estimator = PhaseEstimator(config, ranks, on_gpu)
+        phases = tuple(estimator.phases())
+        found = None if gpu_memory is None else fit(estimator, gpu_memory, watch)
     return Estimate(config, ranks, on_gpu, phases, found)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from peptrain.config import RunConfig
 from peptrain.errors import ConfigError
-from peptrain.estimation.phases import Candidate, PhaseEstimate
+from peptrain.estimation.phases import PhaseEstimate, PhaseEstimator
 from peptrain.methods.base import Method
 from peptrain.settings.fields import quiet
 
@@ -20,7 +20,7 @@ Watch = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryFit:
     """What fits into `gpu_memory` bytes."""
 
     gpu_memory: int
@@ -34,50 +34,50 @@ class Fit:
     """The configured one if it fits at some rank, else 1."""
 
 
-def fit(configured: Candidate, budget: int, watch: Watch) -> Fit:
+def fit(configured: PhaseEstimator, gpu_memory: int, watch: Watch) -> MemoryFit:
     """Raises ConfigError if no other micro-batch and no lower rank does."""
     with quiet():
-        return _Search(configured, budget, watch).fit()
+        return _Search(configured, gpu_memory, watch).fit()
 
 
 class _Search:
-    def __init__(self, configured: Candidate, budget: int, watch: Watch) -> None:
-        self.configured, self.budget, self.watch = configured, budget, watch
+    def __init__(self, configured: PhaseEstimator, gpu_memory: int, watch: Watch) -> None:
+        self.configured, self.gpu_memory, self.watch = configured, gpu_memory, watch
         self.rank: int | None = getattr(configured.config.method, "rank", None)
         self.at_rank = cache(self._at_rank)
 
-    def fit(self) -> Fit:
+    def fit(self) -> MemoryFit:
         now = self.configured.micro_batch
-        fits = self.configured.peak(now) <= self.budget
+        fits = self.configured.peak(now) <= self.gpu_memory
         micro_batch = self._largest_micro_batch()
         if fits:
-            return Fit(self.budget, fits, micro_batch)
+            return MemoryFit(self.gpu_memory, fits, micro_batch)
         for tried in (now, 1) if micro_batch is None else (now,):
             if (rank := self._largest_rank(tried)) is not None:
-                return Fit(self.budget, fits, micro_batch, rank, tried)
+                return MemoryFit(self.gpu_memory, fits, micro_batch, rank, tried)
         if micro_batch is None:
             raise ConfigError(self._too_little())
-        return Fit(self.budget, fits, micro_batch)
+        return MemoryFit(self.gpu_memory, fits, micro_batch)
 
     def _largest_micro_batch(self) -> int | None:
         """At the configured rank; a micro-batch of 0, which is what stays, is not one."""
         rows = self.configured.rows
         divisors = [k for k in range(1, rows + 1) if rows % k == 0]
-        return _largest([0, *divisors], lambda k: self._peak(k, self.rank), self.budget) or None
+        return _largest([0, *divisors], lambda k: self._peak(k, self.rank), self.gpu_memory) or None
 
     def _largest_rank(self, micro_batch: int) -> int | None:
         """The largest, up to the configured one, at which the run fits; None for no rank."""
         if self.rank is None:
             return None
         ranks = range(1, self.rank + 1)
-        return _largest(ranks, lambda rank: self._peak(micro_batch, rank), self.budget)
+        return _largest(ranks, lambda rank: self._peak(micro_batch, rank), self.gpu_memory)
 
     def _peak(self, micro_batch: int, rank: int | None) -> int:
         if micro_batch:
             self.watch(f"a micro-batch of {micro_batch}" + (f" at rank {rank}" if rank else ""))
-        return self.at_rank(rank).peak(micro_batch, self.budget)
+        return self.at_rank(rank).peak(micro_batch, self.gpu_memory)
 
-    def _at_rank(self, rank: int | None) -> Candidate:
+    def _at_rank(self, rank: int | None) -> PhaseEstimator:
         if rank == self.rank:
             return self.configured
         method: Any = replace(self.configured.config.method, rank=rank)  # type: ignore[call-arg]
@@ -91,32 +91,32 @@ class _Search:
         helps = []
         for name, config in _repairs(least.config):
             self.watch(f"{at} with {name}")
-            if least.like(config).peak(1, self.budget) <= self.budget:
+            if least.like(config).peak(1, self.gpu_memory) <= self.gpu_memory:
                 helps.append(name)
         advice = f"set {' or '.join(helps)}, or " if helps else ""
         return (
-            f"--gpu-memory: {_gib(self.budget)} is too little for {least.config.method.name}, also"
-            f" at {at}: {_excess(least, self.budget)}; {advice}choose a smaller model or another"
-            " method"
+            f"--gpu-memory: {_gib(self.gpu_memory)} is too little for {least.config.method.name},"
+            f" also at {at}: {_excess(least, self.gpu_memory)}; {advice}choose a smaller model or"
+            " another method"
         )
 
 
-def _largest(sizes: Sequence[int], peak: Callable[[int], int], budget: int) -> int | None:
+def _largest(sizes: Sequence[int], peak: Callable[[int], int], gpu_memory: int) -> int | None:
     """The largest of the ascending `sizes` whose peak is within the budget; None if none is.
 
     Between one that fits and one that doesn't, the next to be tried is where the straight line
     between their peaks meets the budget: peaks are nearly straight lines, and cost seconds.
     """
     low, high = 0, len(sizes) - 1
-    if (most := peak(sizes[high])) <= budget:
+    if (most := peak(sizes[high])) <= gpu_memory:
         return sizes[high]
-    if (least := peak(sizes[low])) > budget:
+    if (least := peak(sizes[low])) > gpu_memory:
         return None
     while high - low > 1:
-        share = (budget - least) / (most - least)
+        share = (gpu_memory - least) / (most - least)
         meets = sizes[low] + share * (sizes[high] - sizes[low])
         middle = min(max(bisect_right(sizes, meets) - 1, low + 1), high - 1)
-        if (between := peak(sizes[middle])) <= budget:
+        if (between := peak(sizes[middle])) <= gpu_memory:
             low, least = middle, between
         else:
             high, most = middle, between
@@ -138,11 +138,11 @@ def _repairs(config: RunConfig[Any]) -> Iterator[tuple[str, RunConfig[Method]]]:
         yield name, replace(config, method=cold)
 
 
-def _excess(candidate: Candidate, budget: int) -> str:
+def _excess(estimator: PhaseEstimator, gpu_memory: int) -> str:
     """What of the candidate's phases, at a micro-batch of 1, is more than the budget."""
-    phases = candidate.phases(1)
+    phases = estimator.phases(1)
     stays = max(phases, key=_stays)
-    if _stays(stays) > budget:
+    if _stays(stays) > gpu_memory:
         where = f" in steps {stays.first} to {stays.last}" if len(phases) > 1 else ""
         parts = {"weights": stays.weight_bytes, "gradients": stays.gradient_bytes,
                  "optimizer state": stays.state_bytes, "exchange between ranks":
@@ -153,7 +153,7 @@ def _excess(candidate: Candidate, budget: int) -> str:
             " recomputation changes, nor more ranks, each of which holds it all"
         )
     step = max(phases, key=lambda phase: phase.step_peak_bytes)
-    if step.step_peak_bytes > budget:
+    if step.step_peak_bytes > gpu_memory:
         return f"a step takes {_gib(step.step_peak_bytes)}, of which {_gib(_stays(step))} stay"
     event = max((e for phase in phases for e in phase.events), key=lambda e: e.peak_bytes)
     return f"{event.what.replace('_', ' ')} takes {_gib(event.peak_bytes)}"

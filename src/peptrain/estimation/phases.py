@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 from peptrain.config import RunConfig
-from peptrain.estimation.dry_run import Event, Plain, Rehearsal
+from peptrain.estimation.dry_run import DenseBaseline, DryRun, Event
 from peptrain.methods.base import Method
 from peptrain.models.hf import count_parameters
 from peptrain.runs.build import bounds
@@ -27,7 +27,7 @@ class PhaseEstimate:
     """Part of the dense model's parameters that need no training: 1 - (trainable - E) / (dense -
     E), E those of embedding and head, once when they are tied."""
     paper_bytes: int
-    """Weights and two moments as the literature counts them (`Rehearsal.paper_bytes`)."""
+    """Weights and two moments as the literature counts them (`DryRun.paper_bytes`)."""
     weight_bytes: int
     gradient_bytes: int
     state_bytes: int
@@ -59,11 +59,15 @@ class PhaseEstimate:
         return asdict(self) | sums
 
 
-class Candidate:
+class PhaseEstimator:
     """A configuration in rehearsal. A phase is rehearsed when it is first asked for."""
 
     def __init__(
-        self, config: RunConfig[Method], ranks: int, on_gpu: bool, plain: Plain | None = None
+        self,
+        config: RunConfig[Method],
+        ranks: int,
+        on_gpu: bool,
+        dense: DenseBaseline | None = None,
     ) -> None:
         t = config.train
         assert t.micro_batch is not None
@@ -74,18 +78,18 @@ class Candidate:
         )
         self._run = replace(config, train=uncompiled)
         self._bounds = bounds(config)
-        self.plain = plain or Plain(self._run)
+        self.dense = dense or DenseBaseline(self._run)
         self._made = cache(self._make)
-        self._events = cache(Rehearsal.events)
-        self._step_peak = cache(Rehearsal.step_peak)
+        self._events = cache(DryRun.events)
+        self._step_peak = cache(DryRun.step_peak)
 
-    def like(self, config: RunConfig[Method]) -> Candidate:
+    def like(self, config: RunConfig[Method]) -> PhaseEstimator:
         """Another configuration of the same model."""
-        return Candidate(config, self.ranks, self.on_gpu, self.plain)
+        return PhaseEstimator(config, self.ranks, self.on_gpu, self.dense)
 
     def phases(self, micro_batch: int | None = None) -> list[PhaseEstimate]:
         """At the configured micro-batch, unless another is given."""
-        return [self._phase(r, micro_batch or self.micro_batch) for r in self._rehearsals()]
+        return [self._phase(r, micro_batch or self.micro_batch) for r in self._dry_runs()]
 
     def peak(self, micro_batch: int, budget: float = inf) -> int:
         """The most bytes in tensors in any phase; at a micro-batch of 0 what stays. Once over the
@@ -99,38 +103,38 @@ class Candidate:
 
     def _sizes(self, micro_batch: int) -> Iterator[int]:
         """The quickly known first."""
-        for r in self._rehearsals():
+        for r in self._dry_runs():
             yield self._static(r)
             if micro_batch:
                 yield self._step(r, micro_batch)
-        for r in self._rehearsals() if micro_batch else ():
+        for r in self._dry_runs() if micro_batch else ():
             yield self._peak(r, micro_batch)
 
-    def _rehearsals(self) -> Iterator[Rehearsal]:
+    def _dry_runs(self) -> Iterator[DryRun]:
         return map(self._made, range(len(self._bounds) - 1))
 
-    def _make(self, phase: int) -> Rehearsal:
+    def _make(self, phase: int) -> DryRun:
         steps = range(*self._bounds[phase : phase + 2])
-        return Rehearsal(self._run, self.plain, phase, steps, rows=self.rows, on_gpu=self.on_gpu)
+        return DryRun(self._run, self.dense, phase, steps, rows=self.rows, on_gpu=self.on_gpu)
 
-    def _static(self, r: Rehearsal) -> int:
+    def _static(self, r: DryRun) -> int:
         """Bytes of what stays."""
         return r.weight_bytes() + r.gradient_bytes + r.state_bytes() + self._exchanged(r)
 
-    def _step(self, r: Rehearsal, micro_batch: int) -> int:
+    def _step(self, r: DryRun, micro_batch: int) -> int:
         return self._step_peak(r, micro_batch) + self._exchanged(r)
 
-    def _peak(self, r: Rehearsal, micro_batch: int) -> int:
+    def _peak(self, r: DryRun, micro_batch: int) -> int:
         apart = (event.peak_bytes + self._exchanged(r) for event in self._events(r))
         return max([self._step(r, micro_batch), *apart])
 
-    def _exchanged(self, r: Rehearsal) -> int:
+    def _exchanged(self, r: DryRun) -> int:
         """Bytes of DDP's buckets, copies of the gradients that stay."""
         return r.gradient_bytes if self.ranks > 1 else 0
 
-    def _phase(self, r: Rehearsal, micro_batch: int) -> PhaseEstimate:
+    def _phase(self, r: DryRun, micro_batch: int) -> PhaseEstimate:
         trainable = count_parameters(r.model, trainable=True)
-        embedding, dense = self.plain.embedding, self.plain.parameters
+        embedding, dense = self.dense.embedding, self.dense.parameters
         return PhaseEstimate(
             first=r.begin,
             last=r.end,

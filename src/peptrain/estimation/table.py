@@ -8,7 +8,7 @@ from rich.table import Table
 
 from peptrain.estimation.dry_run import KINDS, Event
 from peptrain.estimation.estimate import Estimate
-from peptrain.estimation.memory_fit import GIB, Fit
+from peptrain.estimation.memory_fit import GIB, MemoryFit
 from peptrain.estimation.phases import PhaseEstimate
 
 
@@ -75,7 +75,7 @@ def _event(event: Event) -> str:
     return f"{event.what.replace('_', ' ')}: {event.times:,} times {work}; {peak}"
 
 
-def _fit(fit: Fit, made: Estimate) -> str:
+def _fit(fit: MemoryFit, made: Estimate) -> str:
     t, rank = made.config.train, getattr(made.config.method, "rank", None)
     at_rank = f" at rank {rank}" if rank else ""
     said = "fits" if fit.fits else "does not fit"

@@ -33,7 +33,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
+def held_out_loss(
     model: PreTrainedModel,
     tokens: np.ndarray,
     *,
@@ -63,7 +63,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_legacy(
+def held_out_loss_legacy(
     model: PreTrainedModel,
     tokens: np.ndarray,
     *,

@@ -12,7 +12,7 @@ import torch
 from peptrain.data import Corpus, default_corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import DataError
-from peptrain.eval.perplexity import Evaluation, evaluate, evaluate_legacy
+from peptrain.eval.perplexity import Evaluation, held_out_loss, held_out_loss_legacy
 from peptrain.files import write_atomically
 from peptrain.models.hf import vocabulary_size
 from peptrain.runs.build import open_run
@@ -22,7 +22,7 @@ from peptrain.settings.fields import check
 log = logging.getLogger("peptrain")
 
 
-def evaluate_run(
+def evaluate(
     path: Path,
     *,
     data: Path | None = None,
@@ -45,7 +45,7 @@ def evaluate_run(
     corpus = Corpus.open(source) if source else default_corpus()
     _check_ids(RunDir(path), vocabulary_size(opened.model), corpus)
     assert config.train.precision is not None
-    measure = evaluate_legacy if legacy else evaluate
+    measure = held_out_loss_legacy if legacy else held_out_loss
     result = measure(
         opened.evaluated().to(device),  # type: ignore[arg-type]
         corpus.held_out(),

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
-Shape = tuple[int, int]
+MatrixShape = tuple[int, int]
 
 
 class _Mode(TorchDispatchMode):
@@ -127,7 +127,7 @@ class Products(_Mode):
     """
 
     def __init__(
-        self, modules: Mapping[nn.Module, Shape | None] | None = None, tokens: int = 0
+        self, modules: Mapping[nn.Module, MatrixShape | None] | None = None, tokens: int = 0
     ) -> None:
         super().__init__()
         self.modules, self.tokens = modules or {}, tokens

@@ -14,11 +14,11 @@ from peptrain.distributed.world import World
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.models.hf import Precision, autocast
 
-Passes = Callable[[Sequence[Tensor]], Tensor]
+ForwardBackward = Callable[[Sequence[Tensor]], Tensor]
 """Micro-batches of windows to their mean loss, their gradients left in the parameters."""
 
 
-def kernels_fuse(
+def uses_triton(
     kernels: Literal["auto", "torch", "triton"],
     precision: Precision,
     device: torch.device,
@@ -37,7 +37,7 @@ def kernels_fuse(
     return can and (kernels == "triton" or (kernels == "auto" and recorded))
 
 
-class Eager:
+class EagerSteps:
     """Each micro-batch in its turn. Replicas exchange gradients once, on the last."""
 
     def __init__(self, loss: nn.Module, precision: Precision, here: World) -> None:
@@ -58,7 +58,7 @@ class Eager:
         return loss.detach()
 
 
-class Replayed:
+class CUDAGraphSteps:
     """The same as a CUDA graph: the kernels of a pass are started by the GPU, not from Python.
 
     Recorded at the first call, twice if there are several micro-batches: the first of a batch
@@ -66,7 +66,7 @@ class Replayed:
     step to step.
     """
 
-    def __init__(self, eager: Eager) -> None:
+    def __init__(self, eager: EagerSteps) -> None:
         self.eager = eager
         self.first: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
         self.later: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
@@ -130,7 +130,7 @@ class Replayed:
         return graph, loss
 
 
-def records(cuda_graph: bool | None, suits: bool, here: World) -> bool:
+def uses_cuda_graph(cuda_graph: bool | None, suits: bool, here: World) -> bool:
     """Whether passes are recorded; unset, where that `suits` the model and can be done. Not settled
     in the run's configuration, because a run may be resumed on another machine.
 
@@ -145,7 +145,9 @@ def records(cuda_graph: bool | None, suits: bool, here: World) -> bool:
     return (suits and can) if cuda_graph is None else cuda_graph
 
 
-def passes(loss: nn.Module, precision: Precision, here: World, *, recorded: bool) -> Passes:
-    """Replayed if they are to be recorded, else Eager."""
-    eager = Eager(loss, precision, here)
-    return Replayed(eager) if recorded else eager
+def make_forward_backward(
+    loss: nn.Module, precision: Precision, here: World, *, recorded: bool
+) -> ForwardBackward:
+    """CUDAGraphSteps if passes are to be `recorded`, else EagerSteps."""
+    eager = EagerSteps(loss, precision, here)
+    return CUDAGraphSteps(eager) if recorded else eager

@@ -15,7 +15,7 @@ from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
 from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.optim.adamw import OptimConfig, parameter_groups
-from peptrain.optim.galore import GaLoreOptimizer, Rule
+from peptrain.optim.galore import GaLoreOptimizer, GaLoreRule
 from peptrain.rng import Rng
 from peptrain.settings.fields import check, interval, of_width
 
@@ -80,6 +80,6 @@ class GaLore(RankMethod):
             "weight_decay": float(optim.weight_decay or 0),
         }
         groups = [*parameter_groups(model, optim, rest), projected]
-        rule = Rule(self.r, self.gap, self.scale, self.moments)
+        rule = GaLoreRule(self.r, self.gap, self.scale, self.moments)
         betas = (optim.beta1, optim.beta2)
         return GaLoreOptimizer(groups, rule, lr=optim.lr, betas=betas, eps=optim.eps)

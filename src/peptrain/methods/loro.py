@@ -15,7 +15,7 @@ from peptrain.methods.base import Method, Metrics
 from peptrain.methods.lowrank import LowRank, LowRankLinear
 from peptrain.models.sites import Site, reparametrized
 from peptrain.optim.adamw import OptimConfig, parameter_groups
-from peptrain.optim.loro import LOROOptimizer, Rule
+from peptrain.optim.loro import LOROOptimizer, LORORule
 from peptrain.optim.schedule import Schedule, cosine, restarted
 from peptrain.rng import Rng
 from peptrain.settings.fields import check, interval, length, same_as
@@ -103,9 +103,9 @@ class LORO(LowRank):
             "singular_factor_pairs_warning": optimizer.damped,
         }
 
-    def _rule(self) -> Rule:
+    def _rule(self) -> LORORule:
         assert self.exact_every is not None and self.refresh_every is not None
-        return Rule(
+        return LORORule(
             exact_every=self.exact_every,
             refresh_every=self.refresh_every,
             retraction=self.retraction,

@@ -9,7 +9,7 @@ Family = Literal["llama", "qwen2", "olmo2"]
 
 
 @dataclass(frozen=True)
-class Shape:
+class Decoder:
     """A decoder in the papers' letters: vocabulary V, hidden d, MLP f, layers L."""
 
     family: Family
@@ -22,24 +22,24 @@ class Shape:
     tied: bool = False
 
 
-PRESETS: dict[str, Shape] = {
+PRESETS: dict[str, Decoder] = {
     # Ours, for a laptop: its vocabulary is that of the embedded default corpus.
-    "tiny": Shape("llama", 4096, 128, 384, 4, 4, 4),
+    "tiny": Decoder("llama", 4096, 128, 384, 4, 4, 4),
     # LLaMA as in GaLore, ReLoRA and LORO (T5's vocabulary without the sentinels).
-    "llama-60m": Shape("llama", 32000, 512, 1376, 8, 8, 8),
-    "llama-130m": Shape("llama", 32000, 768, 2048, 12, 12, 12),
-    "llama-250m": Shape("llama", 32000, 768, 2560, 24, 16, 16),
-    "llama-350m": Shape("llama", 32000, 1024, 2736, 24, 16, 16),
-    "llama-1b": Shape("llama", 32000, 2048, 5461, 24, 32, 32),
-    "llama-7b": Shape("llama", 32000, 4096, 11008, 32, 32, 32),
+    "llama-60m": Decoder("llama", 32000, 512, 1376, 8, 8, 8),
+    "llama-130m": Decoder("llama", 32000, 768, 2048, 12, 12, 12),
+    "llama-250m": Decoder("llama", 32000, 768, 2560, 24, 16, 16),
+    "llama-350m": Decoder("llama", 32000, 1024, 2736, 24, 16, 16),
+    "llama-1b": Decoder("llama", 32000, 2048, 5461, 24, 32, 32),
+    "llama-7b": Decoder("llama", 32000, 4096, 11008, 32, 32, 32),
     # The small-model study of ReLoRA.
-    "pico-tiny": Shape("llama", 50304, 96, 384, 12, 12, 4),
-    "pico-small": Shape("llama", 50304, 384, 1536, 12, 12, 4),
+    "pico-tiny": Decoder("llama", 50304, 96, 384, 12, 12, 4),
+    "pico-small": Decoder("llama", 50304, 384, 1536, 12, 12, 4),
     # BPT; its table prints another model's shapes for the 1.5B row.
-    "qwen-100m": Shape("qwen2", 151936, 512, 2048, 8, 8, 2, tied=True),
-    "qwen-0.5b": Shape("qwen2", 151936, 896, 4864, 24, 14, 2, tied=True),
-    "qwen-1.5b": Shape("qwen2", 151936, 1536, 8960, 28, 12, 2, tied=True),
-    "olmo2-1b": Shape("olmo2", 100352, 2048, 8192, 16, 16, 16),
+    "qwen-100m": Decoder("qwen2", 151936, 512, 2048, 8, 8, 2, tied=True),
+    "qwen-0.5b": Decoder("qwen2", 151936, 896, 4864, 24, 14, 2, tied=True),
+    "qwen-1.5b": Decoder("qwen2", 151936, 1536, 8960, 28, 12, 2, tied=True),
+    "olmo2-1b": Decoder("olmo2", 100352, 2048, 8192, 16, 16, 16),
 }
 
 

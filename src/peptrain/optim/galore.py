@@ -15,7 +15,7 @@ from peptrain.ops.projection import add_back_, leading_directions, project, rota
 
 
 @dataclass(frozen=True)
-class Rule:
+class GaLoreRule:
     """How matrices are projected; the fields are GaLore's options of the same names."""
 
     rank: int
@@ -37,7 +37,7 @@ class GaLoreOptimizer(Optimizer):
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
-        rule: Rule,
+        rule: GaLoreRule,
         *,
         lr: float,
         betas: tuple[float, float],

@@ -18,7 +18,7 @@ from peptrain.ops.spectral import balanced
 
 
 @dataclass(frozen=True)
-class Rule:
+class LORORule:
     """How the factors move; the fields are LORO's options of the same names."""
 
     exact_every: int
@@ -42,7 +42,7 @@ class LOROOptimizer(Optimizer):
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
-        rule: Rule,
+        rule: LORORule,
         *,
         lr: float,
         betas: tuple[float, float],

@@ -12,14 +12,14 @@ from peptrain.errors import ConfigError
 from peptrain.settings.fields import check, length
 
 log = logging.getLogger("peptrain")
-Shape = Literal["constant", "linear", "cosine", "wsd"]
+Curve = Literal["constant", "linear", "cosine", "wsd"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """The learning rate over time. What is left unset takes the method's own default."""
 
-    kind: Shape | None = None
+    kind: Curve | None = None
     """constant | linear | cosine | wsd (warm-up, stable, decay). Unset: the method's own."""
     warmup: int | None = length(0.1)
     """Linear warm-up from 0, in steps. Unset: a tenth of the run."""

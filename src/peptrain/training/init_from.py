@@ -29,7 +29,7 @@ log = logging.getLogger("peptrain")
 ADVICE = "leave out all settings of the model, and it is that of init_from"
 
 
-def adopting(config: RunConfig[Any]) -> RunConfig[Any]:
+def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
     """`config` with the model of what it starts from, if it says nothing of the model itself, or
     with a model sized to another run."""
     if config.match_trainable is not None:

@@ -17,7 +17,7 @@ from peptrain.config import RunConfig, dump, resolved
 from peptrain.data import Corpus, default_corpus
 from peptrain.distributed.world import World, world
 from peptrain.errors import Diverged, Interrupted
-from peptrain.eval.perplexity import Evaluation, evaluate
+from peptrain.eval.perplexity import Evaluation, held_out_loss
 from peptrain.files import write_atomically
 from peptrain.methods.base import Method, Metrics
 from peptrain.models.hf import config_file, count_parameters, save_tokenizer
@@ -27,11 +27,11 @@ from peptrain.rng import Rng
 from peptrain.runs.build import run_config
 from peptrain.runs.directory import RunDir, first_free
 from peptrain.runs.environment import record_environment
-from peptrain.training.init_from import adopting, compare_tokenizers
-from peptrain.training.metrics import Journal, Observer, silent
+from peptrain.training.init_from import compare_tokenizers, with_inherited_model
+from peptrain.training.metrics import MetricsLog, Observer, silent
 from peptrain.training.signals import Stop, stop_on_signals
 from peptrain.training.state import (
-    Trainee,
+    TrainState,
     check_corpus,
     check_vocabulary,
     diverged,
@@ -67,7 +67,9 @@ def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
     disk is full; Diverged; Interrupted after Ctrl-C or SIGTERM.
     """
     with world(config.train.device) as here:
-        config = resolved(adopting(config), world_size=here.size, on_gpu=here.device.type == "cuda")
+        config = resolved(
+            with_inherited_model(config), world_size=here.size, on_gpu=here.device.type == "cuda"
+        )
         return _train(config, None, here, observe)
 
 
@@ -86,10 +88,10 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
     corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
     check_corpus(corpus, config)
     identity = identity_of(config, corpus)
-    trainee = restore(config, run, here, identity)
-    check_vocabulary(trainee.model, corpus)
+    state = restore(config, run, here, identity)
+    check_vocabulary(state.model, corpus)
     if config.model.config is not None:
-        check_causal(trainee.model)
+        check_causal(state.model)
     if run is None:
         if not config.method.has_dense_equivalent:
             log.warning("%s has no dense equivalent: eval runs the model itself, and `peptrain"
@@ -99,110 +101,112 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
     tokens_per_step = config.train.batch_size * config.train.seq_len
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    journal = Journal(run, here, observe, tokens_per_step)
+    metrics_log = MetricsLog(run, here, observe, tokens_per_step)
     if here.main:
-        run.rewind(trainee.step)
+        run.rewind(state.step)
         record_environment(run, here)
-        observe(_start(config, run, trainee, corpus))
-    _announce(trainee, journal)
+        observe(_start(config, run, state, corpus))
+    _announce(state, metrics_log)
     try:
         with stop_on_signals() as stop:
-            _loop(config, trainee, corpus, run, journal, stop, identity)
-            while trainee.step < config.train.steps:
-                del trainee  # or both phases' moments would be in memory at once
-                trainee = restore(config, run, here, identity)
-                _announce(trainee, journal)
-                journal.pause()
-                _loop(config, trainee, corpus, run, journal, stop, identity)
-        held_out = _evaluate(config, trainee, corpus, run, here, limit=0)
+            _loop(config, state, corpus, run, metrics_log, stop, identity)
+            while state.step < config.train.steps:
+                del state  # or both phases' moments would be in memory at once
+                state = restore(config, run, here, identity)
+                _announce(state, metrics_log)
+                metrics_log.pause()
+                _loop(config, state, corpus, run, metrics_log, stop, identity)
+        held_out = _evaluate(config, state, corpus, run, here, limit=0)
     except Diverged as error:
-        journal.write("diverged", step=trainee.step, error=str(error))
+        metrics_log.write("diverged", step=state.step, error=str(error))
         raise
-    result = _result(run, trainee, held_out, journal)
+    result = _result(run, state, held_out, metrics_log)
     sizes = {"parameters": result.parameters, "trainable": result.trainable}
-    journal.end(trainee.step, held_out, **sizes, state_bytes=result.state_bytes)
+    metrics_log.end(state.step, held_out, **sizes, state_bytes=result.state_bytes)
     return result
 
 
-def _announce(trainee: Trainee, journal: Journal) -> None:
-    if trainee.entered:
-        journal.write("phase", step=trainee.step, phase=trainee.phase, **_sizes(trainee))
+def _announce(state: TrainState, metrics_log: MetricsLog) -> None:
+    if state.entered:
+        metrics_log.write("phase", step=state.step, phase=state.phase, **_sizes(state))
 
 
 def _loop(
     config: RunConfig[Method],
-    trainee: Trainee,
+    state: TrainState,
     corpus: Corpus,
     run: RunDir,
-    journal: Journal,
+    metrics_log: MetricsLog,
     stop: Stop,
     identity: Mapping[str, Any],
 ) -> None:
     """Train to the end of the phase, and leave a checkpoint there."""
-    t, here, optimizer = config.train, journal.world, trainee.optimizer
-    while trainee.step < trainee.end:
-        loss, norm, metrics = advance(trainee, config, corpus, here)
-        journal.add(trainee.step, learning_rates(optimizer), loss, norm, metrics)
+    t, here, optimizer = config.train, metrics_log.world, state.optimizer
+    while state.step < state.end:
+        loss, norm, metrics = advance(state, config, corpus, here)
+        metrics_log.add(state.step, learning_rates(optimizer), loss, norm, metrics)
 
-        stopping = _agreed(stop, here, trainee.step % t.log_every == 0)
-        saving = trainee.step == trainee.end or stopping or _due(t.checkpoint_every, trainee.step)
-        evaluating = trainee.step < t.steps and _due(t.eval_every, trainee.step)
-        if saving or evaluating or trainee.step % t.log_every == 0:
-            _flush(journal, run)
+        stopping = _agreed(stop, here, state.step % t.log_every == 0)
+        saving = state.step == state.end or stopping or _due(t.checkpoint_every, state.step)
+        evaluating = state.step < t.steps and _due(t.eval_every, state.step)
+        if saving or evaluating or state.step % t.log_every == 0:
+            _flush(metrics_log, run)
         if evaluating:
             assert t.eval_tokens is not None
-            held_out = _evaluate(config, trainee, corpus, run, here, limit=t.eval_tokens)
-            journal.evaluation(trainee.step, held_out)
+            held_out = _evaluate(config, state, corpus, run, here, limit=t.eval_tokens)
+            metrics_log.evaluation(state.step, held_out)
         if saving:
-            save(trainee, run, here, identity, t.keep)
+            save(state, run, here, identity, t.keep)
             held = state_bytes(optimizer)
-            journal.write("checkpoint", step=trainee.step, state_bytes=held)
+            metrics_log.write("checkpoint", step=state.step, state_bytes=held)
         if saving or evaluating:
-            journal.pause()
-        if stopping and trainee.step < t.steps:
+            metrics_log.pause()
+        if stopping and state.step < t.steps:
             raise Interrupted(
-                f"stopped and saved at step {trainee.step} of {t.steps}; go on with"
+                f"stopped and saved at step {state.step} of {t.steps}; go on with"
                 f" `peptrain resume {run.path}`"
             )
 
 
 def advance(
-    trainee: Trainee, config: RunConfig[Method], corpus: Corpus, here: World
+    state: TrainState, config: RunConfig[Method], corpus: Corpus, here: World
 ) -> tuple[Tensor, Tensor | None, Metrics]:
     """A step of the optimizer and, within the phase, what the method does after it: the mean loss
     before the step, the gradient's norm if it was needed, and the method's numbers."""
     t, rng = config.train, Rng(config.train.seed)
-    model, optimizer = trainee.model, trainee.optimizer
-    set_lr(optimizer, trainee.schedule(trainee.step))
-    torch.manual_seed(rng.integer(f"rank {here.rank}", trainee.step, "dropout"))
-    loss = _accumulate(trainee, corpus, config, here)
-    wanted = config.optim.clip or _due(t.log_every, trainee.step + 1)
+    model, optimizer = state.model, state.optimizer
+    set_lr(optimizer, state.schedule(state.step))
+    torch.manual_seed(rng.integer(f"rank {here.rank}", state.step, "dropout"))
+    loss = _accumulate(state, corpus, config, here)
+    wanted = config.optim.clip or _due(t.log_every, state.step + 1)
     norm = clip_gradients(model, config.optim.clip) if wanted else None
     optimizer.step()
     optimizer.zero_grad()
-    trainee.step += 1
-    if trainee.step == trainee.end:
+    state.step += 1
+    if state.step == state.end:
         return loss, norm, {}
-    return loss, norm, config.method.after_step(model, optimizer, trainee.step, rng)
+    return loss, norm, config.method.after_step(model, optimizer, state.step, rng)
 
 
 def _due(every: int | None, step: int) -> bool:
     return bool(every) and step % (every or 1) == 0
 
 
-def _accumulate(trainee: Trainee, corpus: Corpus, config: RunConfig[Method], here: World) -> Tensor:
+def _accumulate(
+    state: TrainState, corpus: Corpus, config: RunConfig[Method], here: World
+) -> Tensor:
     """Gradients of this rank's share of the batch; the mean loss."""
     t = config.train
     assert t.micro_batch is not None
     windows = corpus.batch(
         seed=t.seed,
-        step=trainee.step,
+        step=state.step,
         rank=here.rank,
         world=here.size,
         batch_size=t.batch_size,
         seq_len=t.seq_len,
     ).to(here.device, non_blocking=True)
-    return trainee.passes(torch.split(windows, t.micro_batch))
+    return state.forward_backward(torch.split(windows, t.micro_batch))
 
 
 def _agreed(stop: Stop, here: World, at_boundary: bool) -> bool:
@@ -213,16 +217,16 @@ def _agreed(stop: Stop, here: World, at_boundary: bool) -> bool:
     return at_boundary and here.sum(asked).item() > 0
 
 
-def _flush(journal: Journal, run: RunDir) -> None:
+def _flush(metrics_log: MetricsLog, run: RunDir) -> None:
     try:
-        journal.flush()
+        metrics_log.flush()
     except Diverged as error:
         raise diverged(str(error), run) from None
 
 
 def _evaluate(
     config: RunConfig[Method],
-    trainee: Trainee,
+    state: TrainState,
     corpus: Corpus,
     run: RunDir,
     here: World,
@@ -231,8 +235,8 @@ def _evaluate(
     """The held-out loss. Raises Diverged, on every rank, if the last update broke the model."""
     t = config.train
     assert t.micro_batch is not None and t.precision is not None
-    held_out = evaluate(
-        trainee.model,
+    held_out = held_out_loss(
+        state.model,
         corpus.held_out(),
         seq_len=t.seq_len,
         batch_size=t.micro_batch,
@@ -241,8 +245,8 @@ def _evaluate(
         limit=limit,
     )
     if not math.isfinite(held_out.loss):
-        lr = trainee.optimizer.param_groups[0]["lr"]
-        what = f"step {trainee.step}: the held-out loss is {held_out.loss}"
+        lr = state.optimizer.param_groups[0]["lr"]
+        what = f"step {state.step}: the held-out loss is {held_out.loss}"
         raise diverged(f"{what} at a learning rate of {lr:.3g}", run)
     return held_out
 
@@ -270,38 +274,40 @@ def _first_files(run: RunDir, config: RunConfig[Method], corpus: Corpus) -> None
 
 
 def _start(
-    config: RunConfig[Method], run: RunDir, trainee: Trainee, corpus: Corpus
+    config: RunConfig[Method], run: RunDir, state: TrainState, corpus: Corpus
 ) -> dict[str, Any]:
     t = config.train
     return {
         "event": "start",
         "run": str(run.path),
         "method": config.method.name,
-        "step": trainee.step,
+        "step": state.step,
         "steps": t.steps,
         "tokens_per_step": t.batch_size * t.seq_len,
         "train_tokens": corpus.train_tokens,
         "precision": t.precision,
-        **_sizes(trainee),
+        **_sizes(state),
     }
 
 
-def _sizes(trainee: Trainee) -> dict[str, int]:
+def _sizes(state: TrainState) -> dict[str, int]:
     return {
-        "parameters": count_parameters(trainee.model),
-        "trainable": count_parameters(trainee.model, trainable=True),
+        "parameters": count_parameters(state.model),
+        "trainable": count_parameters(state.model, trainable=True),
     }
 
 
-def _result(run: RunDir, trainee: Trainee, held_out: Evaluation, journal: Journal) -> Result:
-    on_gpu = journal.world.device.type == "cuda"
+def _result(
+    run: RunDir, state: TrainState, held_out: Evaluation, metrics_log: MetricsLog
+) -> Result:
+    on_gpu = metrics_log.world.device.type == "cuda"
     # A phase ends with a checkpoint, whose row outlives this process.
     held = [row.get("state_bytes", 0) for row in run.metrics() if row["event"] == "checkpoint"]
     return Result(
         run=run.path,
         held_out=held_out,
-        **_sizes(trainee),
-        state_bytes=max([state_bytes(trainee.optimizer), *held]),
-        tokens_per_second=journal.median_throughput(),
+        **_sizes(state),
+        state_bytes=max([state_bytes(state.optimizer), *held]),
+        tokens_per_second=metrics_log.median_throughput(),
         peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else 0,
     )

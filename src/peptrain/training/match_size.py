@@ -30,7 +30,7 @@ STEP = 8
 
 
 @dataclass(frozen=True)
-class Shape:
+class SmallerDecoder:
     """A smaller decoder: hidden d, MLP f, layers L, heads, and its parameters."""
 
     d: int
@@ -86,11 +86,11 @@ def trained_by(config: RunConfig[Method]) -> int:
     return count_parameters(model, trainable=True)
 
 
-def _nearest(whole: ModelConfig, seq_len: int, wanted: int, path: Path) -> Shape:
+def _nearest(whole: ModelConfig, seq_len: int, wanted: int, path: Path) -> SmallerDecoder:
     hf = hf_config(whole, seq_len)
     d, f, L = hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers
 
-    def distortion(shape: Shape) -> float:
+    def distortion(shape: SmallerDecoder) -> float:
         gated, deep = shape.f / shape.d / (f / d), shape.d / shape.L / (d / L)
         return abs(math.log(gated)) + abs(math.log(deep))
 
@@ -104,7 +104,7 @@ def _nearest(whole: ModelConfig, seq_len: int, wanted: int, path: Path) -> Shape
     return min(shapes, key=distortion)
 
 
-def _shapes(whole: ModelConfig, seq_len: int, wanted: int) -> Iterator[Shape]:
+def _shapes(whole: ModelConfig, seq_len: int, wanted: int) -> Iterator[SmallerDecoder]:
     """For every width and depth the f that brings the total nearest to `wanted`."""
     hf = hf_config(whole, seq_len)
     heads, kv = hf.num_attention_heads, hf.num_key_value_heads
@@ -118,14 +118,14 @@ def _shapes(whole: ModelConfig, seq_len: int, wanted: int) -> Iterator[Shape]:
             f = round(((wanted - rest) / L - empty) / slope / STEP) * STEP
             if 0 < f <= hf.intermediate_size:
                 total = rest + L * (empty + slope * f)
-                yield Shape(d, f, L, n, n * kv // heads, total)
+                yield SmallerDecoder(d, f, L, n, n * kv // heads, total)
 
 
 def _parts(model: ModelConfig, seq_len: int) -> tuple[int, int, int]:
     """Parameters outside of the layers; of a layer without its MLP; and per unit of f."""
 
     def counted(f: int) -> tuple[int, int]:
-        made = _without_numbers(replace(model, intermediate_size=f), seq_len)
+        made = _on_meta(replace(model, intermediate_size=f), seq_len)
         layer = count_parameters(decoder_layers(made)[1])
         return count_parameters(made) - layer, layer
 
@@ -134,6 +134,6 @@ def _parts(model: ModelConfig, seq_len: int) -> tuple[int, int, int]:
     return rest, one - slope * STEP, slope
 
 
-def _without_numbers(model: ModelConfig, seq_len: int) -> PreTrainedModel:
+def _on_meta(model: ModelConfig, seq_len: int) -> PreTrainedModel:
     with torch.device("meta"):
         return build_model(model, seq_len=seq_len, seed=0)

@@ -41,7 +41,7 @@ def _numbers(scalars: Iterable[Tensor]) -> list[float]:
 
 
 @dataclass
-class Journal:
+class MetricsLog:
     """Collects what each step measured on the device, and reads it only when a row is written."""
 
     run: RunDir

@@ -17,7 +17,12 @@ from peptrain.distributed.world import World
 from peptrain.errors import ConfigError, DataError, Diverged
 from peptrain.execution.attention import attend_without_masks
 from peptrain.execution.compile import checkpoint_activations, compile_layers
-from peptrain.execution.forward_backward import Passes, kernels_fuse, passes, records
+from peptrain.execution.forward_backward import (
+    ForwardBackward,
+    make_forward_backward,
+    uses_cuda_graph,
+    uses_triton,
+)
 from peptrain.execution.loss import NextTokenLoss
 from peptrain.execution.padding import pad_mlps
 from peptrain.methods.base import Method
@@ -33,11 +38,11 @@ from peptrain.training.init_from import initial_weights
 
 
 @dataclass
-class Trainee:
+class TrainState:
     """A model in one phase of its training, with all that moves it."""
 
     model: PreTrainedModel
-    passes: Passes
+    forward_backward: ForwardBackward
     """Forward and backward, through the model with its loss, replicated over the ranks."""
     optimizer: Optimizer
     schedule: Schedule
@@ -52,7 +57,7 @@ class Trainee:
 
 def restore(
     config: RunConfig[Method], run: RunDir | None, here: World, identity: Mapping[str, Any]
-) -> Trainee:
+) -> TrainState:
     """The trainee at the newest checkpoint of `run`, or at the start.
 
     The one path for a start, a resume and a phase boundary.
@@ -66,7 +71,7 @@ def restore(
         model = rebuild(config, saved, phase)
     else:
         model = build(config, phase, initial_weights(config))
-    optimizer, backward = ready(model, config, here, phase)
+    optimizer, forward_backward = prepare(model, config, here, phase)
     if saved:
         checkpoint.load_optimizer(model, optimizer, saved, same_phase=not entered)
         if entered:
@@ -75,12 +80,12 @@ def restore(
             config.method.after_step(model, optimizer, step, Rng(config.train.seed))
     base = schedule.build(config.schedule, config.train.steps)
     moves = config.method.schedule(base)
-    return Trainee(model, backward, optimizer, moves, phase, step, end, entered)
+    return TrainState(model, forward_backward, optimizer, moves, phase, step, end, entered)
 
 
-def ready(
+def prepare(
     model: PreTrainedModel, config: RunConfig[Method], here: World, phase: int
-) -> tuple[Optimizer, Passes]:
+) -> tuple[Optimizer, ForwardBackward]:
     """Put a built model on its device, as fast as `config` asks, with what moves it."""
     t = config.train
     assert t.precision is not None
@@ -89,8 +94,8 @@ def ready(
     model.train()
     on_gpu = here.device.type == "cuda"
     maskless = on_gpu and attend_without_masks(model, t.seq_len)
-    recorded = records(t.cuda_graph, t.compile and maskless, here)
-    if kernels_fuse(t.kernels, t.precision, here.device, recorded=recorded):
+    recorded = uses_cuda_graph(t.cuda_graph, t.compile and maskless, here)
+    if uses_triton(t.kernels, t.precision, here.device, recorded=recorded):
         config.method.fuse(model)
     if on_gpu:
         pad_mlps(model)
@@ -100,7 +105,7 @@ def ready(
         compile_layers(model, t.memory_budget)
     optimizer = config.method.optimizer(model, find_sites(model), config.optim, phase)
     loss = here.parallelize(NextTokenLoss(model, compile=t.compile))
-    return optimizer, passes(loss, t.precision, here, recorded=recorded)
+    return optimizer, make_forward_backward(loss, t.precision, here, recorded=recorded)
 
 
 def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
@@ -124,25 +129,25 @@ def check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
 
 
 def save(
-    trainee: Trainee, run: RunDir, here: World, identity: Mapping[str, Any], keep: int
+    state: TrainState, run: RunDir, here: World, identity: Mapping[str, Any], keep: int
 ) -> None:
     """Write a checkpoint from the main rank. Raises Diverged rather than save a broken weight."""
 
     def write() -> None:
-        finite = torch.stack([p.isfinite().all() for p in trainee.model.parameters()])
+        finite = torch.stack([p.isfinite().all() for p in state.model.parameters()])
         if not finite.all():
-            lr = trainee.optimizer.param_groups[0]["lr"]
-            what = f"step {trainee.step}: a weight is not finite at a learning rate of {lr:.3g}"
+            lr = state.optimizer.param_groups[0]["lr"]
+            what = f"step {state.step}: a weight is not finite at a learning rate of {lr:.3g}"
             raise diverged(what, run)
-        state = checkpoint.capture(
-            trainee.model,
-            trainee.optimizer,
-            step=trainee.step,
-            phase=trainee.phase,
-            end=trainee.end,
+        captured = checkpoint.capture(
+            state.model,
+            state.optimizer,
+            step=state.step,
+            phase=state.phase,
+            end=state.end,
             identity=identity,
         )
-        checkpoint.save(run.checkpoints, state, keep)
+        checkpoint.save(run.checkpoints, captured, keep)
 
     here.on_main(write)
 
