@@ -18,10 +18,11 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import peptrain.runs.environment
 from peptrain.config import RunConfig, TrainConfig, resolved
@@ -30,11 +31,13 @@ from peptrain.execution.forward_backward import CUDAGraphSteps
 from peptrain.methods import methods
 from peptrain.methods.base import Method
 from peptrain.models.hf import ModelConfig, count_parameters, vocabulary_size
+from peptrain.optim import schedule
 from peptrain.optim.adamw import clip_gradients, set_lr
-from peptrain.rng import Rng
+from peptrain.runs.build import build, phase_at
 from peptrain.settings import toml
+from peptrain.training.init_from import initial_weights
 from peptrain.training.metrics import throughput
-from peptrain.training.state import TrainState, restore
+from peptrain.training.state import TrainState, prepare
 
 GIB = 2**30
 STEPS = 10_000
@@ -123,29 +126,54 @@ class Training:
         return {
             "parameters": count_parameters(model),
             "trainable": count_parameters(model, trainable=True),
-            "recorded": isinstance(self.train_state.passes, CUDAGraphSteps),
+            "recorded": isinstance(self.train_state.forward_backward, CUDAGraphSteps),
         }
 
 
 def start(config: RunConfig[Method], device: torch.device, *, quick: bool = True) -> Training:
     """What the trainer makes at step 0; `quick` draws the weights on the device."""
     here = World(0, 1, device)
+    phase, end = phase_at(config, 0)
+    dense = initial_weights(config)
     with drawn_on(device) if quick else nullcontext():
-        train_state = restore(config, None, here, {})
-    return Training(config, here, train_state)
+        model = build(config, phase, dense)
+    optimizer, forward_backward = prepare(model, config, here, phase)
+    moves = config.method.schedule(schedule.build(config.schedule, config.train.steps))
+    return Training(
+        config, here, TrainState(model, forward_backward, optimizer, moves, phase, 0, end)
+    )
+
+
+class OnDevice(TorchDispatchMode):
+    """Sends every operation to `device`, whose own generator draws, whatever a method names."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*tree_map(self._sent, args), **tree_map(self._sent, kwargs or {}))
+        # torch.tensor(..., device="cpu") and from_numpy name no device: this is what they call.
+        return made.to(self.device) if func is torch.ops.aten.lift_fresh.default else made
+
+    def _sent(self, given: Any) -> Any:
+        if isinstance(given, torch.Generator):
+            return None
+        on_cpu = isinstance(given, torch.device) and given.type == "cpu"
+        return self.device if on_cpu else given
 
 
 @contextmanager
 def drawn_on(device: torch.device) -> Iterator[None]:
-    """Models are built on `device` with random numbers of its own.
+    """Models are built on `device` with random numbers of its own; on a CPU as the library does.
 
     The same distributions as the library's draws on the CPU, in seconds where those take minutes.
     """
-
-    def generator(self: Rng, site: str, step: int = 0, purpose: str = "") -> torch.Generator:
-        return torch.Generator(device).manual_seed(self.integer(site, step, purpose))
-
-    with torch.device(device), patch.object(Rng, "__call__", generator):
+    if device.type == "cpu":
+        yield
+        return
+    torch.manual_seed(0)
+    with torch.device(device), OnDevice(device):
         yield
 
 
@@ -153,7 +181,7 @@ def step(training: Training, windows: Tensor) -> Tensor:
     """One optimizer step on `windows` as the trainer takes it; the loss."""
     train_state = training.train_state
     set_lr(train_state.optimizer, train_state.schedule(train_state.step))
-    loss = train_state.passes([windows])
+    loss = train_state.forward_backward([windows])
     clip, every = training.config.optim.clip, training.config.train.log_every
     if clip or (train_state.step + 1) % every == 0:
         clip_gradients(train_state.model, clip)

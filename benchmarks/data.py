@@ -32,7 +32,6 @@ from peptrain.data.tokenizer import train_tokenizer
 
 GPU_TOKENS = 1.5e6  # a second: full training of llama-60m on one H200 takes 1.3 M
 BATCH, SEQ_LENS = 512, (256, 1024)
-READING_SECONDS = 3
 
 
 def documents(directory: Path | None, size: int) -> Iterator[str]:
@@ -99,11 +98,12 @@ def preparing(folder: Path, texts: list[str], tokenizer: Path) -> None:
         print(f"| `{form}` | {size:.1f} | {rate:.1f} | {tokens / seconds:,.0f} | {peak:.0f} |")
 
 
-def reading(corpus: Corpus) -> None:
+def reading(corpus: Corpus, least: float) -> None:
+    """Batches for `least` seconds of each length."""
     print("\n| batch | tokens/s | MB/s from the shards | times a GPU's need |\n|---|---|---|---|")
     for seq_len in SEQ_LENS:
         start, step = time.perf_counter(), 0
-        while (seconds := time.perf_counter() - start) < READING_SECONDS:
+        while (seconds := time.perf_counter() - start) < least:
             corpus.batch(seed=0, step=step, rank=0, world=1, batch_size=BATCH, seq_len=seq_len)
             step += 1
         rate = step * BATCH * seq_len / seconds
@@ -111,13 +111,14 @@ def reading(corpus: Corpus) -> None:
         print(f"| {BATCH} x {seq_len} | {rate:,.0f} | {size:.0f} | {rate / GPU_TOKENS:.0f} |")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     plain = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("directory", type=Path, nargs="?", metavar="DIR")
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--megabytes", type=float, default=60)
-    args = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=3, help="of reading, for each length")
+    args = parser.parse_args(argv)
     texts = list(documents(args.directory, int(args.megabytes * 1e6)))
     size = sum(len(text.encode()) for text in texts)
     names = ("numpy", "tokenizers", "pyarrow", "torch")
@@ -131,7 +132,7 @@ def main() -> None:
         if not args.tokenizer:
             train_tokenizer(iter(texts), 8192).save(str(tokenizer))
         preparing(folder, texts, tokenizer)
-        reading(Corpus.open(folder / "corpus.txt"))
+        reading(Corpus.open(folder / "corpus.txt"), args.seconds)
 
 
 if __name__ == "__main__":

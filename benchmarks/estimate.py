@@ -55,7 +55,7 @@ def step(training: Training) -> None:
     """One step in micro-batches, as configured."""
     train_state, t = training.train_state, training.config.train
     assert t.micro_batch is not None
-    train_state.passes(torch.split(random_windows(training, 1)[0], t.micro_batch))
+    train_state.forward_backward(torch.split(random_windows(training, 1)[0], t.micro_batch))
     clip_gradients(train_state.model, training.config.optim.clip)
     train_state.optimizer.step()
     train_state.optimizer.zero_grad()

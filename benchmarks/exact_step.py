@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from peptrain.ops.riemannian import riemannian_step
 from peptrain.ops.riemannian_gram import eigenvectors, gram_steps_
-from peptrain.optim.loro import LOROOptimizer, Rule
+from peptrain.optim.loro import LOROOptimizer, LORORule
 
 LR = 0.003  # lr_p of a first step at lr 0.01
-RULE = Rule(
+RULE = LORORule(
     exact_every=1,
     refresh_every=0,
     retraction="riemannian",
@@ -168,7 +168,7 @@ def eigendecompositions(args: argparse.Namespace) -> None:
         print(f"| {name} | {milliseconds(way, args.device) / count:.2f} |")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     plain = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--reference", type=int, default=1, help="layers the reference is timed on")
     parser.add_argument("--streams", type=int, nargs="*", default=[2, 4, 8])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     pairs = factors(args)
     forms(pairs, args)
     whole_steps(pairs, args)

@@ -3,7 +3,7 @@
     python benchmarks/fast_forms.py [ROW ...] [--steps 300] [--seeds 2] [--json FILE]
 
 Each row is trained with every seed, plainly (no kernels, no compiler, no graph) and fast, through
-the trainer, merges and exact steps included, on the default corpus.
+the trainer, merges and exact steps included, on the default corpus if no other is given.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import announce, configured, device_of, free, parser, table, write
+from common import announce, configured, device_of, free, model_of, parser, table, write
 
-from peptrain.config import RunConfig, TrainConfig
+from peptrain.config import DataConfig, RunConfig, TrainConfig
 from peptrain.methods import methods
-from peptrain.models.hf import ModelConfig
 from peptrain.training.loop import train
 
 ROWS = (
@@ -38,12 +37,13 @@ def run(row: str, seed: int, fast: bool, args: Any, device: torch.device) -> dic
     vocabulary = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
     base = RunConfig(
         method=methods()["full"](),
-        model=ModelConfig(preset=args.preset, layers=args.layers, **vocabulary),
+        model=replace(model_of(args), **vocabulary),
+        data=DataConfig(path=args.data),
         train=TrainConfig(
             steps=args.steps, batch_size=args.batch_size, micro_batch=args.batch_size,
-            seq_len=256, seed=seed, precision=args.precision, log_every=1, eval_every=0,
-            checkpoint_every=0, keep=1, compile=fast, cuda_graph=fast and on_gpu,
-            kernels="auto" if fast else "torch",
+            seq_len=args.seq_len, seed=seed, device=device.type, precision=args.precision,
+            log_every=1, eval_every=0, checkpoint_every=0, keep=1, compile=fast,
+            cuda_graph=fast and on_gpu, kernels="auto" if fast else "torch",
         ),
     )  # fmt: skip
     losses: list[float] = []
@@ -88,13 +88,15 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("rows", nargs="*", default=ROWS, metavar="ROW")
     made.add_argument("--steps", type=int, default=300)
     made.add_argument("--batch-size", type=int, default=64)
+    made.add_argument("--seq-len", type=int, default=256)
+    made.add_argument("--data", type=Path, help="a prepared corpus; unset: the default one")
     made.add_argument("--seeds", type=int, default=2)
     made.add_argument("--vocab-size", type=int)
     made.set_defaults(preset="llama-60m")
     args = made.parse_intermixed_args(argv)
     device = device_of(args.device)
     announce(device, {"preset": args.preset, "precision": args.precision, "steps": args.steps,
-                      "batch": f"{args.batch_size} x 256"})  # fmt: skip
+                      "batch": f"{args.batch_size} x {args.seq_len}"})  # fmt: skip
     found, lines = [], []
     for row in args.rows:
         plain, fast = (

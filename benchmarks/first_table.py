@@ -169,7 +169,7 @@ def table(args: argparse.Namespace) -> None:
         )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -192,7 +192,7 @@ def main() -> None:
             command.add_argument("files", type=Path, nargs="+")
         elif name in ("one", "sweep"):
             command.add_argument("run", nargs="+")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.call(args)
 
 

@@ -65,7 +65,7 @@ def exact_times(training: Training, repeat: int) -> list[float]:
     """Milliseconds by which an exact optimizer step is longer than the ordinary one before it."""
     optimizer, device = training.train_state.optimizer, training.here.device
     assert isinstance(optimizer, LOROOptimizer)
-    training.train_state.passes(random_windows(training, 1))
+    training.train_state.forward_backward(random_windows(training, 1))
     optimizer.rule = replace(optimizer.rule, exact_every=2, refresh_every=2)
     if optimizer.param_groups[0]["clock"] % 2:
         optimizer.step()

@@ -59,7 +59,7 @@ def test_parameters_and_their_names_stay(name: str) -> None:
     pytest.importorskip("triton")
     model = installed(name)
     before = {k: p.shape for k, p in model.state_dict().items()}
-    tiny_method(name).accelerate(model)
+    tiny_method(name).fuse(model)
     assert {k: p.shape for k, p in model.state_dict().items()} == before
     assert len(list(reparametrized(model))) == 7
 
@@ -68,9 +68,9 @@ def test_parameters_and_their_names_stay(name: str) -> None:
 def test_a_model_may_be_accelerated_twice(name: str) -> None:
     pytest.importorskip("triton")
     model = installed(name)
-    tiny_method(name).accelerate(model)
+    tiny_method(name).fuse(model)
     once = [type(module) for module in model.modules()]
-    tiny_method(name).accelerate(model)
+    tiny_method(name).fuse(model)
     assert [type(module) for module in model.modules()] == once
 
 

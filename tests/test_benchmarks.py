@@ -4,29 +4,32 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from support import rows as recorded
 from support import tiny, tiny_method
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from peptrain.cli.app import main
 from peptrain.config import resolved
 from peptrain.data import Corpus
 from peptrain.methods import METHODS
+from peptrain.runs.build import build
 from peptrain.runs.checkpoint import available, read
 from peptrain.runs.directory import RunDir
-from peptrain.testing import MODEL
 from peptrain.training.loop import train
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
-SMALL = ["--preset=tiny", "--layers=1", "--device=cpu", "--set=train.compile=false"]
-SMALL += [f"--set=model.{k}={MODEL[k]}" for k in ("hidden_size", "heads", "vocab_size")]
-SHORT = ["--steps=2", "--warm-up=1"]
-METHOD_ROWS = ["bpt:rank=2", "relora:rank=2", "loro:rank=2"]
+METHOD_ROWS = ["bpt:rank=4", "relora:rank=4", "loro:rank=4"]
 
 
 @pytest.fixture
@@ -42,87 +45,202 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
-def numbers(module: ModuleType, out: Path, *args: str) -> list[dict[str, Any]]:
-    """The rows that a benchmark writes."""
-    module.main([*args, f"--json={out}"])
-    written = json.loads(out.read_text(encoding="utf-8"))
-    assert written["environment"]["torch"] == torch.__version__
-    rows: list[dict[str, Any]] = written["rows"]
-    return rows
+@pytest.fixture(scope="session")
+def smoke_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text and the corpus of the smoke test."""
+    folder = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import_module("smoke").make_corpus(folder)
+    return folder
 
 
-def test_speed(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--tokens", "32", "64", "--seq-len=16", "--precision=fp32"]
-    given = [*SMALL, *SHORT, *sizes, *METHOD_ROWS, "full:train.precision=bf16"]
-    rows = numbers(script("speed"), tmp_path / "json", *given)
-    names = ["full", *METHOD_ROWS, "full:train.precision=bf16", "full"]
+@pytest.fixture
+def ran(script: Any, smoke_folder: Path) -> Any:
+    """Call a benchmark as the smoke test does on a CPU."""
+
+    def run(name: str, *more: str) -> None:
+        smoke = script("smoke")
+        given = smoke.arguments(smoke.SCRIPTS[name], device="cpu", folder=smoke_folder)
+        script(name).main([*given, *more])
+
+    return run
+
+
+@pytest.fixture
+def numbers(ran: Any, tmp_path: Path) -> Any:
+    """The rows that a benchmark writes when it is called so."""
+
+    def measured(name: str, *more: str) -> list[dict[str, Any]]:
+        out = tmp_path / "json"
+        ran(name, *more, f"--json={out}")
+        written = json.loads(out.read_text(encoding="utf-8"))
+        assert written["environment"]["torch"] == torch.__version__
+        rows: list[dict[str, Any]] = written["rows"]
+        return rows
+
+    return measured
+
+
+def test_speed(numbers: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = numbers("speed")
+    names = ["full", *METHOD_ROWS, "full:train.precision=fp32", "full"]
     assert [(r["tokens"], r["row"]) for r in rows] == [(t, n) for t in (32, 64) for n in names]
-    assert [r["train"]["precision"] for r in rows[-2:]] == ["bf16", "fp32"]
+    assert [r["train"]["precision"] for r in rows[-2:]] == ["fp32", "bf16"]
     assert all(len(r["ms"]) == 2 and r["tokens_per_second"] > 0 for r in rows)
-    assert "| loro:rank=2 |" in capsys.readouterr().out
+    assert "| loro:rank=4 |" in capsys.readouterr().out
 
 
-def test_inference(script: Any, tmp_path: Path) -> None:
-    given = ["--intermediate-size=24", "--rank=2", "--cells", "2x8", "1x16", "--logits=last"]
-    rows = numbers(script("inference"), tmp_path / "json", *SMALL, *given, "--no-compile")
+def test_inference(numbers: Any) -> None:
+    rows = numbers("inference")
     assert [(r["batch"], r["length"]) for r in rows] == [(2, 8), (1, 16)]
     assert all(len(r[k]["ms"]) == 20 for r in rows for k in ("dense", "factorised"))
 
 
-def test_budget(script: Any, tmp_path: Path) -> None:
-    given = ["--tokens=32", "--seq-len=16", "--steps=8", "full", *METHOD_ROWS]
-    rows = numbers(script("budget"), tmp_path / "json", *SMALL, *given)
+def test_budget(numbers: Any) -> None:
+    rows = numbers("budget")
     assert [len(r["errors"]) for r in rows] == [0, 3, 3, 0]
     for e in (e for r in rows for e in r["errors"]):
         assert e["delta"] > 0
         assert abs(e["bias"]) < 5
 
 
-def test_estimate(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--presets", "tiny", "--rows-of-step=2", "--seq-len=16", *METHOD_ROWS]
-    given.append("bpt:rank=2:train.micro_batch=1")
-    rows = numbers(script("estimate"), tmp_path / "json", *SMALL, *given)
+def test_estimate(numbers: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = numbers("estimate")
     assert all(r["predicted_peak"] > r["predicted_between"] > 0 for r in rows)
     assert rows[-1]["predicted_peak"] < rows[0]["predicted_peak"]
-    assert "| loro:rank=2 | 0.00 | not measured |" in capsys.readouterr().out
+    assert "| loro:rank=4 | 0.00 | not measured |" in capsys.readouterr().out
 
 
-def test_merges(script: Any, tmp_path: Path) -> None:
-    given = ["--rows-of-step=2", "--seq-len=16", "--repeat=2", *METHOD_ROWS]
-    rows = numbers(script("merges"), tmp_path / "json", *SMALL, *SHORT, *given)
+def test_merges(numbers: Any) -> None:
+    rows = numbers("merges")
     assert [r["event"] for r in rows] == ["merge", "merge", "exact step"]
     assert all(len(r["event_ms"]) == 2 for r in rows)
 
 
-def test_the_share_of_a_merge_is_of_the_steps_that_lie_between(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_fast_forms(numbers: Any) -> None:
+    rows = numbers("fast_forms")
+    assert [r["fast"] for r in rows] == [False, True] * 2
+    assert all(len(r["losses"]) == 4 for r in rows)
+
+
+def test_exact_step(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    ran("exact_step")
+    out = capsys.readouterr().out
+    assert "| Gram | " in out
+    assert "| step of 7 pairs" in out
+
+
+def test_first_table(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    ran("first_table")
+    row = json.loads(capsys.readouterr().out)
+    assert (row["run"].split(":")[0], row["steps"]) == ("bpt", 2)
+    assert row["loss"] > 0
+
+
+def test_data(
+    ran: Any, script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    merges = script("merges")
-    monkeypatch.setattr(merges, "merge_times", lambda training, repeat: [32.0])
-    given = ["--rows-of-step=2", "--seq-len=16", "--ms-per-8192=10", "bpt:rank=2"]
-    [row] = numbers(merges, tmp_path / "json", *SMALL, *given)
+    """Prepared here, not in processes of their own."""
+    pytest.importorskip("pyarrow")
+    data = script("data")
+    monkeypatch.setattr(data, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    ran("data")
+    out = capsys.readouterr().out
+    assert all(f"| `{form}` | " in out for form in data.FORMS)
+    assert "| 512 x 1024 | " in out
+
+
+def test_the_share_of_a_merge_is_of_the_steps_that_lie_between(
+    numbers: Any, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script("merges"), "merge_times", lambda training, repeat: [32.0])
+    row = numbers("merges", "--ms-per-8192=10")[0]
     assert row["share"] == pytest.approx(32 / (200 * 16 * 10))
 
 
-def test_loop(script: Any, tmp_path: Path, corpus: Path) -> None:
-    given = [f"--data={corpus}", "--batch-size=2", "--seq-len=16", "--steps=4", "--log-every=2"]
-    rows = numbers(script("loop"), tmp_path / "json", *SMALL, *given, "--rounds=2", "full", "loro")
+def test_loop(numbers: Any) -> None:
+    rows = numbers("loop")
     assert all(
         len(r[k][c]) == 2 for r in rows for k in ("trainer", "bare") for c in ("wall", "cpu")
     )
 
 
-def test_cpu_peft(script: Any, tmp_path: Path, corpus: Path) -> None:
+def test_cpu_peft(numbers: Any) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")
-    given = [f"--data={corpus}", "--batch-size=2", "--seq-len=16", "--steps=4", "--log-every=2"]
-    rows = numbers(script("cpu_peft"), tmp_path / "json", *SMALL, *given, "--rounds=1",
-                   "lora:rank=2", "lora:rank=2:train_rest=false", "full")  # fmt: skip
+    rows = numbers("cpu_peft")
     assert all(len(r["wall"]) == len(r["cpu"]) == 1 for r in rows)
     trainable = {r["row"]: r["trainable"] for r in rows}
-    assert trainable["Trainer + PEFT, the rest trains too"] == trainable["lora:rank=2"]
-    assert trainable["Trainer + PEFT, adapters"] == trainable["lora:rank=2:train_rest=false"]
+    assert trainable["Trainer + PEFT, the rest trains too"] == trainable["lora:rank=4"]
+    assert trainable["Trainer + PEFT, adapters"] == trainable["lora:rank=4:train_rest=false"]
     assert trainable["Trainer, full"] == trainable["full"]
+
+
+def test_the_smoke_test_has_every_script(script: Any) -> None:
+    """And so this file has, which calls each as the smoke test does."""
+    found = {file.stem for file in BENCHMARKS.glob("*.py")} - {"common", "smoke"}
+    assert script("smoke").SCRIPTS.keys() == found
+    assert all(f"test_{name}" in globals() for name in found)
+
+
+def test_the_smoke_tests_runs_change_phase_merge_and_step_exactly(
+    script: Any, smoke_folder: Path
+) -> None:
+    smoke = script("smoke")
+    for name in smoke.TRAININGS:
+        assert main(smoke.training_arguments(name, device="cpu", folder=smoke_folder)) == 0
+    for name, count in [("bpt", "merges"), ("relora", "merges"), ("loro", "exact_steps")]:
+        assert max(row.get(count, 0) for row in recorded(smoke_folder / f"train-{name}")) == 2
+    assert [row["phase"] for row in recorded(smoke_folder / "train-relora", "phase")] == [1]
+
+
+def test_on_a_gpu_the_smoke_test_compiles_and_records(script: Any) -> None:
+    smoke = script("smoke")
+    checks = {check.name: check for check in smoke.all_checks("cuda", Path("corpus"))}
+    assert checks.keys() == {"gpu-tests"} | smoke.SCRIPTS.keys() | smoke.TRAININGS.keys()
+    assert "--cuda-graph" in checks["inference"].command
+    for name in smoke.TRAININGS:
+        assert {"--train.compile=true", "--train.cuda-graph=true"} <= set(checks[name].command)
+    eager = ("--no-compile", "--set=train.compile=false", "--device=cpu")
+    found = {name for name, check in checks.items() if any(e in check.command for e in eager)}
+    assert found == {"cpu_peft"}
+
+
+class Watching(TorchDispatchMode):
+    """Notes the operations that have to do with the CPU or with a generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        other = [x for x in tree_leaves((args, kwargs)) if not isinstance(x, torch.Tensor)]
+        if any(isinstance(x, torch.Generator) or x == CPU for x in other) or any(
+            t.device == CPU for t in tensors
+        ):
+            self.seen.append(str(func))
+        return made
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_is_drawn_on_the_device_alone(script: Any, name: str, phase: int) -> None:
+    """Whatever device and generator a method names. A GPU takes no generator of the CPU's."""
+    config = resolved(tiny(name, Path("corpus")), world_size=1, on_gpu=False)
+    with Watching() as watching, script("common").drawn_on(torch.device("meta")):
+        model = build(config, phase)
+    assert watching.seen == []
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
+
+
+def test_what_is_made_of_numbers_of_the_host_is_on_the_device_too(script: Any) -> None:
+    numbers = np.zeros(2)
+    with script("common").drawn_on(torch.device("meta")):
+        made = [torch.tensor([1.0], device="cpu"), torch.from_numpy(numbers), torch.ones(2).cpu()]
+    assert {t.device.type for t in made} == {"meta"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -194,7 +312,49 @@ def test_no_gpu_benchmark_needs_the_command_lines_packages() -> None:
     code = """
 import sys
 sys.modules |= {"tyro": None, "rich": None, "peft": None}
-import speed, inference, budget, merges, loop, estimate
+import smoke, speed, inference, budget, merges, loop, estimate, fast_forms, first_table, exact_step
 """
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+def check(smoke: ModuleType, name: str, code: str, **given: Any) -> Any:
+    return smoke.Check(name, [sys.executable, "-S", "-c", code], **given)
+
+
+def test_the_smoke_test_says_what_failed(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smoke = script("smoke")
+    checks = [
+        check(smoke, "good", "print(1)"),
+        check(smoke, "bad", "print('so far'); raise ValueError('so it is')"),
+        check(smoke, "crash", "import os; os.abort()"),
+        check(smoke, "stuck", "import time; print('so far', flush=True); time.sleep(60)", limit=1),
+        check(smoke, "lacking", "", needs=("sys", "no_such_package")),
+    ]
+    assert sorted(smoke.run(smoke.able(checks), tmp_path, jobs=4)) == ["bad", "crash", "stuck"]
+    lines = {line.split()[1]: line.split() for line in capsys.readouterr().out.splitlines()}
+    said = {name: (words[0], " ".join(words[4:])) for name, words in lines.items()}
+    assert said == {
+        "good": ("ok", ""),
+        "bad": ("FAIL", "ValueError: so it is"),
+        "crash": ("FAIL", "exit status -6"),
+        "stuck": ("FAIL", "no end after 1 s"),
+        "lacking": ("skip", "needs no_such_package"),
+    }
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.txt", "crash.txt", "stuck.txt"]
+    assert "so far" in (tmp_path / "bad.txt").read_text()
+
+
+@pytest.mark.parametrize(("code", "status"), [("", 0), ("raise SystemExit(3)", 1)])
+def test_the_exit_status_of_the_smoke_test(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, status: int
+) -> None:
+    smoke = script("smoke")
+    only = check(smoke, "one", code)
+    monkeypatch.setattr(smoke, "all_checks", lambda device, folder: [only])
+    monkeypatch.setattr(smoke, "make_corpus", lambda folder: None)
+    assert smoke.main(["--device=cpu", f"--out={tmp_path / 'out'}"]) == status
+    with pytest.raises(SystemExit, match="no check another; there are one"):
+        smoke.main(["--only", "another"])

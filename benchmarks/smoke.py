@@ -1,0 +1,279 @@
+"""Whether all that only a GPU can run still runs: one command, a line a check.
+
+    python benchmarks/smoke.py [--device cpu] [--only NAME ...] [--out DIR]
+
+The checks are every benchmark at a size that tells nothing, the tests for a GPU, and runs of the
+command, compiled and recorded. Each is a process with a time limit, so that neither a crash nor a
+hang takes others along. The exit status is 1 if any failed; what a failed one printed is in DIR.
+--device cpu runs the same on the CPU, but for the tests for a GPU, the compiler and the recording.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+
+MODEL = (
+    "--preset=tiny --layers=1 --intermediate-size=96 --set=model.hidden_size=64"
+    " --set=model.heads=2 --set=model.vocab_size=320 --device={device}"
+)
+COMPILED = f"{MODEL} --set=train.compile={{compile}}"
+ROWS = "bpt:rank=4 relora:rank=4 loro:rank=4"
+RUN = "--data={corpus} --batch-size=2 --seq-len=16 --steps=4"
+SCRIPTS = {
+    "speed": f"{COMPILED} --tokens 32 64 --seq-len=16 --steps=2 --warm-up=1"
+    f" {ROWS} full:train.precision=fp32",
+    "inference": f"{COMPILED} --rank=4 --cells 2x8 1x16 --logits=last {{no_compile}} {{graph}}",
+    "budget": f"{COMPILED} --tokens=32 --seq-len=16 --steps=8 full {ROWS}",
+    "merges": f"{COMPILED} --rows-of-step=2 --seq-len=16 --steps=2 --warm-up=1 --repeat=2 {ROWS}",
+    "loop": f"{COMPILED} {RUN} --log-every=2 --rounds=2 full loro",
+    "estimate": f"{MODEL} --presets tiny --rows-of-step=8 --seq-len=16"
+    f" {ROWS} bpt:rank=4:train.micro_batch=1",
+    "fast_forms": f"{MODEL} {{eager}} {RUN} --seeds=1"
+    " bpt:rank=4:merge_every=2 loro:rank=4:exact_every=2",
+    "exact_step": "--device={device} --layers=1 --width=64 --mlp=96 --rank=4 --streams 2",
+    "first_table": "one --data={corpus} --preset=tiny --steps=2 --batch-size=2 --micro-batch=2"
+    " {no_compile} bpt:1e-3:0:rank=4:merge_every=1",
+    "data": "{text} --tokenizer={corpus}/tokenizer.json --megabytes=0.05 --seconds=0.05",
+    "cpu_peft": f"{MODEL} --set=train.compile=false {RUN} --log-every=2 --rounds=1"
+    " lora:rank=4 lora:rank=4:train_rest=false full",
+}
+"""The arguments of every script. In braces is what depends on the device and on where files lie."""
+NEEDS = {"cpu_peft": ("peft", "accelerate"), "data": ("pyarrow",)}
+"""Packages without which a script is skipped."""
+
+TRAINING = (
+    "--data.path={corpus} --model.layers=1 --model.hidden-size=64 --model.intermediate-size=96"
+    " --model.heads=2 --model.vocab-size=320 --train.steps=8 --train.batch-size=4"
+    " --train.micro-batch=2 --train.seq-len=16 --train.log-every=1 --train.eval-every=0"
+    " --train.device={device} --train.compile={compile} --train.cuda-graph={compile}"
+)
+TRAININGS = {
+    "train-full": "full",
+    "train-bpt": "bpt --method.rank=4 --method.merge-every=3",
+    "train-relora": "relora --method.rank=4 --method.warm-start-steps=2 --method.merge-every=3",
+    "train-loro": "loro --method.rank=4 --method.exact-every=3",
+}
+"""Runs with a change of phase, merges and an exact step in them."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A command that ends well within `limit` seconds, where the packages it needs are there."""
+
+    name: str
+    command: Sequence[str]
+    needs: Sequence[str] = ()
+    limit: float = 240
+
+    def missing(self) -> str:
+        """Those of them that aren't there, or nothing."""
+        return ", ".join(name for name in self.needs if find_spec(name) is None)
+
+
+def arguments(text: str, *, device: str, folder: Path) -> list[str]:
+    """The words of a line of the tables, filled in."""
+    eager = device == "cpu"
+    known = {
+        "device": device,
+        "corpus": str(folder / "corpus"),
+        "text": str(folder / "text.txt"),
+        "compile": "false" if eager else "true",
+        "eager": "--set=train.compile=false" if eager else "",
+        "no_compile": "--no-compile" if eager else "",
+        "graph": "" if eager else "--cuda-graph",
+    }
+    return [word for word in (part.format(**known) for part in text.split()) if word]
+
+
+def make_corpus(folder: Path) -> None:
+    """The project's own documentation, as text and prepared with 320 token ids."""
+    from peptrain.data import PrepareConfig, prepare
+
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(d.read_text(encoding="utf-8") for d in documents), encoding="utf-8")
+    prepare(PrepareConfig(inputs=(text,), out=folder / "corpus", vocab_size=320, held_out=0.02))
+
+
+def all_checks(device: str, folder: Path) -> list[Check]:
+    """The longest first, since several run at a time."""
+    tests = [] if device == "cpu" else [gpu_tests()]
+    return [*tests, *trainings(device, folder), *scripts(device, folder)]
+
+
+def gpu_tests() -> Check:
+    """Of the files that have any, and without the options of a run in several processes, so that
+    nothing but pytest need be installed."""
+    marked = [f for f in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in f.read_text("utf-8")]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu"]
+    return Check("gpu-tests", [*pytest, *map(str, marked)], needs=("pytest",), limit=540)
+
+
+def trainings(device: str, folder: Path) -> Iterator[Check]:
+    for name in TRAININGS:
+        words = training_arguments(name, device=device, folder=folder)
+        yield Check(name, [sys.executable, "-m", "peptrain", *words])
+
+
+def training_arguments(name: str, *, device: str, folder: Path) -> list[str]:
+    """Those of `peptrain`, for a run in `folder` of the training's name."""
+    words = arguments(f"train {TRAININGS[name]} {TRAINING}", device=device, folder=folder)
+    return [*words, f"--run={folder / name}"]
+
+
+def scripts(device: str, folder: Path) -> Iterator[Check]:
+    for name, text in SCRIPTS.items():
+        words = arguments(text, device=device, folder=folder)
+        command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *words]
+        yield Check(name, command, NEEDS.get(name, ()))
+
+
+@dataclass
+class Running:
+    """A check's process, in a group with those it starts, and where their output goes."""
+
+    check: Check
+    file: Path
+    env: Mapping[str, str] | None = None
+    begun: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.output: IO[bytes] = self.file.open("wb")
+        self.process = subprocess.Popen(
+            self.check.command,
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            env=self.env,
+            process_group=0,
+        )
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def over(self) -> bool:
+        return self.process.poll() is not None or self.seconds > self.check.limit
+
+    def end(self) -> str | None:
+        """What went wrong, if anything did. A group that still runs is killed."""
+        code = self.process.poll()
+        if code is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.output.close()
+        if code is None:
+            return f"no end after {self.check.limit:.0f} s"
+        return None if code == 0 else last_line(self.file) or f"exit status {code}"
+
+
+def last_line(file: Path) -> str:
+    """The last one that isn't blank, or as much of it as says what it is about."""
+    lines = file.read_text("utf-8", errors="replace").split("\n")
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+
+def run(
+    checks: Sequence[Check], out: Path, jobs: int = 1, env: Mapping[str, str] | None = None
+) -> list[str]:
+    """Print a line for each check as it ends; the names of those that failed."""
+    waiting, failed = list(checks), list[str]()
+    running: list[Running] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                check = waiting.pop(0)
+                running.append(Running(check, out / f"{check.name}.txt", env))
+            time.sleep(0.02)
+            for one in [one for one in running if one.over()]:
+                running.remove(one)
+                failed += [] if passed(one) else [one.check.name]
+    finally:
+        for one in running:
+            one.end()
+    return failed
+
+
+def passed(one: Running) -> bool:
+    """End it and print its line. Its output stays if it failed."""
+    seconds, error = one.seconds, one.end()
+    if error is None:
+        one.file.unlink()
+    say("FAIL" if error else "ok", one.check.name, seconds, error or "")
+    return error is None
+
+
+def say(status: str, name: str, seconds: float, reason: str) -> None:
+    print(f"{status:<6}{name:<13}{seconds:6.1f} s  {reason}".rstrip(), flush=True)
+
+
+def inherited(device: str) -> dict[str, str]:
+    """This process's environment, without its GPUs for a check of the CPU."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return os.environ | {"PYTHONUNBUFFERED": "1"} | hidden
+
+
+def chosen(checks: Sequence[Check], only: Sequence[str] | None) -> list[Check]:
+    names = [check.name for check in checks]
+    if unknown := set(only or ()) - set(names):
+        raise SystemExit(f"no check {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    return [check for check in checks if check.name in (only or names)]
+
+
+def able(checks: Sequence[Check]) -> list[Check]:
+    """Those that have what they need; the others are listed."""
+    for check in checks:
+        if missing := check.missing():
+            say("skip", check.name, 0, f"needs {missing}")
+    return [check for check in checks if not check.missing()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parsed(argv)
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="peptrain-smoke-") as folder:
+        checks = chosen(all_checks(args.device, Path(folder)), args.only)
+        make_corpus(Path(folder))
+        out = args.out or Path(tempfile.mkdtemp(prefix="peptrain-smoke-failed-"))
+        out.mkdir(parents=True, exist_ok=True)
+        runnable = able(checks)
+        failed = run(runnable, out, args.jobs, inherited(args.device))
+    counts = f"{len(runnable) - len(failed)} ok, {len(failed)} failed"
+    skipped = len(checks) - len(runnable)
+    print(f"\n{counts}, {skipped} skipped in {time.perf_counter() - begun:.0f} s")
+    if failed:
+        print(f"what they printed: {', '.join(str(out / f'{name}.txt') for name in failed)}")
+    elif args.out is None:
+        out.rmdir()
+    return 1 if failed else 0
+
+
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    made.add_argument("--only", nargs="+", metavar="NAME", help="these checks alone")
+    made.add_argument("--out", type=Path, metavar="DIR", help="unset: a temporary one")
+    made.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 4),
+                      help="checks at a time; unset: one for every four cores")  # fmt: skip
+    return made.parse_args(argv)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is ended then too
+    sys.exit(main())
