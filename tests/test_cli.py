@@ -27,7 +27,7 @@ from peptrain.cli.app import main
 from peptrain.cli.progress import TrainingProgress, preparation_state, preparing
 from peptrain.comparison.demo import DEMO_METHODS, comparison
 from peptrain.config import load
-from peptrain.data import Corpus, Progress, embedded
+from peptrain.data import Corpus, ProgressReport, embedded
 from peptrain.eval.perplexity import Evaluation
 from peptrain.exporting.factorised import load_factorised
 from peptrain.methods import METHODS
@@ -734,9 +734,9 @@ def test_preparing_a_stream_shows_the_pace_and_no_end() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with preparing(console) as show:
         for batch in range(3):
-            show(Progress(documents=1000 * batch, tokens=10**6 * batch, share=None))
+            show(ProgressReport(documents=1000 * batch, tokens=10**6 * batch, share=None))
     assert re.search(r"preparing \S+ *\n2,000 documents  2,000,000 tokens", shown(console))
-    of_this_call = preparation_state(Progress(7, 5_000, None), seconds=2.0, before=1_000)
+    of_this_call = preparation_state(ProgressReport(7, 5_000, None), seconds=2.0, before=1_000)
     assert of_this_call == "7 documents  5,000 tokens  2,000 tok/s"
 
 

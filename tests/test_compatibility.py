@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import EVENT, MODEL, STEPS, TRAIN, same
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -29,6 +28,7 @@ from peptrain.config import dump, load
 from peptrain.eval.run import evaluate
 from peptrain.exporting.export import export
 from peptrain.exporting.factorised import load_factorised
+from peptrain.testing import EVENT, MODEL, STEPS, TRAIN, same
 from peptrain.training.loop import resume
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from peptrain.methods.loro import LORO
 from peptrain.methods.lowrank import LowRankLinear
 from peptrain.models.sites import reparametrized
 from peptrain.optim.adamw import OptimConfig, adamw, keep_mask, reset_moments
-from peptrain.optim.loro import LOROOptimizer, Rule
+from peptrain.optim.loro import LOROOptimizer, LORORule
 from peptrain.rng import Rng
 
 D, R, BETAS = 16, 2, (0.9, 0.999)
@@ -535,7 +535,7 @@ def test_a_singular_factor_is_reported_and_does_no_harm(precision: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_gradient_that_is_no_number_ends_an_exact_step_as_nan(dtype: torch.dtype) -> None:
     """And not as an error of the SVD's: the trainer says at which step a run diverged."""
-    rule = Rule(1, 0, "riemannian", "adam", "adam", 0.0, "none")
+    rule = LORORule(1, 0, "riemannian", "adam", "adam", 0.0, "none")
     pairs = [
         torch.randn(s, generator=seeded()).to(dtype).requires_grad_() for s in ((6, 2), (2, 5))
     ]

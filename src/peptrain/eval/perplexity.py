@@ -15,6 +15,7 @@ from peptrain.distributed.world import World
 from peptrain.errors import DataError
 from peptrain.models.hf import Precision, autocast
 from peptrain.models.probe import evaluating
+from peptrain.ops.precision import at_least_fp32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,6 +109,6 @@ def _summed_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     total = torch.zeros((), dtype=torch.float64, device=ids.device)
     for row, targets in zip(logits, ids[:, 1:], strict=True):  # wide copies of all would be most
-        wide = row.to(torch.promote_types(row.dtype, torch.float32))  # of the memory
+        wide = row.to(at_least_fp32(row.dtype))  # of the memory
         total += F.cross_entropy(wide, targets, reduction="none").sum(dtype=torch.float64)
     return total

@@ -14,6 +14,7 @@ from peptrain.execution.counters import Operations
 from peptrain.models.hf import vocabulary_size
 from peptrain.models.probe import alike, evaluating, rounding
 from peptrain.ops.cross_entropy import linear_cross_entropy, scale_, softmax_
+from peptrain.ops.precision import at_least_fp32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,5 +104,5 @@ def _plain_form(model: PreTrainedModel) -> bool:
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, in at least fp32. logits: [rows, L, V]; targets: [rows, L]."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(at_least_fp32(logits.dtype))
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten())

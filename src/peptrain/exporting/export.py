@@ -15,6 +15,7 @@ from peptrain.errors import CheckpointError, ConfigError, Unsupported
 from peptrain.exporting.factorised import write_factorised
 from peptrain.models.dense import dense_state
 from peptrain.models.sites import reparametrized
+from peptrain.ops.precision import at_least_fp32
 from peptrain.runs.build import Opened, open_run
 from peptrain.runs.directory import RunDir
 
@@ -92,7 +93,7 @@ def _compare(model: PreTrainedModel, written: PreTrainedModel) -> None:
     for name, p in written.named_parameters():
         if not torch.equal(p, folded[name].to(p.dtype)):
             raise CheckpointError(f"{name}: came back from the disk changed; nothing was exported")
-    wide = torch.promote_types(model.dtype, torch.float32)
+    wide = at_least_fp32(model.dtype)
     model.to(wide)  # type: ignore[arg-type]
     for name, p in written.to(wide).named_parameters():  # type: ignore[arg-type]
         p.copy_(folded[name])

@@ -15,6 +15,7 @@ from peptrain.methods.base import Method, Metrics
 from peptrain.methods.rank import RankMethod
 from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.ops.linear import bpt_linear, bpt_weight
+from peptrain.ops.precision import at_least_fp32
 from peptrain.ops.rounding import add_
 from peptrain.ops.spectral import semi_orthogonal
 from peptrain.optim.adamw import ResetMode, reset_moments
@@ -39,7 +40,7 @@ class BPTLinear(ReparamLinear):
         W = site.linear.weight
         if site.fresh:
             initialise(W, init, rng(site.name, purpose="W"))
-        wide = torch.promote_types(W.dtype, torch.float32)
+        wide = at_least_fp32(W.dtype)
         self.weight = W.requires_grad_(False)
         self.U = nn.Parameter(fresh_U(site.name, 0, n, rank, rng, W))
         self.V = nn.Parameter(W.new_zeros(rank, m))
@@ -62,7 +63,7 @@ class BPTLinear(ReparamLinear):
     @torch.no_grad()
     def merge(self, step: int, rng: Rng) -> None:
         """W += U V, U fresh, V = 0: inside the diagonals, so the function stays (equation 3)."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = at_least_fp32(self.weight.dtype)
         add_(
             self.weight, self.U.to(dtype) @ self.V.to(dtype), rng.integer(self.site, step, "round")
         )

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,7 +13,8 @@ from torch.optim import Optimizer
 from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
 from peptrain.models.sites import ReparamLinear, Site, reparametrized
-from peptrain.optim.adamw import OptimConfig, parameter_groups
+from peptrain.ops.precision import at_least_fp32
+from peptrain.optim.adamw import OptimConfig, groups_around
 from peptrain.optim.galore import GaLoreOptimizer, GaLoreRule
 from peptrain.rng import Rng
 from peptrain.settings.fields import check, interval, of_width
@@ -31,7 +31,7 @@ class ProjectedLinear(ReparamLinear):
         return F.linear(x, self.weight, self.bias)
 
     def effective_weight(self) -> Tensor:
-        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        return self.weight.to(at_least_fp32(self.weight.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +69,8 @@ class GaLore(RankMethod):
     def optimizer(
         self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
     ) -> Optimizer:
-        assert optim.lr is not None and optim.beta1 is not None and optim.beta2 is not None
-        assert optim.eps is not None and self.gap is not None
+        assert self.gap is not None
         weights = [m.weight for m in reparametrized(model) if isinstance(m, ProjectedLinear)]
-        mine = {id(p) for p in weights}
-        rest = (p for p in model.parameters() if id(p) not in mine)
-        projected = {
-            "params": weights,
-            "projected": True,
-            "weight_decay": float(optim.weight_decay or 0),
-        }
-        groups = [*parameter_groups(model, optim, rest), projected]
+        groups = groups_around(model, optim, weights, projected=True)
         rule = GaLoreRule(self.r, self.gap, self.scale, self.moments)
-        betas = (optim.beta1, optim.beta2)
-        return GaLoreOptimizer(groups, rule, lr=optim.lr, betas=betas, eps=optim.eps)
+        return GaLoreOptimizer(groups, rule, **optim.adam())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from peptrain.methods.base import Method
@@ -13,6 +12,7 @@ from peptrain.methods.bpt import BPT
 from peptrain.methods.targets import TargetedMethod
 from peptrain.models.sites import ReparamLinear, Site
 from peptrain.ops.linear import scaled_linear
+from peptrain.ops.precision import at_least_fp32
 from peptrain.rng import Rng
 
 
@@ -26,7 +26,7 @@ class HyperAdaptLinear(ReparamLinear):
         super().__init__(site)
         n, m = site.shape
         W = site.linear.weight
-        wide = torch.promote_types(W.dtype, torch.float32)
+        wide = at_least_fp32(W.dtype)
         self.weight = W.requires_grad_(False)
         self.a = nn.Parameter(W.new_ones(n, dtype=wide))
         self.b = nn.Parameter(W.new_ones(m, dtype=wide))

@@ -16,6 +16,7 @@ from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
 from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.ops.linear import added_linear
+from peptrain.ops.precision import at_least_fp32
 from peptrain.ops.rounding import add_
 from peptrain.optim.adamw import OptimConfig, adamw
 from peptrain.optim.schedule import Schedule, restarted
@@ -46,7 +47,7 @@ class LoRALinear(ReparamLinear):
 
     def train_scale(self) -> None:
         """Make s a parameter, [1], in at least fp32; it starts at alpha / r."""
-        wide = torch.promote_types(self.B.dtype, torch.float32)
+        wide = at_least_fp32(self.B.dtype)
         self.s = nn.Parameter(self.B.new_full((1,), self.alpha / self.B.shape[1], dtype=wide))
 
     def sB(self) -> Tensor:
@@ -65,7 +66,7 @@ class LoRALinear(ReparamLinear):
         return F.linear(x, self.weight) + F.linear(low, sB)
 
     def effective_weight(self) -> Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = at_least_fp32(self.weight.dtype)
         return self.weight.to(dtype) + self.sB().to(dtype) @ self.A.to(dtype)
 
     @torch.no_grad()
@@ -75,7 +76,7 @@ class LoRALinear(ReparamLinear):
         A trained s returns to alpha / r; left where it went, near 0 say, it might hold the new
         factors still. Not `scaled`, the merge is W += B A, and the function changes unless s = 1.
         """
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = at_least_fp32(self.weight.dtype)
         delta = (self.sB() if scaled else self.B).to(dtype) @ self.A.to(dtype)
         add_(self.weight, delta, rng.integer(self.site, step, "round"))
         r, m = self.A.shape

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from peptrain.methods.base import Method, Metrics
 from peptrain.methods.lowrank import LowRank, LowRankLinear
 from peptrain.models.sites import Site, reparametrized
-from peptrain.optim.adamw import OptimConfig, parameter_groups
+from peptrain.optim.adamw import OptimConfig, groups_around
 from peptrain.optim.loro import LOROOptimizer, LORORule
 from peptrain.optim.schedule import Schedule, cosine, restarted
 from peptrain.rng import Rng
@@ -71,22 +71,11 @@ class LORO(LowRank):
     def optimizer(
         self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
     ) -> Optimizer:
-        assert optim.lr is not None and optim.beta1 is not None and optim.beta2 is not None
-        assert optim.eps is not None
         layers = [m for m in reparametrized(model) if isinstance(m, LowRankLinear)]
         factors = [p for layer in layers for p in (layer.B, layer.A)]
         scales = [c for layer in layers for c in [self._scale(layer)] * 2]
-        mine = {id(p) for p in factors}
-        rest = (p for p in model.parameters() if id(p) not in mine)
-        factor_group = {
-            "params": factors,
-            "factors": True,
-            "scales": scales,
-            "weight_decay": float(optim.weight_decay or 0),
-        }
-        groups = [*parameter_groups(model, optim, rest), factor_group]
-        betas = (optim.beta1, optim.beta2)
-        return LOROOptimizer(groups, self._rule(), lr=optim.lr, betas=betas, eps=optim.eps)
+        groups = groups_around(model, optim, factors, factors=True, scales=scales)
+        return LOROOptimizer(groups, self._rule(), **optim.adam())
 
     def schedule(self, base: Schedule) -> Schedule:
         every = self._rule().refresh_every if self.refresh != "none" else 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
 from peptrain.models.sites import ReparamLinear, Site
+from peptrain.ops.precision import at_least_fp32
 from peptrain.ops.spectral import best_factors
 from peptrain.rng import Rng
 
@@ -31,14 +32,14 @@ class LowRankLinear(ReparamLinear):
             B = _xavier_normal(n, rank, rng(site.name, purpose="B"))
             A = _xavier_normal(rank, m, rng(site.name, purpose="A"))
         else:
-            B, A = best_factors(W.to(torch.promote_types(W.dtype, torch.float32)), rank)
+            B, A = best_factors(W.to(at_least_fp32(W.dtype)), rank)
         self.B, self.A = nn.Parameter(B.to(W)), nn.Parameter(A.to(W))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.A), self.B, self.bias)
 
     def effective_weight(self) -> Tensor:
-        dtype = torch.promote_types(self.B.dtype, torch.float32)
+        dtype = at_least_fp32(self.B.dtype)
         return self.B.to(dtype) @ self.A.to(dtype)
 
 

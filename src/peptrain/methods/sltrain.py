@@ -14,9 +14,10 @@ from peptrain.methods.base import Method
 from peptrain.methods.lora import fresh_A
 from peptrain.methods.rank import RankMethod
 from peptrain.models.sites import ReparamLinear, Site, reparametrized
+from peptrain.ops.precision import at_least_fp32
 from peptrain.ops.sparse import sparse_linear, sparse_weight
 from peptrain.ops.spectral import best_factors
-from peptrain.optim.adamw import OptimConfig, adamw, parameter_groups
+from peptrain.optim.adamw import OptimConfig, adamw, groups_around
 from peptrain.rng import Rng
 from peptrain.settings.fields import check
 
@@ -49,7 +50,7 @@ class SLTrainLinear(ReparamLinear):
                 generator=rng(site.name, purpose="S"),
             )
         else:
-            wide = W.to(torch.promote_types(W.dtype, torch.float32))
+            wide = W.to(at_least_fp32(W.dtype))
             B, A = (factor / self.s**0.5 for factor in best_factors(wide, rank))
             values = (wide - self.s * B @ A).flatten()[indices.to(W.device)]
         self.B, self.A = nn.Parameter(B.to(W)), nn.Parameter(A.to(W))
@@ -68,7 +69,7 @@ class SLTrainLinear(ReparamLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def effective_weight(self) -> Tensor:
-        return sparse_weight(*self.parts, torch.promote_types(self.B.dtype, torch.float32))
+        return sparse_weight(*self.parts, at_least_fp32(self.B.dtype))
 
 
 def support_size(n: int, m: int, density: float) -> int:
@@ -116,7 +117,4 @@ class SLTrain(RankMethod):
     ) -> Optimizer:
         """AdamW, with decay on the values too: a list of them is the matrix S all the same."""
         values = [m.values for m in reparametrized(model) if isinstance(m, SLTrainLinear)]
-        mine = {id(p) for p in values}
-        rest = (p for p in model.parameters() if id(p) not in mine)
-        sparse = {"params": values, "weight_decay": float(optim.weight_decay or 0)}
-        return adamw(model, optim, [*parameter_groups(model, optim, rest), sparse])
+        return adamw(model, optim, groups_around(model, optim, values))

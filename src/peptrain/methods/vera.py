@@ -14,6 +14,7 @@ from peptrain.methods.base import Method
 from peptrain.methods.bpt import BPT
 from peptrain.methods.targets import TargetedMethod
 from peptrain.models.sites import ReparamLinear, Site
+from peptrain.ops.precision import at_least_fp32
 from peptrain.rng import Rng
 from peptrain.settings.fields import check
 
@@ -29,7 +30,7 @@ class VeRALinear(ReparamLinear):
     def __init__(self, site: Site, A: nn.Parameter, B: nn.Parameter) -> None:
         super().__init__(site)
         W = site.linear.weight
-        wide = torch.promote_types(W.dtype, torch.float32)
+        wide = at_least_fp32(W.dtype)
         self.weight = W.requires_grad_(False)
         self.A, self.B = A, B
         self.lambda_d = nn.Parameter(W.new_full((len(A),), 0.1, dtype=wide))

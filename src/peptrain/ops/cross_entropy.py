@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peptrain.ops.linear import compute_dtype
+from peptrain.ops.precision import at_least_fp32
 
 LOGITS = 2**28
 """Elements of the logits that exist at once: 0.5 GiB in bf16, and twice that for their fp32 copy.
@@ -55,7 +56,7 @@ def softmax_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
 
     Everything that passes over the logits is here, so this is what to compile.
     """
-    logp = F.log_softmax(logits, dim=1, dtype=_wide(logits.dtype))
+    logp = F.log_softmax(logits, dim=1, dtype=at_least_fp32(logits.dtype))
     picked = logp.gather(1, targets[:, None])
     torch.exp(logp.add_(math.log(scale)), out=logits)
     return picked
@@ -82,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: Scale,
     ) -> Tensor:
         needs_x, needs_W, needs_bias = ctx.needs_input_grad[:3]
-        total = x.new_zeros((), dtype=_wide(dtype))
+        total = x.new_zeros((), dtype=at_least_fp32(dtype))
         dx = torch.empty_like(x) if needs_x else None
         dW = torch.empty_like(W) if needs_W else None
         dbias = torch.zeros_like(bias) if needs_bias and bias is not None else None
@@ -98,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if dW is not None:
                     _product(logits.mT, part, dW, add=start > 0)
                 if dbias is not None:
-                    dbias += logits.sum(0, dtype=_wide(dtype))
+                    dbias += logits.sum(0, dtype=at_least_fp32(dtype))
         ctx.save_for_backward(dx, dW, dbias)
         ctx.scale = scale
         return total / len(x)
@@ -135,7 +136,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
 def _loss(
     x: Tensor, W: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype, rows: int
 ) -> Tensor:
-    total = x.new_zeros((), dtype=_wide(dtype))
+    total = x.new_zeros((), dtype=at_least_fp32(dtype))
     head = W.to(dtype)
     for start in range(0, len(x), rows):
         here = slice(start, start + rows)
@@ -151,7 +152,3 @@ def _logits(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
 def _rows(V: int, limit: int) -> int:
     """Tokens of a chunk: the largest power of two with at most `limit` logits."""
     return 1 << max(limit // V, 1).bit_length() - 1
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

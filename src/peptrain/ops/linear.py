@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peptrain.ops.precision import at_least_fp32
+
 
 def added_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor) -> Tensor:
     """y = x (W + B A)ᵀ for x: [..., m], W: [n, m], B: [n, r], A: [r, m]; W gets no gradient.
@@ -80,7 +82,7 @@ def dora_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor, m: Tensor) -> Tensor
 @torch.no_grad()
 def row_norms(W: Tensor) -> Tensor:
     """The Euclidean norms of the rows of W: [n, m], in at least fp32."""
-    wide = torch.promote_types(W.dtype, torch.float32)
+    wide = at_least_fp32(W.dtype)
     norms: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=wide)
     return norms
 
@@ -113,7 +115,7 @@ def scaled_linear(x: Tensor, W: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def bpt_weight(W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """diag(a) (W + U V) diag(b), [n, m], in the widest dtype given, at least fp32."""
-    dtype = torch.promote_types(torch.promote_types(W.dtype, a.dtype), torch.float32)
+    dtype = at_least_fp32(W.dtype, a.dtype)
     product = U.to(dtype) @ V.to(dtype)
     return a[:, None] * (W + product) * b
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peptrain.ops.precision import at_least_fp32
+
 
 def leading_directions(G: Tensor, rank: int) -> Tensor:
     """P: the singular vectors of G's `rank` largest singular values, left if n < m, else right.
@@ -52,7 +54,7 @@ def rotated(
     which takes the entries of a column of R to be uncorrelated, their means m̂ and their variances
     v̂ - m̂², and never leaves the numbers >= 0 (LDAdam, Robert et al., ICLR 2025).
     """
-    step = step.to(torch.promote_types(m.dtype, torch.float32))
+    step = step.to(at_least_fp32(m.dtype))
     unbias_m, unbias_v = 1 - betas[0] ** step, 1 - betas[1] ** step
     mean, square = m / unbias_m, v / unbias_v
     turned = (C * C) @ (square - mean * mean) + (C @ mean).square()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
+from peptrain.ops.precision import widened
 from peptrain.ops.projection import add_back_, leading_directions, project, rotated
+from peptrain.optim.base import GroupwiseOptimizer, fused_adamw, gradients
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class GaLoreRule:
     moments: Literal["keep", "rotate"]
 
 
-class GaLoreOptimizer(Optimizer):
+class GaLoreOptimizer(GroupwiseOptimizer):
     """AdamW; in groups that are `projected`, on R = Pᵀ G (or G P) in the place of G.
 
     There M̂ and V̂ are Adam's bias-corrected moments of R, N = M̂ / (√V̂ + eps), and
@@ -34,43 +34,27 @@ class GaLoreOptimizer(Optimizer):
     overwrites.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        rule: GaLoreRule,
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-    ) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], rule: GaLoreRule, **adam: Any) -> None:
+        """adam: lr, betas and eps."""
         self.rule = rule
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0}
         # By `fused`, load_state_dict takes step counts to the weights' device, where the kernel is.
-        super().__init__(groups, {**defaults, "projected": False, "clock": 0, "fused": True})
+        super().__init__(groups, **adam, projected=False, clock=0, fused=True)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-            if group["projected"]:
-                for W in params:  # one by one, or all the N would be in memory together
-                    self._step_projected(W, group)
-            elif params:
-                self._step_whole(params, group)
-            group["clock"] += 1
-        return loss
+    def step_group(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+        if group["projected"]:
+            for W in params:  # one by one, or all the N would be in memory together
+                self._step_projected(W, group)
+        elif params:
+            self._step_whole(params, group)
+        group["clock"] += 1
 
     def _step_whole(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
         for p in params:
             if not self.state[p]:
                 self.state[p].update(_moments(p))
         states = [self.state[p] for p in params]
-        _adam(params, grads, states, group, group["lr"], group["weight_decay"])
+        _adam(params, gradients(params), states, group, group["lr"], group["weight_decay"])
 
     def _step_projected(self, W: Tensor, group: dict[str, Any]) -> None:
         assert W.grad is not None
@@ -90,17 +74,12 @@ class GaLoreOptimizer(Optimizer):
         """A new P; the moments stay as they are, or come along into its basis."""
         old, state["P"] = state["P"], leading_directions(G, self.rule.rank)
         if self.rule.moments == "rotate":
-            old, new, m, v = _wide(old, state["P"], state["exp_avg"], state["exp_avg_sq"])
+            old, new, m, v = widened(old, state["P"], state["exp_avg"], state["exp_avg_sq"])
             on_left = G.shape[0] < G.shape[1]
             columns = (m, v) if on_left else (m.mT, v.mT)
             m, v = rotated(*columns, new.mT @ old, state["step"], betas)
             state["exp_avg"].copy_(m if on_left else m.mT)
             state["exp_avg_sq"].copy_(v if on_left else v.mT)
-
-
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """In fp32 or better."""
-    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
 def _moments(like: Tensor) -> dict[str, Tensor]:
@@ -120,17 +99,5 @@ def _adam(
     lr: float,
     weight_decay: float,
 ) -> None:
-    """One step of the fused AdamW on `params`."""
-    adamw(
-        *(params, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]),
-        max_exp_avg_sqs=[],
-        state_steps=[s["step"] for s in states],
-        fused=True,
-        amsgrad=False,
-        maximize=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=group["eps"],
-    )
+    steps = [state["step"] for state in states]
+    fused_adamw(params, grads, states, steps, group, lr=lr, weight_decay=weight_decay)

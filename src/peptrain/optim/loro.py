@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
+from peptrain.ops.precision import widened
 from peptrain.ops.riemannian import preconditioned_step, riemannian_step
 from peptrain.ops.riemannian_gram import gram_steps_
 from peptrain.ops.spectral import balanced
+from peptrain.optim.base import GroupwiseOptimizer, fused_adamw, gradients
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LORORule:
     refresh: Literal["all", "factors", "none"]
 
 
-class LOROOptimizer(Optimizer):
+class LOROOptimizer(GroupwiseOptimizer):
     """Adam with D = m / (sqrt v + eps) and lr_p = lr sqrt(1 - beta2^k) / (1 - beta1^k).
 
     k counts steps since the last refresh. Groups with `factors` hold B, A, B, A, ... and `scales`,
@@ -39,36 +39,21 @@ class LOROOptimizer(Optimizer):
     of the groups, which a load of the optimizer's state overwrites.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        rule: LORORule,
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-    ) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], rule: LORORule, **adam: Any) -> None:
+        """adam: lr, betas and eps."""
         self.rule = rule
         self.damped: Tensor | int = 0
         """Pairs B, A with a singular factor at the newest exact step."""
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0}
-        super().__init__(groups, {**defaults, "factors": False, "scales": [], "clock": 0, "age": 0})
+        super().__init__(groups, **adam, factors=False, scales=[], clock=0, age=0)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            group["clock"] += 1
-            group["age"] += 1
-            self._step_group(group)
-            if self._refresh_due(group):
-                self._refresh(group)
-        return loss
+    def step_group(self, group: dict[str, Any]) -> None:
+        group["clock"] += 1
+        group["age"] += 1
+        self._update(group)
+        if self._refresh_due(group):
+            self._refresh(group)
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _update(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
@@ -92,7 +77,7 @@ class LOROOptimizer(Optimizer):
                 chosen = zip(params, group["scales"], strict=True)
                 self._adam([p for p, scale in chosen if scale == c], group, c)
         if due:
-            _assign(_pairs(params), lambda *pair: balanced(*_wide(*pair)))
+            _assign(_pairs(params), lambda *pair: balanced(*widened(*pair)))
 
     def _adam(self, params: list[Tensor], group: dict[str, Any], c: float) -> None:
         """p = (1 - lr decay) p - lr_p c D, moments and all, in one kernel.
@@ -101,25 +86,18 @@ class LOROOptimizer(Optimizer):
         eps is added where LORO adds it and the learning rate is free to be lr_p c; decay is
         multiplied by that rate there, by lr here.
         """
-        m, v = self._state(params)
         rate = c * _correction(group)
-        adamw(
-            *(params, _gradients(params), m, v),
-            max_exp_avg_sqs=[],
-            state_steps=[params[0].new_full((), math.inf, dtype=torch.float32)] * len(params),
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
+        for_ever = [params[0].new_full((), math.inf, dtype=torch.float32)] * len(params)
+        states = [self.state[p] for p in params]
+        fused_adamw(
+            *(params, gradients(params), states, for_ever, group),
             lr=group["lr"] * rate,
             weight_decay=group["weight_decay"] / rate,
-            eps=group["eps"],
         )
 
     def _moments(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """What Adam does before it moves p, for steps of other kinds: decay, then m and v."""
-        (m, v), grads, (beta1, beta2) = self._state(params), _gradients(params), group["betas"]
+        (m, v), grads, (beta1, beta2) = self._state(params), gradients(params), group["betas"]
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_lerp_(m, grads, 1 - beta1)
@@ -136,13 +114,13 @@ class LOROOptimizer(Optimizer):
 
         def direction(p: Tensor) -> Tensor:
             if self.rule.direction == "raw":
-                return _gradients([p])[0]
+                return gradients([p])[0]
             (m,), (v,) = self._state([p])
             D: Tensor = m / (v.sqrt() + group["eps"])
             return D
 
         def reference(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-            given = _wide(B, A, direction(B), direction(A))
+            given = widened(B, A, direction(B), direction(A))
             whole = _finite(given)
             B, A, D_B, D_A = (torch.where(whole, t, 0.0) for t in given)
             B, A, singular = riemannian_step(B, A, D_B, D_A, lr_p)
@@ -157,7 +135,7 @@ class LOROOptimizer(Optimizer):
 
     def _precondition(self, params: list[Tensor], lr: float) -> None:
         def step(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-            B, A, G_B, G_A = _wide(B, A, *_gradients([B, A]))
+            B, A, G_B, G_A = widened(B, A, *gradients([B, A]))
             return preconditioned_step(B, A, G_B, G_A, lr, self.rule.precond_eps)
 
         _assign(_pairs(params), step)
@@ -183,10 +161,6 @@ def _correction(group: dict[str, Any]) -> float:
     return rate
 
 
-def _gradients(params: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
-
-
 def _pairs(params: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(params[::2], params[1::2], strict=True))
 
@@ -195,11 +169,6 @@ def _finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether all are. An SVD of other numbers is an error of the library's, with no word of the
     step; NaN goes on to the loss, where the trainer finds it."""
     return torch.stack([t.isfinite().all() for t in tensors]).all()
-
-
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """In fp32 or better."""
-    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
 def _assign(
