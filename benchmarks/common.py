@@ -115,7 +115,7 @@ def base_config(
 
 @dataclass
 class Training:
-    """A trainee without a run directory or a corpus."""
+    """A model in training, without a run directory or a corpus."""
 
     config: RunConfig[Method]
     here: World

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peptrain.adaptation import adapt
-from peptrain.methods import METHODS
+import peptrain as pt
 
 SIDE, CLASSES, WIDTH, ROWS = 16, 10, 256, 128
 SHAPE = {"rank": 16, "exclude": "4"}
@@ -49,10 +48,10 @@ def accuracy(model: nn.Module) -> float:
 
 def main(steps: int) -> None:
     print("method    trainable   accuracy")
-    for name, method in METHODS.items():
+    for name, method in pt.METHODS.items():
         model = mlp()
         own = {k: v for k, v in SHAPE.items() if k in method.__dataclass_fields__}
-        training = adapt(model, method(**own), steps=steps, fresh=True)
+        training = pt.adapt(model, method(**own), steps=steps, fresh=True)
         for step in range(steps):
             x, y = batch(step)
             F.cross_entropy(model(x), y).backward()

@@ -3,9 +3,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peptrain.adaptation import adapt
+import peptrain as pt
 from peptrain.data import default_corpus
-from peptrain.methods import ReLoRA
 
 STEPS, ROWS, LENGTH = 60, 16, 128
 
@@ -13,7 +12,7 @@ torch.manual_seed(0)
 corpus = default_corpus()
 shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=corpus.vocab_size, **shape, num_attention_heads=4))
-training = adapt(model, ReLoRA(rank=32), steps=STEPS, fresh=True)
+training = pt.adapt(model, pt.ReLoRA(rank=32), steps=STEPS, fresh=True)
 
 for step in range(STEPS):
     ids = corpus.batch(seed=0, step=step, rank=0, world=1, batch_size=ROWS, seq_len=LENGTH)

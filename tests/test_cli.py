@@ -20,7 +20,7 @@ from rich.console import Console
 from support import rows, tiny
 
 import peptrain.cli.app
-import peptrain.comparison.compare
+import peptrain.comparison.demo
 import peptrain.data
 from peptrain import recipes
 from peptrain.cli.app import main

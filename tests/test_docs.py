@@ -21,7 +21,7 @@ import pytest
 from slow import algebra
 
 import peptrain.cli.app
-import peptrain.comparison.compare
+import peptrain.comparison.demo
 import peptrain.data
 from peptrain.cli.app import main
 from peptrain.comparison.grid import expand

@@ -231,7 +231,7 @@ def step(train_state: TrainState, config: RunConfig[Any]) -> None:
 
 
 def there(train_state: TrainState) -> int:
-    """Bytes of what a trainee holds between two steps, storages once."""
+    """Bytes of what a state holds between two steps, storages once."""
     state = [t for s in train_state.optimizer.state.values() for t in s.values()]
     held = [*train_state.model.parameters(), *train_state.model.buffers(), *state]
     grads = [p.grad for p in train_state.model.parameters() if p.grad is not None]

@@ -326,7 +326,7 @@ def test_a_damaged_factorised_model_is_named(
     folder = tmp_path / "small"
     shutil.copytree(exports.factorised("loro"), folder)
     damage(folder)
-    with pytest.raises(CheckpointError, match=r"can't be read|is missing|: \[.*in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"can't be read|missing|not installed|: \[.*in the ch"):
         load_factorised(folder)
 
 

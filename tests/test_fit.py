@@ -58,7 +58,7 @@ def test_the_largest_of_any_ascending_peaks_is_found(
 
 @pytest.fixture
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The micro-batches of the steps that are rehearsed."""
+    """The micro-batches of the steps that are run dry."""
     made: list[int] = []
     whole = DryRun.step_peak
 
@@ -70,7 +70,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
-def test_few_steps_are_rehearsed(trials: list[int]) -> None:
+def test_few_steps_are_run_dry(trials: list[int]) -> None:
     """From what stays and one peak the line is known that the others are nearly on."""
     config = run_of(Full(), WIDE, seq_len=64, batch_size=256, micro_batch=256)
     peaks = {k: estimate(replace(config, train=replace(config.train, micro_batch=k))).peak_bytes
@@ -81,7 +81,7 @@ def test_few_steps_are_rehearsed(trials: list[int]) -> None:
     assert trials == [256, 32, 16] or trials == [256, 16, 32]
 
 
-def test_where_what_stays_is_too_much_no_step_is_rehearsed(trials: list[int]) -> None:
+def test_where_what_stays_is_too_much_no_step_is_run_dry(trials: list[int]) -> None:
     config = run_of(Full(), WIDE)
     static = estimate(config).phases[0].static_bytes
     trials.clear()

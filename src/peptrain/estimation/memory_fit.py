@@ -139,7 +139,7 @@ def _repairs(config: RunConfig[Any]) -> Iterator[tuple[str, RunConfig[Method]]]:
 
 
 def _excess(estimator: PhaseEstimator, gpu_memory: int) -> str:
-    """What of the candidate's phases, at a micro-batch of 1, is more than the budget."""
+    """What of the phases, at a micro-batch of 1, is more than there is memory."""
     phases = estimator.phases(1)
     stays = max(phases, key=_stays)
     if _stays(stays) > gpu_memory:

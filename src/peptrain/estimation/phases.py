@@ -1,4 +1,4 @@
-"""A configuration in rehearsal: what each of its phases takes."""
+"""What each phase of a configuration takes, from its dry run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PhaseEstimate:
 
 
 class PhaseEstimator:
-    """A configuration in rehearsal. A phase is rehearsed when it is first asked for."""
+    """A configuration, each phase of which is run dry when it is first asked for."""
 
     def __init__(
         self,

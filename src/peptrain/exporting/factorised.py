@@ -29,6 +29,10 @@ find no dense matrix in them, and go on with random ones."""
 
 
 def write_factorised(opened: Opened, out: Path) -> PreTrainedModel:
+    """Write the layers of a run as they are into `out`; the model read back from there.
+
+    Raises Unsupported for a method that has dense weights and more than the factors of W = B A.
+    """
     layers, method = list(reparametrized(opened.model)), opened.config.method
     factored = layers and all(isinstance(layer, LowRankLinear) for layer in layers)
     if method.has_dense_equivalent and not factored:

@@ -1,4 +1,4 @@
-"""Triton kernels of the fused forms in fused.py, each one custom operator the compiler can't split.
+"""Triton kernels of the fused forms in linear.py, each a custom operator the compiler can't split.
 
 They run on a GPU, and in Triton's interpreter on a CPU (TRITON_INTERPRET=1), where the tests hold
 them to plain PyTorch. Matrices are contiguous; sums are in fp32.

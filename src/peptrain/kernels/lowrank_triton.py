@@ -1,9 +1,9 @@
 """Triton kernels of low-rank products without gradients, z Bᵀ for z = x Aᵀ, that go on where a
-product ends: for the fused forms of fused_lowrank.py.
+product ends: for the fused forms of lowrank.py.
 
 A product that sums over r is short, and half of its time is the writing of its result. What comes
 after it (a rotation, a sum, SwiGLU) is here done before that, so that it costs no pass of its own.
-Each kernel is one custom operator; as in kernels.py they also run in Triton's interpreter.
+Each kernel is one custom operator; as in linear_triton.py they also run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -180,8 +180,11 @@ def _tiled(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def _aligned_rows(z: Tensor, f: int) -> Tensor:
-    """An empty [T, f] whose rows begin at multiples of 16 bytes, as a descriptor wants them."""
-    return z.new_empty(z.shape[0], -(-f // 8) * 8)[:, :f]
+    """An empty [T, f] whose rows begin at multiples of 16 bytes, as a descriptor wants them. What
+    lies between the rows is 0: a CPU's product of odd f was seen to read a NaN from there."""
+    rows = z.new_empty(z.shape[0], -(-f // 8) * 8)
+    rows[:, f:] = 0
+    return rows[:, :f]
 
 
 def _processors(device: torch.device) -> int:

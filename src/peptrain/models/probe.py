@@ -44,10 +44,12 @@ def noise(like: Tensor, *shape: int) -> Tensor:
 
 def behaviour(module: nn.Module, x: Tensor) -> list[Tensor] | None:
     """y = module(x), and where gradients are enabled those of x and of all that is trained; None
-    for a module that doesn't take x alone, or not this x."""
+    for a module that is no map of one tensor to one, or doesn't take this x."""
     trained = [x.requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
     try:
         y = module(x)
+        if not isinstance(y, Tensor):
+            return None
         if not torch.is_grad_enabled():
             return [y]
         grads = torch.autograd.grad(y, trained, torch.ones_like(y), allow_unused=True)

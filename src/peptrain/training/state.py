@@ -39,7 +39,7 @@ from peptrain.training.init_from import initial_weights
 
 @dataclass
 class TrainState:
-    """A model in one phase of its training, with all that moves it."""
+    """A model in one phase of its training, its optimizer and its schedule."""
 
     model: PreTrainedModel
     forward_backward: ForwardBackward
@@ -58,7 +58,7 @@ class TrainState:
 def restore(
     config: RunConfig[Method], run: RunDir | None, here: World, identity: Mapping[str, Any]
 ) -> TrainState:
-    """The trainee at the newest checkpoint of `run`, or at the start.
+    """The state at the newest checkpoint of `run`, or at the start.
 
     The one path for a start, a resume and a phase boundary.
     """
@@ -86,7 +86,7 @@ def restore(
 def prepare(
     model: PreTrainedModel, config: RunConfig[Method], here: World, phase: int
 ) -> tuple[Optimizer, ForwardBackward]:
-    """Put a built model on its device, as fast as `config` asks, with what moves it."""
+    """Move the model to its device, apply kernels and compilation, create the optimizer."""
     t = config.train
     assert t.precision is not None
     if model.device != here.device:
