@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from slow import algebra
+from oracles import algebra
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from byhand import back, configured, made, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow import algebra
+from oracles import algebra
 from support import tiny, tiny_method
 from torch import Tensor, nn
 from torch.testing import assert_close

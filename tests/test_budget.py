@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from slow import algebra, footprint
+from oracles import algebra, footprint
 from support import rows, tiny, write_grid
 
 from peptrain.comparison import timing

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow import algebra
+from oracles import algebra
 from support import arch_of, rows, tiny
 
 from peptrain import recipes

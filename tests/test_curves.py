@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from slow import algebra
-from slow.curves import State, dense_state, sites, slow_curve
+from oracles import algebra
+from oracles.curves import State, dense_state, sites, slow_curve
 from support import rows, tiny
 from torch import Tensor
 from torch.testing import assert_close

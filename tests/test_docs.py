@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slow import algebra
+from oracles import algebra
 
 import peptrain.cli.app
 import peptrain.comparison.demo

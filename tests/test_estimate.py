@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from slow import algebra, footprint
+from oracles import algebra, footprint
 from support import ALONE, tiny_method
 from torch import nn
 from torch.profiler import ProfilerActivity, profile

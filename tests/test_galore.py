@@ -10,7 +10,7 @@ import torch
 from byhand import back, made, seeded, snapshot, walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow import projected
+from oracles import projected
 from support import Killed, kill_at, tiny, tiny_method
 from torch import Tensor, nn
 from torch.optim import AdamW

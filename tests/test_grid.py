@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow import algebra
+from oracles import algebra
 
 from peptrain import recipes
 from peptrain.comparison.grid import GridRun, expand, load_grid, unstated

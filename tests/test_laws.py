@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import algebra
 from safetensors.torch import load_file
-from slow import algebra
 from support import SPREAD, Killed, Toy, kill_at, rows, tiny, tiny_method
 from torch import nn
 

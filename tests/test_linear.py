@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from slow import algebra
+from oracles import algebra
 from torch import Tensor, nn
 
 from peptrain.methods.bpt import BPTLinear

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from byhand import back, made, moments, seeded, snapshot, walk, zero_gradients
-from slow import algebra
+from oracles import algebra
 from support import tiny_method
 from torch import Tensor, nn
 from torch.linalg import svdvals

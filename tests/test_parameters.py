@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from slow import algebra
+from oracles import algebra
 from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedModel
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from slow import algebra
+from oracles import algebra
 from support import arch_of, rows
 from transformers import PreTrainedModel
 

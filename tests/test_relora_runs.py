@@ -10,7 +10,7 @@ import torch
 from byhand import zero_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow import algebra
+from oracles import algebra
 from support import Killed, kill_at, rows, tiny, train_state_at
 from torch import nn
 

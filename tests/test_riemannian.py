@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from slow import algebra
+from oracles import algebra
 from torch import Tensor
 from torch.linalg import norm, qr, svdvals
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from slow import algebra
+from oracles import algebra
 
 from peptrain.config import RunConfig, TrainConfig, resolved
 from peptrain.errors import ConfigError

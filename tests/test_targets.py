@@ -7,7 +7,7 @@ import pytest
 from byhand import made
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow import algebra
+from oracles import algebra
 from support import tiny, tiny_method
 from torch import nn
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
@@ -15,7 +15,7 @@ from peptrain.models.presets import DEFAULT_PRESET
 from peptrain.optim.adamw import OptimConfig
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.settings import toml
-from peptrain.settings.fields import check, fill, interval, resolve
+from peptrain.settings.fields import as_before, check, fill, interval, resolve
 
 M = TypeVar("M", bound=Method)
 
@@ -164,6 +164,7 @@ def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainC
     return replace(train, micro_batch=micro, precision=precision, eval_tokens=eval_tokens)
 
 
+SECTIONS = ("method", "model", "optim", "schedule", "train", "data")
 HEADER = "recipe"
 """The table in which a file says what it is: a recipe's title, source and the like."""
 
@@ -213,10 +214,31 @@ def _parse_method(table: Mapping[str, Any]) -> Method:
 
 
 def load(path: Path) -> RunConfig[Method]:
-    """The configuration in a TOML file."""
-    return parse(toml.read(path))
+    """The configuration in a TOML file. In a run's own, which an earlier version may have written,
+    a setting that is missing counts as what that version did (`fields.added`)."""
+    table = toml.read(path)
+    config = parse(table)
+    of_run = path.name == "config.toml" and (path.parent / "checkpoints").is_dir()
+    return _as_written(config, table) if of_run else config
+
+
+def _as_written(config: RunConfig[M], table: Mapping[str, Any]) -> RunConfig[M]:
+    sections: dict[str, Any] = {
+        name: as_before(getattr(config, name), table.get(name, {})) for name in SECTIONS
+    }
+    return replace(config, **sections)
 
 
 def dump(config: RunConfig[M]) -> str:
     """`config` as TOML. The run directory is where the file lies, so it is not in it."""
     return toml.dump(replace(config, run=None))
+
+
+def essence(config: RunConfig[M]) -> str:
+    """`dump` without what equals what was done before the setting existed: the same for the same
+    run, whichever version resolved it."""
+
+    def as_ever(leaf: Field[Any], value: object) -> bool:
+        return value is None or ("before" in leaf.metadata and leaf.metadata["before"] == value)
+
+    return toml.dump(replace(config, run=None), as_ever)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from peptrain.config import HEADER, RunConfig, dump, parse, resolved
+from peptrain.config import HEADER, RunConfig, dump, essence, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
 from peptrain.settings import toml
@@ -82,7 +82,7 @@ class GridRun:
     def digest(self) -> str:
         """Of every setting, the corpus and the files that are named: a run with another digest is
         another run."""
-        return _digest(dump(self.config) + self.data)
+        return _digest(essence(self.config) + self.data)
 
     @property
     def configuration(self) -> str:

@@ -22,6 +22,7 @@ from peptrain.rng import Rng
 from peptrain.runs.build import Opened
 from peptrain.runs.checkpoint import load_model
 from peptrain.settings import toml
+from peptrain.settings.fields import as_before
 
 FACTORS, RECIPE = "factors.safetensors", "peptrain.json"
 """The factorised weights don't carry Hugging Face's file name: `from_pretrained` would take them,
@@ -80,7 +81,8 @@ def _read_factorised(path: Path) -> tuple[PreTrainedModel, Method]:
                 f"{path}: was made by the method {name!r}, which is not installed here; install"
                 " the package that offers it"
             )
-        method = toml.parse(known[name], recipe["method"], "method.")
+        written = recipe["method"]
+        method = as_before(toml.parse(known[name], written, "method."), written)
         tensors = load_file(path / FACTORS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: can't be read: {error}; export it again") from error

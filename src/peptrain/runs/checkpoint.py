@@ -105,11 +105,17 @@ def load_optimizer(
             group.update(clocks)
 
 
-def agrees(saved: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Raise CheckpointError, naming the first setting, unless the run is what was saved."""
-    keys = saved.identity.keys() | identity.keys()
+def agrees(
+    saved: Checkpoint, identity: Mapping[str, Any], before: Mapping[str, Any] | None = None
+) -> None:
+    """Raise CheckpointError, naming the first setting, unless the run is what was saved.
+
+    before: what settings count as that the checkpoint doesn't know, because they are newer.
+    """
+    then_all = {**(before or {}), **saved.identity}
+    keys = then_all.keys() | identity.keys()
     for key in sorted(keys, key=lambda key: (key != "method.name", key)):
-        then, now = saved.identity.get(key), identity.get(key)
+        then, now = then_all.get(key), identity.get(key)
         if then != now:
             raise CheckpointError(
                 f"{key}: the checkpoint of step {saved.step} was written with {then!r}, and the"

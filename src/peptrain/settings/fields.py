@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import field, fields, replace
+from dataclasses import Field, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -77,6 +77,30 @@ def length(fraction: float, most: int | None = None, *, changeable: bool = False
 def changeable(default: Any) -> Any:
     """A field that may change when a run goes on, as the learning rate and its schedule may."""
     return field(default=default, metadata={"changeable": True})
+
+
+def added(default: Any, *, before: Any) -> Any:
+    """A field that earlier versions don't have; `default` may be any field of this module.
+
+    `before` is what they did: a run that was begun by one goes on with it, and replays with it. It
+    stands for the past, so it stays when the default changes. Unless it is None, the field must be
+    resolved to something else than None, which TOML can't say.
+    """
+    made = default if isinstance(default, Field) else field(default=default)
+    return field(default=made.default, metadata={**made.metadata, "before": before})
+
+
+def as_before(section: S, written: Iterable[str]) -> S:
+    """`section`, read from where only the fields `written` stand, with the past's value in those
+    that were `added` since."""
+    missing = {name: value for name, value in before(section).items() if name not in written}
+    return replace(section, **missing)  # type: ignore[type-var]
+
+
+def before(section: Any) -> dict[str, Any]:
+    """What the fields of `section` that were `added` count as where they are missing."""
+    rules = {f.name: f.metadata for f in fields(section)}
+    return {name: rule["before"] for name, rule in rules.items() if "before" in rule}
 
 
 def same_as(other: str) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -78,13 +78,18 @@ def _wanted(options: tuple[Any, ...]) -> str:
     return " or ".join(listed)
 
 
-def dump(config: Any) -> str:
-    """A dataclass of leaves and sections as TOML; what is None is left out."""
-    return "\n".join(_lines(config))
+def _is_unset(leaf: Field[Any], value: object) -> bool:
+    return value is None
 
 
-def _lines(config: Any) -> Iterator[str]:
-    yield from _leaves(config)  # before any section, or they would be part of it
+def dump(config: Any, leave_out: Callable[[Field[Any], object], bool] = _is_unset) -> str:
+    """A dataclass of leaves and sections as TOML. What is None is left out, or what `leave_out`
+    says of a field and its value."""
+    return "\n".join(_lines(config, leave_out))
+
+
+def _lines(config: Any, leave_out: Callable[[Field[Any], object], bool]) -> Iterator[str]:
+    yield from _leaves(config, leave_out)  # before any section, or they would be part of it
     for section in fields(config):
         value = getattr(config, section.name)
         if not is_dataclass(value):
@@ -93,14 +98,16 @@ def _lines(config: Any) -> Iterator[str]:
         name = getattr(type(value), "name", None)
         if isinstance(name, str):
             yield f"name = {_literal(name)}"
-        yield from _leaves(value)
+        yield from _leaves(value, leave_out)
         yield ""
 
 
-def _leaves(section: Any) -> Iterator[str]:
+def _leaves(section: Any, leave_out: Callable[[Field[Any], object], bool]) -> Iterator[str]:
     for leaf in fields(section):
         value = getattr(section, leaf.name)
-        if value is not None and not is_dataclass(value):
+        unsaid = value is None and leaf.metadata.get("before") is not None
+        assert not unsaid, f"{leaf.name}: None would be read as {leaf.metadata['before']!r}"
+        if not is_dataclass(value) and not leave_out(leaf, value):
             yield f"{leaf.name} = {_literal(value)}"
 
 

@@ -34,6 +34,7 @@ from peptrain.rng import Rng
 from peptrain.runs import checkpoint
 from peptrain.runs.build import build, phase_at, rebuild
 from peptrain.runs.directory import RunDir
+from peptrain.settings.fields import before
 from peptrain.training.init_from import initial_weights
 
 
@@ -67,7 +68,7 @@ def restore(
     phase, end = phase_at(config, step)
     entered = saved is not None and phase != saved.phase
     if saved:
-        checkpoint.agrees(saved, identity)
+        checkpoint.agrees(saved, identity, _before(config, identity))
         model = rebuild(config, saved, phase)
     else:
         model = build(config, phase, initial_weights(config))
@@ -157,6 +158,13 @@ def diverged(what: str, run: RunDir) -> Diverged:
     rate = "optim.lr, or the method's own in a warm start"
     advice = f"nothing was saved since; try a lower {rate}, in the run's config.toml"
     return Diverged(f"{what}; {checkpoint.last_good(run.checkpoints)}; {advice}")
+
+
+def _before(config: RunConfig[Method], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What those settings of the identity that earlier versions don't have count as."""
+    sections = {name: before(getattr(config, name)) for name in ("method", "model", "train")}
+    flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
+    return {key: value for key, value in flat.items() if key in identity}
 
 
 def identity_of(config: RunConfig[Method], corpus: Corpus) -> dict[str, Any]:
