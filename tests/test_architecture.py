@@ -132,8 +132,12 @@ def test_the_trainer_names_no_method() -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_has_at_most_400_lines(file: str) -> None:
-    assert len(FILES[file].read_text().splitlines()) <= 400
+def test_a_file_has_at_most_400_lines_and_a_function_60(file: str) -> None:
+    text = FILES[file].read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{file}: {node.name}"
 
 
 DRAWS = {
@@ -175,3 +179,13 @@ print([m for m in {HEAVY!r} if m in sys.modules])
         check=True,
     )
     assert done.stdout.splitlines() == ["[]", "[]"]
+
+
+def test_architecture_names_every_file_of_every_room() -> None:
+    page = (ROOT.parents[1] / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)/` \| (.+?) \|", page, re.M))
+    assert list(rows) == [room for room in LEVELS if not room.endswith(".py")]
+    for room, cell in rows.items():
+        named = set(re.findall(r"`(\w+)`", cell))
+        files = {p.stem for p in (ROOT / room).glob("*.py")} - {"__init__"}
+        assert named == files if room != "methods" else named < files, room
