@@ -118,7 +118,7 @@ def all_checks(device: str, folder: Path) -> list[Check]:
 def gpu_tests() -> Check:
     """Of the files that have any, and without the options of a run in several processes, so that
     nothing but pytest need be installed."""
-    marked = [f for f in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in f.read_text("utf-8")]
+    marked = [f for f in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in f.read_text("utf-8")]
     pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu"]
     return Check("gpu-tests", [*pytest, *map(str, marked)], needs=("pytest",), limit=540)
 

@@ -14,7 +14,7 @@ from peptrain.ops.spectral import from_core
 TOLERANCE = 8
 """Singular values of a factor below 8 sqrt(r) eps times its largest count as zero: rounding leaves
 an exact zero of an r-column factor at 0 to 1.4 sqrt(r) eps, the worst at r = 2 and under 0.6 from
-r = 8 on, in fp32 and fp64 (tests/test_riemannian.py)."""
+r = 8 on, in fp32 and fp64 (tests/ops/test_riemannian.py)."""
 
 
 def riemannian_step(

@@ -10,7 +10,7 @@ def add_(W: Tensor, delta: Tensor, seed: int) -> None:
     """W += delta in place; into bf16 with stochastic rounding, so that the sum is unbiased.
 
     200 merges of 1e-5 into bf16 weights of 0.02 lose three quarters of the change when rounded
-    to nearest (tests/test_rounding.py). The random bits are a function of `seed`.
+    to nearest (tests/ops/test_rounding.py). The random bits are a function of `seed`.
     """
     if W.dtype != torch.bfloat16:
         W.add_(delta)

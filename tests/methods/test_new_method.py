@@ -11,7 +11,7 @@ import pytest
 
 from peptrain.testing import MODEL, TRAIN
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINE = "from peptrain.methods.spectral import Spectral as Spectral\n"
 
 
@@ -50,7 +50,8 @@ def run(copy: Path, *command: str) -> str:
 
 
 def test_laws_and_documentation_hold_with_it(copy: Path) -> None:
-    files = [f"tests/test_{name}.py" for name in ("laws", "docs", "config", "architecture")]
+    names = ("methods/test_laws", "settings/test_config", "test_docs", "test_architecture")
+    files = [f"tests/{name}.py" for name in names]
     chosen = "(spectral and not two_ranks) or page or architecture"
     said = run(copy, "pytest", "-n0", "-p", "no:cacheprovider", *files, "-k", chosen)
     passed = re.search(r"(\d+) passed", said)

@@ -17,7 +17,7 @@ from peptrain.comparison.grid import GridRun, expand, load_grid, unstated
 from peptrain.config import dump, parse, resolved
 from peptrain.errors import ConfigError
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def runs(text: str) -> Sequence[GridRun]:

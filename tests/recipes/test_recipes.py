@@ -224,7 +224,7 @@ def test_a_recipe_trains_at_a_smaller_size(name: str, corpus: Path, tmp_path: Pa
 
 
 def test_the_page_has_every_recipe_with_its_count_and_result() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\S+)` \| (\S+) / (\S+) \| .* \| (.*) \|$", page, re.MULTILINE)
     assert sorted(row[0] for row in listed) == NAMES
     for name, trainable, total, expected in listed:
