@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import algebra as al
 from . import relora
-from .test_slow import arch, draw
+from .test_oracles import arch, draw
 
 BETAS = (0.9, 0.999)
 

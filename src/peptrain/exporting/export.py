@@ -24,8 +24,8 @@ Form = Literal["dense", "factorised"]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest difference of logits that are computed in this dtype, relative to the largest logit.
 Folding fp32 factors was seen to move them by 3e-7 to 6e-5; forgetting a factor or diagonal moves
-them by 0.02, in the first steps of BPT, to 2 (tests/exporting/test_export.py). Looser in float64 than that
-could be, because Hugging Face's norms compute in fp32."""
+them by 0.02, in the first steps of BPT, to 2 (tests/exporting/test_export.py). Looser in float64
+than that could be, because Hugging Face's norms compute in fp32."""
 
 
 def export(run: Path, out: Path, form: Form = "dense") -> Path:
