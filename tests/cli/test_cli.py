@@ -39,7 +39,7 @@ from peptrain.testing import MODEL, SMALL
 from peptrain.training.loop import Result, train
 
 STEPS = 8
-SETTINGS = SMALL | {"merge_every": 3, "exact_every": 3, "gap": 3}
+TINY = SMALL | {"merge_every": 3, "exact_every": 3, "gap": 3}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def flags(method: str, corpus: Path, **given: Any) -> list[str]:
     """The flags of a tiny run of any method."""
     known = {f.name for f in fields(METHODS[method])}
     values: dict[str, Any] = {f"model.{key}": value for key, value in MODEL.items()}
-    values |= {f"method.{key}": value for key, value in SETTINGS.items() if key in known}
+    values |= {f"method.{key}": value for key, value in TINY.items() if key in known}
     values |= {"train.steps": STEPS, "train.batch_size": 4, "train.seq_len": 16}
     values |= {"train.log_every": 1, "data.path": corpus}
     values |= {key.replace("__", "."): value for key, value in given.items()}
