@@ -78,6 +78,8 @@ class Check:
     command: Sequence[str]
     needs: Sequence[str] = ()
     limit: float = 240
+    tells: bool = False
+    """Whether its last line says how much passed."""
 
     def missing(self) -> str:
         """Those of them that aren't there, or nothing."""
@@ -119,8 +121,10 @@ def gpu_tests() -> Check:
     """Of the files that have any, and without the options of a run in several processes, so that
     nothing but pytest need be installed."""
     marked = [f for f in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in f.read_text("utf-8")]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu"]
-    return Check("gpu-tests", [*pytest, *map(str, marked)], needs=("pytest",), limit=540)
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "--no-header"]
+    return Check(
+        "gpu-tests", [*pytest, *map(str, marked)], needs=("pytest",), limit=540, tells=True
+    )
 
 
 def trainings(device: str, folder: Path) -> Iterator[Check]:
@@ -211,9 +215,10 @@ def run(
 def passed(one: Running) -> bool:
     """End it and print its line. Its output stays if it failed."""
     seconds, error = one.seconds, one.end()
+    told = last_line(one.file) if one.check.tells else ""
     if error is None:
         one.file.unlink()
-    say("FAIL" if error else "ok", one.check.name, seconds, error or "")
+    say("FAIL" if error else "ok", one.check.name, seconds, error or told)
     return error is None
 
 

@@ -328,6 +328,7 @@ def test_the_smoke_test_says_what_failed(
     smoke = script("smoke")
     checks = [
         check(smoke, "good", "print(1)"),
+        check(smoke, "tests", "print('3 passed in 1 s')", tells=True),
         check(smoke, "bad", "print('so far'); raise ValueError('so it is')"),
         check(smoke, "crash", "import os; os.abort()"),
         check(smoke, "stuck", "import time; print('so far', flush=True); time.sleep(60)", limit=1),
@@ -338,6 +339,7 @@ def test_the_smoke_test_says_what_failed(
     said = {name: (words[0], " ".join(words[4:])) for name, words in lines.items()}
     assert said == {
         "good": ("ok", ""),
+        "tests": ("ok", "3 passed in 1 s"),
         "bad": ("FAIL", "ValueError: so it is"),
         "crash": ("FAIL", "exit status -6"),
         "stuck": ("FAIL", "no end after 1 s"),
