@@ -18,8 +18,8 @@ def leading_directions(G: Tensor, rank: int) -> Tensor:
     G: [n, m], P: [min(n, m), min(rank, n, m)], contiguous, in G's dtype. Found as eigenvectors of
     the smaller Gram matrix in float64: where the rank-th singular value is 1e-5 of the first, the
     subspace is off by 3e-7, and by 1e-2 from an SVD in fp32 (tests/methods/test_galore.py), which
-    on a GPU takes five times as long (docs/log.md). The sign of a column is free, and matters only to
-    moments that outlive a P: the entry of largest size is positive.
+    on a GPU takes five times as long (docs/log.md). The sign of a column is free, and matters only
+    to moments that outlive a P: the entry of largest size is positive.
     """
     wide = G.double()
     whole = wide.isfinite().all()
