@@ -160,7 +160,7 @@ def _pack(
     writer: Writer,
     on_progress: Callable[[ProgressReport], None] | None,
 ) -> None:
-    """Encode every part after those of the journal, and write them."""
+    """Encode every part after those that are done, and write them."""
     eos = np.array([end_id(tokenizer, config.eos_token)], writer.dtype)
     taken, most = writer.progress.taken, config.max_tokens or math.inf
     for parts, room in ((inputs.training(taken), most), (inputs.apart(taken), math.inf)):

@@ -1,8 +1,8 @@
 """Token shards on the disk, written so that a preparation killed at any moment can go on.
 
 Tokens gather in memory until they fill a shard. `Writer.commit` then writes the shard, appends
-the held-out tokens of the same stretch, and last saves the journal, which alone says what counts:
-whatever a killed process wrote after its last journal is written again, to the same bytes.
+the held-out tokens of the same stretch, and last saves the progress, which alone says what counts:
+whatever a killed process wrote after that is written again, to the same bytes.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Progress:
 
     @classmethod
     def open(cls, directory: Path, settings: dict[str, Any], sources: int) -> Progress:
-        """The journal in `directory`, or a new one in a directory that is empty or made here.
+        """The progress in `directory`, or none yet in a directory that is empty or made here.
 
-        Raises ConfigError where something else lies there, or a journal with other settings.
+        Raises ConfigError where something else lies there, or the progress of other settings.
         """
         new = "a directory that is new or empty"
         check(not directory.is_file(), "out", str(directory), f"{new}: this is a file")
@@ -117,7 +117,7 @@ class Writer:
         self.progress.held_out_documents += part.piece.ends and part.held_out
 
     def commit(self) -> None:
-        """Put on the disk what is in memory, and then the journal."""
+        """Put on the disk what is in memory, and then the progress."""
         if self._train:
             name = shard_name(len(self.progress.shards))
             write_atomically(self.directory / name, (ids.data for ids in self._train))
@@ -134,7 +134,7 @@ class Writer:
         with path.open("ab") as file:
             if file.tell() < start:
                 raise _changed(path)
-            file.truncate(start)  # what a killed process appended after its last journal
+            file.truncate(start)  # what a killed process appended after it saved its progress
             for ids in self._held_out:
                 file.write(ids.data)
             file.flush()

@@ -84,7 +84,7 @@ class _Search:
         return self.configured.like(replace(self.configured.config, method=method))
 
     def _too_little(self) -> str:
-        """Of the least that was tried: what is more than the budget, and what would help."""
+        """Of the least that was tried: what is more than fits, and what would help."""
         rank = self.rank and 1
         least = self.at_rank(rank)
         at = "a micro-batch of 1" + (" and rank 1" if rank else "")
@@ -102,10 +102,10 @@ class _Search:
 
 
 def _largest(sizes: Sequence[int], peak: Callable[[int], int], gpu_memory: int) -> int | None:
-    """The largest of the ascending `sizes` whose peak is within the budget; None if none is.
+    """The largest of the ascending `sizes` whose peak fits; None if none does.
 
     Between one that fits and one that doesn't, the next to be tried is where the straight line
-    between their peaks meets the budget: peaks are nearly straight lines, and cost seconds.
+    between their peaks meets the GPU's memory: peaks are nearly straight lines, and cost seconds.
     """
     low, high = 0, len(sizes) - 1
     if (most := peak(sizes[high])) <= gpu_memory:

@@ -91,13 +91,13 @@ class PhaseEstimator:
         """At the configured micro-batch, unless another is given."""
         return [self._phase(r, micro_batch or self.micro_batch) for r in self._dry_runs()]
 
-    def peak(self, micro_batch: int, budget: float = inf) -> int:
+    def peak(self, micro_batch: int, gpu_memory: float = inf) -> int:
         """The most bytes in tensors in any phase; at a micro-batch of 0 what stays. Once over the
-        budget, no more is looked at."""
+        GPU's memory, no more is looked at."""
         most = 0
         for size in self._sizes(micro_batch):
             most = max(most, size)
-            if most > budget:
+            if most > gpu_memory:
                 break
         return most
 
