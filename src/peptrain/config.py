@@ -16,6 +16,7 @@ from peptrain.optim.adamw import OptimConfig
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.settings import toml
 from peptrain.settings.fields import as_before, check, fill, interval, resolve
+from peptrain.settings.toml import HEADER
 
 M = TypeVar("M", bound=Method)
 
@@ -165,8 +166,6 @@ def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainC
 
 
 SECTIONS = ("method", "model", "optim", "schedule", "train", "data")
-HEADER = "recipe"
-"""The table in which a file says what it is: a recipe's title, source and the like."""
 
 
 def parse(table: Mapping[str, Any]) -> RunConfig[Method]:

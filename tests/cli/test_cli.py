@@ -136,6 +136,35 @@ def test_the_help_shows_the_methods_own_defaults(name: str, peptrain_: Command) 
         assert explained and len(explained[1].split()) > 4, field.name
 
 
+LIGHT = ["", "--help", "--version", "recipes", "recipes loro-60m-loro", "xyzzy", "resume --help"]
+LIGHT += ["train bpt --model.preset llama-60", "train --recipe pico-tiny-fall"]
+
+
+@pytest.mark.parametrize("line", LIGHT)
+def test_what_needs_no_pytorch_does_not_wait_for_it(line: str, importable: None) -> None:
+    code = f"""
+import sys
+from peptrain.cli.app import main
+try:
+    main({line.split()!r})
+finally:
+    print(sorted({{"torch", "transformers", "numpy", "pyarrow"}} & {{*sys.modules}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr[-2000:]
+
+
+def test_without_a_command_it_helps(peptrain_: Command) -> None:
+    assert peptrain_("").out == peptrain_("--help").out
+    assert peptrain_("--version").out.strip() == peptrain.__version__
+
+
+def test_a_misspelt_preset_is_answered_with_the_nearest(peptrain_: Command) -> None:
+    for line in ("train bpt --model.preset llama-60", "estimate loro --model.preset=llama-60"):
+        said = "model.preset: 'llama-60' is unknown; did you mean 'llama-60m'? or give model.config"
+        assert peptrain_(line).error.startswith(said)
+
+
 # Recipes.
 
 
@@ -406,7 +435,7 @@ def test_a_mistyped_command_line_is_answered(line: str, message: str, peptrain_:
         ("loro", {"method__scale": "wide"}, "method.scale: 'wide' can't be used; give"),
         ("full", {"optim__lr": -1}, "optim.lr: -1.0 can't be used"),
         ("full", {"train__steps": 0}, "train.steps: 0 can't be used; give 1 or more"),
-        ("full", {"model__preset": "huge"}, "model.preset: 'huge' is unknown; choose one of tiny"),
+        ("full", {"model__preset": "huge"}, "model.preset: 'huge' is unknown; known are tiny"),
         ("full", {"model__vocab_size": 100}, "model.vocab_size: 100, and token id 299 occurs in"),
         ("full", {"data__path": "nothing"}, "nothing: not a prepared corpus"),
         ("full", {"model__config": "nothing"}, "model.config: nothing does not exist"),

@@ -79,8 +79,8 @@ BPT_SECTION = '[method]\nname = "bpt"\n'
         (BPT_SECTION + "[train]\nsteps = [1]", "train.steps: [1] has the wrong type"),
         (BPT_SECTION + "[train]\neval_every = -1", "train.eval_every: -1 can't be used"),
         (BPT_SECTION + "[data]\npath = 3", "data.path: 3 has the wrong type or value; give a path"),
-        (BPT_SECTION + "[model]\npreset = 'tinny'", "model.preset: 'tinny' is unknown; choose one"
-         " of tiny,"),
+        (BPT_SECTION + "[model]\npreset = 'tinny'", "model.preset: 'tinny' is unknown; did you mean"
+         " 'tiny'?"),
         (BPT_SECTION + "[model]\nlayers = 0", "model.layers: 0 can't be used; give 1 or more"),
         (BPT_SECTION + "[model]\nconfig = 'x'\nfamily = 'llama'", "model.family: a config.json"),
         (BPT_SECTION + "[schedule]\nkind = 'wsdd'", "schedule.kind: 'wsdd' has the wrong type or"

@@ -19,21 +19,13 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from peptrain import __version__, recipes
-from peptrain.cli.flags import (
-    MARKERS,
-    REGISTRY,
-    by_method,
-    say_what_a_preset_leaves,
-    with_config_file,
-)
-from peptrain.config import RunConfig
-from peptrain.data.config import PrepareConfig
+from peptrain.cli.parsing import MARKERS, REGISTRY, check_names
 from peptrain.errors import Interrupted, PeptrainError
-from peptrain.methods import methods
-from peptrain.methods.base import Method
 
 if TYPE_CHECKING:
+    from peptrain.config import RunConfig
     from peptrain.estimation.estimate import Estimate
+    from peptrain.methods.base import Method
 
 log = logging.getLogger("peptrain")
 console = Console(quiet=os.environ.get("RANK", "0") != "0", emoji=False)
@@ -47,9 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     _set_up_output()
+    if args == ["--version"]:
+        console.print(__version__, highlight=False)
+        return 0
     try:
-        args, given = with_config_file(args)
-        _app(given).cli(
+        app, args = _app(args or ["--help"])
+        app.cli(
             prog="peptrain", description=DESCRIPTION, args=args, config=MARKERS, registry=REGISTRY
         )
     except Interrupted as stop:
@@ -83,13 +78,24 @@ def _log_on(console: Console) -> None:
     log.setLevel(logging.INFO)
 
 
-def _app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
+def _app(args: list[str]) -> tuple[tyro.extras.SubcommandApp, list[str]]:
+    """The commands, and the arguments for them. Of those whose flags need PyTorch only the one that
+    is called has its flags; the others are there to be listed."""
     app, data = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+    called = args[0]
+    by_method: dict[str, Any] = {"train": _listed(TRAIN), "estimate": _listed(ESTIMATE)}
+    if called in by_method:
+        check_names(args)
+        from peptrain.cli import flags
+
+        args, given = flags.with_config_file(args)
+        command, summary = (_train_by, TRAIN) if called == "train" else (_estimate_by, ESTIMATE)
+        by_method[called] = flags.by_method(command, given, summary)
     data.__doc__ = "Prepare text for training."
-    data.command(name="prepare")(_prepare)
-    app.command(by_method(_train_by, given, TRAIN), name="train")
+    data.command(name="prepare")(_prepare_command() if called == "data" else _listed(""))
+    app.command(by_method["train"], name="train")
     app.command(name="resume")(_resume)
-    app.command(by_method(_estimate_by, given, ESTIMATE), name="estimate")
+    app.command(by_method["estimate"], name="estimate")
     app.command(name="demo")(_demo)
     app.command(name="compare")(_compare)
     app.command(name="eval")(_eval)
@@ -97,7 +103,17 @@ def _app(given: RunConfig[Method] | None) -> tyro.extras.SubcommandApp:
     app.command(data, name="data")
     app.command(name="methods")(_methods)
     app.command(name="recipes")(_recipes)
-    return app
+    return app, args
+
+
+def _listed(summary: str) -> Callable[[], None]:
+    """A command that is listed and not called."""
+
+    def command() -> None:
+        raise AssertionError("its flags were not built")
+
+    command.__doc__ = summary
+    return command
 
 
 TRAIN = "Train a model by one of the methods, into a new run directory."
@@ -115,6 +131,7 @@ def _train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..
             recipe: The settings of a row of a paper's table instead (`peptrain recipes` lists
                 them); a flag overrides them.
         """
+        from peptrain.cli.flags import say_what_a_preset_leaves
         from peptrain.training.loop import train
 
         if recipe is not None and options.data.path is None:
@@ -152,6 +169,7 @@ def _estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable
             ranks: Processes that torchrun would start, each with a replica.
             json: Print JSON for programs; what is logged goes to standard error.
         """
+        from peptrain.cli.flags import say_what_a_preset_leaves
         from peptrain.cli.progress import fitting
         from peptrain.estimation.estimate import estimate, memory
 
@@ -295,34 +313,38 @@ def _export(
     console.print(f"{form} model in {out}", markup=False, highlight=False, soft_wrap=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prepare(PrepareConfig):
-    inputs: Positional[tuple[str, ...]]
-    """Text, JSON Lines or Parquet files, directories of them, or hf:ID[:CONFIG[:SPLIT]]."""
-    held_out_inputs: tuple[str, ...] = ()
-    """Inputs to hold out instead; those that are also among the inputs are not trained on."""
-
-
-def _prepare(config: Annotated[_Prepare, arg(name="")]) -> None:
-    """Turn text into token shards."""
+def _prepare_command() -> Callable[..., None]:
     from peptrain.cli.progress import preparing
-    from peptrain.data import prepare
+    from peptrain.data import PrepareConfig, prepare
 
-    with preparing(console) as on_progress:
-        made = prepare(config, on_progress)
-    console.print(
-        f"{made.path}: {made.documents:,} documents, {made.train_tokens:,} training and"
-        f" {made.held_out_tokens:,} held-out tokens, {made.bytes_per_token:.2f} bytes a token,"
-        f" vocabulary {made.vocab_size:,} (largest id {made.max_id:,}),"
-        f" {made.shards} shards{', resumed' if made.resumed else ''}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    @dataclass(frozen=True, kw_only=True)
+    class Prepare(PrepareConfig):
+        inputs: Positional[tuple[str, ...]]
+        """Text, JSON Lines or Parquet files, directories of them, or hf:ID[:CONFIG[:SPLIT]]."""
+        held_out_inputs: tuple[str, ...] = ()
+        """Inputs to hold out instead; those that are also among the inputs are not trained on."""
+
+    def command(config: Any) -> None:
+        """Turn text into token shards."""
+        with preparing(console) as on_progress:
+            made = prepare(config, on_progress)
+        console.print(
+            f"{made.path}: {made.documents:,} documents, {made.train_tokens:,} training and"
+            f" {made.held_out_tokens:,} held-out tokens, {made.bytes_per_token:.2f} bytes a token,"
+            f" vocabulary {made.vocab_size:,} (largest id {made.max_id:,}),"
+            f" {made.shards} shards{', resumed' if made.resumed else ''}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    command.__annotations__["config"] = Annotated[Prepare, arg(name="")]
+    return command
 
 
 def _methods() -> None:
     """List the methods with their equations and learning rates, and the model presets."""
+    from peptrain.methods import methods
     from peptrain.models.presets import PRESETS
 
     table = Table("method", "weight", "default lr", box=None)
@@ -347,6 +369,6 @@ def _recipes(name: Positional[str | None] = None) -> None:
         about = recipes.about(known)
         counts = (f"{n / 1e6:,.1f}M" for n in (about.parameters, about.trainable))
         tokens = f"{about.tokens / 1e9:.1f}B"
-        table.add_row(known, recipes.load(known).method.name, *counts, tokens, about.expected)
+        table.add_row(known, recipes.method_name(known), *counts, tokens, about.expected)
     _print_wide(table)
     console.print("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,9 +10,9 @@ from typing import Annotated, Any
 
 import tyro
 from tyro.conf import arg
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from peptrain import recipes
+from peptrain.cli.parsing import named
 from peptrain.config import RunConfig, load
 from peptrain.errors import ConfigError
 from peptrain.methods import methods
@@ -23,55 +22,29 @@ from peptrain.optim.schedule import ScheduleConfig
 from peptrain.settings.fields import fill, nearest
 
 log = logging.getLogger("peptrain")
-MARKERS = (
-    tyro.conf.FlagCreatePairsOff,
-    tyro.conf.DisallowNone,
-    tyro.conf.HelptextFromCommentsOff,
-)
-REGISTRY = ConstructorRegistry()
-TRUTHS = {"true": True, "false": False, "True": True, "False": False}
-
-
-@REGISTRY.primitive_rule
-def _truth(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
-    """Values of bool are spelt as in a configuration file; Python's spelling is taken too."""
-    if info.type is not bool:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{true,false}",
-        instance_from_str=lambda given: TRUTHS[given[0]],
-        is_instance=lambda value: isinstance(value, bool),
-        str_from_instance=lambda value: [str(value).lower()],
-        choices=tuple(TRUTHS),
-    )
 
 
 def with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | None]:
-    """What --config or --recipe names, and the arguments with its method in them if they name none.
+    """What --config or --recipe names, and the arguments with its method in them if they name none:
+    those of `train` or `estimate`.
 
     The file has to be read before tyro parses, because its values are the flags' defaults. Raises
     ConfigError for an unknown method, recipe or file.
     """
-    if args[:1] not in (["train"], ["estimate"]):
-        return args, None
-    named = args[1] if args[1:] and not args[1].startswith("-") else None
-    if named is not None and named not in methods():
-        hint = nearest(named, methods())
-        raise ConfigError(f"method {named!r}: unknown; {hint}`peptrain methods` lists them")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, nargs="?")  # a missing value is tyro's to report
-    parser.add_argument("--recipe", nargs="?")
-    wanted = parser.parse_known_args(args)[0]
+    method = args[1] if args[1:] and not args[1].startswith("-") else None
+    if method is not None and method not in methods():
+        hint = nearest(method, methods())
+        raise ConfigError(f"method {method!r}: unknown; {hint}`peptrain methods` lists them")
+    wanted = named(args)
     if wanted.config is None and wanted.recipe is None:
         return args, None
     given, source = _configuration(wanted.config, wanted.recipe)
-    if named is None:
+    if method is None:
         return [args[0], given.method.name, *args[1:]], given
-    if named != given.method.name:
+    if method != given.method.name:
         raise ConfigError(
-            f"{source}: configures {given.method.name}, and {named} was asked for; leave the method"
-            " out of the command or change [method] in the file"
+            f"{source}: configures {given.method.name}, and {method} was asked for; leave the"
+            " method out of the command or change [method] in the file"
         )
     return args, given
 

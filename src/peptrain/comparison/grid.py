@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from peptrain.config import HEADER, RunConfig, dump, essence, parse, resolved
+from peptrain.config import RunConfig, dump, essence, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
 from peptrain.settings import toml
 from peptrain.settings.fields import quiet
+from peptrain.settings.toml import HEADER
 from peptrain.training.init_from import with_inherited_model
 
 Equal = Literal["tokens", "flops", "time"]

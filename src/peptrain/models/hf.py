@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peptrain.errors import ConfigError, Unsupported
-from peptrain.models.presets import DEFAULT_PRESET, PRESETS, Family
+from peptrain.models.presets import DEFAULT_PRESET, PRESETS, Family, unknown_preset
 from peptrain.settings.fields import check
 
 if TYPE_CHECKING:
@@ -54,10 +54,7 @@ class ModelConfig:
             value = getattr(self, key)
             check(value is None or value >= 1, f"model.{key}", value, "1 or more")
         if self.config is None and (self.preset or DEFAULT_PRESET) not in PRESETS:
-            raise ConfigError(
-                f"model.preset: {self.preset!r} is unknown; choose one of {', '.join(PRESETS)},"
-                " or give model.config a config.json"
-            )
+            raise ConfigError(unknown_preset(self.preset or DEFAULT_PRESET))
         if self.config is not None and self.family is not None:
             raise ConfigError("model.family: a config.json names its own; leave one of them out")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from peptrain.settings.fields import nearest
+
 Family = Literal["llama", "qwen2", "olmo2"]
 
 
@@ -44,3 +46,9 @@ PRESETS: dict[str, Decoder] = {
 
 
 DEFAULT_PRESET = "tiny"
+
+
+def unknown_preset(name: str) -> str:
+    """The message for a preset that doesn't exist, with the nearest one that does, or else all."""
+    hint = nearest(name, PRESETS) or f"known are {', '.join(PRESETS)}; "
+    return f"model.preset: {name!r} is unknown; {hint}or give model.config a config.json"

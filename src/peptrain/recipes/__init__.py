@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peptrain.config import HEADER, RunConfig, parse
 from peptrain.errors import ConfigError
-from peptrain.methods.base import Method
 from peptrain.settings import toml
 from peptrain.settings.fields import nearest
+from peptrain.settings.toml import HEADER
+
+if TYPE_CHECKING:
+    from peptrain.config import RunConfig
+    from peptrain.methods.base import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +65,16 @@ def about(name: str) -> About:
 
 def load(name: str) -> RunConfig[Method]:
     """The recipe's configuration, unresolved. Raises ConfigError as `text` does."""
+    from peptrain.config import parse  # and with it PyTorch, which a list of recipes needs not
+
     return parse(_table(name))
 
 
+def method_name(name: str) -> str:
+    """The name of the method that the recipe is for. Raises ConfigError as `text` does."""
+    return str(_table(name)["method"]["name"])
+
+
+@cache
 def _table(name: str) -> dict[str, Any]:
     return tomllib.loads(text(name))

@@ -14,6 +14,8 @@ from peptrain.errors import ConfigError
 from peptrain.settings.fields import nearest
 
 T = TypeVar("T")
+HEADER = "recipe"
+"""The table in which a file says what it is: a recipe's title, source and the like."""
 
 
 def read(path: Path, given_as: str = "--config ") -> dict[str, Any]:
