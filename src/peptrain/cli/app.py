@@ -365,10 +365,9 @@ def _recipes(name: Positional[str | None] = None) -> None:
         console.print(recipes.text(name), markup=False, highlight=False, soft_wrap=True, end="")
         return
     table = Table("recipe", "method", "parameters", "trainable", "tokens", "expected", box=None)
-    for known in recipes.names():
-        about = recipes.about(known)
+    for known, method, about in recipes.listed():
         counts = (f"{n / 1e6:,.1f}M" for n in (about.parameters, about.trainable))
         tokens = f"{about.tokens / 1e9:.1f}B"
-        table.add_row(known, recipes.method_name(known), *counts, tokens, about.expected)
+        table.add_row(known, method, *counts, tokens, about.expected)
     _print_wide(table)
     console.print("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")

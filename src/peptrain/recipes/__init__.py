@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +70,12 @@ def load(name: str) -> RunConfig[Method]:
     return parse(_table(name))
 
 
-def method_name(name: str) -> str:
-    """The name of the method that the recipe is for. Raises ConfigError as `text` does."""
-    return str(_table(name)["method"]["name"])
+def listed() -> Iterator[tuple[str, str, About]]:
+    """Each recipe's name, the name of its method, and what it says of itself."""
+    for name in names():
+        table = _table(name)
+        yield name, table["method"]["name"], toml.parse(About, table[HEADER], f"{HEADER}.")
 
 
-@cache
 def _table(name: str) -> dict[str, Any]:
     return tomllib.loads(text(name))
