@@ -254,6 +254,7 @@ def test_hooks_of_older_versions_are_refused_by_name() -> None:
         type("Late", (Method,), {"accelerate": lambda self, model: None})
     with pytest.raises(TypeError, match=r"takes \(model, sites, optim, phase\) now; add `sites`"):
         type("Late", (Method,), {"optimizer": lambda self, model, optim, phase: None})
+    type("Fine", (Method,), {"enter": 0.5, "optimizer": lambda self, *given: None})
 
 
 def test_a_method_that_breaks_laws_is_told_which() -> None:

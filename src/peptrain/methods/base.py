@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
+from inspect import isfunction, signature
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -59,9 +59,9 @@ class Method:
         """Refuse hooks as older versions had them: called by no one, they would be lost."""
         super().__init_subclass__()
         for old, new in RENAMED_HOOKS.items():
-            if old in vars(cls):
+            if isfunction(vars(cls).get(old)):  # a hyperparameter may have that name
                 raise TypeError(f"{cls.__name__}.{old}: this hook is now called {new}; rename it")
-        if "optimizer" in vars(cls) and "sites" not in signature(cls.optimizer).parameters:
+        if "optimizer" in vars(cls) and len(signature(cls.optimizer).parameters) == 4:
             raise TypeError(
                 f"{cls.__name__}.optimizer: takes (model, sites, optim, phase) now; add `sites`"
             )
