@@ -298,3 +298,22 @@ def test_the_sites_are_what_may_be_adapted_whether_or_not_it_was(corpus: Path) -
         assert all(name.endswith("k_proj") for name in left) and len(left) == 2
         assert all(len(s.shape) == 2 for s in sites)
     assert tiny_method("full") == METHODS["full"]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Telling(Method):
+    """It returns numbers by a name of one's choice."""
+
+    name: ClassVar[str] = "telling"
+    equation: ClassVar[str] = "W"
+    key: str = "condition"
+
+    def after_step(self, model: Any, optimizer: Any, step: int, rng: Rng) -> Any:
+        return {self.key: float("inf") if step < 3 else 2.0}
+
+
+def test_a_methods_numbers_are_kept_whatever_they_are(corpus: Path, tmp_path: Path) -> None:
+    train(tiny(Telling(), corpus, tmp_path / "run"))
+    assert [row.get("condition", 0) for row in rows(tmp_path / "run")][:4] == [None, None, 2.0, 2.0]
+    with pytest.raises(Unsupported, match="after_step: 'loss' is a number of every row"):
+        train(tiny(Telling(key="loss"), corpus, tmp_path / "other"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peptrain.distributed.world import World
-from peptrain.errors import Diverged
+from peptrain.errors import Diverged, Unsupported
 from peptrain.eval.perplexity import Evaluation
 from peptrain.runs.directory import RunDir
 
@@ -73,7 +73,8 @@ class MetricsLog:
     def flush(self) -> None:
         """Write a row for the steps since the last one: mean loss, newest of everything else.
 
-        Raises Diverged when a loss or gradient norm among them is not finite.
+        Raises Diverged when a loss or gradient norm among them is not finite, Unsupported for a
+        number of the method's that has the name of another.
         """
         if not self._steps:
             return
@@ -92,15 +93,21 @@ class MetricsLog:
                 )
         step, rates, _ = steps[-1]
         newest = {"grad_norm": norms[max(norms)]} if norms else {}
-        self.write(
-            "step",
-            step=step,
-            loss=sum(losses) / len(losses),
+        row = {
+            "step": step,
+            "loss": sum(losses) / len(losses),
             **rates,
             **newest,
-            tokens=step * self.tokens_per_step,
-            tokens_per_second=throughput(tokens, seconds),
-            **metrics,
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": throughput(tokens, seconds),
+        }
+        if taken := sorted({"event", *row} & metrics.keys()):
+            raise Unsupported(
+                f"after_step: {taken[0]!r} is a number of every row; return it by another name"
+            )
+        # JSON has no infinity; a condition number, say, may be one.
+        self.write(
+            "step", **row, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}
         )
         for name, value in metrics.items():
             if name.endswith("_warning") and value:
