@@ -208,7 +208,10 @@ def _parse_method(table: Mapping[str, Any]) -> Method:
         raise ConfigError(f"method.name: missing; {wanted}")
     name, known = table["name"], methods()
     if not isinstance(name, str) or name not in known:
-        raise ConfigError(f"method.name: {name!r} is unknown; known are {', '.join(known)}")
+        raise ConfigError(
+            f"method.name: {name!r} is unknown; known are {', '.join(known)}; for one of your own,"
+            " install its package, or set peptrain.METHODS[name] to its class"
+        )
     return toml.parse(known[name], {k: v for k, v in table.items() if k != "name"}, "method.")
 
 

@@ -181,6 +181,8 @@ def test_a_method_of_ones_own_trains_unregistered_and_resumes_registered(
         train(tiny(Toy(rank=2), corpus, run, train=KEPT), kill_at("checkpoint", 2))
     with pytest.raises(ConfigError, match=r"method\.name: 'toy' is unknown; known are full, bpt"):
         resume(run)
+    with pytest.raises(ConfigError, match=r"set peptrain\.METHODS\[name\] to its class"):
+        resume(run)
     entry = EntryPoint(Toy.name, "support:Toy", "peptrain.methods")
     monkeypatch.setattr(peptrain.methods, "entry_points", lambda group: [entry])
     assert resume(run).run == run and newest(run).step == STEPS
