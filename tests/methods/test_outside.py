@@ -17,7 +17,7 @@ from torch import nn
 from peptrain.adaptation import adapt
 from peptrain.cli.app import main
 from peptrain.cli.progress import TrainingProgress
-from peptrain.errors import ConfigError, Unsupported
+from peptrain.errors import CheckpointError, ConfigError, Unsupported
 from peptrain.exporting.export import export
 from peptrain.exporting.factorised import load_factorised
 from peptrain.methods import METHODS, methods
@@ -37,6 +37,8 @@ scaledgd = outside_methods:ScaledGD
 outer-name = outside_misfits:Misnamed
 bpt = outside_misfits:Impostor
 text = outside_misfits:NO_METHOD
+demanding = outside_misfits:Demanding
+bare = outside_misfits:Bare
 broken = outside_broken:Broken
 old = outside_old:Old
 """
@@ -98,6 +100,10 @@ def test_a_bad_package_is_named_and_takes_nothing_along(outside: None) -> None:
     assert "has a method 'bpt' already" in said
     assert "'text' (outside_misfits:NO_METHOD of package outside) is left out: is no" in said
     assert "Old.enter: this hook is now called on_phase_start; rename it" in said
+    assert (
+        "'demanding' (outside_misfits:Demanding of package outside) is left out: can't be" in said
+    )
+    assert "'bare' (outside_misfits:Bare of package outside) is left out: is no dataclass" in said
 
 
 def test_what_can_be_used_is_offered_and_ours_stay_ours(outside: None) -> None:
@@ -309,6 +315,8 @@ class Telling(Method):
     key: str = "condition"
 
     def after_step(self, model: Any, optimizer: Any, step: int, rng: Rng) -> Any:
+        if self.key == "none":
+            return None
         return {self.key: float("inf") if step < 3 else 2.0}
 
 
@@ -317,3 +325,52 @@ def test_a_methods_numbers_are_kept_whatever_they_are(corpus: Path, tmp_path: Pa
     assert [row.get("condition", 0) for row in rows(tmp_path / "run")][:4] == [None, None, 2.0, 2.0]
     with pytest.raises(Unsupported, match="after_step: 'loss' is a number of every row"):
         train(tiny(Telling(key="loss"), corpus, tmp_path / "other"))
+    with pytest.raises(
+        Unsupported, match=r"after_step: returned None; return the method"
+    ):
+        train(tiny(Telling(key="none"), corpus, tmp_path / "another"))
+
+
+class CountingSteps(torch.optim.SGD):
+    """It counts in plain numbers, as most optimizers that are written by hand do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for g in self.param_groups for p in g["params"] if p.grad is not None):
+            state = self.state[p]
+            state["count"] = state.get("count", 0) + 1
+            state["size"] = 0.5 * state.get("size", 1.0)
+            p -= 1e-2 * state["size"] / state["count"] * p.grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(Method):
+    """Full training by such an optimizer."""
+
+    name: ClassVar[str] = "counting"
+    equation: ClassVar[str] = "W"
+    odd: bool = False
+
+    def optimizer(self, model: Any, sites: Any, optim: Any, phase: int) -> Any:
+        made = CountingSteps(model.parameters(), lr=1e-3)
+        if self.odd:
+            made.state[next(model.parameters())]["what"] = "a word"
+        return made
+
+
+def test_numbers_in_an_optimizers_state_are_kept(corpus: Path, tmp_path: Path) -> None:
+    check_method(Counting)
+    with pytest.raises(CheckpointError, match="/what: the optimizer keeps a str; keep tensors"):
+        train(tiny(Counting(odd=True), corpus, tmp_path / "run"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropping(METHODS["lora"]):  # type: ignore[misc,valid-type]
+    """LoRA with dropout."""
+
+    name: ClassVar[str] = "dropping"
+    dropout: float = 0.1
+
+
+def test_dropout_breaks_no_law() -> None:
+    check_method(Dropping)

@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     _set_up_output()
+    if "--json" in args:
+        _log_on(Console(stderr=True, emoji=False))
     if args == ["--version"]:
         console.print(__version__, highlight=False)
         return 0
@@ -173,8 +175,6 @@ def _estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable
         from peptrain.cli.progress import fitting
         from peptrain.estimation.estimate import estimate, memory
 
-        if json:
-            _log_on(Console(stderr=True, emoji=False))
         say_what_a_preset_leaves(given, options)
         budget = None if gpu_memory is None else memory(gpu_memory)
         with fitting(Console(stderr=True, emoji=False, quiet=json)) as watch:
@@ -345,11 +345,14 @@ def _prepare_command() -> Callable[..., None]:
 def _methods() -> None:
     """List the methods with their equations and learning rates, and the model presets."""
     from peptrain.methods import methods
+    from peptrain.methods.base import Method
     from peptrain.models.presets import PRESETS
 
     table = Table("method", "weight", "default lr", box=None)
     for name, cls in methods().items():
-        table.add_row(name, escape(cls.equation), f"{cls.optim_defaults.lr:g}")
+        table.add_row(
+            name, escape(cls.equation), f"{cls.optim_defaults.lr or Method.optim_defaults.lr:g}"
+        )
     console.print(table)
     console.print(f"\npresets: {', '.join(PRESETS)}", highlight=False, soft_wrap=True)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from peptrain.config import RunConfig, dump, essence, parse, resolved
+from peptrain.config import RunConfig, essence, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
 from peptrain.settings import toml
@@ -88,7 +88,7 @@ class GridRun:
     @property
     def configuration(self) -> str:
         """What the runs of a line of the table have in common."""
-        return dump(_untuned(self.config))
+        return essence(_untuned(self.config))
 
     @property
     def family(self) -> RunConfig[Method]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def write_factorised(opened: Opened, out: Path) -> PreTrainedModel:
 
 
 def _set(method: Method) -> dict[str, Any]:
-    return {k: v for k, v in vars(method).items() if v is not None}
+    set_to = ((f.name, getattr(method, f.name)) for f in fields(method))
+    return {name: value for name, value in set_to if value is not None}
 
 
 def load_factorised(path: Path) -> PreTrainedModel:

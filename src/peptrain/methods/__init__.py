@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -52,7 +53,9 @@ def _offered(entry: EntryPoint) -> type[Method] | None:
     """The class of an entry point; None, with a warning, if it is no method of that name."""
     try:
         cls = entry.load()
-    except (Exception, SystemExit) as error:  # importing it runs whatever code it has
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # importing it runs whatever code it has
         return _refuse(entry, f"can't be imported: {type(error).__name__}: {error}")
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         return _refuse(entry, "is no subclass of peptrain.methods.base.Method")
@@ -62,6 +65,12 @@ def _offered(entry: EntryPoint) -> type[Method] | None:
             f"its class calls itself {name!r} and its entry point {entry.name!r}, so a run"
             " could not be read again; give both one name",
         )
+    if not (is_dataclass(cls) and isinstance(getattr(cls, "equation", None), str)):
+        return _refuse(entry, "is no dataclass with an `equation`")
+    try:
+        cls()
+    except Exception as error:  # what its own checks say to its own defaults
+        return _refuse(entry, f"can't be made with its defaults: {error}")
     return cls
 
 

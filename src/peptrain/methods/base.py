@@ -55,16 +55,19 @@ class Method:
     merges: ClassVar[bool] = False
     """Whether `after_step` merges the factors and restarts one of them at zero."""
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **settings: Any) -> None:
         """Refuse hooks as older versions had them: called by no one, they would be lost."""
-        super().__init_subclass__()
+        super().__init_subclass__(**settings)
         for old, new in RENAMED_HOOKS.items():
             if isfunction(vars(cls).get(old)):  # a hyperparameter may have that name
                 raise TypeError(f"{cls.__name__}.{old}: this hook is now called {new}; rename it")
-        if "optimizer" in vars(cls) and len(signature(cls.optimizer).parameters) == 4:
-            raise TypeError(
-                f"{cls.__name__}.optimizer: takes (model, sites, optim, phase) now; add `sites`"
-            )
+        if isfunction(hook := vars(cls).get("optimizer")):
+            try:
+                signature(hook).bind(*range(5))
+            except TypeError:
+                raise TypeError(
+                    f"{cls.__name__}.optimizer: takes (model, sites, optim, phase) now; add `sites`"
+                ) from None
 
     def phases(self, steps: int) -> tuple[int, ...]:
         """The steps at which the model is rebuilt from its dense weights, ascending.
@@ -76,7 +79,9 @@ class Method:
     def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
         """Replace layers of a model that is still plain, and freeze what the phase doesn't train.
 
-        `sites` are all the layers that may be replaced; the dense weights are in them.
+        `sites` are all the layers that may be replaced; the dense weights are in them. A checkpoint
+        keeps parameters and no buffers, and a resume installs on another W before it loads them: a
+        buffer must follow from seed and shape, and what follows from W must be a frozen Parameter.
         """
 
     def optimizer(
@@ -86,7 +91,8 @@ class Method:
 
         `sites` are those `install` got: `site.module` is the layer that stands there now, and
         `site.linear.weight` a matrix that was left whole. A group with a "name" has its learning
-        rate in metrics.jsonl as lr_NAME.
+        rate in metrics.jsonl as lr_NAME. A checkpoint keeps the tensors and numbers of the state of
+        each parameter, and the integers of the groups (clocks); nothing else of the optimizer.
         """
         return adamw(model, optim)
 

@@ -38,7 +38,7 @@ def densify(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, ReparamLinear):
             continue
-        dtype = next(p.dtype for p in layer.parameters() if p.ndim == 2)
+        dtype = max(layer.parameters(), key=lambda p: p.ndim).dtype
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(layer.effective_weight().to(dtype))
         plain.bias = layer.bias

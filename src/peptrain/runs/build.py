@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from peptrain.config import RunConfig, load
@@ -41,7 +42,10 @@ def build(
         load_dense(model, dense)
     warn_of_experts(model)
     sites = find_sites(model, fresh=dense is None)
-    config.method.install(model, sites, Rng(config.train.seed), phase)
+    rng = Rng(config.train.seed)
+    with torch.random.fork_rng(devices=[]):  # for modules that draw by themselves, an nn.Linear say
+        torch.manual_seed(rng.integer("install", phase))
+        config.method.install(model, sites, rng, phase)
     _check_dense_weights(config, model, phase)
     return model
 

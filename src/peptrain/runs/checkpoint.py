@@ -30,6 +30,7 @@ log = logging.getLogger("peptrain")
 FORMAT = 2
 FILES = ("model.safetensors", "optimizer.safetensors")
 STATE, SUMS = "state.json", "SHA256SUMS"
+NUMBERS = {"int": int, "float": float, "bool": bool}
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,24 @@ def capture(
 ) -> Checkpoint:
     """The state of training after `step` steps. Shared parameters are kept once."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    moments = {
-        f"{names[p]}/{key}": value.detach().cpu().contiguous()
+    moments = dict(
+        _kept(f"{names[p]}/{key}", value)
         for p, state in optimizer.state.items()
         for key, value in state.items()
-    }
+    )
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     clocks = [{k: v for k, v in g.items() if type(v) is int} for g in optimizer.param_groups]
     return Checkpoint(step, phase, tensors, moments, clocks, dict(identity), end)
+
+
+def _kept(key: str, value: object) -> tuple[str, Tensor]:
+    """A tensor of an optimizer's state as it is; a number as one, its type noted in the key."""
+    if isinstance(value, Tensor):
+        return key, value.detach().cpu().contiguous()
+    kind = type(value).__name__
+    if kind not in NUMBERS:
+        raise CheckpointError(f"{key}: the optimizer keeps a {kind}; keep tensors and numbers")
+    return f"{key}#{kind}", torch.tensor(value, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -97,9 +108,11 @@ def load_optimizer(
     trained = {id(p) for g in optimizer.param_groups for p in g["params"]}
     for key, value in saved.optimizer.items():
         name, _, part = key.rpartition("/")
+        part, _, kind = part.partition("#")
         p = by_name.get(name)
         if p is not None and id(p) in trained and saved.model[name].shape == p.shape:
-            optimizer.state[p][part] = value.clone().to(p.device)
+            kept = NUMBERS[kind](value.item()) if kind else value.clone().to(p.device)
+            optimizer.state[p][part] = kept
     if same_phase:
         for group, clocks in zip(optimizer.param_groups, saved.groups, strict=True):
             group.update(clocks)

@@ -68,6 +68,8 @@ class MetricsLog:
         self._steps.append((step, rates, loss))
         if norm is not None:
             self._norms[step] = norm
+        if metrics is None:
+            raise Unsupported("after_step: returned None; return the method's numbers, or {}")
         self._metrics.update(metrics)
 
     def flush(self) -> None:

@@ -16,6 +16,21 @@ class Misnamed(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Demanding(Method):
+    """It has a setting without a default."""
+
+    name = "demanding"
+    equation = "W"
+    rank: int
+
+
+class Bare(Method):
+    """It is no dataclass and has no equation."""
+
+    name = "bare"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Impostor(Method):
     """It calls itself what a method of peptrain's is called."""
 
