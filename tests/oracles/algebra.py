@@ -107,9 +107,9 @@ def dora_gradients(
     With C = diag(m / N): dL/d(W + s B A) = C G, so dB = s C G Aᵀ, dA = s Bᵀ C G, ds = <C G, B A>;
     dm_i = <G_i, v_i> / N_i.
     """
-    W_eff, N = dora_effective(W, B, A, s, m)
+    N = dora_effective(W, B, A, s, m)[1]
     CG = torch.diag(m / N) @ G
-    v = torch.diag(N / m) @ W_eff
+    v = W + s * B @ A  # not W_eff N / m: an m may be 0
     dm = (G * v).sum(1) / N
     return {"B": s * CG @ A.T, "A": s * B.T @ CG, "s": (CG * (B @ A)).sum().reshape(1), "m": dm}
 
