@@ -325,9 +325,7 @@ def test_a_methods_numbers_are_kept_whatever_they_are(corpus: Path, tmp_path: Pa
     assert [row.get("condition", 0) for row in rows(tmp_path / "run")][:4] == [None, None, 2.0, 2.0]
     with pytest.raises(Unsupported, match="after_step: 'loss' is a number of every row"):
         train(tiny(Telling(key="loss"), corpus, tmp_path / "other"))
-    with pytest.raises(
-        Unsupported, match=r"after_step: returned None; return the method"
-    ):
+    with pytest.raises(Unsupported, match=r"after_step: returned None; return the method"):
         train(tiny(Telling(key="none"), corpus, tmp_path / "another"))
 
 
