@@ -180,8 +180,11 @@ def _tiled(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def _aligned_rows(z: Tensor, f: int) -> Tensor:
-    """An empty [T, f] whose rows begin at multiples of 16 bytes, as a descriptor wants them."""
-    return z.new_empty(z.shape[0], -(-f // 8) * 8)[:, :f]
+    """An empty [T, f] whose rows begin at multiples of 16 bytes, as a descriptor wants them. What
+    lies between the rows is 0: a CPU's product of odd f was seen to read a NaN from there."""
+    rows = z.new_empty(z.shape[0], -(-f // 8) * 8)
+    rows[:, f:] = 0
+    return rows[:, :f]
 
 
 def _processors(device: torch.device) -> int:
