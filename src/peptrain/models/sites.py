@@ -27,7 +27,7 @@ class Site:
     width: int
     """The model's hidden size, d in the papers."""
     fresh: bool = True
-    """Whether the weight was only just initialised, so that a method may draw it anew. One that
+    """Whether the weight was only just initialised, so that a method may draw it again. One that
     comes from a trained model is to be kept, or approximated."""
 
     @property

@@ -82,7 +82,7 @@ def changeable(default: Any) -> Any:
 def added(default: Any, *, before: Any) -> Any:
     """A field that earlier versions don't have; `default` may be any field of this module.
 
-    `before` is what they did: a run that was begun by one goes on with it, and replays with it. It
+    `before` is what they did: a run that one of them began resumes and replays with it. It
     stands for the past, so it stays when the default changes. Unless it is None, the field must be
     resolved to something else than None, which TOML can't say.
     """
