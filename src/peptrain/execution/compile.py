@@ -21,9 +21,9 @@ log = logging.getLogger("peptrain")
 
 @cache
 def inductor_with_passes(memory_budget: float) -> Callable[..., Any]:
-    """PyTorch's own compiler with our passes. One function for all layers, or each
-    of them would be compiled again; another one for another budget, or a second model of the process
-    would be run with the code of the first."""
+    """PyTorch's own compiler with our passes. One function for all layers, or each of them would
+    be compiled again; another one for another budget, or a second model of the process would be
+    run with the code of the first."""
 
     def compiled(graph: fx.GraphModule, inputs: Sequence[InputType]) -> Any:
         from torch._inductor.compile_fx import compile_fx  # seconds to import
