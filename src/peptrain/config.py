@@ -69,15 +69,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "seq_len", "log_every", "keep"):
-            check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+            check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), ">= 1")
         for key in ("seed", "eval_every", "checkpoint_every", "eval_tokens"):
             value = getattr(self, key)
-            check(value is None or value >= 0, f"train.{key}", value, "0 or more")
+            check(value is None or value >= 0, f"train.{key}", value, ">= 0")
         fits = self.memory_budget == 1 or (0 <= self.memory_budget < 1 and self.compile)
-        wanted = "0 to 1, and below 1 with train.compile only"
+        wanted = "in [0, 1], and 1 without train.compile"
         check(fits, "train.memory_budget", self.memory_budget, wanted)
         micro = self.micro_batch
-        check(micro is None or micro >= 1, "train.micro_batch", micro, "1 or more")
+        check(micro is None or micro >= 1, "train.micro_batch", micro, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -430,11 +430,11 @@ def test_a_mistyped_command_line_is_answered(line: str, message: str, peptrain_:
 @pytest.mark.parametrize(
     "method, given, message",
     [
-        ("bpt", {"method__rank": 0}, "method.rank: 0 can't be used; give 1 or more"),
-        ("bpt", {"method__reset_fraction": 2}, "method.reset_fraction: 2.0 can't be used"),
-        ("loro", {"method__scale": "wide"}, "method.scale: 'wide' can't be used; give"),
-        ("full", {"optim__lr": -1}, "optim.lr: -1.0 can't be used"),
-        ("full", {"train__steps": 0}, "train.steps: 0 can't be used; give 1 or more"),
+        ("bpt", {"method__rank": 0}, "method.rank: must be >= 1 (got 0)"),
+        ("bpt", {"method__reset_fraction": 2}, "reset_fraction: must be in [0, 1] (got 2.0)"),
+        ("loro", {"method__scale": "wide"}, "method.scale: must be "),
+        ("full", {"optim__lr": -1}, "optim.lr: must be a finite number >= 0 (got -1.0)"),
+        ("full", {"train__steps": 0}, "train.steps: must be >= 1 (got 0)"),
         ("full", {"model__preset": "huge"}, "model.preset: 'huge' is unknown; known are tiny"),
         ("full", {"model__vocab_size": 100}, "model.vocab_size: 100, and token id 299 occurs in"),
         ("full", {"data__path": "nothing"}, "nothing: not a prepared corpus"),
@@ -516,8 +516,8 @@ def test_what_cannot_be_prepared_is_named(
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("--vocab-size 10", "vocab_size: 10 can't be used; give 257 to 16777216 tokens"),
-        ("--held-out 1", "held_out: 1.0 can't be used"),
+        ("--vocab-size 10", "vocab_size: must be between 257 and 16777216 (got 10)"),
+        ("--held-out 1", "held_out: must be in [0, 1) (got 1.0)"),
         ("--tokenizer nothing", "tokenizer: nothing: no such file"),
         ("--eos-token <no> --tokenizer TOKENIZER", "eos_token: '<no>' is not in the tokenizer"),
     ],

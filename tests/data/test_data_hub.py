@@ -297,7 +297,7 @@ def test_names_are_taken_apart():
     assert parse("hf:a/b::d", "inputs") == ("a/b", None, None, "d")
     assert parse("hf:a/b@0f:c", "inputs") == ("a/b", "0f", "c", "train")
     for name in ("hf:", "hf:a:b:c:d"):
-        with pytest.raises(ConfigError, match=rf"inputs: '{name}' can't be used; give hf:ID"):
+        with pytest.raises(ConfigError, match=rf"inputs: must be hf:ID or .*got '{name}'"):
             parse(name, "inputs")
 
 

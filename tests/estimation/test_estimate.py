@@ -393,9 +393,9 @@ def test_replicas_share_the_rows_and_copy_the_gradients() -> None:
     shared = estimate(config, ranks=2).phases[0]
     assert alone.exchange_bytes == 0 and shared.exchange_bytes == shared.gradient_bytes
     assert shared.step_peak_bytes == alone.step_peak_bytes + shared.gradient_bytes
-    with pytest.raises(ConfigError, match=r"train.batch_size: 4 can't be used; give a multiple"):
+    with pytest.raises(ConfigError, match=r"train.batch_size: must be a multiple of .*got 4"):
         estimate(config, ranks=3)
-    with pytest.raises(ConfigError, match="--ranks: 0 can't be used"):
+    with pytest.raises(ConfigError, match="--ranks: must be >= 1"):
         estimate(config, ranks=0)
 
 
@@ -481,9 +481,7 @@ def test_memory_has_units(text: str, size: int) -> None:
     "text", ["", "GiB", "24 gigs", "-1GB", "0", "1e9", "24GiBs", "nan", "١GB x"]
 )
 def test_memory_that_cannot_be_read_is_an_error(text: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--gpu-memory: .* can't be used; give a size such as 24GiB"
-    ):
+    with pytest.raises(ConfigError, match=r"--gpu-memory: must be a size such as 24GiB"):
         memory(text)
 
 
@@ -621,7 +619,7 @@ def test_a_configuration_file_is_estimated_as_it_is_trained(command: Any) -> Non
         ("", 2, r"Expected one of \{full,"),
         ("lorro", 1, r"error: method 'lorro': unknown; did you mean 'loro'\? `peptrain methods`"),
         ("full --model.presett tiny", 2, "--model.preset"),
-        ("full --gpu-memory 24gigs", 1, "error: --gpu-memory: '24gigs' can't be used; give a size"),
+        ("full --gpu-memory 24gigs", 1, "error: --gpu-memory: must be a size such as 24GiB"),
         ("full --gpu-memory 1MB", 1, "error: --gpu-memory: 0.0009313 GiB is too little for full"),
         ("full --model.preset huge", 1, "error: model.preset: 'huge' is unknown; known are"),
         ("bpt --method.rank 500", 1, "error: method.rank: at 500 no matrix gets fewer"),

@@ -319,5 +319,5 @@ def test_ids_that_the_model_lacks_are_named(corpus: Path, other: Path, tmp_path:
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_of_nothing_is_refused(runs: dict[str, Path], size: int) -> None:
-    with pytest.raises(ConfigError, match=rf"--batch-size: {size} can't be used; give 1 or more"):
+    with pytest.raises(ConfigError, match=rf"--batch-size: must be >= 1 \(got {size}\)"):
         evaluate(runs["full"], batch_size=size)

@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[PeptrainError], str]] = {
     "a micro-batch that doesn't divide": (
         {"train": {"micro_batch": 3}},
         ConfigError,
-        r"train\.micro_batch: 3 .* a divisor of the 4 rows",
+        r"train\.micro_batch: must be a divisor of the 4 rows",
     ),
     "a warm-up as long as the run": (
         {"schedule": {"warmup": STEPS}},
@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[PeptrainError], str]] = {
     "heads that don't divide": (
         {"model": {"heads": 3}},
         ConfigError,
-        r"model\.hidden_size: 16 .* an even multiple of the 3 heads",
+        r"model\.hidden_size: must be an even multiple of the 3 attention heads",
     ),
     "key heads that don't divide": (
         {"model": {"heads": 4, "kv_heads": 3}},
@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[PeptrainError], str]] = {
     "heads of odd width": (
         {"model": {"hidden_size": 18, "heads": 2}},
         ConfigError,
-        r"model\.hidden_size: 18 .* an even multiple of the 2 heads",
+        r"model\.hidden_size: must be an even multiple of the 2 attention heads",
     ),
     "an absent config.json": (
         {"model": dict.fromkeys(MODEL) | {"config": Path("/nowhere")}},

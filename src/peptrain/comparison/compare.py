@@ -49,9 +49,9 @@ def compare(
     can't be made, or for a run whose config.toml was changed; PeptrainError for steps that can't be
     timed; Interrupted after Ctrl-C or SIGTERM, when the running ones were saved.
     """
-    check(workers is None or workers >= 1, "--workers", workers, "1 or more")
+    check(workers is None or workers >= 1, "--workers", workers, ">= 1")
     ranks = os.environ.get("WORLD_SIZE", "1")
-    check(ranks == "1", "WORLD_SIZE", ranks, "1: compare starts its own processes, no torchrun")
+    check(ranks == "1", "WORLD_SIZE", ranks, "unset: compare starts its own processes")
     asked = load_grid(grid)
     path, seq_len = asked.baseline.config.data.path, asked.baseline.config.train.seq_len
     corpus = Corpus.open(path) if path else default_corpus()  # made before any run waits for it

@@ -48,16 +48,16 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.inputs), "inputs", self.inputs, "at least one file or directory")
-        check(0 <= self.held_out < 1, "held_out", self.held_out, "a fraction from 0 to below 1")
-        check(self.shard_tokens > 0, "shard_tokens", self.shard_tokens, "1 token or more")
+        check(0 <= self.held_out < 1, "held_out", self.held_out, "in [0, 1)")
+        check(self.shard_tokens > 0, "shard_tokens", self.shard_tokens, ">= 1")
         if self.max_tokens is not None:
-            check(self.max_tokens > 0, "max_tokens", self.max_tokens, "1 token or more")
+            check(self.max_tokens > 0, "max_tokens", self.max_tokens, ">= 1")
         if self.weights:
             self._check_weights()
         if self.vocab_size is None:
             return
         fits = SMALLEST_VOCAB <= self.vocab_size <= LARGEST_VOCAB
-        wanted = f"{SMALLEST_VOCAB} to {LARGEST_VOCAB} tokens"
+        wanted = f"between {SMALLEST_VOCAB} and {LARGEST_VOCAB}"
         check(fits, "vocab_size", self.vocab_size, wanted)
         if self.tokenizer:
             raise ConfigError(

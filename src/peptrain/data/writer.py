@@ -56,15 +56,15 @@ class Progress:
 
         Raises ConfigError where something else lies there, or the progress of other settings.
         """
-        new = "a directory that is new or empty"
-        check(not directory.is_file(), "out", str(directory), f"{new}: this is a file")
+        new = "a new or empty directory"
+        check(not directory.is_file(), "out", str(directory), f"{new}, and this is a file")
         finished = (directory / INDEX).exists()
-        check(not finished, "out", str(directory), f"{new}, or delete this finished corpus")
+        check(not finished, "out", str(directory), f"{new}, not a finished corpus")
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / JOURNAL).exists():
             return cls._reopen(directory, settings)
         found = sorted(p.name for p in directory.iterdir() if p.name != f"{JOURNAL}.tmp")
-        check(not found, "out", str(directory), f"{new}: this one holds {found[:1]}")
+        check(not found, "out", str(directory), f"{new}, and this one contains {found[:1]}")
         progress = cls(settings, [Taken() for _ in range(sources)])
         progress.save(directory)
         return progress

@@ -94,7 +94,7 @@ def estimate(
     on_gpu = device == "cuda" or (
         device == "auto" and (gpu_memory is not None or torch.cuda.is_available())
     )
-    check(ranks >= 1, "--ranks", ranks, "1 or more")
+    check(ranks >= 1, "--ranks", ranks, ">= 1")
     config = resolved(with_inherited_model(config), world_size=ranks, on_gpu=on_gpu)
     with fake_tensors(), each_line_once():
         estimator = PhaseEstimator(config, ranks, on_gpu)

@@ -38,7 +38,7 @@ def evaluate(
     is also kept in eval.json beside the run's other files; where that can't be, a warning says so.
     Raises DataError for a corpus of another tokenizer, whose ids mean other words.
     """
-    check(batch_size is None or batch_size >= 1, "--batch-size", batch_size, "1 or more")
+    check(batch_size is None or batch_size >= 1, "--batch-size", batch_size, ">= 1")
     opened = open_run(path)
     config = opened.config
     source = data or config.data.path

@@ -119,9 +119,11 @@ class BPT(RankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check((self.merge_every or 0) >= 0, "method.merge_every", self.merge_every, "0 or more")
-        check(0 <= self.reset_fraction <= 1, "method.reset_fraction", self.reset_fraction, "0 to 1")
-        check(self.restart_warmup >= 0, "method.restart_warmup", self.restart_warmup, "0 or more")
+        check((self.merge_every or 0) >= 0, "method.merge_every", self.merge_every, ">= 0")
+        check(
+            0 <= self.reset_fraction <= 1, "method.reset_fraction", self.reset_fraction, "in [0, 1]"
+        )
+        check(self.restart_warmup >= 0, "method.restart_warmup", self.restart_warmup, ">= 0")
 
     def cost(self, n: int, m: int, rank: int) -> int:
         return rank * (n + m) + n + m

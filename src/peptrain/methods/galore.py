@@ -56,8 +56,8 @@ class GaLore(RankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check((self.gap or 0) >= 0, "method.gap", self.gap, "0 or more")
-        check(self.scale > 0, "method.scale", self.scale, "a number above 0")
+        check((self.gap or 0) >= 0, "method.gap", self.gap, ">= 0")
+        check(self.scale > 0, "method.scale", self.scale, "> 0")
 
     def cost(self, n: int, m: int, rank: int) -> int:
         """Half of the optimizer's numbers, r max + r max + r min with P; Adam's own are 2nm."""

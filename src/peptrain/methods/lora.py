@@ -126,11 +126,11 @@ class LoRA(RankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.alpha > 0, "method.alpha", self.alpha, "a number above 0")
-        check(0 <= self.dropout < 1, "method.dropout", self.dropout, "0 to below 1")
-        check(self.warm_start_lr >= 0, "method.warm_start_lr", self.warm_start_lr, "0 or more")
+        check(self.alpha > 0, "method.alpha", self.alpha, "> 0")
+        check(0 <= self.dropout < 1, "method.dropout", self.dropout, "in [0, 1)")
+        check(self.warm_start_lr >= 0, "method.warm_start_lr", self.warm_start_lr, ">= 0")
         for key in ("warm_start_steps", "warm_start_warmup", "restart_warmup"):
-            check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), "0 or more")
+            check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), ">= 0")
 
     @property
     def warm(self) -> int:
@@ -148,10 +148,10 @@ class LoRA(RankMethod):
 
     def phases(self, steps: int) -> tuple[int, ...]:
         fits = self.warm < steps
-        wanted = f"fewer than the {steps} steps of the run, or raise train.steps"
+        wanted = f"less than train.steps = {steps}"
         check(fits, "method.warm_start_steps", self.warm, wanted)
         first = self.warm_start_warmup or 0
-        wanted = f"at most the {self.warm} steps of the warm start"
+        wanted = f"at most method.warm_start_steps = {self.warm}"
         check(not self.warm or first <= self.warm, "method.warm_start_warmup", first, wanted)
         return (self.warm,) if self.warm else ()
 

@@ -56,7 +56,7 @@ class LORO(LowRank):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("exact_every", "refresh_every", "restart_warmup", "precond_eps"):
-            check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), "0 or more")
+            check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), ">= 0")
         if self.scale not in ("hidden", "rows", "min"):
             self._number()
 
@@ -116,7 +116,7 @@ class LORO(LowRank):
         except ValueError:
             number = math.nan
         usable = math.isfinite(number) and number > 0
-        check(usable, "method.scale", self.scale, "hidden, rows, min or a number above 0")
+        check(usable, "method.scale", self.scale, "hidden, rows, min or a number > 0")
         return number
 
 

@@ -23,7 +23,7 @@ class RankMethod(TargetedMethod):
     """r, the inner dimension of the two factors. Unset: a quarter of the hidden size."""
 
     def __post_init__(self) -> None:
-        check(self.rank is None or self.rank >= 1, "method.rank", self.rank, "1 or more")
+        check(self.rank is None or self.rank >= 1, "method.rank", self.rank, ">= 1")
 
     @property
     def r(self) -> int:

@@ -59,8 +59,10 @@ class ReLoRA(LoRA):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("merge_every", "reset_every"):
-            check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), "0 or more")
-        check(0 <= self.reset_fraction <= 1, "method.reset_fraction", self.reset_fraction, "0 to 1")
+            check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), ">= 0")
+        check(
+            0 <= self.reset_fraction <= 1, "method.reset_fraction", self.reset_fraction, "in [0, 1]"
+        )
 
     def layer(self, site: Site, rng: Rng) -> LoRALinear:
         made = super().layer(site, rng)

@@ -103,8 +103,8 @@ class SLTrain(RankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.alpha > 0, "method.alpha", self.alpha, "a number above 0")
-        check(0 < self.density < 1, "method.density", self.density, "a number between 0 and 1")
+        check(self.alpha > 0, "method.alpha", self.alpha, "> 0")
+        check(0 < self.density < 1, "method.density", self.density, "in (0, 1)")
 
     def cost(self, n: int, m: int, rank: int) -> int:
         return rank * (n + m) + support_size(n, m, self.density)

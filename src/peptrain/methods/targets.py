@@ -74,7 +74,7 @@ class TargetedMethod(Method):
         for key in ("targets", "include", "exclude"):
             for item in _split(getattr(self, key)):
                 found = any(matches(site, item) for site in sites)
-                wanted = f"a kind, block or pattern that matches some matrix; these end in {names}"
+                wanted = f"a kind, block or pattern that matches a matrix; names end in {names}"
                 check(found, f"method.{key}", item, wanted)
         open_to = [site for site in sites if self._may_take(site)]
         if not open_to:

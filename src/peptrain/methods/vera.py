@@ -88,7 +88,7 @@ class VeRA(TargetedMethod):
     """r, the inner dimension of the frozen pair; it may be above a matrix's own."""
 
     def __post_init__(self) -> None:
-        check(self.rank >= 1, "method.rank", self.rank, "1 or more")
+        check(self.rank >= 1, "method.rank", self.rank, ">= 1")
 
     def layers(self, sites: Sequence[Site], rng: Rng) -> Iterator[ReparamLinear]:
         A, B = frozen_pair(sites, self.rank, rng)

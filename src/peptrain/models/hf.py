@@ -52,7 +52,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads"):
             value = getattr(self, key)
-            check(value is None or value >= 1, f"model.{key}", value, "1 or more")
+            check(value is None or value >= 1, f"model.{key}", value, ">= 1")
         if self.config is None and (self.preset or DEFAULT_PRESET) not in PRESETS:
             raise ConfigError(unknown_preset(self.preset or DEFAULT_PRESET))
         if self.config is not None and self.family is not None:
@@ -78,7 +78,7 @@ def hf_config(config: ModelConfig, seq_len: int) -> PretrainedConfig:
     made = _made(config, seq_len)
     heads, kv = (getattr(made, f"num_{k}_heads", None) for k in ("attention", "key_value"))
     fits = not heads or kv is None or (kv >= 1 and heads % kv == 0)
-    check(fits, "model.kv_heads", kv, f"a divisor of the {heads} heads")
+    check(fits, "model.kv_heads", kv, f"a divisor of the {heads} attention heads")
     positions = getattr(made, "max_position_embeddings", None) or seq_len
     check(seq_len <= positions, "train.seq_len", seq_len, f"at most the model's {positions}")
     return made
@@ -106,7 +106,7 @@ def _made(config: ModelConfig, seq_len: int) -> PretrainedConfig:
     fields = {**preset, **special, "max_position_embeddings": max(2048, seq_len), **wanted}
     heads = fields["num_attention_heads"]
     check(fields["hidden_size"] % (2 * heads) == 0, "model.hidden_size", fields["hidden_size"],
-          f"an even multiple of the {heads} heads")  # fmt: skip
+          f"an even multiple of the {heads} attention heads")  # fmt: skip
     return _family(config.family or shape.family)(**fields)
 
 

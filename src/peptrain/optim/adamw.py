@@ -38,10 +38,10 @@ class OptimConfig:
             value = getattr(self, name)
             fits = value is None or 0 <= value < math.inf
             check(fits, f"optim.{name}", value, "a finite number >= 0")
-        check(self.clip is None or self.clip >= 0, "optim.clip", self.clip, "a number >= 0")
+        check(self.clip is None or self.clip >= 0, "optim.clip", self.clip, ">= 0")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            check(value is None or 0 <= value < 1, f"optim.{name}", value, "0 <= beta < 1")
+            check(value is None or 0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
 
     def adam(self) -> dict[str, Any]:
         """lr, betas and eps as an optimizer takes them, once they are resolved."""

@@ -37,8 +37,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         for name in ("warmup", "decay", "restart_every", "restart_warmup"):
             value = getattr(self, name)
-            check(value is None or value >= 0, f"schedule.{name}", value, "0 or more steps")
-        check(self.floor is None or 0 <= self.floor <= 1, "schedule.floor", self.floor, "0 to 1")
+            check(value is None or value >= 0, f"schedule.{name}", value, ">= 0")
+        check(self.floor is None or 0 <= self.floor <= 1, "schedule.floor", self.floor, "in [0, 1]")
 
 
 @dataclass(frozen=True)

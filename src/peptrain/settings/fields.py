@@ -19,7 +19,7 @@ S = TypeVar("S")
 def check(holds: bool, key: str, value: object, wanted: str) -> None:
     """Refuse a setting that can't be: the error names the key, the value and what is wanted."""
     if not holds:
-        raise ConfigError(f"{key}: {value!r} can't be used; give {wanted}")
+        raise ConfigError(f"{key}: must be {wanted} (got {value!r})")
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -110,7 +110,7 @@ def parse(name: str, key: str) -> tuple[str, str | None, str | None, str]:
     identifier, *rest = name.removeprefix(SCHEME).split(":")
     repository, _, revision = identifier.partition("@")
     if not repository or len(rest) > 2:
-        raise ConfigError(f"{key}: {name!r} can't be used; give hf:ID, hf:ID:CONFIG:SPLIT or such")
+        raise ConfigError(f"{key}: must be hf:ID or hf:ID:CONFIG:SPLIT (got {name!r})")
     config, split = (*rest, "", "")[:2]
     return repository, revision or None, config or None, split or "train"
 
