@@ -21,7 +21,7 @@ from peptrain.ops.rounding import add_
 from peptrain.optim.adamw import OptimConfig, adamw
 from peptrain.optim.schedule import Schedule, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import changeable, check, length
+from peptrain.settings.fields import changeable, check, essential, length
 
 log = logging.getLogger("peptrain")
 
@@ -111,7 +111,7 @@ class LoRA(RankMethod):
     """Of the input of A. Above 0 a forward pass is slower: W and B A are applied one by one."""
     train_scale: bool = False
     """Whether each adapted matrix trains its s, from alpha / rank."""
-    warm_start_steps: int | None = 0
+    warm_start_steps: int | None = essential(0)
     """Steps of full training before the adapters come; 0 is none."""
     warm_start_lr: float = changeable(1e-3)
     """Peak learning rate of these steps; the default is full training's."""
