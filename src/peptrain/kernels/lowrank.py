@@ -1,4 +1,4 @@
-"""Fused low-rank maps for inference on a GPU: MLPs with W = B A, and parts of LLaMA's decoder layer.
+"""Fused low-rank maps for inference on a GPU: MLPs with W = B A and LLaMA's decoder layer.
 
 Results agree with the plain forms up to rounding.
 """
