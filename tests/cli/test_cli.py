@@ -454,7 +454,7 @@ def test_a_rank_too_large_names_the_largest_useful_one(
     name: str, corpus: Path, peptrain_: Command
 ) -> None:
     error = peptrain_(f"train {name} --run run", *flags(name, corpus, method__rank=100)).error
-    largest = re.search(r"method.rank: at 100 .* largest useful rank of this model is (\d+)", error)
+    largest = re.search(r"method.rank: rank 100 saves .*the largest useful rank is (\d+)", error)
     assert largest
     for rank, code in ((int(largest[1]), 0), (int(largest[1]) + 1, 1)):
         given = flags(name, corpus, method__rank=rank, train__steps=3)
