@@ -21,7 +21,7 @@ from peptrain.ops.spectral import semi_orthogonal
 from peptrain.optim.adamw import ResetMode, reset_moments
 from peptrain.optim.schedule import Schedule, ScheduleConfig, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import changeable, check, fill, interval
+from peptrain.settings.fields import changeable, check, essential, fill, interval
 
 log = logging.getLogger("peptrain")
 Init = Literal["kaiming_uniform", "kaiming_normal", "model"]
@@ -113,7 +113,7 @@ class BPT(RankMethod):
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
     schedule_defaults = fill(ScheduleConfig(kind="wsd", floor=0.0), Method.schedule_defaults)
 
-    merge_every: int | None = interval(0.25, most=2000)
+    merge_every: int | None = essential(interval(0.25, most=2000))
     """Steps between merges; 0 is never. Unset: a quarter of the run, at most 2000. The paper gives
     no number, it only says that rarer is better."""
     init: Init = "kaiming_uniform"

@@ -17,7 +17,7 @@ from peptrain.ops.precision import at_least_fp32
 from peptrain.optim.adamw import OptimConfig, groups_around
 from peptrain.optim.galore import GaLoreOptimizer, GaLoreRule
 from peptrain.rng import Rng
-from peptrain.settings.fields import check, interval, of_width
+from peptrain.settings.fields import check, essential, interval, of_width
 
 
 class ProjectedLinear(ReparamLinear):
@@ -43,9 +43,9 @@ class GaLore(RankMethod):
     saves: ClassVar[str] = "optimizer state"
     optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6)
 
-    rank: int | None = of_width(0.25)
+    rank: int | None = essential(of_width(0.25))
     """r, the dimension of the gradient's subspace. Unset: a quarter of the hidden size."""
-    gap: int | None = interval(0.25, most=200)
+    gap: int | None = essential(interval(0.25, most=200))
     """Steps between two SVDs of the gradient, T in the paper; 0 keeps the P of the first step.
     Unset: a quarter of the run, at most 200."""
     scale: float = 0.25

@@ -21,7 +21,7 @@ from peptrain.ops.rounding import add_
 from peptrain.optim.adamw import OptimConfig, adamw
 from peptrain.optim.schedule import Schedule, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import changeable, check, length
+from peptrain.settings.fields import changeable, check, essential, length
 
 log = logging.getLogger("peptrain")
 
@@ -111,7 +111,7 @@ class LoRA(RankMethod):
     """Dropout on the input of A. Above 0 training is slower: W and B A are applied separately."""
     train_scale: bool = False
     """Whether s of each adapted matrix is trained, starting at alpha / rank."""
-    warm_start_steps: int | None = 0
+    warm_start_steps: int | None = essential(0)
     """Steps of full training before the adapters are added; 0 is none."""
     warm_start_lr: float = changeable(1e-3)
     """Peak learning rate of the warm start; the default is full training's."""

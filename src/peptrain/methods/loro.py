@@ -18,7 +18,7 @@ from peptrain.optim.adamw import OptimConfig, groups_around
 from peptrain.optim.loro import LOROOptimizer, LORORule
 from peptrain.optim.schedule import Schedule, cosine, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import check, interval, length, same_as
+from peptrain.settings.fields import check, essential, interval, length, same_as
 
 log = logging.getLogger("peptrain")
 
@@ -31,7 +31,7 @@ class LORO(LowRank):
     equation: ClassVar[str] = "W = B A, stepped on the manifold of rank-r matrices"
     optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6, clip=0.0)
 
-    exact_every: int | None = interval(0.25, most=500)
+    exact_every: int | None = essential(interval(0.25, most=500))
     """K: every K-th step is exact; 0 is never. Unset: a quarter of the run, at most 500."""
     refresh_every: int | None = same_as("exact_every")
     """Steps between refreshes of the Adam state. Unset: at every exact step."""

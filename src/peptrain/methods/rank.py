@@ -9,7 +9,7 @@ from typing import ClassVar
 from peptrain.errors import ConfigError
 from peptrain.methods.targets import TargetedMethod, matches
 from peptrain.models.sites import Site
-from peptrain.settings.fields import check, of_width
+from peptrain.settings.fields import check, essential, of_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class RankMethod(TargetedMethod):
     saves: ClassVar[str] = "parameters"
     """What adapting a matrix saves, as named in errors: trainable parameters, by default."""
 
-    rank: int | None = of_width(0.25)
+    rank: int | None = essential(of_width(0.25))
     """r, the inner dimension of the two factors. Unset: a quarter of the hidden size."""
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from peptrain.models.sites import Site, reparametrized
 from peptrain.optim.adamw import ResetMode, reset_moments
 from peptrain.optim.schedule import Schedule
 from peptrain.rng import Rng
-from peptrain.settings.fields import check, interval, length, same_as
+from peptrain.settings.fields import check, essential, interval, length, same_as
 
 log = logging.getLogger("peptrain")
 
@@ -31,10 +31,10 @@ class ReLoRA(LoRA):
     # 0.16 nats better than 2e-3, and 8e-3 another 0.05 (docs/first-table.md).
     optim_defaults = replace(Method.optim_defaults, lr=4e-3)
 
-    warm_start_steps: int | None = length(0.25)
+    warm_start_steps: int | None = essential(length(0.25))
     """Steps of full training before the adapters are added; 0 is none. Unset: a quarter of the
     run."""
-    merge_every: int | None = interval(0.25, most=5000)
+    merge_every: int | None = essential(interval(0.25, most=5000))
     """Merge (W += s B A) at the multiples of this after the warm start; 0 is never. Unset: a
     quarter of the run, at most 5000."""
     reset_every: int | None = same_as("merge_every")

@@ -19,7 +19,7 @@ from peptrain.ops.sparse import sparse_linear, sparse_weight
 from peptrain.ops.spectral import best_factors
 from peptrain.optim.adamw import OptimConfig, adamw, groups_around
 from peptrain.rng import Rng
-from peptrain.settings.fields import check
+from peptrain.settings.fields import check, essential
 
 
 class SLTrainLinear(ReparamLinear):
@@ -98,7 +98,7 @@ class SLTrain(RankMethod):
 
     alpha: float = 32.0
     """s = alpha / rank. The paper uses 32 at 60M, 16 at 130M and 350M, 8 at 1B."""
-    density: float = 0.03
+    density: float = essential(0.03)
     """Fraction of the entries of S that are trained; the others are 0."""
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from peptrain.methods.targets import TargetedMethod
 from peptrain.models.sites import ReparamLinear, Site
 from peptrain.ops.precision import at_least_fp32
 from peptrain.rng import Rng
-from peptrain.settings.fields import check
+from peptrain.settings.fields import check, essential
 
 
 class VeRALinear(ReparamLinear):
@@ -84,7 +84,7 @@ class VeRA(TargetedMethod):
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
     schedule_defaults = BPT.schedule_defaults
 
-    rank: int = 128
+    rank: int = essential(128)
     """r, the inner dimension of the frozen pair. It may exceed a matrix's dimensions."""
 
     def __post_init__(self) -> None:

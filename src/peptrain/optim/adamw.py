@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from peptrain.settings.fields import check
+from peptrain.settings.fields import check, essential
 
 ResetMode = Literal["zero", "magnitude", "random", "keep"]
 
@@ -20,7 +20,7 @@ ResetMode = Literal["zero", "magnitude", "random", "keep"]
 class OptimConfig:
     """Settings of AdamW. An unset one takes the method's own default."""
 
-    lr: float | None = None
+    lr: float | None = essential(None)
     """Peak learning rate. Unset: the method's own (`peptrain methods` lists them)."""
     beta1: float | None = None
     """Decay of the first moment. Unset: 0.9."""
