@@ -258,7 +258,7 @@ def test_the_learning_rate_of_each_named_group_is_kept_and_shown(
 def test_hooks_of_older_versions_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"Late\.accelerate: this hook is now called fuse"):
         type("Late", (Method,), {"accelerate": lambda self, model: None})
-    with pytest.raises(TypeError, match=r"takes \(model, sites, optim, phase\) now; add `sites`"):
+    with pytest.raises(TypeError, match=r"now takes \(model, sites, optim, phase\); add `sites`"):
         type("Late", (Method,), {"optimizer": lambda self, model, optim, phase: None})
     type("Fine", (Method,), {"enter": 0.5, "optimizer": lambda self, *given: None})
 
