@@ -71,7 +71,7 @@ class LoRALinear(ReparamLinear):
 
     @torch.no_grad()
     def merge(self, step: int, rng: Rng, *, scaled: bool = True) -> None:
-        """W += s B A, re-draw A, B = 0: the function stays (ReLoRA, equation 1).
+        """W += s B A, re-draw A, B = 0: the function is unchanged (ReLoRA, equation 1).
 
         A trained s is reset to alpha / r, because an s near 0 would keep the new factors from
         training. If `scaled` is False, the merge is W += B A and changes the function unless s = 1.

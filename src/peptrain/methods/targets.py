@@ -69,7 +69,7 @@ class TargetedMethod(Method):
         Raises Unsupported if the model has no eligible layer, ConfigError if no site is left.
         """
         if not sites:
-            raise Unsupported("the model has no nn.Linear in its decoder layers to adapt")
+            raise Unsupported("the model has no nn.Linear inside its decoder layers to adapt")
         names = ", ".join(sorted({_leaf(site) for site in sites}))
         for key in ("targets", "include", "exclude"):
             for item in _split(getattr(self, key)):
