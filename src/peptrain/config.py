@@ -47,7 +47,7 @@ class TrainConfig:
     together with cuda_graph: without it, launching the kernels costs more than they save."""
     cuda_graph: bool | None = None
     """Capture the forward and backward pass as a CUDA graph and replay it, which removes Python
-    overhead. Unset: with compile, on one GPU, if attention needs no mask (a sliding window does)."""
+    overhead. Unset: with compile, on one GPU, unless attention needs masks (sliding window)."""
     memory_budget: float = 1.0
     """With compile: fraction of the activations to keep, in [0, 1]. The compiler recomputes the
     rest, the cheapest first. Attention is recomputed only at 0."""
@@ -89,7 +89,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Generic[M]):
-    """All settings of a run. `resolved` fills in unset ones; the run directory stores the result."""
+    """All settings of a run. `resolved` fills in the unset; the run directory stores the result."""
 
     method: M
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -135,7 +135,7 @@ def _resolved_model(model: ModelConfig) -> ModelConfig:
 def settled(
     method: M, optim: OptimConfig, schedule: ScheduleConfig, steps: int, width: int
 ) -> tuple[M, OptimConfig, ScheduleConfig]:
-    """Resolve method, optimizer and schedule for `steps` steps of a model of hidden size `width`."""
+    """Resolve method, optimizer and schedule for `steps` steps at hidden size `width`."""
     schedule = fill(schedule, method.schedule_defaults, Method.schedule_defaults)
     return (
         resolve(method, "method", steps, width),

@@ -38,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit(2) for a command line that can't be parsed, SystemExit(0) after --help.
     """
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    show_all = "--help-all" in args
+    essential_only = args[0] in ("train", "estimate") and bool({"-h", "--help"} & {*args})
     args = ["--help" if arg == "--help-all" else arg for arg in args]
-    essential_only = not show_all and ("--help" in args or "-h" in args)
     _set_up_output()
     if "--json" in args:
         _log_on(Console(stderr=True, emoji=False))
