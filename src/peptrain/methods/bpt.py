@@ -62,7 +62,7 @@ class BPTLinear(ReparamLinear):
 
     @torch.no_grad()
     def merge(self, step: int, rng: Rng) -> None:
-        """W += U V, re-draw U, V = 0. Inside the diagonals, this keeps the function (equation 3)."""
+        """W += U V inside the diagonals, re-draw U, V = 0: the function is kept (equation 3)."""
         dtype = at_least_fp32(self.weight.dtype)
         add_(
             self.weight, self.U.to(dtype) @ self.V.to(dtype), rng.integer(self.site, step, "round")
