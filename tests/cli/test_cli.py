@@ -476,7 +476,7 @@ def test_a_mistyped_command_line_is_answered(line: str, message: str, peptrain_:
     "method, given, message",
     [
         ("bpt", {"method__rank": 0}, "method.rank: must be >= 1 (got 0)"),
-        ("bpt", {"method__reset_fraction": 2}, "reset_fraction: must be in [0, 1] (got 2.0)"),
+        ("bpt", {"method__reset_fraction": 2}, "method.reset_fraction: must be in [0, 1] (got"),
         ("loro", {"method__scale": "wide"}, "method.scale: must be "),
         ("full", {"optim__lr": -1}, "optim.lr: must be a finite number >= 0 (got -1.0)"),
         ("full", {"train__steps": 0}, "train.steps: must be >= 1 (got 0)"),
@@ -499,7 +499,7 @@ def test_a_rank_too_large_names_the_largest_useful_one(
     name: str, corpus: Path, peptrain_: Command
 ) -> None:
     error = peptrain_(f"train {name} --run run", *flags(name, corpus, method__rank=100)).error
-    largest = re.search(r"method.rank: at 100 .* largest useful rank of this model is (\d+)", error)
+    largest = re.search(r"method.rank: rank 100 saves .*the largest useful rank is (\d+)", error)
     assert largest
     for rank, code in ((int(largest[1]), 0), (int(largest[1]) + 1, 1)):
         given = flags(name, corpus, method__rank=rank, train__steps=3)

@@ -1,4 +1,4 @@
-"""Full training: AdamW on every parameter, what all the papers compare with."""
+"""Full training: AdamW on every parameter, the baseline of all the papers."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from peptrain.rng import Rng
 class LowRankLinear(ReparamLinear):
     """W = B A, so y = x Aᵀ Bᵀ. B: [out, r], A: [r, in]; no dense W exists.
 
-    Drawn by xavier_normal, or the truncated SVD of a W that was trained.
+    The factors are initialised by xavier_normal, or by the truncated SVD of a trained W.
     """
 
     def __init__(self, site: Site, rank: int, rng: Rng) -> None:
