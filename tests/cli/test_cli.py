@@ -307,15 +307,18 @@ def test_a_preset_says_which_sizes_of_a_recipe_it_leaves(
         assert kept in spaced(said.err)
 
 
-def test_methods_are_listed_with_equation_and_learning_rate(
+def test_methods_and_presets_are_listed_with_what_they_are(
     peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peptrain.cli.app, "console", Console(width=200))
     said = peptrain_("methods")
     table = {line.split()[0]: spaced(line) for line in said.out.splitlines() if line.strip()}
     for name, method in METHODS.items():
-        assert f"{name} {method.equation} {method.optim_defaults.lr:g}" in table[name]
-    assert all(preset in table["presets:"] for preset in PRESETS)
+        lr = f"{method.optim_defaults.lr:g}"
+        assert f"{name} {method.purpose} {method.equation} {lr}" in table[name]
+        assert len(method.purpose.split()) > 3
+    for name, shape in PRESETS.items():
+        assert table[name].startswith(f" {name} {shape.family} {shape.parameters / 1e6:,.1f}M ")
 
 
 # From training to export.

@@ -358,13 +358,20 @@ def _methods() -> None:
     from peptrain.methods.base import Method
     from peptrain.models.presets import PRESETS
 
-    table = Table("method", "weight", "default lr", box=None)
+    table = Table("method", "use it for", "weight of a layer", "default lr", box=None)
     for name, cls in methods().items():
-        table.add_row(
-            name, escape(cls.equation), f"{cls.optim_defaults.lr or Method.optim_defaults.lr:g}"
-        )
+        lr = f"{cls.optim_defaults.lr or Method.optim_defaults.lr:g}"
+        table.add_row(name, escape(cls.purpose), escape(cls.equation), lr)
     console.print(table)
-    console.print(f"\npresets: {', '.join(PRESETS)}", highlight=False, soft_wrap=True)
+    presets = Table("preset", "family", box=None)
+    for column in ("parameters", "d", "f", "layers", "heads", "kv heads", "vocab"):
+        presets.add_column(column, justify="right")
+    for name, shape in PRESETS.items():
+        sizes = (shape.d, shape.f, shape.L, shape.heads, shape.kv, shape.V)
+        millions = f"{shape.parameters / 1e6:,.1f}M"
+        presets.add_row(name, shape.family, millions, *map(str, sizes))
+    console.print("", presets)
+    console.print("\n`peptrain train METHOD --model.preset PRESET` trains one.", highlight=False)
 
 
 def _recipes(name: Annotated[Positional[str | None], UNSET] = None) -> None:

@@ -34,8 +34,10 @@ class Method:
     """
 
     name: ClassVar[str]
+    purpose: ClassVar[str] = ""
+    """What to use the method for, in a few words, for `peptrain methods`."""
     equation: ClassVar[str]
-    """One line that `peptrain methods` prints."""
+    """The weight of an adapted layer in one line, for `peptrain methods`."""
     optim_defaults: ClassVar[OptimConfig] = OptimConfig(
         lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0
     )

@@ -102,6 +102,7 @@ class BPT(RankMethod):
     """Train U, V and two diagonals around a frozen W, and merge U V into W periodically."""
 
     name: ClassVar[str] = "bpt"
+    purpose: ClassVar[str] = "full-size model without a full-rank warm start"
     equation: ClassVar[str] = (
         "W_eff = diag(a) (W + U V) diag(b), U V merged into W every `merge_every` steps"
     )

@@ -46,6 +46,7 @@ class DoRA(LoRA):
 
     name: ClassVar[str] = "dora"
     kind: ClassVar[type[LoRALinear]] = DoRALinear
+    purpose: ClassVar[str] = "baseline: lora with direction and length apart"
     equation: ClassVar[str] = "W_eff = diag(m / N) (W + s B A), N the row norms of W + s B A"
     # BPT reports DoRA in Table 2 but no learning rate for it in Table 5: this is its LoRA rate.
     optim_defaults = replace(LoRA.optim_defaults, lr=1e-3)

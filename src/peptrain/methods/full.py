@@ -13,4 +13,5 @@ class Full(Method):
     """Train every parameter with AdamW."""
 
     name: ClassVar[str] = "full"
+    purpose: ClassVar[str] = "reference: all weights trained by AdamW"
     equation: ClassVar[str] = "W, all trainable"

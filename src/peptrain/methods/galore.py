@@ -39,6 +39,7 @@ class GaLore(RankMethod):
     """Train W in full, with Adam's moments in a rank-r subspace of its gradient."""
 
     name: ClassVar[str] = "galore"
+    purpose: ClassVar[str] = "all weights trained, smaller optimizer state"
     equation: ClassVar[str] = "W, all trainable; Adam on Pᵀ G, P by SVD of G every `gap` steps"
     saves: ClassVar[str] = "optimizer state"
     optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6)

@@ -44,6 +44,7 @@ class HyperAdapt(TargetedMethod):
     """Train the diagonals a and b of diag(a) W diag(b) around a frozen W."""
 
     name: ClassVar[str] = "hyperadapt"
+    purpose: ClassVar[str] = "baseline: bpt without U V"
     equation: ClassVar[str] = "W_eff = diag(a) W diag(b)"
     # From BPT's Table 5, for the setup of its Table 2.
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)

@@ -99,6 +99,7 @@ class LoRA(RankMethod):
 
     name: ClassVar[str] = "lora"
     kind: ClassVar[type[LoRALinear]] = LoRALinear
+    purpose: ClassVar[str] = "baseline: relora without merges"
     equation: ClassVar[str] = "W_eff = W + s B A, W frozen (after a full warm start, if any)"
     zero_factor = True
     # At llama-60m 1e-3 and 2e-3 are equally good without a warm start, and higher rates are better

@@ -28,6 +28,7 @@ class LORO(LowRank):
     """Train W = B A by Adam, with an exact Riemannian step every `exact_every` steps."""
 
     name: ClassVar[str] = "loro"
+    purpose: ClassVar[str] = "smaller model, faster to train and to run"
     equation: ClassVar[str] = "W = B A, stepped on the manifold of rank-r matrices"
     optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6, clip=0.0)
 

@@ -52,6 +52,7 @@ class LowRank(RankMethod):
     """Train W = B A by AdamW on both factors."""
 
     name: ClassVar[str] = "lowrank"
+    purpose: ClassVar[str] = "baseline: plain low-rank factors"
     equation: ClassVar[str] = "W = B A, both factors trained by AdamW"
     keeps_function_with = None
     # The best of 5e-4, 1e-3, 3e-3 and 1e-2 at llama-60m (docs/first-table.md).

@@ -25,6 +25,7 @@ class ReLoRA(LoRA):
     """Train W in full first, then B and A around a frozen W, and merge them into W periodically."""
 
     name: ClassVar[str] = "relora"
+    purpose: ClassVar[str] = "full-size model after a full-rank warm start"
     equation: ClassVar[str] = "W_eff = W + s B A, s B A merged into W every `merge_every` steps"
     merges = True
     # The paper recommends 1.5 to 2 times full training's. At llama-60m after a warm start 4e-3 is

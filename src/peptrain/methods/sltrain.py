@@ -91,6 +91,7 @@ class SLTrain(RankMethod):
     """Train W = s B A + S by AdamW, S sparse on a fixed random support."""
 
     name: ClassVar[str] = "sltrain"
+    purpose: ClassVar[str] = "baseline: lowrank plus a sparse matrix"
     equation: ClassVar[str] = "W = s B A + S, S sparse on a fixed random support"
     keeps_function_with = None
     zero_factor = True

@@ -78,6 +78,7 @@ class VeRA(TargetedMethod):
     """Train the two diagonals of W + diag(lambda_b) B diag(lambda_d) A, with W, A and B frozen."""
 
     name: ClassVar[str] = "vera"
+    purpose: ClassVar[str] = "baseline: few parameters, shared factors"
     equation: ClassVar[str] = "W_eff = W + diag(lambda_b) B diag(lambda_d) A, A and B shared"
     # BPT reports VeRA in Table 2 but no learning rate for it in Table 5: ten times full training's,
     # the general rule of Appendix E.
