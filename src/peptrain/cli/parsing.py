@@ -51,7 +51,7 @@ def registry(*, essential_only: bool) -> ConstructorRegistry:
 def _settings(info: StructTypeInfo, essential_only: bool) -> StructConstructorSpec | None:
     """The fields of a dataclass, each explained by its docstring.
 
-    In place of tyro's own rule, which keeps a docstring's line breaks and prints a default of None.
+    In place of tyro's own rule, which keeps a docstring's line breaks and prints empty defaults.
     """
     if not is_dataclass(info.type) or info.type.__module__.startswith("tyro."):
         return None
@@ -64,7 +64,7 @@ def _settings(info: StructTypeInfo, essential_only: bool) -> StructConstructorSp
         section = is_dataclass(hint)
         if essential_only and not section and "essential" not in field.metadata:
             hint = Annotated[hint, tyro.conf.Suppress]
-        if default is None:
+        if default in (None, "", ()):  # its text says what that means
             hint = Annotated[hint, UNSET]
         shown.append(StructFieldSpec(field.name, hint, default, texts.get(field.name)))
     return StructConstructorSpec(instantiate=info.type, fields=tuple(shown))

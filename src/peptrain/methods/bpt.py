@@ -99,7 +99,7 @@ def initialise(W: Tensor, init: Init, generator: torch.Generator) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BPT(RankMethod):
-    """Train U, V and two diagonals around a frozen W, and merge U V into W periodically."""
+    """Train U, V and two diagonals around a frozen W, and merge U V periodically."""
 
     name: ClassVar[str] = "bpt"
     purpose: ClassVar[str] = "full-size model without a full-rank warm start"

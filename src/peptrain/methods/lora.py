@@ -95,7 +95,7 @@ def fresh_A(site: str, step: int, r: int, m: int, rng: Rng, like: Tensor) -> Ten
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(RankMethod):
-    """Train B and A of W + s B A around a frozen W, optionally after full training of W."""
+    """Train B and A of W + s B A around a frozen W, after a full warm start or none."""
 
     name: ClassVar[str] = "lora"
     kind: ClassVar[type[LoRALinear]] = LoRALinear

@@ -22,7 +22,7 @@ log = logging.getLogger("peptrain")
 
 @dataclass(frozen=True, kw_only=True)
 class ReLoRA(LoRA):
-    """Train W in full first, then B and A around a frozen W, and merge them into W periodically."""
+    """Train W in full, then B and A around a frozen W, and merge them periodically."""
 
     name: ClassVar[str] = "relora"
     purpose: ClassVar[str] = "full-size model after a full-rank warm start"

@@ -75,7 +75,7 @@ def frozen_pair(sites: Sequence[Site], rank: int, rng: Rng) -> tuple[nn.Paramete
 
 @dataclass(frozen=True, kw_only=True)
 class VeRA(TargetedMethod):
-    """Train the two diagonals of W + diag(lambda_b) B diag(lambda_d) A, with W, A and B frozen."""
+    """Train the diagonals of W + diag(lambda_b) B diag(lambda_d) A, all else frozen."""
 
     name: ClassVar[str] = "vera"
     purpose: ClassVar[str] = "baseline: few parameters, shared factors"
