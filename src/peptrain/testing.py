@@ -261,7 +261,7 @@ def a_layer_computes_its_effective_weight(method: Method, corpus: Path) -> None:
 
 
 def a_merge_keeps_the_function_and_a_second_one_does_nothing(method: Method, corpus: Path) -> None:
-    """`after_step` changes no layer's function. A second call changes no frozen parameter either."""
+    """`after_step` changes no layer's function. A second call changes no weight either."""
     one = bench(method)
     one.train(EVENT - 1)
     one.scramble()
