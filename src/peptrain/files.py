@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | Iterable[bytes | memoryview]) -> None:
-    """Write `path` so that a kill or a full disk leaves either the old or the new file."""
+    """Write `path` so that a kill or a full disk leaves the complete old or new file."""
     chunks = [content.encode()] if isinstance(content, str) else content
     temporary = path.with_name(f"{path.name}.tmp")
     try:
