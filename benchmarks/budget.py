@@ -1,13 +1,13 @@
-"""Does a model train within a memory budget? Rows at LLaMA-7B in 24 GiB, with a merge in it.
+"""Test whether LLaMA-7B trains within 24 GiB, with a merge or an exact step among the steps.
 
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python benchmarks/budget.py \\
         [--cap-gib 24] [--tokens 256] [ROW ...] [--json FILE]
 
-The allocator may hold no more than the cap less --context-gib, for what CUDA keeps beside it. Each
-row takes --steps steps at a constant learning rate and does in their middle what its method does
-between steps: a merge, or LORO's exact step. For merges, on a few matrices W' is compared with
-W + delta in fp32: `arrived` is <W' - W, delta> / <delta, delta>, 1 if nothing is lost, and the bias
-is the mean error in its standard errors, within 2 or so if rounding is fair.
+The allocator may hold at most the cap minus --context-gib, which is for CUDA's own memory. Each row
+takes --steps steps at a constant learning rate. Halfway through it does its method's periodic
+event: a merge, or LORO's exact step. After a merge, W' is compared with W + delta in fp32 for a few
+matrices: `arrived` is <W' - W, delta> / <delta, delta>, 1 if nothing is lost, and the bias is the
+mean error in standard errors, within about 2 if rounding is unbiased.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ EVENTS = {"bpt": "merge_every", "relora": "merge_every", "loro": "exact_every"}
 
 
 def with_events(row: str, every: int) -> str:
-    """The row with whatever its method does now and then at the multiples of `every`."""
+    """Return the row with its method's periodic event set to every `every` steps."""
     own = EVENTS.get(row.split(":")[0])
     return f"{row}:{own}={every}:restart_warmup=0" if own else row
 
@@ -63,7 +63,7 @@ def with_events(row: str, every: int) -> str:
 def measured(
     row: str, config: RunConfig[Method], device: torch.device, every: int
 ) -> dict[str, Any]:
-    """One row's numbers; "ms" is absent when it ran out of memory."""
+    """Measure one row; "ms" is absent if it ran out of memory."""
     found: dict[str, Any] = {"row": row, **described(config)}
     try:
         training = start(config, device)
@@ -75,7 +75,7 @@ def measured(
 
 
 def trained(training: Training, every: int) -> dict[str, Any]:
-    """2 x every steps, and after step number `every` what the method does there."""
+    """Take 2 * `every` steps, with the method's event after step `every`."""
     windows, device = random_windows(training, 1)[0], training.here.device
     ms = [waited(lambda: step(training, windows), device) for _ in range(every)]
     between, errors = event(training)
@@ -85,7 +85,7 @@ def trained(training: Training, every: int) -> dict[str, Any]:
 
 
 def event(training: Training) -> tuple[float, list[dict[str, float]]]:
-    """What the method does after this step: its milliseconds, and the errors of a few merges."""
+    """Run the method's `after_step`; return its milliseconds and the errors of a few merges."""
     train_state, rng = training.train_state, Rng(training.config.train.seed)
     watched = some(list(reparametrized(train_state.model)))
     before = [(on_host(layer.weight), summed(layer)) for layer in watched]
@@ -99,25 +99,25 @@ def event(training: Training) -> tuple[float, list[dict[str, float]]]:
 
 
 def some(layers: list[ReparamLinear]) -> list[BPTLinear | LoRALinear]:
-    """The first, the middle and the last of those that have a W to merge into."""
+    """Return the first, middle and last of the layers that merge into a W."""
     merging = [layer for layer in layers if isinstance(layer, BPTLinear | LoRALinear)]
     return [merging[0], merging[len(merging) // 2], merging[-1]] if merging else []
 
 
 def on_host(W: Tensor) -> Tensor:
-    """A copy that takes nothing of the budget."""
+    """Return a copy on the host, which does not use the budget."""
     return W.detach().to("cpu", copy=True)
 
 
 @torch.no_grad()
 def summed(layer: BPTLinear | LoRALinear) -> Tensor:
-    """What W is to be after a merge, in fp32, computed on the host."""
+    """Return W after an exact merge, in fp32, computed on the host."""
     B, A = (layer.U, layer.V) if isinstance(layer, BPTLinear) else (layer.sB(), layer.A)
     return on_host(layer.weight).float() + on_host(B).float() @ on_host(A).float()
 
 
 def error(W: Tensor, wanted: Tensor, merged: Tensor) -> dict[str, float]:
-    """How far `merged` is from `wanted` = W + delta, and how much of delta is in it."""
+    """Measure the error of `merged` against `wanted` = W + delta, and the share of delta in it."""
     W, wanted, merged = W.double(), wanted.double(), merged.double()
     difference, delta = merged - wanted, wanted - W
     scatter = difference.square().mean().sqrt().item()

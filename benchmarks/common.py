@@ -1,7 +1,7 @@
-"""What the benchmarks share: rows, a model in training without a run, clocks, tables, JSON.
+"""Shared code of the benchmarks: rows, training without a run directory, clocks, tables, JSON.
 
 A row is METHOD[:KEY=VALUE...], where KEY is a field of the method or, with a dot, of a section
-(train.compile=false). Values are JSON; what is no JSON is a string.
+(train.compile=false). Values are parsed as JSON; anything else is a string.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ from peptrain.training.state import TrainState, prepare
 
 GIB = 2**30
 STEPS = 10_000
-"""Length of the run that the schedule and the intervals are made for. A benchmark takes the first
-few: the learning rate is still near 0, no merge is due, and random tokens can't make it diverge."""
+"""Number of steps for which the schedule and the intervals are configured. A benchmark runs only
+the first few: the learning rate is still near 0, no merge is due, and random tokens can't make
+training diverge."""
 
 
 def device_of(name: str) -> torch.device:
-    """auto is a GPU if there is one."""
+    """Return the device; "auto" is a GPU if there is one."""
     on_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
@@ -55,13 +56,13 @@ def device_of(name: str) -> torch.device:
 
 
 def split_row(row: str) -> tuple[str, dict[str, Any]]:
-    """("bpt", {"rank": 64}) of "bpt:rank=64"."""
+    """Parse "bpt:rank=64" to ("bpt", {"rank": 64})."""
     name, *items = row.split(":")
     return name, settings(items)
 
 
 def settings(items: Sequence[str]) -> dict[str, Any]:
-    """{"rank": 64} of ["rank=64"]."""
+    """Parse ["rank=64"] to {"rank": 64}."""
     return {key: _value(text) for key, text in (item.split("=", 1) for item in items)}
 
 
@@ -75,9 +76,10 @@ def _value(text: str) -> Any:
 def configured(
     row: str, base: RunConfig[Any], given: Sequence[str] = (), *, device: torch.device
 ) -> RunConfig[Method]:
-    """`base`, resolved, with the row's method and, over `given`, the row's own settings.
+    """Return `base`, resolved, with the row's method, `given` and the row's own settings.
 
-    Warm starts are left out, unless the row has one: they are full training.
+    The row's own settings take precedence over `given`. Warm starts are full training, so they are
+    left out unless the row sets one.
     """
     name, own = split_row(row)
     cls, over = methods()[name], settings(given) | {k: v for k, v in own.items() if "." in k}
@@ -102,7 +104,8 @@ def _set(config: RunConfig[Method], key: str, value: Any) -> RunConfig[Method]:
 def base_config(
     model: ModelConfig, rows: int, seq_len: int, *, steps: int = STEPS, **train: Any
 ) -> RunConfig[Any]:
-    """Full training of `rows` sequences a step in one micro-batch, writing nothing in between."""
+    """Configure full training with `rows` sequences a step in one micro-batch, without periodic
+    evaluations or checkpoints."""
     shape = {"batch_size": rows, "micro_batch": rows, "seq_len": seq_len, "steps": steps}
     quiet = {"eval_every": 0, "checkpoint_every": 0}
     return RunConfig(
@@ -131,7 +134,7 @@ class Training:
 
 
 def start(config: RunConfig[Method], device: torch.device, *, quick: bool = True) -> Training:
-    """What the trainer makes at step 0; `quick` draws the weights on the device."""
+    """Build what the trainer builds at step 0; with `quick`, draw the weights on the device."""
     here = World(0, 1, device)
     phase, end = phase_at(config, 0)
     dense = initial_weights(config)
@@ -145,7 +148,7 @@ def start(config: RunConfig[Method], device: torch.device, *, quick: bool = True
 
 
 class OnDevice(TorchDispatchMode):
-    """Sends every operation to `device`, whose own generator draws, whatever a method names."""
+    """Run every operation on `device` with its own generator, whatever device a method asks for."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -153,7 +156,7 @@ class OnDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*tree_map(self._sent, args), **tree_map(self._sent, kwargs or {}))
-        # torch.tensor(..., device="cpu") and from_numpy name no device: this is what they call.
+        # torch.tensor(..., device="cpu") and from_numpy pass no device, but call lift_fresh.
         return made.to(self.device) if func is torch.ops.aten.lift_fresh.default else made
 
     def _sent(self, given: Any) -> Any:
@@ -165,9 +168,10 @@ class OnDevice(TorchDispatchMode):
 
 @contextmanager
 def drawn_on(device: torch.device) -> Iterator[None]:
-    """Models are built on `device` with random numbers of its own; on a CPU as the library does.
+    """Build models on `device` with its own random numbers; on a CPU as the library does.
 
-    The same distributions as the library's draws on the CPU, in seconds where those take minutes.
+    The distributions are those of the library's draws on the CPU. It takes seconds instead of
+    minutes.
     """
     if device.type == "cpu":
         yield
@@ -178,7 +182,7 @@ def drawn_on(device: torch.device) -> Iterator[None]:
 
 
 def step(training: Training, windows: Tensor) -> Tensor:
-    """One optimizer step on `windows` as the trainer takes it; the loss."""
+    """Take one optimizer step on `windows`, as the trainer does, and return the loss."""
     train_state = training.train_state
     set_lr(train_state.optimizer, train_state.schedule(train_state.step))
     loss = train_state.forward_backward([windows])
@@ -192,7 +196,7 @@ def step(training: Training, windows: Tensor) -> Tensor:
 
 
 def random_windows(training: Training, count: int = 4) -> list[Tensor]:
-    """Batches of random token ids, of the configured shape, on the device."""
+    """Return batches of random token ids of the configured shape, on the device."""
     t, device = training.config.train, training.here.device
     shape = (t.batch_size, t.seq_len + 1)
     generator = torch.Generator().manual_seed(0)
@@ -201,7 +205,7 @@ def random_windows(training: Training, count: int = 4) -> list[Tensor]:
 
 
 def step_times(training: Training, steps: int, warm_up: int) -> list[float]:
-    """Milliseconds of each of `steps` steps, after `warm_up` others."""
+    """Return the milliseconds of each of `steps` steps after `warm_up` steps."""
     windows = random_windows(training)
     for i in range(warm_up):
         step(training, windows[i % len(windows)])
@@ -212,7 +216,7 @@ def step_times(training: Training, steps: int, warm_up: int) -> list[float]:
 
 
 def free() -> None:
-    """Return the memory of what is no longer referred to, compiled graphs included."""
+    """Free the memory of everything no longer referenced, including compiled graphs."""
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
@@ -223,7 +227,7 @@ def free() -> None:
 
 
 def times(action: Callable[[], object], repeat: int, device: torch.device) -> list[float]:
-    """Milliseconds of each of `repeat` calls in a row; a GPU is waited for at the end only."""
+    """Return the milliseconds of each of `repeat` calls, synchronising a GPU only at the end."""
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for _ in range(repeat):
@@ -241,7 +245,7 @@ def times(action: Callable[[], object], repeat: int, device: torch.device) -> li
 
 
 def waited(action: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call, the host's work and the device's."""
+    """Return the milliseconds of one call, host and device work included."""
     synchronize(device)
     begin = time.perf_counter()
     action()
@@ -259,7 +263,7 @@ CLOCKS = ("wall", "cpu")
 
 @dataclass
 class Marks:
-    """When stretches of steps ended, by the clock on the wall and by this process's CPU time."""
+    """Times at which intervals of steps ended, as wall-clock time and this process's CPU time."""
 
     ends: list[tuple[float, float]] = field(default_factory=list)
 
@@ -267,7 +271,7 @@ class Marks:
         self.ends.append((time.perf_counter(), time.process_time()))
 
     def rates(self, tokens: int) -> dict[str, list[float]]:
-        """Tokens per second of each stretch but the first, which begins with the run."""
+        """Return tokens per second of each interval except the first, which includes start-up."""
         gaps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(self.ends)]
         return {
             "wall": [throughput(tokens, wall) for wall, _ in gaps],
@@ -276,14 +280,14 @@ class Marks:
 
 
 def reset_peak() -> None:
-    """Let both peaks be those of what comes, not of what the model was built with."""
+    """Reset both peaks, so that they don't include building the model."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def peaks() -> dict[str, int]:
-    """Peak bytes since the last reset: in tensors, and held by the allocator. 0 without a GPU."""
+    """Return peak bytes since the last reset, of tensors and of the allocator; 0 without a GPU."""
     on_gpu = torch.cuda.is_available()
     return {
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
@@ -297,7 +301,7 @@ def module_bytes(model: nn.Module) -> int:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """The median and, in brackets, both quartiles."""
+    """Format the median and, in brackets, both quartiles."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -308,11 +312,11 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
-# What is printed and written.
+# Output.
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """Versions and the device; the commit is for whoever keeps the numbers to add."""
+    """Return versions and the device, but not the commit."""
     found = peptrain.runs.environment.environment(World(0, 1, device))
     for name in ("triton", "peft", "accelerate"):
         try:
@@ -323,20 +327,20 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def announce(device: torch.device, shapes: dict[str, Any]) -> None:
-    """The line above a table: versions and device, then dtype and shapes."""
+    """Print the lines above a table: versions and device, then dtype and shapes."""
     print(", ".join(f"{k} {v}" for k, v in environment(device).items()))
     print("; ".join(f"{k} {v}" for k, v in shapes.items()) + "\n", flush=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A Markdown table."""
+    """Print a Markdown table."""
     for cells in (header, ["---"] * len(header), *rows):
         print("| " + " | ".join(str(cell) for cell in cells) + " |")
     print(flush=True)
 
 
 def write(args: argparse.Namespace, device: torch.device, rows: Sequence[dict[str, Any]]) -> None:
-    """Everything that was measured, with its environment, to --json if that was given."""
+    """Write all measurements and the environment to the file of --json, if given."""
     if args.json is None:
         return
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -345,17 +349,17 @@ def write(args: argparse.Namespace, device: torch.device, rows: Sequence[dict[st
 
 
 def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """The arguments that every benchmark of a model takes."""
+    """Create a parser with the arguments shared by all benchmarks of models."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--preset", default="llama-1b")
-    made.add_argument("--intermediate-size", type=int, help="f, in place of the preset's")
-    made.add_argument("--layers", type=int, help="L, in place of the preset's")
+    made.add_argument("--intermediate-size", type=int, help="f, instead of the preset's")
+    made.add_argument("--layers", type=int, help="L, instead of the preset's")
     made.add_argument("--precision", default="bf16")
     made.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    made.add_argument("--json", type=Path, help="where all numbers go")
+    made.add_argument("--json", type=Path, help="write all measurements to this file")
     made.set_defaults(**defaults)
     return made
 
@@ -367,5 +371,5 @@ def model_of(args: argparse.Namespace) -> ModelConfig:
 
 
 def described(config: RunConfig[Method]) -> dict[str, Any]:
-    """The settings of a row, for its JSON."""
+    """Return the settings of a row, for its JSON."""
     return {"method": config.method.name} | asdict(config.method) | {"train": asdict(config.train)}

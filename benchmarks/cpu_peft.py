@@ -1,15 +1,15 @@
-"""Tokens/s of peptrain's default run beside Hugging Face's Trainer with PEFT's LoRA, on a CPU.
+"""Compare tokens/s of peptrain's default run with Hugging Face's Trainer and PEFT's LoRA on a CPU.
 
     pip install peft accelerate
     python benchmarks/cpu_peft.py [ROW ...] [--rounds 3] [--json FILE]
 
-The same model, ranks, matrices, batch, sequence length and text, fp32 and fused AdamW in both. All
-rows take turns, round by round; a rate is the median over stretches of --log-every steps, without
-the first of each turn. Rates are also given per second of CPU time, which other processes disturb
-less; that is of use with OMP_NUM_THREADS=1 only, since idle threads spin.
+Both use the same model, ranks, matrices, batch, sequence length and text, fp32 and fused AdamW. All
+rows take turns, round by round. A rate is the median over intervals of --log-every steps, without
+the first interval of each turn. Rates are also given per second of CPU time, which other processes
+disturb less. That is useful only with OMP_NUM_THREADS=1, since idle threads spin.
 
-PEFT trains adapters alone, so it is measured as that (beside a row with train_rest=false) and with
-all that is not adapted training too, as peptrain's default has it.
+PEFT trains only adapters. It is measured like that (compared with a row with train_rest=false) and
+also with all parameters outside the adapted matrices trainable, as is peptrain's default.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ HEADER = ("row", "thousand tokens/s (quartiles)", "per CPU second", "ratio", "CP
 
 
 def beside(row: str) -> str:
-    """What a row is compared with."""
+    """Return the key in BESIDE of the run that a row is compared with."""
     name, own = split_row(row)
     if name == "full":
         return "full"
@@ -74,7 +74,7 @@ def beside(row: str) -> str:
 
 
 class Clock(TrainerCallback):
-    """Marks every so many steps of a Trainer."""
+    """Mark the time every `every` steps of a Trainer."""
 
     def __init__(self, marks: Marks, every: int) -> None:
         self.marks, self.every = marks, every
@@ -85,7 +85,7 @@ class Clock(TrainerCallback):
 
 
 def peft_model(config: RunConfig[Method], kind: str) -> nn.Module:
-    """The model that peptrain starts from, with PEFT's LoRA on the matrices it adapts."""
+    """Return peptrain's initial model with PEFT's LoRA on the matrices that peptrain adapts."""
     from peft import LoraConfig, get_peft_model
 
     model = plain_model(config)
@@ -104,7 +104,7 @@ def peft_model(config: RunConfig[Method], kind: str) -> nn.Module:
 
 
 def rows_of(config: RunConfig[Method]) -> list[dict[str, torch.Tensor]]:
-    """The first sequences that peptrain would train on."""
+    """Return the first sequences that peptrain would train on."""
     t = config.train
     corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
     shape = {"rank": 0, "world": 1, "batch_size": t.batch_size, "seq_len": t.seq_len}
@@ -113,7 +113,7 @@ def rows_of(config: RunConfig[Method]) -> list[dict[str, torch.Tensor]]:
 
 
 def trainer_run(config: RunConfig[Method], kind: str, marks: Marks) -> int:
-    """The same by Hugging Face's Trainer, with its own defaults."""
+    """Train with Hugging Face's Trainer and its defaults; return the trainable parameters."""
     t = config.train
     model = peft_model(config, kind)
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +144,7 @@ def trainer_run(config: RunConfig[Method], kind: str, marks: Marks) -> int:
 
 
 def measured(configs: dict[str, RunConfig[Method]], rounds: int) -> list[dict[str, Any]]:
-    """Every row, Trainer's and ours, in turns."""
+    """Measure every row, the Trainer's and ours, in turns."""
     lora = next(c for row, c in configs.items() if split_row(row)[0] == "lora")
     kinds = [kind for kind in BESIDE if kind in {beside(row) for row in configs}]
     calls: dict[str, Callable[[Marks], int]] = {
@@ -178,7 +178,7 @@ def cells(row: dict[str, Any], all_rows: dict[str, dict[str, Any]]) -> list[str]
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__, preset="tiny", precision="fp32")
     made.add_argument("rows", nargs="*", default=ROWS, metavar="ROW")
-    made.add_argument("--data", type=Path, help="a prepared corpus; unset: the default one")
+    made.add_argument("--data", type=Path, help="prepared corpus (default: the embedded one)")
     made.add_argument("--batch-size", type=int, default=32)
     made.add_argument("--seq-len", type=int, default=256)
     made.add_argument("--steps", type=int, default=30)

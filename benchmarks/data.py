@@ -1,10 +1,10 @@
-"""Preparing and reading a corpus: MB of text/s and tokens/s by kind of file, and batches/s.
+"""Measure preparing (MB of text/s, tokens/s) and reading (tokens/s) a corpus, by file format.
 
     python benchmarks/data.py [DIR] [--tokenizer FILE] [--megabytes 60]
 
-The text is that of DIR's files, up to --megabytes of it, or without DIR the documents of the
-default corpus. It is written once in each form and prepared from there, each time in a new process
-whose peak memory is given. Without --tokenizer a byte-level BPE of 8192 is trained first, untimed.
+The text comes from the files in DIR, up to --megabytes, or from the default corpus without DIR. It
+is written once in each file format and prepared from there, each time in a new process whose peak
+memory is reported. Without --tokenizer a byte-level BPE of 8192 tokens is trained first, untimed.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from peptrain.data.index import Index
 from peptrain.data.sources.files import FileSet, find_files
 from peptrain.data.tokenizer import train_tokenizer
 
-GPU_TOKENS = 1.5e6  # a second: full training of llama-60m on one H200 takes 1.3 M
+GPU_TOKENS = 1.5e6  # per second; full training of llama-60m on one H200 processes 1.3 M
 BATCH, SEQ_LENS = 512, (256, 1024)
 
 
 def documents(directory: Path | None, size: int) -> Iterator[str]:
-    """Whole documents, or pieces of long ones, up to about `size` bytes."""
+    """Yield documents, or pieces of long ones, up to about `size` bytes."""
     if directory is None:
         yield from embedded_documents()[1]
         return
@@ -76,7 +76,7 @@ FORMS: dict[str, Callable[[Path, list[str]], None]] = {
 
 
 def prepared(config: PrepareConfig) -> tuple[Prepared, float, float]:
-    """What was made, seconds, and the peak memory of this process in MiB."""
+    """Prepare a corpus; return it, the seconds, and the peak memory of this process in MiB."""
     start = time.perf_counter()
     made = prepare(config)
     seconds = time.perf_counter() - start
@@ -99,7 +99,7 @@ def preparing(folder: Path, texts: list[str], tokenizer: Path) -> None:
 
 
 def reading(corpus: Corpus, least: float) -> None:
-    """Batches for `least` seconds of each length."""
+    """Read batches of each length for at least `least` seconds."""
     print("\n| batch | tokens/s | MB/s from the shards | times a GPU's need |\n|---|---|---|---|")
     for seq_len in SEQ_LENS:
         start, step = time.perf_counter(), 0
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("directory", type=Path, nargs="?", metavar="DIR")
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--megabytes", type=float, default=60)
-    parser.add_argument("--seconds", type=float, default=3, help="of reading, for each length")
+    parser.add_argument("--seconds", type=float, default=3, help="reading time for each length")
     args = parser.parse_args(argv)
     texts = list(documents(args.directory, int(args.megabytes * 1e6)))
     size = sum(len(text.encode()) for text in texts)

@@ -1,11 +1,11 @@
-"""The memory that `peptrain estimate` predicts against what a step takes, uncompiled, on a GPU.
+"""Compare the memory predicted by `peptrain estimate` with an uncompiled step on a GPU.
 
     python benchmarks/estimate.py [ROW ...] [--presets llama-60m qwen-0.5b] [--rows-of-step 16] \\
         [--set train.KEY=VALUE] [--json FILE]
 
-A step is what the trainer does, the second of a run: there are moments by then. Merges and exact
-steps are left out. Predicted is what is in tensors; PyTorch's peak has the workspaces of cuBLAS in
-it and what kernels take while they run. Between steps are weights and optimizer state. On a CPU
+The second step of a run is measured, because the optimizer's moments exist by then. Merges and
+exact steps are left out. The prediction counts tensors only. PyTorch's peak also contains the
+workspaces of cuBLAS and of kernels. Between steps there are weights and optimizer state. On a CPU
 nothing is measured.
 """
 
@@ -45,14 +45,14 @@ HEADER = ("row", "predicted peak, GiB", "measured", "ratio", "predicted between 
 
 
 def predicted(config: RunConfig[Method]) -> dict[str, int]:
-    """Bytes, of the first phase: rows have no warm start but the one they ask for."""
+    """Predict bytes of the first phase; a row has a warm start only if it sets one."""
     phase = estimate(config).phases[0]
     between = phase.weight_bytes + phase.state_bytes
     return {"predicted_peak": phase.step_peak_bytes, "predicted_between": between}
 
 
 def step(training: Training) -> None:
-    """One step in micro-batches, as configured."""
+    """Take one step, in micro-batches as configured."""
     train_state, t = training.train_state, training.config.train
     assert t.micro_batch is not None
     train_state.forward_backward(torch.split(random_windows(training, 1)[0], t.micro_batch))
@@ -62,7 +62,7 @@ def step(training: Training) -> None:
 
 
 def measured(config: RunConfig[Method], device: torch.device) -> dict[str, int]:
-    """Bytes; the peak is absent when it ran out of memory."""
+    """Measure bytes; return nothing if it ran out of memory."""
     try:
         training = start(config, device)
         step(training)

@@ -1,13 +1,13 @@
-"""LORO's exact step on the factors of a LLaMA of random weights: milliseconds and errors.
+"""Measure time and errors of LORO's exact step on the factors of a randomly initialized LLaMA.
 
     python benchmarks/exact_step.py [--device cuda] [--layers 24] [--width 2048] [--mlp 5461]
                                     [--rank 512] [--dtype float32] [--reference 1] [--streams 2 4 8]
 
-One row for each form of the step: the one training takes, from Gram matrices, for all pairs at
-once; and the reference's SVDs and QRs, for the pairs of --reference layers. The error is that of
-W' = B'A' against the reference in float64, relative, the worst of one pair of each shape. Then the
-optimizer's whole steps, exact and ordinary; and the part of the Gram form that is left to improve,
-the eigendecomposition, in one call, one by one, and on several CUDA streams at a time.
+The first table has a row for each form of the step: the one used in training, from Gram matrices,
+for all pairs at once; and the reference's SVDs and QRs, for the pairs of --reference layers. The
+error is the relative error of W' = B'A' against the reference in float64, the largest over one pair
+of each shape. Then come the optimizer's complete exact and ordinary steps, and the slowest part of
+the Gram form, the eigendecomposition: in one call, one by one, and on several CUDA streams at once.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Pair = tuple[nn.Parameter, nn.Parameter]
 
 
 def shapes(width: int, mlp: int) -> list[tuple[int, int]]:
-    """(out, in) of q k v o gate up down."""
+    """Return (out, in) of q k v o gate up down."""
     return [(width, width)] * 4 + [(mlp, width)] * 2 + [(width, mlp)]
 
 
 def factors(args: argparse.Namespace) -> list[Pair]:
-    """Xavier's B and A of every matrix, with random gradients."""
+    """Return B and A of every matrix, with Xavier initialization and random gradients."""
     generator = torch.Generator(args.device).manual_seed(0)
     given = {"device": args.device, "dtype": args.dtype}
 
@@ -60,7 +60,7 @@ def factors(args: argparse.Namespace) -> list[Pair]:
 
 
 def direction(p: Tensor) -> Tensor:
-    """Adam's, after one step."""
+    """Return Adam's direction after one step."""
     assert p.grad is not None
     return p.grad / (p.grad.abs() + 1e-6)
 
@@ -68,7 +68,7 @@ def direction(p: Tensor) -> Tensor:
 def milliseconds(
     work: Callable[[], object], device: str, warm_ups: int = 1, times: int = 1
 ) -> float:
-    """Of one call of `work`, the device waited for."""
+    """Return the mean milliseconds of a call of `work`, including work on the device."""
 
     def wait() -> None:
         if device.startswith("cuda"):
@@ -95,7 +95,7 @@ def error(found: tuple[Tensor, Tensor], right: Tensor) -> float:
 
 
 def clones(pairs: list[Pair]) -> list[Pair]:
-    """Copies with the same gradients."""
+    """Return copies with the same gradients."""
     copied = copy.deepcopy(pairs)
     for new, old in zip(copied, pairs, strict=True):
         new[0].grad, new[1].grad = old[0].grad, old[1].grad
@@ -104,7 +104,7 @@ def clones(pairs: list[Pair]) -> list[Pair]:
 
 @torch.no_grad()
 def forms(pairs: list[Pair], args: argparse.Namespace) -> None:
-    """One row each: the Gram form and the reference."""
+    """Print one row for the Gram form and one for the reference."""
     gpu = args.device.startswith("cuda")
     place = f"{torch.cuda.get_device_name() if gpu else platform.machine()}"
     place += f" | {str(args.dtype).removeprefix('torch.')} | {torch.__version__}"
@@ -136,7 +136,7 @@ def forms(pairs: list[Pair], args: argparse.Namespace) -> None:
 
 
 def whole_steps(pairs: list[Pair], args: argparse.Namespace) -> None:
-    """The optimizer's exact and ordinary step of all pairs."""
+    """Time the optimizer's exact and ordinary step of all pairs."""
     params = [p for pair in pairs for p in pair]
     group = {"params": params, "factors": True, "scales": [0.25] * len(params)}
     optimizer = LOROOptimizer([group], RULE, lr=1e-4, betas=(0.9, 0.999), eps=1e-6)
@@ -149,7 +149,7 @@ def whole_steps(pairs: list[Pair], args: argparse.Namespace) -> None:
 
 
 def eigendecompositions(args: argparse.Namespace) -> None:
-    """A batch of 2r x 2r matrices in the ways there are."""
+    """Time several ways to decompose a batch of 2r x 2r matrices."""
     size, count = 2 * args.rank, 16
     X = torch.randn(count, size, size, device=args.device, dtype=torch.float64)
     H = X @ X.mT / size
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mlp", type=int, default=5461)
     parser.add_argument("--rank", type=int, default=512)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
-    parser.add_argument("--reference", type=int, default=1, help="layers the reference is timed on")
+    parser.add_argument("--reference", type=int, default=1, help="layers to time the reference on")
     parser.add_argument("--streams", type=int, nargs="*", default=[2, 4, 8])
     args = parser.parse_args(argv)
     pairs = factors(args)

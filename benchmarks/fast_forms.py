@@ -1,9 +1,9 @@
-"""Whether the fast forms train as the plain ones do: the same losses within seed noise.
+"""Test whether the fast forms reach the same losses as the plain forms, within seed noise.
 
     python benchmarks/fast_forms.py [ROW ...] [--steps 300] [--seeds 2] [--json FILE]
 
-Each row is trained with every seed, plainly (no kernels, no compiler, no graph) and fast, through
-the trainer, merges and exact steps included, on the default corpus if no other is given.
+Each row is trained with every seed, plain (no kernels, compiler or CUDA graph) and fast. Training
+uses the trainer, with merges and exact steps, on the default corpus unless --data is given.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEADER = ("row", "plain, by seed", "fast", "difference of means", "largest gap o
 
 
 def run(row: str, seed: int, fast: bool, args: Any, device: torch.device) -> dict[str, Any]:
-    """The held-out loss, the losses of training and the speed of one run."""
+    """Train one run; return its held-out loss, training losses and speed."""
     on_gpu = device.type == "cuda"
     vocabulary = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
     base = RunConfig(
@@ -62,13 +62,13 @@ def run(row: str, seed: int, fast: bool, args: Any, device: torch.device) -> dic
 
 
 def gap(one: list[float], other: list[float]) -> float:
-    """The largest distance of means over ten steps."""
+    """Return the largest difference between ten-step means of two runs."""
     means = [[statistics.mean(x[i : i + 10]) for i in range(0, len(x), 10)] for x in (one, other)]
     return max(abs(a - b) for a, b in zip(*means, strict=True))
 
 
 def cells(plain: list[dict[str, Any]], fast: list[dict[str, Any]]) -> list[str]:
-    """Both forms' runs, in the order of their seeds."""
+    """Format a table row from the runs of both forms, in the order of their seeds."""
     losses = [[found["held_out"] for found in form] for form in (plain, fast)]
     means = [statistics.mean(form) for form in losses]
     of_forms = [gap(a["losses"], b["losses"]) for a, b in zip(plain, fast, strict=True)]
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--steps", type=int, default=300)
     made.add_argument("--batch-size", type=int, default=64)
     made.add_argument("--seq-len", type=int, default=256)
-    made.add_argument("--data", type=Path, help="a prepared corpus; unset: the default one")
+    made.add_argument("--data", type=Path, help="prepared corpus (default: the embedded one)")
     made.add_argument("--seeds", type=int, default=2)
     made.add_argument("--vocab-size", type=int)
     made.set_defaults(preset="llama-60m")

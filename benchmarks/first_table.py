@@ -1,12 +1,12 @@
-"""The first table: held-out loss, trainable parameters, tokens/s and peak memory by method.
+"""Measure the first table: loss, trainable parameters, tokens/s and peak memory by method.
 
     python benchmarks/first_table.py prepare --texts DIR --tokenizer FILE --data OUT
     python benchmarks/first_table.py speed   --data OUT [--micro-batch 128]
     python benchmarks/first_table.py sweep   --data OUT --results FILE RUN [RUN ...]
     python benchmarks/first_table.py table   FILE [FILE ...]
 
-A RUN is METHOD:LR:SEED[:KEY=VALUE...], where KEY is a field of the method. `sweep` gives each
-GPU --per-gpu runs at a time, so only `speed` measures speed. Needs no tyro.
+A RUN is METHOD:LR:SEED[:KEY=VALUE...], where KEY is a field of the method. `sweep` runs --per-gpu
+runs at a time on each GPU, so only `speed` measures speed. tyro is not needed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from peptrain.settings import toml
 from peptrain.training.loop import train
 
 OWN = {"bpt": {"merge_every": 150}, "loro": {"exact_every": 150}}
-"""What the pilot set; everything else is the method's default."""
+"""Settings of the pilot; all others are the method's defaults."""
 
 
 def configuration(run: str, args: argparse.Namespace, directory: Path) -> RunConfig:
-    """The pilot's setting: llama-60m, r = 128, 512 x 256 tokens a step, cosine to 0.1."""
+    """Return the pilot's settings: llama-60m, r = 128, 512 x 256 tokens a step, cosine to 0.1."""
     name, lr, seed, *rest = run.split(":")
     given = {k: json.loads(v) for k, v in (item.split("=", 1) for item in rest)}
     rank = {} if name == "full" else {"rank": 128}
@@ -84,7 +84,7 @@ def environment() -> dict[str, str]:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """All RUNs, each in a process of its own, --per-gpu at a time on every GPU."""
+    """Train all RUNs, each in its own process, --per-gpu at a time on every GPU."""
     waiting: queue.Queue[str] = queue.Queue()
     for run in args.run:
         waiting.put(run)
@@ -122,7 +122,7 @@ def shared_flags(args: argparse.Namespace) -> list[str]:
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Short runs one after another on one GPU, each alone on it."""
+    """Train short runs, one at a time on each GPU."""
     args.per_gpu = 1
     args.run = list(SPEED_RUNS)
     args.steps = args.speed_steps
@@ -141,7 +141,7 @@ SPEED_RUNS = (
 
 
 def prepare_texts(args: argparse.Namespace) -> None:
-    """The pilot's corpora: shards to train on, validation files to hold out."""
+    """Prepare the pilot's corpus: training shards, and validation files as held-out text."""
     texts = sorted(args.texts.glob("*.jsonl.xz"))
     held_out = tuple(t for t in texts if "valid" in t.name)
     train_on = tuple(t for t in texts if "valid" not in t.name)
@@ -152,7 +152,8 @@ def prepare_texts(args: argparse.Namespace) -> None:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Rows sorted by method, learning rate and seed; speed as a ratio to the first full run."""
+    """Print rows sorted by method, learning rate and seed, with speed relative to the first full
+    run."""
     files = args.files or [args.results]
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     full = next((r["tokens_per_second"] for r in rows if r["run"].startswith("full")), None)

@@ -1,11 +1,11 @@
-"""Forward time and memory of a factorised model against the dense one, over batch and length.
+"""Compare forward time and memory of a factorised and a dense model, over batch and length.
 
     python benchmarks/inference.py --preset llama-1b --intermediate-size 5504 --rank 512 \\
         [--cuda-graph] [--logits last] [--cells 512x128 64x1024] [--json FILE]
 
-The default cells are those of LORO's Table 3. Both models are in memory and take turns; a model's
-peak is its own weights and what its forward pass adds. Both have zeros up to a multiple of 64 where
-f is odd, without which the tensor cores of neither are used well.
+The default cells are those of LORO's Table 3. Both models are in memory and take turns. A model's
+peak consists of its weights and the memory added by its forward pass. If f is odd both models are
+padded with zeros to a multiple of 64, because tensor cores are inefficient otherwise.
 """
 
 from __future__ import annotations
@@ -51,15 +51,18 @@ HEADER = ("batch x length", "dense, ms", "factorised, ms", "times as fast", "den
 
 @dataclass
 class Runner:
-    """A model, and the memory of its last cell."""
+    """A model and its peak memory in the last cell."""
 
     model: PreTrainedModel
     kept: int
-    """Logits to keep: 0 is all."""
+    """Number of last tokens with logits; 0 means all."""
     peak: int = 0
 
     def prepared(self, ids: Tensor, graphed: bool) -> Callable[[], object]:
-        """A forward pass on `ids`, compiled, warmed up, its memory noted; captured if `graphed`."""
+        """Warm up the forward pass on `ids`, record its peak memory and return it.
+
+        It is captured in a CUDA graph if `graphed`.
+        """
         before = peaks_now()
         reset_peak()
 
@@ -78,7 +81,7 @@ def peaks_now() -> int:
 
 
 def captured(forward: Callable[[], Tensor]) -> Callable[[], object]:
-    """`forward` as one CUDA graph, which keeps its output's memory."""
+    """Capture `forward` in one CUDA graph, which keeps the memory of its output."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -96,7 +99,7 @@ def captured(forward: Callable[[], Tensor]) -> Callable[[], object]:
 
 
 def runner(row: str, args: Any, device: torch.device) -> Runner:
-    """The model of a row as a run builds it, for inference."""
+    """Build the model of a row as a run does, for inference."""
     base = base_config(model_of(args), 1, longest(args.cells), precision=args.precision)
     config = configured(row, base, args.set, device=device)
     with drawn_on(device):
@@ -116,7 +119,7 @@ def longest(cells: list[str]) -> int:
 
 
 def measured(cell: str, runners: dict[str, Runner], args: Any, device: torch.device) -> Any:
-    """Both models on one cell, in turns; None in the place of one that ran out of memory."""
+    """Measure both models on one cell, in turns; no times if either ran out of memory."""
     batch, length = map(int, cell.split("x"))
     vocabulary = vocabulary_size(runners["dense"].model)
     ids = torch.randint(vocabulary, (batch, length), device=device)
@@ -150,11 +153,12 @@ def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__, intermediate_size=5504)
     made.add_argument("--rank", type=int, default=512)
     made.add_argument("--cells", nargs="+", default=CELLS, metavar="BATCHxLENGTH")
-    made.add_argument("--logits", choices=["all", "last"], default="all", help="of which tokens")
+    made.add_argument("--logits", choices=["all", "last"], default="all",
+                      help="tokens to compute logits for")  # fmt: skip
     made.add_argument("--cuda-graph", action="store_true")
     made.add_argument("--no-compile", dest="compile", action="store_false")
-    made.add_argument("--rounds", type=int, default=5, help="turns of each model in a cell")
-    made.add_argument("--repeat", type=int, default=4, help="forward passes in a turn")
+    made.add_argument("--rounds", type=int, default=5, help="turns of each model per cell")
+    made.add_argument("--repeat", type=int, default=4, help="forward passes per turn")
     args = made.parse_args(argv)
     device = device_of(args.device)
     rows = {"dense": "full", "factorised": f"loro:rank={args.rank}"}

@@ -1,11 +1,12 @@
-"""What the trainer's loop costs: its tokens/s over those of the bare steps it takes.
+"""Measure the overhead of the trainer's loop: its tokens/s relative to the bare steps.
 
     python benchmarks/loop.py [--preset tiny] [ROW ...] [--data CORPUS] [--json FILE]
 
-`train` reads the corpus, journals, looks for signals and checks losses; the bare loop does forward,
-backward, clipping and the optimizer's step on batches that lie on the device already. They take
-turns; both rates are medians over stretches of --log-every steps, without each turn's first. The
-second ratio is by CPU time, which other processes disturb less, but idle threads add to it.
+`train` reads the corpus, writes metrics, handles signals and checks losses. The bare loop does
+forward, backward, clipping and the optimizer's step on batches that are on the device already. They
+take turns. Both rates are medians over intervals of --log-every steps, without the first interval
+of each turn. The second ratio is by CPU time, which other processes disturb less, but to which idle
+threads add.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ HEADER = ("row", "trainer, thousand tokens/s (quartiles)", "bare", "ratio", "of 
 
 
 def peptrain_run(config: RunConfig[Method], marks: Marks) -> int:
-    """Train, marking every row of metrics; how many parameters trained."""
+    """Train, marking the time of each row of metrics; return the number of trainable parameters."""
 
     def observe(row: Mapping[str, Any]) -> None:
         if row["event"] == "step":
@@ -58,7 +59,7 @@ def peptrain_run(config: RunConfig[Method], marks: Marks) -> int:
 
 
 def bare_run(config: RunConfig[Method], device: torch.device, marks: Marks) -> None:
-    """The same steps and nothing else, marked as often, the loss read as often."""
+    """Take the same steps and nothing else, with marks and reads of the loss as frequent."""
     t = config.train
     training = start(config, device, quick=False)
     windows = random_windows(training)
@@ -99,7 +100,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__, preset="tiny", precision=None)
     made.add_argument("rows", nargs="*", default=ROWS, metavar="ROW")
-    made.add_argument("--data", type=Path, help="a prepared corpus; unset: the default one")
+    made.add_argument("--data", type=Path, help="prepared corpus (default: the embedded one)")
     made.add_argument("--batch-size", type=int, default=32)
     made.add_argument("--seq-len", type=int, default=256)
     made.add_argument("--steps", type=int, default=40)
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def eventless(row: str) -> str:
-    """The row without merges, exact steps and resets, which the bare loop hasn't got either."""
+    """Return the row without merges, exact steps and resets, which the bare loop doesn't do."""
     none = {"bpt": ":merge_every=0", "relora": ":merge_every=0:reset_every=0",
             "loro": ":exact_every=0:refresh_every=0"}  # fmt: skip
     return f"{row}{none.get(row.split(':')[0], '')}"

@@ -1,10 +1,10 @@
-"""What a merge, or LORO's exact step, of a whole model costs, beside 200 steps of 131,072 tokens.
+"""Measure the cost of a merge or of LORO's exact step, relative to 200 steps of 131,072 tokens.
 
     python benchmarks/merges.py --preset llama-1b [--ms-per-8192 MS] [ROW ...] [--json FILE]
 
-A merge is timed as the trainer does it: random numbers on the host, the sums on the device, the
-moments zeroed. An exact step is timed less an ordinary optimizer step, between which it alternates.
-Without --ms-per-8192 the row's own steps of 8192 tokens are timed for it.
+All layers are merged. A merge is timed as the trainer does it: random numbers on the host, sums on
+the device, moments zeroed. Exact and ordinary optimizer steps alternate, and the time of an exact
+step is the difference. Without --ms-per-8192 the row's own training steps are timed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROWS = ("bpt:rank=512", "relora:rank=512", "loro:rank=512")
 BETWEEN_STEPS, BETWEEN_TOKENS = 200, 131_072
 HEADER = ("row", "event", "ms (quartiles)", "ms/step", "share of 200 steps of 131,072 tokens")
 EVERY = 1000
-"""The interval that rows are configured with. No step comes to it: events are called by hand."""
+"""Interval of events in the configuration. No step reaches it, since events are called by hand."""
 INTERVALS = {"bpt": "merge_every", "relora": "merge_every", "loro": "exact_every"}
 
 
@@ -50,7 +50,7 @@ def configured_row(row: str) -> str:
 
 
 def merge_times(training: Training, repeat: int) -> list[float]:
-    """Milliseconds of each merge of all layers; the first, untimed, loads what it needs."""
+    """Return the milliseconds of each merge of all layers, after one as warm-up."""
     method, train_state = training.config.method, training.train_state
     rng = Rng(training.config.train.seed)
 
@@ -62,7 +62,7 @@ def merge_times(training: Training, repeat: int) -> list[float]:
 
 
 def exact_times(training: Training, repeat: int) -> list[float]:
-    """Milliseconds by which an exact optimizer step is longer than the ordinary one before it."""
+    """Return the milliseconds by which exact steps exceed the ordinary step before them."""
     optimizer, device = training.train_state.optimizer, training.here.device
     assert isinstance(optimizer, LOROOptimizer)
     training.train_state.forward_backward(random_windows(training, 1))
@@ -86,7 +86,7 @@ def measured(row: str, args: Any, device: torch.device) -> dict[str, Any]:
         ms = statistics.median(step_times(training, args.steps, args.warm_up))
     else:
         ms = args.ms_per_8192
-        step(training, random_windows(training, 1)[0])  # makes the optimizer's moments
+        step(training, random_windows(training, 1)[0])  # creates the optimizer's moments
     events = (exact_times if is_loro else merge_times)(training, args.repeat)
     tokens = 8192 if args.ms_per_8192 else args.rows_of_step * args.seq_len
     share = statistics.median(events) / (BETWEEN_STEPS * BETWEEN_TOKENS / tokens * ms)
@@ -103,7 +103,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("rows", nargs="*", default=ROWS, metavar="ROW")
-    made.add_argument("--ms-per-8192", type=float, help="of a training step; unset: measured")
+    made.add_argument("--ms-per-8192", type=float, help="time of a training step of 8192 tokens")
     made.add_argument("--rows-of-step", type=int, default=16)
     made.add_argument("--seq-len", type=int, default=512)
     made.add_argument("--steps", type=int, default=10)

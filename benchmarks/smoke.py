@@ -1,11 +1,11 @@
-"""Whether all that only a GPU can run still runs: one command, a line a check.
+"""Run every check that needs a GPU with one command, and print a line for each.
 
     python benchmarks/smoke.py [--device cpu] [--only NAME ...] [--out DIR]
 
-The checks are every benchmark at a size that tells nothing, the tests for a GPU, and runs of the
-command, compiled and recorded. Each is a process with a time limit, so that neither a crash nor a
-hang takes others along. The exit status is 1 if any failed; what a failed one printed is in DIR.
---device cpu runs the same on the CPU, but for the tests for a GPU, the compiler and the recording.
+The checks are every benchmark at a tiny size, the GPU tests, and runs of the command, compiled and
+with CUDA graphs. Each check is a process with a time limit, so that a crash or a hang does not
+affect the others. The exit status is 1 if any check failed. The output of failed checks is in DIR.
+--device cpu runs the same on the CPU, without the GPU tests, compilation and CUDA graphs.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ SCRIPTS = {
     "cpu_peft": f"{MODEL} --set=train.compile=false {RUN} --log-every=2 --rounds=1"
     " lora:rank=4 lora:rank=4:train_rest=false full",
 }
-"""The arguments of every script. In braces is what depends on the device and on where files lie."""
+"""Arguments of every script. Braces stand for what depends on the device and on paths of files."""
 NEEDS = {"cpu_peft": ("peft", "accelerate"), "data": ("pyarrow",)}
-"""Packages without which a script is skipped."""
+"""Packages that a script needs; without them it is skipped."""
 
 TRAINING = (
     "--data.path={corpus} --model.layers=1 --model.hidden-size=64 --model.intermediate-size=96"
@@ -67,27 +67,27 @@ TRAININGS = {
     "train-relora": "relora --method.rank=4 --method.warm-start-steps=2 --method.merge-every=3",
     "train-loro": "loro --method.rank=4 --method.exact-every=3",
 }
-"""Runs with a change of phase, merges and an exact step in them."""
+"""Training runs, with a change of phase, merges and exact steps among them."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A command that ends well within `limit` seconds, where the packages it needs are there."""
+    """A command that needs packages and must succeed within `limit` seconds."""
 
     name: str
     command: Sequence[str]
     needs: Sequence[str] = ()
     limit: float = 240
     tells: bool = False
-    """Whether its last line says how much passed."""
+    """Whether to print the last line of its output, a summary, on success."""
 
     def missing(self) -> str:
-        """Those of them that aren't there, or nothing."""
+        """Return the names of the missing packages, or an empty string."""
         return ", ".join(name for name in self.needs if find_spec(name) is None)
 
 
 def arguments(text: str, *, device: str, folder: Path) -> list[str]:
-    """The words of a line of the tables, filled in."""
+    """Fill in the braces of an entry of the tables and split it into arguments."""
     eager = device == "cpu"
     known = {
         "device": device,
@@ -102,7 +102,7 @@ def arguments(text: str, *, device: str, folder: Path) -> list[str]:
 
 
 def make_corpus(folder: Path) -> None:
-    """The project's own documentation, as text and prepared with 320 token ids."""
+    """Write the project's documentation as text, and prepare it with 320 token ids."""
     from peptrain.data import PrepareConfig, prepare
 
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -112,14 +112,17 @@ def make_corpus(folder: Path) -> None:
 
 
 def all_checks(device: str, folder: Path) -> list[Check]:
-    """The longest first, since several run at a time."""
+    """Return all checks, longest first, because several run at a time."""
     tests = [] if device == "cpu" else [gpu_tests()]
     return [*tests, *trainings(device, folder), *scripts(device, folder)]
 
 
 def gpu_tests() -> Check:
-    """Of the files that have any, and without the options of a run in several processes, so that
-    nothing but pytest need be installed."""
+    """Return the check that runs the GPU tests.
+
+    It passes only files that have any, and drops the project's pytest options for parallel runs, so
+    that only pytest needs to be installed.
+    """
     marked = [f for f in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in f.read_text("utf-8")]
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "--no-header"]
     return Check(
@@ -134,7 +137,7 @@ def trainings(device: str, folder: Path) -> Iterator[Check]:
 
 
 def training_arguments(name: str, *, device: str, folder: Path) -> list[str]:
-    """Those of `peptrain`, for a run in `folder` of the training's name."""
+    """Return the arguments of `peptrain`; the run directory is `folder` / `name`."""
     words = arguments(f"train {TRAININGS[name]} {TRAINING}", device=device, folder=folder)
     return [*words, f"--run={folder / name}"]
 
@@ -148,7 +151,7 @@ def scripts(device: str, folder: Path) -> Iterator[Check]:
 
 @dataclass
 class Running:
-    """A check's process, in a group with those it starts, and where their output goes."""
+    """A check's process, in a group with its children, and the file of their output."""
 
     check: Check
     file: Path
@@ -174,7 +177,7 @@ class Running:
         return self.process.poll() is not None or self.seconds > self.check.limit
 
     def end(self) -> str | None:
-        """What went wrong, if anything did. A group that still runs is killed."""
+        """End the process group, by SIGKILL if it still runs; return the error or None."""
         code = self.process.poll()
         if code is None:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -186,7 +189,7 @@ class Running:
 
 
 def last_line(file: Path) -> str:
-    """The last one that isn't blank, or as much of it as says what it is about."""
+    """Return the first 200 characters of the last line that isn't blank."""
     lines = file.read_text("utf-8", errors="replace").split("\n")
     return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
 
@@ -194,7 +197,7 @@ def last_line(file: Path) -> str:
 def run(
     checks: Sequence[Check], out: Path, jobs: int = 1, env: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Print a line for each check as it ends; the names of those that failed."""
+    """Run the checks, print a line as each ends and return the names of those that failed."""
     waiting, failed = list(checks), list[str]()
     running: list[Running] = []
     try:
@@ -213,7 +216,10 @@ def run(
 
 
 def passed(one: Running) -> bool:
-    """End it and print its line. Its output stays if it failed."""
+    """End a check, print its line and return whether it passed.
+
+    Its output is kept only if it failed.
+    """
     seconds, error = one.seconds, one.end()
     told = last_line(one.file) if one.check.tells else ""
     if error is None:
@@ -227,7 +233,7 @@ def say(status: str, name: str, seconds: float, reason: str) -> None:
 
 
 def inherited(device: str) -> dict[str, str]:
-    """This process's environment, without its GPUs for a check of the CPU."""
+    """Return this process's environment, with the GPUs hidden if the device is the CPU."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     return os.environ | {"PYTHONUNBUFFERED": "1"} | hidden
 
@@ -240,7 +246,7 @@ def chosen(checks: Sequence[Check], only: Sequence[str] | None) -> list[Check]:
 
 
 def able(checks: Sequence[Check]) -> list[Check]:
-    """Those that have what they need; the others are listed."""
+    """Return the checks whose packages are installed, and print the others as skipped."""
     for check in checks:
         if missing := check.missing():
             say("skip", check.name, 0, f"needs {missing}")
@@ -272,13 +278,13 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    made.add_argument("--only", nargs="+", metavar="NAME", help="these checks alone")
-    made.add_argument("--out", type=Path, metavar="DIR", help="unset: a temporary one")
+    made.add_argument("--only", nargs="+", metavar="NAME", help="run only these checks")
+    made.add_argument("--out", type=Path, metavar="DIR", help="default: a temporary one")
     made.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 4),
-                      help="checks at a time; unset: one for every four cores")  # fmt: skip
+                      help="parallel checks (default: one per four cores)")  # fmt: skip
     return made.parse_args(argv)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is ended then too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that running checks end too
     sys.exit(main())

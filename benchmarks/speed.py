@@ -1,14 +1,15 @@
-"""Training speed and peak memory of methods against full training, on one device.
+"""Compare training speed and peak memory of methods with full training, on one device.
 
     python benchmarks/speed.py [ROW ...] --preset llama-1b --tokens 2048 8192 32768 \\
         [--set train.KEY=VALUE] [--json FILE]
 
-A step is what the trainer does: forward and backward of one micro-batch, clipping, the optimizer.
-Merges and exact steps are left out (merges.py has them). For each number of tokens full training is
-measured first and again last, to show drift; ratios are to the mean of the two.
+A step is the trainer's: forward and backward of one micro-batch, clipping, optimizer step. Merges
+and exact steps are left out (merges.py measures them). For each number of tokens full training is
+measured first and last to show drift, and ratios are to the mean of both.
 
-Peak is of what is in tensors, held what the allocator has taken. A recorded pass keeps its memory
-where PyTorch doesn't count it as tensors, so it has no peak: see train.cuda_graph=false for that.
+"peak" is the peak memory of tensors, "held" the memory reserved by the allocator. PyTorch doesn't
+count the memory of a captured CUDA graph as tensors, so such rows have no peak. Use
+train.cuda_graph=false to see it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ HEADER = ("row", "ms/step (quartiles)", "tokens/s", "vs full", "peak GiB", "held
 def measured(
     row: str, config: RunConfig[Method], device: torch.device, steps: int, warm_up: int
 ) -> dict[str, Any]:
-    """One row's numbers; "ms" is absent when it ran out of memory."""
+    """Measure one row; "ms" is absent if it ran out of memory."""
     tokens = config.train.batch_size * config.train.seq_len
     found: dict[str, Any] = {"row": row, "tokens": tokens, **described(config)}
     try:
@@ -62,7 +63,7 @@ def measured(
 
 
 def compared(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The cells of one table; its first and last rows are full training."""
+    """Return the cells of one table, whose first and last rows are full training."""
     fulls = [r for r in (rows[0], rows[-1]) if "ms" in r]
     rate = statistics.mean(r["tokens_per_second"] for r in fulls) if fulls else None
     return [cells(row, rate) for row in rows]
@@ -85,7 +86,7 @@ def cells(row: dict[str, Any], rate: float | None) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("rows", nargs="*", default=ROWS, metavar="ROW")
-    made.add_argument("--tokens", type=int, nargs="+", default=[8192], help="B x L of a step")
+    made.add_argument("--tokens", type=int, nargs="+", default=[8192], help="per step, B x L")
     made.add_argument("--seq-len", type=int, default=512)
     made.add_argument("--steps", type=int, default=30)
     made.add_argument("--warm-up", type=int, default=5)

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: sections, the strict TOML form, and its resolution."""
+"""The configuration of a run: its sections, their strict TOML form, and defaults filled in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peptrain.models.presets import DEFAULT_PRESET
 from peptrain.optim.adamw import OptimConfig
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.settings import toml
-from peptrain.settings.fields import as_before, check, fill, interval, resolve
+from peptrain.settings.fields import as_before, check, essential, fill, interval, resolve
 from peptrain.settings.toml import HEADER
 
 M = TypeVar("M", bound=Method)
@@ -23,49 +23,48 @@ M = TypeVar("M", bound=Method)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Steps, batches, precision and what is written when."""
+    """Training steps, batches, precision, logging and checkpoints."""
 
-    steps: int = 300
+    steps: int = essential(300)
     """Optimizer steps."""
-    batch_size: int = 32
-    """Sequences per optimizer step, over all ranks and micro-batches."""
+    batch_size: int = essential(32)
+    """Sequences per optimizer step, over all processes and micro-batches."""
     micro_batch: int | None = None
-    """Sequences per forward pass and rank. Unset: as many as make 16,384 tokens."""
-    seq_len: int = 256
+    """Sequences per forward pass on each process. Unset: up to 16,384 tokens."""
+    seq_len: int = essential(256)
     """Tokens per sequence."""
-    seed: int = 0
-    """Decides the initialisation, the order of the data and every other draw."""
+    seed: int = essential(0)
+    """Random seed of initialisation, data order and everything else that is random."""
     precision: Precision | None = None
-    """fp32; bf16-mixed (fp32 parameters, bf16 compute; the default on a GPU); bf16 (parameters
-    and moments too, for speed and memory); fp64 (to check mathematics)."""
-    compile: bool = False
-    """torch.compile each decoder layer and the loss."""
+    """fp32, bf16-mixed (fp32 parameters, bf16 compute), bf16 (parameters and optimizer state
+    too) or fp64 (to check mathematics). Unset: bf16-mixed on a GPU, fp32 on a CPU."""
+    compile: bool = essential(False)
+    """Compile each decoder layer and the loss with torch.compile."""
     checkpoint_activations: bool = False
-    """Recompute activations in the backward pass (gradient checkpointing): less memory, slower."""
+    """Recompute activations in the backward pass (gradient checkpointing): slower, less memory."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """The linear maps of bpt, lora and relora: plain PyTorch, or fused by Triton; auto fuses with
-    cuda_graph, without which starting the kernels takes longer than they save."""
+    """Linear maps of bpt, lora and relora: plain PyTorch or fused Triton kernels. auto uses Triton
+    together with cuda_graph: without it, launching the kernels costs more than they save."""
     cuda_graph: bool | None = None
-    """Record the forward and backward pass once and replay it: nothing waits for Python, which
-    small models and low-rank ones do otherwise. Unset: with compile, on one GPU, if attention does
-    without masks (a sliding window needs them)."""
+    """Capture the forward and backward pass as a CUDA graph and replay it, which removes Python
+    overhead. Unset: with compile, on one GPU, unless attention needs masks (sliding window)."""
     memory_budget: float = 1.0
-    """With compile: the part of the activations to keep, 0 to 1; the compiler recomputes the rest,
-    the cheapest first; attention at 0 alone."""
+    """With compile: fraction of the activations to keep, in [0, 1]. The compiler recomputes the
+    rest, the cheapest first. Attention is recomputed only at 0."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one."""
+    """auto uses a GPU if there is one."""
     log_every: int = 10
-    """Steps between rows of metrics.jsonl; the loss is checked as often."""
+    """Steps between rows of metrics.jsonl and between checks that the loss is finite."""
     eval_every: int | None = interval(0.1)
-    """Steps between held-out evaluations; 0 is only at the end. Unset: a tenth of the run."""
+    """Steps between held-out evaluations; 0: only at the end. Unset: a tenth of the run."""
     eval_tokens: int | None = None
-    """Held-out tokens per evaluation during training, at most; 0 is all. The last evaluation
-    takes all. Unset: half of what is trained on between two, from 8,192 to 131,072."""
+    """Maximum number of held-out tokens per evaluation during training; 0: all. The evaluation at
+    the end always uses all. Unset: half of the tokens trained between two evaluations, between
+    8,192 and 131,072."""
     checkpoint_every: int | None = interval(0.25, most=1000)
-    """Steps between checkpoints; 0 is only at the end. Unset: a quarter of the run, at most
-    1000."""
+    """Steps between checkpoints; 0: only at the end. Unset: a quarter of the run, at most 1000."""
     keep: int = 2
-    """Checkpoints to keep; the oldest go first."""
+    """Number of checkpoints to keep. Older ones are deleted."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "seq_len", "log_every", "keep"):
@@ -82,15 +81,15 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train on."""
+    """Training data."""
 
-    path: Path | None = None
-    """A directory that `peptrain data prepare` made. Unset: the embedded corpus."""
+    path: Path | None = essential(None)
+    """Directory written by `peptrain data prepare`. Unset: the corpus that comes with peptrain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Generic[M]):
-    """Everything a run needs. `resolved` fills in what is unset; the run directory keeps that."""
+    """All settings of a run. `resolved` fills in the unset; the run directory stores the result."""
 
     method: M
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -99,19 +98,19 @@ class RunConfig(Generic[M]):
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     init_from: Path | None = None
-    """Start from these weights: a run directory, or one in Hugging Face's format. The model's
-    settings, left alone, are taken from it too. Unset: a fresh initialisation."""
+    """Start from the weights of this run or Hugging Face directory. If no model setting is given,
+    the model is taken from it too. Unset: initialise the weights."""
     match_trainable: Path | None = None
-    """For full: shrink the model until it has as many parameters as the run in this directory
-    trains (ReLoRA's Control). The model's settings, left alone, are taken from it too."""
-    run: Path | None = None
-    """The run directory to make. Unset: runs/METHOD-N, the first N that is free."""
+    """For full: shrink the model to as many parameters as the run in this directory trains
+    (ReLoRA's Control). If no model setting is given, the model is taken from that run."""
+    run: Path | None = essential(None)
+    """Run directory to create. Unset: runs/METHOD-N, the first free N."""
 
 
 def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfig[M]:
-    """`config` with the method's defaults filled in and every interval an absolute step.
+    """Return `config` with the method's defaults filled in and every interval in steps.
 
-    Raises ConfigError for settings that don't fit together.
+    Raises ConfigError for settings that contradict each other.
     """
     method, steps = config.method, config.train.steps
     width = hf_config(config.model, config.train.seq_len).get_text_config().hidden_size
@@ -136,7 +135,7 @@ def _resolved_model(model: ModelConfig) -> ModelConfig:
 def settled(
     method: M, optim: OptimConfig, schedule: ScheduleConfig, steps: int, width: int
 ) -> tuple[M, OptimConfig, ScheduleConfig]:
-    """What moves a model of hidden size `width` for so many steps, with nothing left unset."""
+    """Resolve method, optimizer and schedule for `steps` steps at hidden size `width`."""
     schedule = fill(schedule, method.schedule_defaults, Method.schedule_defaults)
     return (
         resolve(method, "method", steps, width),
@@ -146,7 +145,7 @@ def settled(
 
 
 def _absolute(path: Path | None) -> Path | None:
-    """A run is looked at from other directories than it was made in."""
+    """Make a path absolute: a run may be opened from another working directory."""
     return path and path.resolve()
 
 
@@ -157,7 +156,7 @@ def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainC
     micro = train.micro_batch or max(fitting, default=1)
     check(rows % micro == 0, "train.micro_batch", micro, f"a divisor of the {rows} rows of a rank")
     between = (train.eval_every or train.steps) * train.batch_size * train.seq_len
-    # A forward pass costs a third of a training step: evaluation adds a sixth of the time.
+    # A forward pass costs a third of a training step, so evaluation adds a sixth of the time.
     eval_tokens = min(131_072, max(8_192, between // 2))
     if train.eval_tokens is not None:
         eval_tokens = train.eval_tokens
@@ -169,9 +168,9 @@ SECTIONS = ("method", "model", "optim", "schedule", "train", "data")
 
 
 def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
-    """The configuration in a TOML table, whose [recipe] is for readers and passed over.
+    """Read a configuration from a TOML table. Its [recipe] is for readers and is ignored.
 
-    Raises ConfigError for an unknown or mistyped key.
+    Raises ConfigError for an unknown key or a value of the wrong type.
     """
     sections = {f.name: f for f in fields(RunConfig)}
     for key in table:
@@ -179,8 +178,8 @@ def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
             raise ConfigError(_misplaced(key) or toml.unknown(key, list(sections)))
     if not isinstance(table.get(HEADER, {}), Mapping):
         raise ConfigError(
-            f"{HEADER}: {table[HEADER]!r} must be a table, [{HEADER}], and says what a file is; for"
-            " a recipe's settings write those that `peptrain recipes NAME` prints"
+            f"{HEADER}: must be a table, [{HEADER}] (got {table[HEADER]!r}); it only describes the"
+            " file; to use a recipe, copy the settings that `peptrain recipes NAME` prints"
         )
     rest = {
         key: toml.parse_value(hint, table[key], key)
@@ -191,7 +190,7 @@ def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
 
 
 def _misplaced(key: str) -> str | None:
-    """The message for a setting that is written without its section, a frequent slip."""
+    """Return the message for a key written without its section, a frequent mistake."""
     hints = get_type_hints(RunConfig)
     sections: list[tuple[str, Any]] = [("method", cls) for cls in methods().values()]
     sections += [(name, hint) for name, hint in hints.items() if is_dataclass(hint)]
@@ -201,23 +200,26 @@ def _misplaced(key: str) -> str | None:
 
 
 def _parse_method(table: Mapping[str, Any]) -> Method:
-    wanted = 'write name = "bpt" or another in [method]'
+    wanted = 'write name = "bpt" or another method in [method]'
     if not isinstance(table, Mapping):
-        raise ConfigError(f"method: {table!r} must be a table; {wanted}")
+        raise ConfigError(f"method: must be a table (got {table!r}); {wanted}")
     if "name" not in table:
         raise ConfigError(f"method.name: missing; {wanted}")
     name, known = table["name"], methods()
     if not isinstance(name, str) or name not in known:
         raise ConfigError(
-            f"method.name: {name!r} is unknown; known are {', '.join(known)}; for one of your own,"
-            " install its package, or set peptrain.METHODS[name] to its class"
+            f"method.name: unknown method {name!r}; choose from {', '.join(known)}; for a method of"
+            " your own install its package or set peptrain.METHODS[name] to its class"
         )
     return toml.parse(known[name], {k: v for k, v in table.items() if k != "name"}, "method.")
 
 
 def load(path: Path) -> RunConfig[Method]:
-    """The configuration in a TOML file. In a run's own, which an earlier version may have written,
-    a setting that is missing counts as what that version did (`fields.added`)."""
+    """Load a configuration from a TOML file.
+
+    In the config.toml of a run, a setting that did not exist when it was written takes the value
+    that stands for the behaviour of that time (`fields.added`).
+    """
     table = toml.read(path)
     config = parse(table)
     of_run = path.name == "config.toml" and (path.parent / "checkpoints").is_dir()
@@ -232,13 +234,15 @@ def _as_written(config: RunConfig[M], table: Mapping[str, Any]) -> RunConfig[M]:
 
 
 def dump(config: RunConfig[M]) -> str:
-    """`config` as TOML. The run directory is where the file lies, so it is not in it."""
+    """Return `config` as TOML, without `run`: the file is stored in that directory."""
     return toml.dump(replace(config, run=None))
 
 
 def essence(config: RunConfig[M]) -> str:
-    """`dump` without what equals what was done before the setting existed: the same for the same
-    run, whichever version resolved it."""
+    """Return `dump` without settings equal to the behaviour before they existed.
+
+    The text is the same for the same run, whichever version of peptrain resolved it.
+    """
 
     def as_ever(leaf: Field[Any], value: object) -> bool:
         return value is None or ("before" in leaf.metadata and leaf.metadata["before"] == value)

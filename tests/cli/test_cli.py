@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from peptrain import recipes
 from peptrain.cli.app import main
 from peptrain.cli.progress import TrainingProgress, preparation_state, preparing
 from peptrain.comparison.demo import DEMO_METHODS, comparison
-from peptrain.config import load
+from peptrain.config import RunConfig, load
 from peptrain.data import Corpus, ProgressReport, embedded
 from peptrain.eval.perplexity import Evaluation
 from peptrain.exporting.factorised import load_factorised
@@ -123,17 +123,57 @@ def test_the_list_of_commands_above_is_whole(peptrain_: Command) -> None:
     assert listed("train") == listed("estimate") == list(METHODS)
 
 
+def settings_of(method: str) -> dict[str, Field[Any]]:
+    """The settings of a run by their names on the command line."""
+    sections = get_type_hints(RunConfig) | {"method": METHODS[method]}
+    return {
+        f"{section}.{f.name}".removeprefix(".").replace("_", "-"): f
+        for section, cls in [("", RunConfig), *sections.items()]
+        if is_dataclass(cls)
+        for f in fields(cls)
+        if f.name not in sections or not is_dataclass(sections[f.name])
+    }
+
+
 @every_method
-def test_the_help_shows_the_methods_own_defaults(name: str, peptrain_: Command) -> None:
-    text = spaced(peptrain_(f"train {name} --help").out)
-    method = METHODS[name]
-    assert spaced((method.__doc__ or "").splitlines()[0]) in text
-    lr = re.search(r"--optim\.lr FLOAT .*?\(default: (\S+)\)", text)
-    assert lr and float(lr[1]) == method.optim_defaults.lr
-    for field in fields(method):
-        assert f"--method.{field.name.replace('_', '-')} " in text
-        explained = re.search(rf"--method\.{field.name.replace('_', '-')} (.*?)\(default", text)
-        assert explained and len(explained[1].split()) > 4, field.name
+def test_help_shows_the_settings_that_matter_and_help_all_all_of_them(
+    name: str, peptrain_: Command
+) -> None:
+    known = settings_of(name)
+    essential = {flag for flag, field in known.items() if "essential" in field.metadata}
+    assert 9 <= len(essential) <= 12
+    own = {"config", "recipe", "help"}
+    for line, shown in (("--help", essential), ("--help-all", set(known))):
+        said = peptrain_(f"train {name} {line}").out
+        assert set(re.findall(r"^│.*? --([a-z][\w.-]+) ", said, re.MULTILINE)) == shown | own
+        assert ("--help-all shows all of them" in said) == (line == "--help")
+        method = METHODS[name]
+        assert spaced((method.__doc__ or "").splitlines()[0]) in spaced(said)
+        lr = re.search(r"--optim\.lr FLOAT .*?\(default: (\S+)\)", spaced(said))
+        assert lr and float(lr[1]) == method.optim_defaults.lr
+
+
+@pytest.mark.parametrize("width", [80, 120, 999])
+@pytest.mark.parametrize("line", ["train relora --help-all", "compare --help", "data prepare -h"])
+def test_the_help_is_wrapped_to_the_terminal_and_not_as_its_source_is(
+    line: str, width: int, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    said = peptrain_(line).out.splitlines()
+    texts = [spaced(row).strip() for row in said if row.startswith("│")]
+    assert len(texts) > 4 and all(len(row) <= width for row in said)
+    if width == 999:  # then nothing has to be wrapped: no text is in two lines
+        assert all(row.startswith(("--", "-h", "PATH", "STR")) or row[0].isupper() for row in texts)
+        assert not any(row[-1] in ",abcdefghijklmnopqrstuvwxyz" for row in texts if " " in row)
+
+
+@every_method
+def test_every_setting_of_a_method_is_explained(name: str, peptrain_: Command) -> None:
+    text = spaced(peptrain_(f"train {name} --help-all").out)
+    for field in fields(METHODS[name]):
+        flag = rf"--method\.{field.name.replace('_', '-')}"
+        explained = re.search(rf"{flag} \S+ (.*?)(?= --[a-z]|$)", text)
+        assert explained and len(explained[1].split()) > 3, field.name
 
 
 LIGHT = ["", "--help", "--version", "recipes", "recipes loro-60m-loro", "xyzzy", "resume --help"]
@@ -213,14 +253,19 @@ def test_a_recipe_without_data_says_what_it_is_for(
     monkeypatch.setattr(peptrain.cli.app, "_watched", lambda training: None)
     said = peptrain_("train --recipe bpt-olmo2-1b-full")
     assert said.code == 0
-    assert "--recipe bpt-olmo2-1b-full: is for FineWeb-Edu, OLMo 2's tokenizer" in spaced(said.out)
+    assert "--recipe bpt-olmo2-1b-full: made for FineWeb-Edu, OLMo 2's tokenizer" in spaced(
+        said.out
+    )
 
 
 @pytest.mark.parametrize(
     "line, error",
     [
-        (f"full --recipe {RECIPE}", f"--recipe {RECIPE}: configures loro, and full was asked for"),
-        (f"--recipe {RECIPE} --config x.toml", f"--config x.toml: comes with --recipe {RECIPE};"),
+        (f"full --recipe {RECIPE}", f"--recipe {RECIPE}: is for loro, but the command says full"),
+        (
+            f"--recipe {RECIPE} --config x.toml",
+            f"--config x.toml: can't be combined with --recipe {RECIPE};",
+        ),
     ],
 )
 def test_a_recipe_and_another_wish_are_an_error(line: str, error: str, peptrain_: Command) -> None:
@@ -232,9 +277,9 @@ def test_an_unknown_method_is_an_error_with_the_nearest(command: str, peptrain_:
     for name, near in (("rellora", "relora"), ("btp", "bpt"), ("Full", "full")):
         for rest in ("", " --train.steps 3", f" --recipe {RECIPE}"):
             said = peptrain_(f"{command} {name}{rest}")
-            hint = f"did you mean {near!r}? `peptrain methods` lists them"
+            hint = f"did you mean {near!r}? `peptrain methods` lists all"
             assert said.error == f"method {name!r}: unknown; {hint}"
-    assert "unknown; `peptrain methods` lists them" in peptrain_(f"{command} xyzzy").error
+    assert "unknown; `peptrain methods` lists all" in peptrain_(f"{command} xyzzy").error
 
 
 SLIM = "--recipe loro-130m-slim --model.vocab-size 64 --train.batch-size 2"
@@ -258,19 +303,22 @@ def test_a_preset_says_which_sizes_of_a_recipe_it_leaves(
     if sizes is None:
         assert "--model.preset" not in said.err
     else:
-        stay = "--model.preset tiny: the sizes that the recipe or file sets stay"
-        assert f"{stay} ({sizes}); each has a flag" in spaced(said.err)
+        kept = f"--model.preset tiny: keeps the sizes set by the recipe or file ({sizes})"
+        assert kept in spaced(said.err)
 
 
-def test_methods_are_listed_with_equation_and_learning_rate(
+def test_methods_and_presets_are_listed_with_what_they_are(
     peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peptrain.cli.app, "console", Console(width=200))
     said = peptrain_("methods")
     table = {line.split()[0]: spaced(line) for line in said.out.splitlines() if line.strip()}
     for name, method in METHODS.items():
-        assert f"{name} {method.equation} {method.optim_defaults.lr:g}" in table[name]
-    assert all(preset in table["presets:"] for preset in PRESETS)
+        lr = f"{method.optim_defaults.lr:g}"
+        assert f"{name} {method.purpose} {method.equation} {lr}" in table[name]
+        assert len(method.purpose.split()) > 3
+    for name, shape in PRESETS.items():
+        assert table[name].startswith(f" {name} {shape.family} {shape.parameters / 1e6:,.1f}M ")
 
 
 # From training to export.
@@ -362,7 +410,7 @@ def test_a_flag_overrides_the_file(corpus: Path, peptrain_: Command) -> None:
 def test_a_file_for_another_method_is_refused(corpus: Path, peptrain_: Command) -> None:
     Path("settings.toml").write_text(SETTINGS.format(corpus=corpus))
     said = peptrain_("train loro --config settings.toml --run run")
-    assert re.match(r"--config settings.toml: configures bpt, and loro was asked for", said.error)
+    assert re.match(r"--config settings.toml: is for bpt, but the command says loro", said.error)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +418,7 @@ def test_a_file_for_another_method_is_refused(corpus: Path, peptrain_: Command) 
     [
         ('[method]\nname = "bpt"\nmerge_evry = 3', "method.merge_evry: unknown key; did you mean"),
         ('[method]\nname = "bpt"\n[trian]\nsteps = 3', "trian: unknown key; did you mean 'train'?"),
-        ('[method]\nname = "btp"', "method.name: 'btp' is unknown; known are full, bpt"),
+        ('[method]\nname = "btp"', "method.name: unknown method 'btp'; choose from full, bpt"),
         ('[method]\nname = "bpt"\nrank = "4"', "method.rank: '4' has the wrong type or value"),
         ('[train]\nsteps = 3', "method.name: missing"),
         ("steps: 3", "--config settings.toml: not TOML"),
@@ -431,7 +479,7 @@ def test_a_mistyped_command_line_is_answered(line: str, message: str, peptrain_:
     "method, given, message",
     [
         ("bpt", {"method__rank": 0}, "method.rank: must be >= 1 (got 0)"),
-        ("bpt", {"method__reset_fraction": 2}, "reset_fraction: must be in [0, 1] (got 2.0)"),
+        ("bpt", {"method__reset_fraction": 2}, "method.reset_fraction: must be in [0, 1] (got"),
         ("loro", {"method__scale": "wide"}, "method.scale: must be "),
         ("full", {"optim__lr": -1}, "optim.lr: must be a finite number >= 0 (got -1.0)"),
         ("full", {"train__steps": 0}, "train.steps: must be >= 1 (got 0)"),
@@ -454,7 +502,7 @@ def test_a_rank_too_large_names_the_largest_useful_one(
     name: str, corpus: Path, peptrain_: Command
 ) -> None:
     error = peptrain_(f"train {name} --run run", *flags(name, corpus, method__rank=100)).error
-    largest = re.search(r"method.rank: at 100 .* largest useful rank of this model is (\d+)", error)
+    largest = re.search(r"method.rank: rank 100 saves .*the largest useful rank is (\d+)", error)
     assert largest
     for rank, code in ((int(largest[1]), 0), (int(largest[1]) + 1, 1)):
         given = flags(name, corpus, method__rank=rank, train__steps=3)

@@ -402,9 +402,9 @@ def test_lines_tell_what_begins_and_ends(
     assert main(["compare", str(grid), "--out", str(out), "--workers", "1"]) == 1
     said = capsys.readouterr().out.splitlines()
     one, other = fakes.started
-    assert said[0] == f"begun     {one}"
+    assert said[0] == f"started   {one}"
     assert said[1].startswith(f"finished  {one}  held-out loss 3.0000  (1 done, 1 running, 0 left")
-    assert said[1].endswith(" min left)") and said[2] == f"begun     {other}"
+    assert said[1].endswith(" min left)") and said[2] == f"started   {other}"
     assert said[3].startswith(f"failed    {other}  RuntimeError: out of memory  (1 done,")
     assert main(["compare", str(grid), "--out", str(out), "--workers", "1"]) == 1
     assert capsys.readouterr().out.startswith("finished before: 1\nbegun ")

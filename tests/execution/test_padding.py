@@ -271,7 +271,7 @@ def test_what_padding_would_change_is_left_alone_and_said(
     with caplog.at_level("INFO", "peptrain"):
         assert pad_mlps(stack) == 0
     assert [r.message for r in caplog.records] == [
-        "2 MLPs of width 21: left as they are, padding changes them"
+        "2 MLPs of width 21: not padded, it would change results"
     ]
     assert all(type(m) is nn.Linear for m in stack.modules() if hasattr(m, "out_features"))
 

@@ -94,16 +94,16 @@ def test_a_bad_package_is_named_and_takes_nothing_along(outside: None) -> None:
     assert "Traceback" not in said
     for name in (*NAMES, *METHODS):
         assert f" {name} " in said
-    assert "'broken' (outside_broken:Broken of package outside) is left out: can't be" in said
+    assert "'broken' (outside_broken:Broken of package outside) is skipped: cannot be" in said
     assert "ImportError: its own library is missing" in said
-    assert "its class calls itself 'inner-name' and its entry point 'outer-name'" in said
-    assert "has a method 'bpt' already" in said
-    assert "'text' (outside_misfits:NO_METHOD of package outside) is left out: is no" in said
+    assert "its class has the name 'inner-name' and its entry point 'outer-name'" in said
+    assert "already has a method 'bpt'" in said
+    assert "'text' (outside_misfits:NO_METHOD of package outside) is skipped: not a" in said
     assert "Old.enter: this hook is now called on_phase_start; rename it" in said
     assert (
-        "'demanding' (outside_misfits:Demanding of package outside) is left out: can't be" in said
+        "'demanding' (outside_misfits:Demanding of package outside) is skipped: cannot be" in said
     )
-    assert "'bare' (outside_misfits:Bare of package outside) is left out: is no dataclass" in said
+    assert "'bare' (outside_misfits:Bare of package outside) is skipped: not a dataclass" in said
 
 
 def test_what_can_be_used_is_offered_and_ours_stay_ours(outside: None) -> None:
@@ -258,7 +258,7 @@ def test_the_learning_rate_of_each_named_group_is_kept_and_shown(
 def test_hooks_of_older_versions_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"Late\.accelerate: this hook is now called fuse"):
         type("Late", (Method,), {"accelerate": lambda self, model: None})
-    with pytest.raises(TypeError, match=r"takes \(model, sites, optim, phase\) now; add `sites`"):
+    with pytest.raises(TypeError, match=r"now takes \(model, sites, optim, phase\); add `sites`"):
         type("Late", (Method,), {"optimizer": lambda self, model, optim, phase: None})
     type("Fine", (Method,), {"enter": 0.5, "optimizer": lambda self, *given: None})
 

@@ -1,6 +1,6 @@
 """Parameter counts: the papers' tables, and closed forms for every preset and method."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -79,6 +79,12 @@ def embedding_parameters(model: PreTrainedModel) -> int:
 def test_full_training(preset: str, count: int) -> None:
     model = model_of(preset, "full")
     assert count_parameters(model) == count_parameters(model, trainable=True) == count
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_knows_how_many_parameters_it_has(preset: str) -> None:
+    shape = replace(PRESETS[preset], L=2)
+    assert count_parameters(model_of(preset, "full", layers=2)) == shape.parameters
 
 
 @pytest.mark.parametrize("name", ["lowrank", "loro"])

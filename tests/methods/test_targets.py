@@ -104,7 +104,7 @@ def test_exclude_beats_include_beats_the_rule_within_the_targets(
     if wanted:
         assert chosen(rank=rank, **given) == wanted
         return
-    message = rf"method\.rank: at {rank}" if open_to else r"method\.exclude: .*no matrix"
+    message = rf"method\.rank: rank {rank} saves" if open_to else r"method\.exclude: .*no matrix"
     with pytest.raises(ConfigError, match=message):
         chosen(rank=rank, **given)
 
@@ -112,15 +112,36 @@ def test_exclude_beats_include_beats_the_rule_within_the_targets(
 @pytest.mark.parametrize("key", ["targets", "include", "exclude"])
 @pytest.mark.parametrize("item", ["x", "qv", "Q", "proj", "q_pro", "model.layers.2.*", "q v"])
 def test_an_item_that_matches_nothing_is_an_error_that_names_it(key: str, item: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^method\.{key}: '{item.replace('*', '.')}"):
+    given = item.replace("*", ".")
+    with pytest.raises(ConfigError, match=rf"^method\.{key}: must be .* \(got '{given}'\)$"):
         chosen(**{key: f"q,{item}"})
 
 
 def test_the_largest_useful_rank_is_that_of_the_targets() -> None:
-    with pytest.raises(ConfigError, match=r"at 12 .* model is 7$"):
+    with pytest.raises(ConfigError, match=r"rank 12 saves no parameters .* rank is 7$"):
         chosen(rank=12, targets="attention")
-    with pytest.raises(ConfigError, match=r"at 12 .* model is 9$"):
+    with pytest.raises(ConfigError, match=r"rank 12 saves no parameters .* rank is 9$"):
         chosen(rank=12, targets="q,down")
+
+
+@pytest.mark.parametrize("name, saved", [("lowrank", "parameters"), ("galore", "optimizer state")])
+def test_a_rank_that_saves_nothing_names_the_largest_useful_one(name: str, saved: str) -> None:
+    """The method's own cost: at 96 x 128 both factors are 224 r of 12,288 numbers, and half of
+    GaLore's state is 176 r."""
+    site = Site("x", nn.ModuleDict({"x": nn.Linear(128, 96)}), 128)
+    largest = {"lowrank": 54, "galore": 69}[name]
+    method: Any = METHODS[name]
+    assert method(rank=largest).chosen([site]) == [site]
+    wanted = f"rank 5000 saves no {saved} in any matrix; the largest useful rank is {largest}"
+    with pytest.raises(ConfigError, match=rf"^method\.rank: {wanted}$"):
+        method(rank=5000).chosen([site])
+
+
+def test_where_no_rank_saves_anything_none_is_named() -> None:
+    site = Site("x", nn.ModuleDict({"x": nn.Linear(2, 2)}), 2)
+    wanted = "rank 1 saves no parameters in any matrix; no rank does"
+    with pytest.raises(ConfigError, match=rf"^method\.rank: {wanted}$"):
+        LowRank(rank=1).chosen([site])
 
 
 @targeted_methods
@@ -242,7 +263,7 @@ def test_a_trained_scale_counts_in_the_rule() -> None:
     """At 3 x 7 the factors of rank 2 are 20 of 21 numbers, and the scale is the 21st."""
     site = Site("x", nn.ModuleDict({"x": nn.Linear(7, 3)}), 16)
     assert LoRA(rank=2).chosen([site]) == [site]
-    with pytest.raises(ConfigError, match=r"at 2 .* model is 1$"):
+    with pytest.raises(ConfigError, match=r"rank 2 saves .* rank is 1$"):
         LoRA(rank=2, train_scale=True).chosen([site])
 
 

@@ -225,7 +225,7 @@ def test_a_model_that_changes_its_logits_keeps_the_plain_form(
     with caplog.at_level("INFO", "peptrain"):
         loss = NextTokenLoss(built.eval())
     (said,) = [r.message for r in caplog.records if r.name == "peptrain"]
-    assert "changes its logits" in said
+    assert "changes its head's logits" in said
     wanted = token_loss(built(input_ids=windows()[:, :-1]).logits, windows()[:, 1:])
     assert torch.equal(loss(windows()), wanted)
 

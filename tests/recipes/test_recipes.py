@@ -252,7 +252,7 @@ METHOD = '[method]\nname = "full"\n'
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("recipe = 3\n" + METHOD, "recipe: 3 must be a table, [recipe]"),
+        ("recipe = 3\n" + METHOD, "recipe: must be a table, [recipe] (got 3)"),
         ("[recipes]\ntitle = 'x'\n" + METHOD, "recipes: unknown key; known are method, model,"),
     ],
 )

@@ -49,9 +49,9 @@ BPT_SECTION = '[method]\nname = "bpt"\n'
         (BPT_SECTION + "[train]\nseed = -1", "train.seed: must be >= 0 (got -1)"),
         (BPT_SECTION + "train = 3", "method.train: unknown key"),
         ("train = 3\n" + BPT_SECTION, "train: 3 must be a table, [train]"),
-        ("method = 'bpt'", "method: 'bpt' must be a table; write name = \"bpt\""),
+        ("method = 'bpt'", "method: must be a table (got 'bpt'); write name = \"bpt\""),
         ("[method]\nrank = 3", "method.name: missing"),
-        ("[method]\nname = 'btp'", "method.name: 'btp' is unknown; known are full, bpt,"),
+        ("[method]\nname = 'btp'", "method.name: unknown method 'btp'; choose from full, bpt,"),
         ("[method]\nname = ['bpt']", "method.name: ['bpt'] is unknown"),
         ("[train]\nsteps = 3", "method.name: missing"),
         (BPT_SECTION + "rank = '3'", "method.rank: '3' has the wrong type or value; give a whole"

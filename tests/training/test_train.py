@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[PeptrainError], str]] = {
     "a warm-up as long as the run": (
         {"schedule": {"warmup": STEPS}},
         ConfigError,
-        r"schedule\.warmup: 8 .* leave nothing",
+        r"schedule\.warmup: must be less than the 8 steps of the run \(got 8\)",
     ),
     "heads that don't divide": (
         {"model": {"heads": 3}},

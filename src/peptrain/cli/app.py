@@ -1,4 +1,4 @@
-"""The command: argv to one function call."""
+"""The `peptrain` command: parse arguments and call one function."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from peptrain import __version__, recipes
-from peptrain.cli.parsing import MARKERS, REGISTRY, check_names
+from peptrain.cli.parsing import MARKERS, UNSET, check_names, paragraphs, registry
 from peptrain.errors import Interrupted, PeptrainError
 
 if TYPE_CHECKING:
@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("peptrain")
 console = Console(quiet=os.environ.get("RANK", "0") != "0", emoji=False)
-"""Of several ranks the first one speaks; errors come from all."""
+"""Only rank 0 prints. Errors are printed by every rank, to stderr."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it worked, 1 for an error, 130 when a signal ended it.
+    """Run one command. Return 0 on success, 1 on an error, 130 after Ctrl-C or SIGTERM.
 
-    A command line that can't be parsed leaves by SystemExit(2), --help by SystemExit(0).
+    Raises SystemExit(2) for a command line that can't be parsed, SystemExit(0) after --help.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    essential_only = args[0] in ("train", "estimate") and bool({"-h", "--help"} & {*args})
+    args = ["--help" if arg == "--help-all" else arg for arg in args]
     _set_up_output()
     if "--json" in args:
         _log_on(Console(stderr=True, emoji=False))
@@ -45,10 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(__version__, highlight=False)
         return 0
     try:
-        app, args = _app(args or ["--help"])
-        app.cli(
-            prog="peptrain", description=DESCRIPTION, args=args, config=MARKERS, registry=REGISTRY
-        )
+        app, args = _app(args, essential_only)
+        rules = registry(essential_only=essential_only)
+        app.cli(prog="peptrain", description=DESCRIPTION, args=args, config=MARKERS, registry=rules)
     except Interrupted as stop:
         console.print(f"[yellow]{escape(str(stop))}", highlight=False, soft_wrap=True)
         return 130
@@ -64,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 DESCRIPTION = f"""Parameter-efficient pre-training of language models ({__version__}).
 
-Start with `peptrain demo`, or `peptrain train bpt`: both run as they are."""
+Start with `peptrain demo` or `peptrain train bpt`: both run without further settings."""
 
 
 def _set_up_output() -> None:
-    """Our own log on the terminal, and the libraries' chatter off."""
+    """Log to the terminal, and silence progress bars and notices of the Hugging Face libraries."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -80,9 +81,11 @@ def _log_on(console: Console) -> None:
     log.setLevel(logging.INFO)
 
 
-def _app(args: list[str]) -> tuple[tyro.extras.SubcommandApp, list[str]]:
-    """The commands, and the arguments for them. Of those whose flags need PyTorch only the one that
-    is called has its flags; the others are there to be listed."""
+def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandApp, list[str]]:
+    """Build the subcommands, and complete `args` by the method that a configuration file names.
+
+    Flags that need PyTorch are built only for the command that `args` calls.
+    """
     app, data = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
     called = args[0]
     by_method: dict[str, Any] = {"train": _listed(TRAIN), "estimate": _listed(ESTIMATE)}
@@ -92,24 +95,25 @@ def _app(args: list[str]) -> tuple[tyro.extras.SubcommandApp, list[str]]:
 
         args, given = flags.with_config_file(args)
         command, summary = (_train_by, TRAIN) if called == "train" else (_estimate_by, ESTIMATE)
-        by_method[called] = flags.by_method(command, given, summary)
+        method, note = next(iter(args[1:]), None), SHORT_HELP if essential_only else ""
+        by_method[called] = flags.by_method(command, given, summary, method, note)
     data.__doc__ = "Prepare text for training."
     data.command(name="prepare")(_prepare_command() if called == "data" else _listed(""))
     app.command(by_method["train"], name="train")
-    app.command(name="resume")(_resume)
+    app.command(name="resume")(paragraphs(_resume))
     app.command(by_method["estimate"], name="estimate")
-    app.command(name="demo")(_demo)
-    app.command(name="compare")(_compare)
-    app.command(name="eval")(_eval)
-    app.command(name="export")(_export)
+    app.command(name="demo")(paragraphs(_demo))
+    app.command(name="compare")(paragraphs(_compare))
+    app.command(name="eval")(paragraphs(_eval))
+    app.command(name="export")(paragraphs(_export))
     app.command(data, name="data")
-    app.command(name="methods")(_methods)
-    app.command(name="recipes")(_recipes)
+    app.command(name="methods")(paragraphs(_methods))
+    app.command(name="recipes")(paragraphs(_recipes))
     return app, args
 
 
 def _listed(summary: str) -> Callable[[], None]:
-    """A command that is listed and not called."""
+    """A command that only appears in the list of commands."""
 
     def command() -> None:
         raise AssertionError("its flags were not built")
@@ -118,8 +122,9 @@ def _listed(summary: str) -> Callable[[], None]:
     return command
 
 
-TRAIN = "Train a model by one of the methods, into a new run directory."
-ESTIMATE = "Say what a run would take, in parameters, bytes and operations, without running it."
+TRAIN = "Train a model from scratch with one of the methods."
+ESTIMATE = "Estimate parameters, memory and FLOPs of a run without running it."
+SHORT_HELP = "These are the most used settings. --help-all shows all of them."
 
 
 def _train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
@@ -127,26 +132,26 @@ def _train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..
         """Train.
 
         Args:
-            options: Of the run.
-            config: A TOML file with any of these settings; a flag overrides it. A run's own
-                config.toml replays the run.
-            recipe: The settings of a row of a paper's table instead (`peptrain recipes` lists
-                them); a flag overrides them.
+            options: The settings of the run.
+            config: TOML file with any of these settings. Flags override it. The config.toml of a
+                run repeats that run.
+            recipe: Use the settings of a row of a paper's table (`peptrain recipes` lists them).
+                Flags override them.
         """
         from peptrain.cli.flags import say_what_a_preset_leaves
         from peptrain.training.loop import train
 
         if recipe is not None and options.data.path is None:
             corpus = recipes.about(recipe).data
-            log.warning("--recipe %s: is for %s; without --data.path it trains on the corpus that"
-                        " comes with peptrain", recipe, corpus)  # fmt: skip
+            log.warning("--recipe %s: made for %s; without --data.path it trains on the corpus"
+                        " that comes with peptrain", recipe, corpus)  # fmt: skip
         say_what_a_preset_leaves(given, options)
         _watched(lambda observe: train(options, observe))
 
     train.__annotations__ |= {
         "options": options_type,
-        "config": Path | None,
-        "recipe": str | None,
+        "config": Annotated[Path | None, UNSET],
+        "recipe": Annotated[str | None, UNSET],
         "return": None,
     }
     return train
@@ -164,12 +169,12 @@ def _estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable
         """Estimate.
 
         Args:
-            options: Of the run.
-            config: A TOML file with any of these settings; a flag overrides it.
-            recipe: The settings of a row of a paper's table instead (`peptrain recipes`).
-            gpu_memory: Such as 24GiB: say what fits into it, the largest micro-batch and rank.
-            ranks: Processes that torchrun would start, each with a replica.
-            json: Print JSON for programs; what is logged goes to standard error.
+            options: The settings of the run.
+            config: TOML file with any of these settings. Flags override it.
+            recipe: Use the settings of a row of a paper's table (`peptrain recipes` lists them).
+            gpu_memory: GPU memory such as 24GiB. Adds the largest micro-batch and rank that fit.
+            ranks: Number of DDP processes (GPUs), each with a full replica.
+            json: Print JSON. Log messages go to stderr.
         """
         from peptrain.cli.flags import say_what_a_preset_leaves
         from peptrain.cli.progress import fitting
@@ -181,8 +186,8 @@ def _estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable
             made = estimate(options, ranks=ranks, gpu_memory=budget, watch=watch)
         _show(made, json)
 
-    flags: dict[str, Any] = {"config": Path | None, "recipe": str | None, "gpu_memory": str | None}
-    flags |= {"ranks": int, "json": bool}
+    flags: dict[str, Any] = {"config": Annotated[Path | None, UNSET], "ranks": int, "json": bool}
+    flags |= dict.fromkeys(("recipe", "gpu_memory"), Annotated[str | None, UNSET])
     estimate.__annotations__ |= {"options": options_type, **flags, "return": None}
     return estimate
 
@@ -200,12 +205,12 @@ def _show(made: Estimate, as_json: bool) -> None:
 
 
 def _print_wide(table: Table) -> None:
-    """Where the width is nobody's, in a file or a pipe, a line for each row."""
+    """Print at the terminal's width; in a file or a pipe keep each row on one line."""
     (console if console.is_terminal else Console(width=160, emoji=False)).print(table)
 
 
 def _watched(training: Callable[[Any], Any]) -> Any:
-    """Run a training under a progress display that never outlives it."""
+    """Train with a progress display, and close it whatever happens."""
     from peptrain.cli.progress import TrainingProgress
 
     progress = TrainingProgress(console)
@@ -216,21 +221,21 @@ def _watched(training: Callable[[Any], Any]) -> Any:
 
 
 def _resume(run: Positional[Path]) -> None:
-    """Go on with a run that was stopped, from its newest whole checkpoint.
+    """Resume a run from its latest complete checkpoint.
 
     Args:
-        run: The run directory.
+        run: Run directory.
     """
     from peptrain.training.loop import resume
 
     _watched(lambda observe: resume(run, observe))
 
 
-def _demo(run: Path | None = None) -> None:
-    """Train one small model on real English by full training, ReLoRA, BPT and LORO: two minutes.
+def _demo(run: Annotated[Path | None, UNSET] = None) -> None:
+    """Compare full training, ReLoRA, BPT and LORO on a small model in two minutes.
 
     Args:
-        run: The directory for the four runs. Unset: runs/demo-N, the first N that is free.
+        run: Directory for the four runs. Unset: runs/demo-N, the first free N.
     """
     from peptrain.comparison.demo import NEXT_STEPS, comparison, demo
     from peptrain.runs.directory import first_free
@@ -241,15 +246,18 @@ def _demo(run: Path | None = None) -> None:
     console.print(NEXT_STEPS, soft_wrap=True, highlight=False)
 
 
-def _compare(grid: Positional[Path], out: Path, workers: int | None = None) -> None:
-    """Train a grid of runs at equal tokens, FLOPs or time, and print their table; a second call
-    goes on.
+def _compare(
+    grid: Positional[Path], out: Path, workers: Annotated[int | None, UNSET] = None
+) -> None:
+    """Train a grid of runs at equal tokens, FLOPs or time and tabulate them.
+
+    Calling it again with the same grid resumes what is unfinished.
 
     Args:
-        grid: A TOML file: [base] for all runs, a [[grid]] block per set of them; any value may be
-            a list; equal = "tokens", "flops" or "time".
-        out: The directory of the runs and of the table, as Markdown, CSV, LaTeX and JSON.
-        workers: Runs at a time. Unset: one per GPU, or else one per core.
+        grid: TOML file: [base] holds the settings of all runs, each [[grid]] block a set of runs.
+            Any value may be a list. equal = "tokens", "flops" or "time".
+        out: Directory for the runs and the table, as Markdown, CSV, LaTeX and JSON.
+        workers: Number of simultaneous runs. Unset: one per GPU, or one per CPU core.
     """
     from peptrain.cli.progress import comparing
     from peptrain.comparison.compare import compare
@@ -262,26 +270,26 @@ def _compare(grid: Positional[Path], out: Path, workers: int | None = None) -> N
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     if failed := sum(len(line.errors) for line in made.lines):
         raise PeptrainError(
-            f"{failed} of {sum(line.runs for line in made.lines)} runs failed, see {out}/logs;"
-            " the same command tries them again"
+            f"{failed} of {sum(line.runs for line in made.lines)} runs failed (see {out}/logs);"
+            " run the same command to try them again"
         )
 
 
 def _eval(
     run: Positional[Path],
-    data: Path | None = None,
-    batch_size: int | None = None,
+    data: Annotated[Path | None, UNSET] = None,
+    batch_size: Annotated[int | None, UNSET] = None,
     legacy: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
-    """Held-out perplexity of a run, weighted by tokens.
+    """Compute the held-out perplexity of a run, per token.
 
     Args:
-        run: The run directory.
-        data: Another prepared corpus whose held-out part to use. Unset: the run's own.
-        batch_size: Sequences at a time; changes nothing but speed and memory, except with legacy.
-        legacy: Divide by batches + 1 like the older repositories, to match their tables.
-        device: auto takes a GPU if there is one.
+        run: Run directory.
+        data: Prepared corpus whose held-out part to use. Unset: that of the run.
+        batch_size: Sequences per forward pass. Changes only speed and memory, except with legacy.
+        legacy: Divide by batches + 1, as the papers' repositories do, to match their tables.
+        device: auto uses a GPU if there is one.
     """
     from peptrain.distributed.world import world
     from peptrain.eval.run import evaluate
@@ -300,12 +308,13 @@ def _eval(
 def _export(
     run: Positional[Path], out: Path, form: Literal["dense", "factorised"] = "dense"
 ) -> None:
-    """Write a run as a Hugging Face directory, checked by comparing logits.
+    """Export a run to the Hugging Face format and compare its logits.
 
     Args:
-        run: The run directory.
-        out: The directory to make.
-        form: dense loads anywhere; factorised is smaller (lowrank, loro), for load_factorised.
+        run: Run directory.
+        out: Directory to create.
+        form: dense loads in transformers and other tools. factorised keeps the factors B and A
+            (lowrank, loro): smaller, loaded with peptrain.load_factorised.
     """
     from peptrain.exporting.export import export
 
@@ -322,10 +331,11 @@ def _prepare_command() -> Callable[..., None]:
         inputs: Positional[tuple[str, ...]]
         """Text, JSON Lines or Parquet files, directories of them, or hf:ID[:CONFIG[:SPLIT]]."""
         held_out_inputs: tuple[str, ...] = ()
-        """Inputs to hold out instead; those that are also among the inputs are not trained on."""
+        """Inputs to hold out, in place of a share of the documents. If they are also among the
+        inputs, they are not trained on."""
 
     def command(config: Any) -> None:
-        """Turn text into token shards."""
+        """Tokenize text into shards for training."""
         with preparing(console) as on_progress:
             made = prepare(config, on_progress)
         console.print(
@@ -343,28 +353,35 @@ def _prepare_command() -> Callable[..., None]:
 
 
 def _methods() -> None:
-    """List the methods with their equations and learning rates, and the model presets."""
+    """List the methods, what each is for, and the model presets."""
     from peptrain.methods import methods
     from peptrain.methods.base import Method
     from peptrain.models.presets import PRESETS
 
-    table = Table("method", "weight", "default lr", box=None)
+    table = Table("method", "use it for", "weight of a layer", "default lr", box=None)
     for name, cls in methods().items():
-        table.add_row(
-            name, escape(cls.equation), f"{cls.optim_defaults.lr or Method.optim_defaults.lr:g}"
-        )
+        lr = f"{cls.optim_defaults.lr or Method.optim_defaults.lr:g}"
+        table.add_row(name, escape(cls.purpose), escape(cls.equation), lr)
     console.print(table)
-    console.print(f"\npresets: {', '.join(PRESETS)}", highlight=False, soft_wrap=True)
+    presets = Table("preset", "family", box=None)
+    for column in ("parameters", "d", "f", "layers", "heads", "kv heads", "vocab"):
+        presets.add_column(column, justify="right")
+    for name, shape in PRESETS.items():
+        sizes = (shape.d, shape.f, shape.L, shape.heads, shape.kv, shape.V)
+        millions = f"{shape.parameters / 1e6:,.1f}M"
+        presets.add_row(name, shape.family, millions, *map(str, sizes))
+    console.print("", presets)
+    console.print("\n`peptrain train METHOD --model.preset PRESET` trains one.", highlight=False)
 
 
-def _recipes(name: Positional[str | None] = None) -> None:
-    """List the recipes: the settings of the papers' tables, with what each should come to.
+def _recipes(name: Annotated[Positional[str | None], UNSET] = None) -> None:
+    """List the settings of the papers' tables, with the results to expect.
 
     Args:
-        name: A recipe to print in full, as the file that `peptrain train --config` takes.
+        name: Print this recipe as a TOML file for `peptrain train --config`.
     """
     if name is not None:
-        # No end of its own, so that a file written from it is the recipe's, byte for byte.
+        # No newline added, so that redirecting to a file copies the recipe byte for byte.
         console.print(recipes.text(name), markup=False, highlight=False, soft_wrap=True, end="")
         return
     table = Table("recipe", "method", "parameters", "trainable", "tokens", "expected", box=None)

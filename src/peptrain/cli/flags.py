@@ -1,4 +1,4 @@
-"""A run's configuration as flags of a command, for tyro."""
+"""The settings of a run as command-line flags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import arg
 
 from peptrain import recipes
-from peptrain.cli.parsing import named
+from peptrain.cli.parsing import named, paragraphs
 from peptrain.config import RunConfig, load
 from peptrain.errors import ConfigError
 from peptrain.methods import methods
@@ -25,16 +25,15 @@ log = logging.getLogger("peptrain")
 
 
 def with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | None]:
-    """What --config or --recipe names, and the arguments with its method in them if they name none:
-    those of `train` or `estimate`.
+    """Read the file of --config or --recipe, and insert its method into `args` if they have none.
 
-    The file has to be read before tyro parses, because its values are the flags' defaults. Raises
-    ConfigError for an unknown method, recipe or file.
+    The file is read before tyro parses `args` because its values are the defaults of the flags.
+    Raises ConfigError for an unknown method, recipe or file.
     """
     method = args[1] if args[1:] and not args[1].startswith("-") else None
     if method is not None and method not in methods():
         hint = nearest(method, methods())
-        raise ConfigError(f"method {method!r}: unknown; {hint}`peptrain methods` lists them")
+        raise ConfigError(f"method {method!r}: unknown; {hint}`peptrain methods` lists all")
     wanted = named(args)
     if wanted.config is None and wanted.recipe is None:
         return args, None
@@ -43,27 +42,27 @@ def with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | No
         return [args[0], given.method.name, *args[1:]], given
     if method != given.method.name:
         raise ConfigError(
-            f"{source}: configures {given.method.name}, and {method} was asked for; leave the"
+            f"{source}: is for {given.method.name}, but the command says {method}; leave the"
             " method out of the command or change [method] in the file"
         )
     return args, given
 
 
 def _configuration(file: Path | None, recipe: str | None) -> tuple[RunConfig[Method], str]:
-    """What is in the file or the recipe, and the flag that named it."""
+    """Load the file or the recipe; return it with the flag that named it, for errors."""
     if file is None:
         assert recipe is not None
         return recipes.load(recipe), f"--recipe {recipe}"
     if recipe is not None:
         raise ConfigError(
-            f"--config {file}: comes with --recipe {recipe}; give one of them, or print the recipe"
-            f" with `peptrain recipes {recipe}` and change it"
+            f"--config {file}: can't be combined with --recipe {recipe}; give one of them, or save"
+            f" the recipe with `peptrain recipes {recipe} > FILE` and edit it"
         )
     return load(file), f"--config {file}"
 
 
 def say_what_a_preset_leaves(given: RunConfig[Method] | None, wanted: RunConfig[Any]) -> None:
-    """Of the sizes that the file `given` sets: a --model.preset that was `wanted` changes none."""
+    """Warn that --model.preset leaves those sizes alone that the configuration file sets."""
     if given is None or given.model.preset == wanted.model.preset:
         return
     sizes = {
@@ -75,7 +74,8 @@ def say_what_a_preset_leaves(given: RunConfig[Method] | None, wanted: RunConfig[
     }
     if sizes:
         log.warning(
-            "--model.preset %s: the sizes that the recipe or file sets stay (%s); each has a flag",
+            "--model.preset %s: keeps the sizes set by the recipe or file (%s); change them by"
+            " their own flags",
             wanted.model.preset,
             ", ".join(f"{name} {value}" for name, value in sizes.items()),
         )
@@ -85,22 +85,29 @@ def by_method(
     command: Callable[[Any, RunConfig[Method] | None], Callable[..., None]],
     given: RunConfig[Method] | None,
     summary: str,
+    called: str | None,
+    note: str,
 ) -> tyro.extras.SubcommandApp:
-    """A subcommand for each method, whose flags are those of a run with the method's own fields."""
+    """Build one subcommand per method, with the settings of a run as flags.
+
+    The help of the method `called` ends with `note`.
+    """
     app = tyro.extras.SubcommandApp()
     app.__doc__ = summary
     for name, cls in methods().items():
         chosen = given is not None and given.method.name == name
         default = given if chosen else _with_own_defaults(cls)
-        # true and false are written out here: a configuration file may set either.
+        # Flags take true or false, since a configuration file may set either.
         spelt_out = tyro.conf.FlagConversionOff
         options = Annotated[RunConfig[cls], arg(name="", default=default), spelt_out]  # type: ignore[valid-type]
-        app.command(name=name, help=_summary(cls))(command(options, given if chosen else None))
+        run = paragraphs(command(options, given if chosen else None))
+        text = f"{_summary(cls)}\n\n{note}" if note and name == called else _summary(cls)
+        app.command(name=name, help=text)(run)
     return app
 
 
 def _with_own_defaults(cls: type[Method]) -> RunConfig[Any]:
-    """A configuration in which the help shows the method's own defaults."""
+    """The defaults of a run by this method, for the help to show."""
     return RunConfig(
         method=cls(),
         optim=fill(OptimConfig(), cls.optim_defaults, Method.optim_defaults),

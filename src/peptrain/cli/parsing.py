@@ -1,13 +1,25 @@
-"""How arguments are spelt, for tyro, and names that can be checked before PyTorch is imported."""
+"""How tyro reads arguments and shows help, and checks that need no PyTorch."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
 
+import docstring_parser
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from peptrain import recipes
 from peptrain.errors import ConfigError
@@ -18,13 +30,72 @@ MARKERS = (
     tyro.conf.DisallowNone,
     tyro.conf.HelptextFromCommentsOff,
 )
-REGISTRY = ConstructorRegistry()
+UNSET = tyro.conf.arg(help_behavior_hint="")
+"""For an argument whose text says what happens without it: do not print `(default: None)`."""
 TRUTHS = {"true": True, "false": False, "True": True, "False": False}
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
-@REGISTRY.primitive_rule
-def _truth(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
-    """Values of bool are spelt as in a configuration file; Python's spelling is taken too."""
+def registry(*, essential_only: bool) -> ConstructorRegistry:
+    """Return tyro's rules for our types; `essential_only` leaves out all settings but those."""
+
+    def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
+        return _settings(info, essential_only)
+
+    made = ConstructorRegistry()
+    made.primitive_rule(_bool)
+    made.struct_rule(settings)
+    return made
+
+
+def _settings(info: StructTypeInfo, essential_only: bool) -> StructConstructorSpec | None:
+    """The fields of a dataclass, each explained by its docstring.
+
+    In place of tyro's own rule, which keeps a docstring's line breaks and prints a default of None.
+    """
+    if not is_dataclass(info.type) or info.type.__module__.startswith("tyro."):
+        return None
+    hints, texts = get_type_hints(info.type, include_extras=True), _docstrings(info.type)
+    shown = []
+    for field in fields(info.type):
+        default, hint = _default(field, info.default), hints[field.name]
+        if isinstance(hint, TypeVar):  # RunConfig's method
+            hint = type(default)
+        section = is_dataclass(hint)
+        if essential_only and not section and "essential" not in field.metadata:
+            hint = Annotated[hint, tyro.conf.Suppress]
+        if default is None:
+            hint = Annotated[hint, UNSET]
+        shown.append(StructFieldSpec(field.name, hint, default, texts.get(field.name)))
+    return StructConstructorSpec(instantiate=info.type, fields=tuple(shown))
+
+
+def _default(field: Field[Any], given: Any) -> Any:
+    if hasattr(given, field.name):
+        return getattr(given, field.name)
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return tyro.MISSING if field.default is MISSING else field.default
+
+
+def _docstrings(cls: type) -> dict[str, str]:
+    """What stands under each field of a class and of its bases, without line breaks."""
+    found = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for field in docstring_parser.parse_from_object(base).params:
+            found[field.arg_name] = " ".join((field.description or "").split())
+    return found
+
+
+def paragraphs(command: Command) -> Command:
+    """Join the lines of each paragraph and argument of `command`'s docstring, for tyro to wrap."""
+    text = inspect.cleandoc(command.__doc__ or "")
+    command.__doc__ = re.sub(r"(?<=\S)\n(?: {8}|(?! ))(?=\S)", " ", text)
+    return command
+
+
+def _bool(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
+    """Read booleans as configuration files spell them, true and false, or as Python does."""
     if info.type is not bool:
         return None
     return PrimitiveConstructorSpec(
@@ -38,17 +109,17 @@ def _truth(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
 
 
 def named(args: Sequence[str]) -> argparse.Namespace:
-    """What --config, --recipe, --model.config and --model.preset give; the rest is tyro's."""
+    """Return the values of --config, --recipe, --model.config and --model.preset."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for path in ("--config", "--model.config"):
-        parser.add_argument(path, type=Path, nargs="?")  # a missing value is tyro's to report
+        parser.add_argument(path, type=Path, nargs="?")  # tyro reports a missing value
     for name in ("--recipe", "--model.preset"):
         parser.add_argument(name, nargs="?")
     return parser.parse_known_args(args)[0]
 
 
 def check_names(args: Sequence[str]) -> None:
-    """Raise ConfigError for a recipe or preset that doesn't exist, before anything is imported."""
+    """Raise ConfigError for an unknown recipe or preset, before PyTorch is imported."""
     given = vars(named(args))
     if given["recipe"] is not None:
         recipes.text(given["recipe"])

@@ -1,4 +1,4 @@
-"""What a person sees while training: a bar on a terminal, plain lines in a file."""
+"""Progress displays: a bar on a terminal, plain lines in a file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from peptrain.comparison.workers import Status
 
 EVENTS = ("merges", "exact_steps")
-"""Counts that methods report between steps."""
+"""Counts reported by methods that are shown with the loss."""
 
 
 class TrainingProgress:
-    """An observer: loss, held-out loss, learning rate, tokens/s, merges and the time left."""
+    """Observer of a training that shows loss, held-out loss, rates, tokens/s and time left."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -40,14 +40,14 @@ class TrainingProgress:
             self.close()
             self._say(f"held-out loss {row['held_out_loss']:.4f}, run saved in {self._seen['run']}")
         elif row["event"] == "phase":
-            self._say(f"step {row['step']}: {self._trainable()} from here on")
+            self._say(f"step {row['step']}: {self._trainable()} from now on")
         elif self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=row["step"], state=self._state())
         elif row["event"] in ("eval", "checkpoint"):
             self._say(f"step {row['step']}/{self._seen['steps']}  {self._state()}")
 
     def close(self) -> None:
-        """Take the bar off the terminal; also when training ends early."""
+        """Remove the bar from the terminal. Also called when training ends early."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -91,26 +91,26 @@ class TrainingProgress:
         return "  ".join(parts)
 
     def _rates(self) -> str:
-        """The learning rate, and in brackets those of groups that have names."""
+        """The learning rate, followed by those of named parameter groups in brackets."""
         named = {k.removeprefix("lr_"): v for k, v in self._seen.items() if k.startswith("lr_")}
         listed = ", ".join(f"{name} {rate:.1e}" for name, rate in named.items())
         return f"lr {self._seen['lr']:.1e}" + (f" ({listed})" if listed else "")
 
     def _minutes_left(self) -> float:
-        """At the pace so far, evaluations and checkpoints included."""
+        """Time left at the average speed so far, evaluations and checkpoints included."""
         done = self._seen["step"] - self._from
         left = self._seen["steps"] - self._seen["step"]
         return float((time.monotonic() - self._since) / max(done, 1) * left / 60)
 
     def _say(self, text: str) -> None:
-        if text != self._said:  # an evaluation and a checkpoint at one step say the same
+        if text != self._said:  # an evaluation and a checkpoint of one step give the same line
             self._said = text
             line = f"[bold]{self._seen['method']}[/]  {escape(text)}"
             self._console.print(line, highlight=False, soft_wrap=True)
 
 
 class _BarAndState(Progress):
-    """A bar, and below it the state, which leaves no room for a bar in 80 columns."""
+    """A progress bar with the state on a line of its own, so that both fit into 80 columns."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
@@ -120,7 +120,7 @@ class _BarAndState(Progress):
 
 @contextmanager
 def preparing(console: Console) -> Iterator[Callable[[ProgressReport], None]]:
-    """A bar over the work where its end is known; documents, tokens and tokens/s so far."""
+    """Show documents, tokens and tokens/s, and a bar if the amount of work is known."""
     columns = (TextColumn("preparing"), BarColumn(bar_width=20), TimeRemainingColumn())
     with _BarAndState(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None, state="")
@@ -129,7 +129,7 @@ def preparing(console: Console) -> Iterator[Callable[[ProgressReport], None]]:
         def show(done: ProgressReport) -> None:
             nonlocal since, before
             now = time.monotonic()
-            if before < 0:  # what was finished before an interruption is not of this pace
+            if before < 0:  # work done before an interruption does not count
                 since, before = now, done.tokens
             total = None if done.share is None else 1.0
             state = preparation_state(done, now - since, before)
@@ -139,15 +139,15 @@ def preparing(console: Console) -> Iterator[Callable[[ProgressReport], None]]:
 
 
 def preparation_state(done: ProgressReport, seconds: float, before: int) -> str:
-    """Documents, tokens, and the pace of the tokens since there were `before`, seconds ago."""
+    """Documents, tokens, and tokens/s since there were `before` tokens, `seconds` ago."""
     pace = f"  {(done.tokens - before) / seconds:,.0f} tok/s" if seconds > 0 else ""
     return f"{done.documents:,} documents  {done.tokens:,} tokens{pace}"
 
 
 @contextmanager
 def fitting(console: Console) -> Iterator[Callable[[str], None]]:
-    """On a terminal, and only there: what a search for what fits into memory tries."""
-    # What is printed meanwhile is left alone: it may go to a file, and this console's is another.
+    """On a terminal, show what the search for the largest micro-batch and rank is trying."""
+    # Output is not redirected: stdout may be a file, and this console writes to stderr.
     with Live(console=console, transient=True, auto_refresh=False,
               redirect_stdout=False, redirect_stderr=False) as live:  # fmt: skip
 
@@ -160,7 +160,7 @@ def fitting(console: Console) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
-    """A line for each run that begins or ends; on a terminal below them what is running now."""
+    """Print a line when a run starts or ends. On a terminal, show the current runs below."""
     told: set[str] = set()
 
     def tell(key: str, line: str) -> None:
@@ -174,14 +174,14 @@ def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
             if status.before:
                 tell("before", f"finished before: {status.before}")
             if status.interrupted:
-                tell("stop", "stopping: the running ones save first")
+                tell("stop", "stopping: the running ones save a checkpoint first")
             for name, result in status.finished.items():
                 tell(name, f"finished  {name}  {result}  ({standing(status)})")
             for name, error in status.failed.items():
                 tell(name, f"failed    {name}  {error}  ({standing(status)})")
             for working in [] if console.is_terminal else status.running.values():
                 at = f"  from step {working.begun}" if working.begun else ""
-                tell(f"begin {working.job.name}", f"begun     {working.job.name}{at}")
+                tell(f"begin {working.job.name}", f"started   {working.job.name}{at}")
             if console.is_terminal:
                 live.update(Text("\n".join(_running(status))), refresh=True)
 
@@ -189,7 +189,7 @@ def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
 
 
 def standing(status: Status) -> str:
-    """How many runs are done, running and left, and the time they take."""
+    """Number of runs done, running and left, and the time left."""
     done = status.before + len(status.finished)
     parts = [f"{done} done", f"{len(status.running)} running", f"{len(status.waiting)} left"]
     parts += [f"{len(status.failed)} failed"] if status.failed else []

@@ -1,1 +1,1 @@
-"""How a model is run in training, fast, with the same results."""
+"""Run models fast in training without changing their results."""

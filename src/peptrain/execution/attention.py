@@ -1,4 +1,4 @@
-"""Attention over whole windows: without masks, by the kernel that is fast for their length."""
+"""Attention over full windows, without masks and with the fastest kernel for their length."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ if TYPE_CHECKING:
 log = logging.getLogger("peptrain")
 
 WHOLE_WINDOWS = "causal_sdpa"
-"""Hugging Face's own attention under a name that it makes no masks for."""
+"""Name of Hugging Face's own attention for which it builds no masks."""
 
 
 SHORT = 64
-"""Tokens of a window up to which cuDNN's attention is not the fastest: 512 windows of 32 tokens and
-32 heads of 64 take it 348 µs on an H200, the memory-efficient one 193."""
+"""Longest window, in tokens, for which cuDNN's attention is not the fastest. For 512 windows of 32
+tokens and 32 heads of 64 it takes 348 µs on an H200, memory-efficient attention 193."""
 
 
 TRITON = find_spec("triton") is not None
-"""Looked up once, not in every layer of every pass."""
+"""Checked once at import instead of in every layer of every pass."""
 
 
 @torch.no_grad()
 def attend_without_masks(model: PreTrainedModel, seq_len: int) -> bool:
-    """Let attention be causal by PyTorch's flag alone: every window is whole. Whether it could.
+    """Make attention causal by PyTorch's `is_causal` flag instead of masks.
 
-    Hugging Face looks in each forward pass whether windows are packed from several texts, and so
-    waits for the device; and for a model that is being recorded or traced it builds the mask that
-    fast kernels don't take. A model whose logits change, such as one with a sliding window, keeps
-    its masks. One without them takes no padding, no cache with several new tokens, and none of
-    a fixed length (`StaticCache`), whose empty places it would attend to.
+    Return whether that was possible. In each forward pass Hugging Face checks whether windows are
+    packed from several texts, which synchronises with the device. For a model that is being
+    captured or traced it builds a mask that the fast kernels don't accept. A model whose logits
+    would change, such as one with a sliding window, keeps its masks. Without masks a model must not
+    be given padding, a cache with several new tokens, or a cache of fixed length (`StaticCache`),
+    whose empty positions it would attend to.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if model.config._attn_implementation != "sdpa":
         return False
-    # Asked of Hugging Face's function itself, whose numbers are the same to the last bit.
+    # Compare with Hugging Face's own function, which is bit-identical if masks make no difference.
     AttentionInterface.register(WHOLE_WINDOWS, sdpa_attention_forward)
     ids = torch.arange(seq_len, device=model.device)[None] % vocabulary_size(model)
     with evaluating(model):
@@ -56,7 +57,7 @@ def attend_without_masks(model: PreTrainedModel, seq_len: int) -> bool:
     AttentionInterface.register(WHOLE_WINDOWS, _attention)
     if not same:
         model.set_attn_implementation("sdpa")
-        log.info("attention keeps Hugging Face's masks, which do more than hide later tokens")
+        log.info("keeping Hugging Face's attention masks: they do more than hide later tokens")
     return same
 
 
@@ -68,7 +69,7 @@ def _attention(
     attention_mask: Tensor | None = None,
     **own: Any,
 ) -> Any:
-    """Hugging Face's attention, q: [rows, heads, L, d], by the kernel that is fast for L."""
+    """Compute Hugging Face's attention, q: [rows, heads, L, d], with the fastest kernel for L."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if q.shape[2] > SHORT:

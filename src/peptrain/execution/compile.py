@@ -1,4 +1,4 @@
-"""How a Hugging Face model is run: compiled, recomputed, without masks. Never what it computes."""
+"""Compile decoder layers and recompute their activations, without changing what they compute."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ log = logging.getLogger("peptrain")
 
 @cache
 def inductor_with_passes(memory_budget: float) -> Callable[..., Any]:
-    """PyTorch's own compiler with our passes. One function for all layers, or each of them would
-    be compiled again; another one for another budget, or a second model of the process would be
-    run with the code of the first."""
+    """Return PyTorch's own compiler with our graph passes added.
+
+    The function is cached per budget. If each layer had its own function, each would be compiled
+    again. If different budgets shared one, a second model in the process would run with the first
+    one's code.
+    """
 
     def compiled(graph: fx.GraphModule, inputs: Sequence[InputType]) -> Any:
         from torch._inductor.compile_fx import compile_fx  # seconds to import
@@ -46,11 +49,12 @@ def inductor_with_passes(memory_budget: float) -> Callable[..., Any]:
 
 
 def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
-    """torch.compile each decoder layer in place: one graph serves all, state keys stay. The norm
-    after the last of them is compiled as well.
+    """Compile each decoder layer and the final norm in place with torch.compile.
 
-    memory_budget: the part of the activations that a compiled layer may keep for its backward
-    pass, of those kept by default; 0 recomputes everything.
+    All layers share one graph, and the keys of the state dict don't change.
+
+    memory_budget: fraction of the activations kept by default that a compiled layer may keep for
+    its backward pass; 0 recomputes everything.
     """
     name, layers = decoder_layers(model)
     for layer in layers:
@@ -63,6 +67,6 @@ def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
-    name = "activation_checkpointing_enable"  # transformers 5.17 has the older name only
+    name = "activation_checkpointing_enable"  # transformers 5.17 only has the older name
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""What is seen of a computation, on real or fake tensors: bytes alive, products, decompositions."""
+"""Count live bytes, FLOPs of products and matrix decompositions, on real or fake tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MatrixShape = tuple[int, int]
 
 
 class _Mode(TorchDispatchMode):
-    """Sees every operation on the tensors of its context, after what is below it: fake tensors."""
+    """Observe every operation on tensors, after it ran in the modes below, such as fake tensors."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -32,17 +32,17 @@ class _Mode(TorchDispatchMode):
         return out
 
     def saw(self, func: Any, args: Any, out: object) -> None:
-        """An operation has run."""
+        """Called after an operation ran."""
         raise NotImplementedError
 
 
 class LiveBytes(_Mode):
-    """Bytes of the tensors that exist at once: `tensors`, and what is made under this mode.
+    """Track the bytes of live tensors: `tensors` and those created under this mode.
 
     Every storage counts once, from the operation that returns it until it is freed, rounded up to
-    a multiple of `grain`, as an allocator would. What a kernel takes and gives back while it runs
-    is not seen. (torch.distributed's MemTracker gives the same numbers to the byte, but refuses a
-    second micro-batch and layers whose input needs no gradient.)
+    a multiple of `grain`, as by an allocator. Workspaces that a kernel allocates and frees while it
+    runs are not seen. (torch.distributed's MemTracker gives the same values to the byte, but does
+    not support a second micro-batch or layers whose input needs no gradient.)
     """
 
     def __init__(self, tensors: object = (), grain: int = 1) -> None:
@@ -81,7 +81,7 @@ def _attention_backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
 
 
 def _as_many_heads(q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[Any, ...]:
-    """Keys and values serve several query heads each; older formulas want as many of them."""
+    """Expand k and v to q's head count: older FLOP formulas don't support grouped queries."""
     return tuple(q), (*q[:2], *k[2:]), (*q[:2], *v[2:])
 
 
@@ -97,8 +97,8 @@ ATTENTION: dict[Any, Callable[..., int]] = {
     aten.bmm: flop_registry[aten.bmm],
     aten.baddbmm: flop_registry[aten.baddbmm],
 }
-"""All L x L scores of a head count, as PyTorch's counter and the literature have it, though causal
-kernels skip half of them; the backward pass counts the scores again."""
+"""All L x L scores of a head are counted, as in PyTorch's counter and the literature, although
+causal kernels skip half of them. The backward pass counts the scores again."""
 PRODUCTS: dict[Any, Callable[..., int]] = {
     **{op: flop_registry[op] for op in (aten.mm, aten.addmm)},
     aten.addmm_: flop_registry[aten.addmm],
@@ -115,15 +115,16 @@ DECOMPOSITIONS = {
 
 
 class Products(_Mode):
-    """Floating-point operations of matrix products, two for a multiply-add, by what they are for.
+    """Count FLOPs of matrix products, two per multiply-add, by kind.
 
-    `flops` has those that involve `tokens` rows, `fixed` those of weights alone, such as W + B A,
-    which are the same for any number of tokens. Kinds: attention is between tokens; a product in a
-    module of shape n x m is dense if its sides are tokens, n and m, else low_rank; in one without a
-    shape it is dense; outside of all it is the head's. `decompositions` counts matrices.
+    `flops` contains the products with a side of `tokens`. `fixed` contains products of weights
+    alone, such as W + B A, which do not depend on the number of tokens. Products between tokens are
+    of kind attention. A product in a module of shape n x m is dense if its sides are tokens, n and
+    m, otherwise low_rank. In a module without a shape it is dense, and outside all modules it
+    belongs to the head. `decompositions` counts matrices.
 
-    A backward node is of the innermost module in whose forward pass it was made. `tokens` must be
-    no side of any parameter.
+    A backward node belongs to the innermost module in whose forward pass it was created. `tokens`
+    must differ from every side of every parameter.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class Products(_Mode):
         counts = self.flops if self.tokens in sides else self.fixed
         module = self._module()
         if module is None:
-            self.flops["head"] += flops  # in chunks of other numbers of tokens
+            self.flops["head"] += flops  # its chunks have other numbers of tokens
         elif (shape := self.modules[module]) is None or sides == sorted((self.tokens, *shape)):
             counts["dense"] += flops
         else:
@@ -168,7 +169,7 @@ class Products(_Mode):
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what happens in this context; modules are known by hooks that go with it."""
+        """Count operations in this context, with hooks on the modules that are removed after it."""
         begun: list[int] = []
 
         def enter(module: nn.Module, *_: object) -> None:
@@ -181,7 +182,7 @@ class Products(_Mode):
                 self._made_in.setdefault(node, module)
 
         handles = [module.register_forward_pre_hook(enter) for module in self.modules]
-        # A recomputed forward pass ends by an exception once all that was wanted is there.
+        # A recomputed forward pass ends with an exception once all needed activations are there.
         handles += [m.register_forward_hook(leave, always_call=True) for m in self.modules]
         try:
             with self:
@@ -192,13 +193,13 @@ class Products(_Mode):
 
 
 def _next_node() -> int:
-    """The number that the next node of the autograd graph gets."""
+    """Return the sequence number of the next node of the autograd graph."""
     number: int = torch._C._autograd._get_sequence_nr()
     return number
 
 
 class Operations(_Mode):
-    """How often each operation ran, but for views and casts."""
+    """Count how often each operation ran, except views and casts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,9 +212,9 @@ class Operations(_Mode):
 
 
 class Assent(_Mode):
-    """Every number that is read of a fake tensor is 1, every truth true.
+    """Return 1 (true) for every value read from a fake tensor.
 
-    For LORO's exact step, which reads whether its fast form was sound.
+    LORO's exact step needs this, because it reads whether its fast form succeeded.
     """
 
     def __torch_dispatch__(
@@ -225,7 +226,7 @@ class Assent(_Mode):
 
 
 class _Operation(Exception):
-    """A tensor was about to be touched."""
+    """An operation on tensors was about to run."""
 
 
 class _Abstinence(_Mode):
@@ -238,7 +239,7 @@ class _Abstinence(_Mode):
 
 
 def touches_tensors(action: Callable[[], object]) -> bool:
-    """Whether `action` would run an operation on tensors; it is stopped at the first."""
+    """Return whether `action` would run an operation on tensors; it stops before the first one."""
     try:
         with _Abstinence():
             action()

@@ -1,4 +1,4 @@
-"""The forward and backward passes of one batch: call by call, or recorded once and replayed."""
+"""Forward and backward passes of one batch, eager or captured in a CUDA graph and replayed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peptrain.errors import ConfigError, Unsupported
 from peptrain.models.hf import Precision, autocast
 
 ForwardBackward = Callable[[Sequence[Tensor]], Tensor]
-"""Micro-batches of windows to their mean loss, their gradients left in the parameters."""
+"""Map micro-batches of windows to their mean loss and leave the gradients in the parameters."""
 
 
 def uses_triton(
@@ -25,26 +25,34 @@ def uses_triton(
     *,
     recorded: bool,
 ) -> bool:
-    """Whether linear maps are fused by Triton. Raises ConfigError if that is asked for in vain."""
+    """Return whether linear maps are fused by Triton kernels.
+
+    `recorded` means that passes are captured in a CUDA graph. Raises ConfigError if `kernels` is
+    "triton" and Triton cannot be used.
+    """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     can = device.type == "cuda" or (kernels == "triton" and interpreted)
     can = can and precision != "fp64" and find_spec("triton") is not None
     if kernels == "triton" and not can:
         raise ConfigError(
-            f"train.kernels: 'triton' needs a GPU, Triton and another precision than fp64; this is"
-            f" {device.type} in {precision}; set it to auto"
+            f"train.kernels: 'triton' needs a GPU, the triton package and a precision other than"
+            f" fp64 (got {device.type}, {precision}); set it to auto"
         )
     return can and (kernels == "triton" or (kernels == "auto" and recorded))
 
 
 class EagerSteps:
-    """Each micro-batch in its turn. Replicas exchange gradients once, on the last."""
+    """Run micro-batches eagerly, one after another.
+
+    Replicas exchange gradients once, on the last micro-batch.
+    """
 
     def __init__(self, loss: nn.Module, precision: Precision, here: World) -> None:
         self.loss, self.precision, self.here = loss, precision, here
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
-        rows = sum(len(part) for part in parts)  # resumed on other ranks, the last may be shorter
+        # Resumed with another number of processes, the last micro-batch may be shorter.
+        rows = sum(len(part) for part in parts)
         total = torch.zeros((), device=self.here.device)
         for i, part in enumerate(parts):
             with self.here.exchange(self.loss, i == len(parts) - 1):
@@ -59,11 +67,11 @@ class EagerSteps:
 
 
 class CUDAGraphSteps:
-    """The same as a CUDA graph: the kernels of a pass are started by the GPU, not from Python.
+    """Replay the passes of EagerSteps from CUDA graphs instead of launching kernels from Python.
 
-    Recorded at the first call, twice if there are several micro-batches: the first of a batch
-    writes the gradients, those after it add to them. The gradients are the same tensors from
-    step to step.
+    The first call captures one graph, or two if there are several micro-batches: the first
+    micro-batch of a step writes the gradients, later ones add to them. The gradients are the same
+    tensors in every step.
     """
 
     def __init__(self, eager: EagerSteps) -> None:
@@ -77,9 +85,9 @@ class CUDAGraphSteps:
         assert self.first is not None
         if len(parts) != self.parts or any(p.shape != self.windows.shape for p in parts):
             raise ConfigError(
-                f"train.micro_batch: {len(parts[0])} does not divide the {sum(map(len, parts))}"
-                " rows of a step as when the pass was recorded; choose a divisor, or set"
-                " train.cuda_graph to false"
+                f"train.micro_batch: {len(parts[0])} splits the {sum(map(len, parts))} rows of this"
+                " step differently from the step captured in the CUDA graph; choose a divisor of"
+                " the rows, or set train.cuda_graph to false"
             )
         total = torch.zeros((), device=self.windows.device)
         for i, part in enumerate(parts):
@@ -101,12 +109,16 @@ class CUDAGraphSteps:
             self.later = self._recorded(self.first[0].pool())
 
     def _warm_up(self) -> None:
-        """Compilation and the libraries' choices happen here: none of it can be recorded. Dropout
-        draws from a copy of the generator, so that the first step's numbers are the seed's."""
+        """Run compilation and the libraries' algorithm selection, which cannot be captured.
+
+        The generator's state is restored afterwards, so that dropout in the first step draws the
+        values that belong to the seed.
+        """
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         gpus = [self.windows.device] if self.windows.is_cuda else []
-        with torch.cuda.stream(stream), torch.random.fork_rng(gpus):  # of all, it would warn
+        # Forking the generators of all GPUs, the default, would warn.
+        with torch.cuda.stream(stream), torch.random.fork_rng(gpus):
             for _ in range(3):
                 self.eager.one(self.windows, self.share)
                 self.eager.loss.zero_grad()
@@ -118,29 +130,30 @@ class CUDAGraphSteps:
             with torch.cuda.graph(graph, pool=pool):
                 loss = self.eager.one(self.windows, self.share)
         except RuntimeError as error:
-            # Whatever goes wrong may make the end of the recording fail as well.
+            # A failure inside may make the end of the capture fail too, and hide the first error.
             first = error.__context__ or error
             for each in (error, first):
                 if isinstance(each, torch.OutOfMemoryError):
                     raise each from None
             raise Unsupported(
-                "train.cuda_graph: the passes of this model can't be recorded, most likely because"
-                f" Python looks at a number on the GPU; set it to false ({first})"
+                "train.cuda_graph: CUDA graph capture failed, probably because of a host-device"
+                f" sync; set it to false ({first})"
             ) from error
         return graph, loss
 
 
 def uses_cuda_graph(cuda_graph: bool | None, suits: bool, here: World) -> bool:
-    """Whether passes are recorded; unset, where that `suits` the model and can be done. Not settled
-    in the run's configuration, because a run may be resumed on another machine.
+    """Return whether passes are captured in a CUDA graph.
 
-    Raises ConfigError if a graph is asked for in vain.
+    If `cuda_graph` is unset, they are if that `suits` the model and there is one process with a
+    GPU. The choice is not stored in the run's configuration, because a run may be resumed on
+    another machine. Raises ConfigError if `cuda_graph` is true and a graph cannot be used.
     """
     can = here.device.type == "cuda" and here.size == 1
     if cuda_graph and not can:
         raise ConfigError(
-            f"train.cuda_graph: true needs one GPU, and this is {here.size} x {here.device.type};"
-            " leave it out or set it to false"
+            "train.cuda_graph: true needs a GPU and a single process (got"
+            f" {here.size} x {here.device.type}); leave it unset or set it to false"
         )
     return (suits and can) if cuda_graph is None else cuda_graph
 
@@ -148,6 +161,6 @@ def uses_cuda_graph(cuda_graph: bool | None, suits: bool, here: World) -> bool:
 def make_forward_backward(
     loss: nn.Module, precision: Precision, here: World, *, recorded: bool
 ) -> ForwardBackward:
-    """CUDAGraphSteps if passes are to be `recorded`, else EagerSteps."""
+    """Return CUDAGraphSteps if passes are to be captured (`recorded`), else EagerSteps."""
     eager = EagerSteps(loss, precision, here)
     return CUDAGraphSteps(eager) if recorded else eager

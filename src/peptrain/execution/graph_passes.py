@@ -1,7 +1,7 @@
-"""Passes over a compiled layer's graph: thin products become one, attention is not recomputed.
+"""Passes over a compiled layer's graph that stack thin products and keep attention's results.
 
-A product with r of its n columns fills a GPU badly, and reads all of its other factor for little;
-so those with a common factor are stacked.
+A product with only r columns uses a GPU badly, and reads all of its other factor for little work.
+Therefore products with a common factor are stacked into one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ mm, permute = torch.ops.aten.mm.default, torch.ops.aten.permute.default
 
 
 class StackThinLinears(CustomGraphPass):
-    """y_i = x W_iᵀ for i = 1..k are slices of x [W_1; ...; W_k]ᵀ; so compute that.
+    """Compute y_i = x W_iᵀ, i = 1..k, as slices of x [W_1; ...; W_k]ᵀ.
 
-    The A of q, k, v and of gate, up, in W = B A: one product in place of three or two in the
-    forward pass, and in the backward pass one in place of their sum for dx. Thin, that is with no
-    more rows in all than columns, because the weights are copied to be side by side.
+    This applies to the A of q, k, v and of gate, up in W = B A. One product replaces three or two
+    in the forward pass, and one replaces their sum for dx in the backward pass. Only thin weights
+    are stacked, with no more rows in total than columns, because stacking copies them.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -42,16 +42,16 @@ class StackThinLinears(CustomGraphPass):
 
 
 def _plain(node: fx.Node) -> bool:
-    """Whether it is the inner map of (x Aᵀ) Bᵀ, without a bias, and A is there from the start.
+    """Return whether the node is the inner map of (x Aᵀ) Bᵀ, without a bias and with A an input.
 
-    Another use of y_i might not take a slice: a view, say.
+    Other users of y_i, such as a view, might not accept a slice.
     """
     inner = all(user.target is F.linear and user.args[:1] == (node,) for user in node.users)
     return inner and _plain_weight(node)
 
 
 def _plain_weight(node: fx.Node) -> bool:
-    """Whether the map has no bias, and its weight is there from the start."""
+    """Return whether the map has no bias and its weight is an input of the graph."""
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     weight = node.args[1] if len(node.args) > 1 else None
     return bias is None and isinstance(weight, fx.Node) and weight.op == "placeholder"
@@ -81,12 +81,12 @@ def _stack(graph: fx.Graph, linears: list[fx.Node]) -> None:
     for node, part in zip(linears, slices, strict=True):
         node.replace_all_uses_with(part)
         graph.erase_node(node)
-    if not torch.is_grad_enabled():  # in a backward pass their gradients would have to be copied
+    if not torch.is_grad_enabled():  # in training, the backward pass would copy the gradients
         _batch(graph, y, slices)
 
 
 def _batch(graph: fx.Graph, z: fx.Node, parts: list[fx.Node]) -> None:
-    """z_i B_iᵀ, for the parts z_i of z, as one batched product, if the B_i are alike."""
+    """Compute z_i B_iᵀ, for the parts z_i of z, as one batched product if the shapes agree."""
     outer = [user for part in parts for user in part.users]
     shapes = [node.meta["example_value"].shape for node in outer]
     alike = len({tuple(_rows(node)) for node in outer}) == 1 and all(map(_plain_weight, outer))
@@ -111,12 +111,13 @@ def _batch(graph: fx.Graph, z: fx.Node, parts: list[fx.Node]) -> None:
 
 
 class StackThinProducts(CustomGraphPass):
-    """x W_i for i = 1..k are slices of x [W_1 ... W_k], and V_i x of [V_1; ...; V_k] x.
+    """Compute x W_i, i = 1..k, as slices of x [W_1 ... W_k], and V_i x as slices of [V_1; ...] x.
 
-    In the graph that autograd has made, forward or backward: x A_iᵀ and t_iᵀ x of maps whose
-    backward pass is written by hand, W + B A for one. Thin: r is at most a quarter of x's columns,
-    and all of them together at most as many, since what is stacked is copied. A slice of columns is
-    strided, which another product takes as it is and other operators copy.
+    The pass works on the forward or backward graph made by autograd. It finds x A_iᵀ and t_iᵀ x of
+    maps with a hand-written backward pass, such as W + B A. Products are thin if r is at most a
+    quarter of x's columns. Together they may have at most as many as x, since stacking copies the
+    factors. A slice of columns is strided: another product reads it directly, other operators copy
+    it.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -136,7 +137,7 @@ class StackThinProducts(CustomGraphPass):
 
 
 def _thickness(node: fx.Node, common: int) -> tuple[int, int]:
-    """(r, the columns of x) of x W or V x, where x is argument `common` of the product."""
+    """Return (r, columns of x) of x W or V x, where x is argument `common` of the product."""
     (n, _), (_, m) = (_operand(node, i).meta["val"].shape for i in (0, 1))
     columns = _operand(node, common).meta["val"].shape[1]
     return (m if common == 0 else n), columns
@@ -156,7 +157,10 @@ def _is_thin(node: fx.Node, common: int) -> bool:
 
 
 def _for_products(node: fx.Node) -> bool:
-    """Whether other products alone read it, transposed or not, in this pass or the next."""
+    """Return whether only products read the node, transposed or not.
+
+    An output of the graph counts as read by a product of the next one.
+    """
     return all(
         user.op == "output" or user.target is mm or (user.target is permute and _for_products(user))
         for user in node.users
@@ -164,7 +168,7 @@ def _for_products(node: fx.Node) -> bool:
 
 
 def _fitting(products: list[fx.Node], common: int) -> list[fx.Node]:
-    """The first of them, as many as are thin together; none that needs the result of another."""
+    """Choose, in order, products that are thin together and don't depend on one another."""
     chosen: list[fx.Node] = []
     total, later = 0, set[fx.Node]()
     for node in products:
@@ -187,7 +191,7 @@ def _descendants(node: fx.Node) -> set[fx.Node]:
 
 
 def _stack_products(graph: fx.Graph, products: Sequence[fx.Node], common: int) -> None:
-    """Where the new nodes stand is left to a topological sort."""
+    """Replace the products by slices of one; the caller sorts the graph topologically."""
     if len(products) < 2:
         return
     dim = 1 - common  # of the operands' r, and of the result's
@@ -207,7 +211,7 @@ def _stack_products(graph: fx.Graph, products: Sequence[fx.Node], common: int) -
 
 
 def _side_by_side(graph: fx.Graph, operands: list[fx.Node], dim: int) -> fx.Node:
-    """Transposed ones before they are, so that rows are copied as they lie."""
+    """Concatenate operands; transposed ones before their transposition, so rows are contiguous."""
     cat = torch.ops.aten.cat.default
     if any(node.target is not permute for node in operands):
         return _call(graph, cat, operands, dim)
@@ -216,18 +220,18 @@ def _side_by_side(graph: fx.Graph, operands: list[fx.Node], dim: int) -> fx.Node
 
 
 def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    """A node with the fake value that later passes look for."""
+    """Add a node with the fake value that later passes need."""
     node = graph.call_function(target, args)
     node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
     return node
 
 
 class KeepAttention(CustomGraphPass):
-    """Keep the results of attention under any memory budget but 0, which keeps nothing.
+    """Keep the results of attention under any memory budget except 0, which keeps nothing.
 
-    PyTorch weighs a recomputation by its multiplications, except for operators that are not on its
-    list of costly ones, which are free. cuDNN's attention isn't, nor is the CPU's; it takes four
-    times as long for each number it gives as a product of rank d/4.
+    PyTorch estimates the cost of a recomputation by its FLOPs, but treats operators missing from
+    its list of expensive ones as free. The attention of cuDNN and of the CPU is not on that list,
+    although it takes four times as long per element of its result as a product of rank d/4.
     """
 
     def __call__(self, graph: fx.Graph) -> None:

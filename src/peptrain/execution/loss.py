@@ -1,4 +1,4 @@
-"""The loss that is trained on: cross-entropy of the next token."""
+"""Next-token cross-entropy, the training loss."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ log = logging.getLogger("peptrain")
 
 
 class NextTokenLoss(nn.Module):
-    """The mean cross-entropy of windows of tokens, in nats; what is replicated over ranks.
+    """Mean cross-entropy of windows of tokens, in nats; this module is replicated over processes.
 
-    The loss is computed inside of forward, so that a wrapper sees the output head's use. Where the
-    logits are a plain head's, they never exist all at once.
+    The loss is computed inside forward, so that a wrapper such as DDP sees the use of the output
+    head. For a plain linear head the logits are computed in chunks and never exist all at once.
     """
 
     def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
@@ -38,7 +38,8 @@ class NextTokenLoss(nn.Module):
         self._scale = torch.compile(scale_) if compile else scale_
 
     def forward(self, windows: Tensor) -> Tensor:
-        """windows: [rows, L + 1] token ids; the first L predict the last L."""
+        """Return the loss of windows: [rows, L + 1] token ids, of which the first L predict the
+        last L."""
         ids, targets = windows[:, :-1], windows[:, 1:]
         if not self._chunked:
             return self._loss(self.model(input_ids=ids, use_cache=False).logits, targets)
@@ -52,10 +53,10 @@ class NextTokenLoss(nn.Module):
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits are W h + bias, of what the base model returns, and nothing else.
+    """Return whether the logits are exactly W h + bias, where h is the base model's output.
 
-    Some models scale or cap them, or scale h. Seen on a few tokens: the head is made to answer with
-    numbers so large that no cap and no scale leaves them as they are.
+    Some models scale or cap the logits, or scale h. This is tested on a few tokens: the head is
+    made to return values so large that any cap or scale changes them.
     """
     base, head = model.base_model, model.get_output_embeddings()
     if base is model or type(head) is not nn.Linear:
@@ -85,8 +86,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 
 def _only_adds_its_head(model: PreTrainedModel) -> bool:
-    """has_plain_head for a model without numbers: it computes what the base model and the head
-    compute, and nothing else but views and casts."""
+    """Decide has_plain_head for a model of fake tensors: whether its operations are those of the
+    base model and the head, apart from views and casts."""
     ids = torch.zeros(1, 4, dtype=torch.long)
     with evaluating(model), Operations() as all_of_it:
         model(input_ids=ids, use_cache=False)
@@ -98,11 +99,14 @@ def _only_adds_its_head(model: PreTrainedModel) -> bool:
 
 
 def _plain_form(model: PreTrainedModel) -> bool:
-    log.info("%s changes its logits: all of them are kept in memory", type(model).__name__)
+    log.info("%s changes its head's logits: keeping all of them in memory", type(model).__name__)
     return False
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, in at least fp32. logits: [rows, L, V]; targets: [rows, L]."""
+    """Return the mean cross-entropy in nats, in fp32 or wider.
+
+    logits: [rows, L, V]; targets: [rows, L].
+    """
     wide = logits.to(at_least_fp32(logits.dtype))
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten())

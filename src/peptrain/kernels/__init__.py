@@ -1,1 +1,1 @@
-"""Faster forms for a GPU: Triton kernels and the modules that call them. They know no method."""
+"""Triton kernels and fused modules for GPUs, independent of any method."""

@@ -1,5 +1,7 @@
-"""Causal attention within short windows, forward only: a Triton kernel, a program for each head of
-each window. Kernels that are made for long windows lose their time there on blocks that are empty.
+"""Triton kernel for causal attention in short windows, forward only.
+
+One program computes one head of one window. Kernels for long windows spend most of their time on
+empty blocks here.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from torch import Tensor
 from peptrain.kernels.linear_triton import INTERPRETED, dot_type, operator
 
 LONGEST = 64
-"""Tokens up to which this is the fastest. 32 heads of 64 on an H200: 512 windows of 32 tokens 64 µs
-(memory-efficient 191, cuDNN 308), 256 of 64 the same 64 (106, 158), 128 of 128 89 (143, 76)."""
+"""Longest window, in tokens, for which this kernel is the fastest. With 32 heads of 64 on an H200:
+512 windows of 32 tokens take 64 µs (memory-efficient 191, cuDNN 308), 256 of 64 tokens also 64
+(106, 158), 128 of 128 tokens 89 (143, 76)."""
 
 
 @triton.jit
@@ -42,10 +45,10 @@ def _short_attention(
 
 @operator
 def short_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale q kᵀ) v, each token with itself and those before it, as [rows, L, heads, D].
+    """Compute causal softmax(scale q kᵀ) v, [rows, L, heads, D].
 
-    q: [rows, heads, L, D], k and v: [rows, heads / g, L, D], with columns next to each other in
-    memory; query head h looks at head h // g.
+    q: [rows, heads, L, D], k and v: [rows, heads / g, L, D], with stride 1 in the last dimension.
+    Query head h attends to head h // g.
     """
     rows, heads, L, D = q.shape
     o = _output(q)
@@ -70,7 +73,7 @@ def _output(q: Tensor) -> Tensor:
 
 
 def fits_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether short_attention is made for these and no gradient is asked for."""
+    """Return whether short_attention supports these tensors and gradients are disabled."""
     narrow = {t.dtype for t in (q, k, v)} in ({torch.bfloat16}, {torch.float16})
     alike = k.shape == v.shape and q.shape[2] == k.shape[2] <= LONGEST and q.shape[3] <= 128
     dense = all(t.stride(3) == 1 for t in (q, k, v))

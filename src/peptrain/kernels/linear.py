@@ -1,4 +1,4 @@
-"""The linear maps of linear.py in few passes over memory, for a GPU; same results to rounding."""
+"""Fused GPU forms of the linear maps in ops/linear.py; results agree up to rounding."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def added_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor) -> Tensor:
-    """y = x (W + B A)ᵀ, as linear.added_linear, W + B A formed by one kernel in either pass."""
+    """Compute y = x (W + B A)ᵀ, as ops.linear.added_linear.
+
+    One kernel forms W + B A in the forward pass, and again in the backward pass.
+    """
     rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x)).contiguous()
     y: Tensor = _AddedLinear.apply(rows, W, B, A)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], W.shape[0])
 
 
 def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y = x W_effᵀ with W_eff = diag(a) (W + U V) diag(b), as linear.bpt_linear.
+    """Compute y = x W_effᵀ with W_eff = diag(a) (W + U V) diag(b), as ops.linear.bpt_linear.
 
     The diagonals are folded into the weight, so that neither pass scales activations. Then
     da_i = sum_t y_ti dy_ti / a_i and db_j = sum_t x_tj dx_tj / b_j.
@@ -34,10 +37,10 @@ def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor)
 
 
 def bpt_mlp(x: Tensor, gate: Parts, up: Parts, down: Parts) -> Tensor:
-    """y = (silu(x G_effᵀ) * (x U_effᵀ)) D_effᵀ, three BPT layers around SwiGLU.
+    """Compute y = (silu(x G_effᵀ) * (x U_effᵀ)) D_effᵀ, three BPT layers around SwiGLU.
 
-    Its backward pass forms h = silu(g) u again, and the sums for the diagonals on both sides of
-    h cost no pass of their own: they fall off the kernel that SwiGLU's backward needs anyway.
+    The backward pass recomputes h = silu(g) u. The sums for the diagonals on both sides of h need
+    no extra pass: the kernel that SwiGLU's backward pass needs anyway computes them too.
     """
     rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x)).contiguous()
     y: Tensor = _BPTMLP.apply(rows, *gate, *up, *down)  # type: ignore[no-untyped-call]
@@ -109,19 +112,19 @@ class _BPTMLP(torch.autograd.Function):
 def _scaled_factor_gradients(
     x: Tensor, dy: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dU = a (dyᵀ x (V b)ᵀ) and dV = ((dy (a U))ᵀ x) b: the diagonals scale small matrices only."""
+    """Return dU = a (dyᵀ x (V b)ᵀ) and dV = ((dy (a U))ᵀ x) b; only small matrices are scaled."""
     dU, dV = _factor_gradients(x, dy, a[:, None] * U, V * b)
     return (a[:, None] * dU).to(U.dtype), (dV * b).to(V.dtype)
 
 
 def _factor_gradients(x: Tensor, dy: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """dB = dyᵀ (x Aᵀ) and dA = (dy B)ᵀ x, without the n x m gradient between them."""
+    """Return dB = dyᵀ (x Aᵀ) and dA = (dy B)ᵀ x without forming the n x m gradient."""
     dB = dy.mT @ (x @ A.to(x.dtype).mT)
     dA = (dy @ B.to(x.dtype)).mT @ x
     return dB.to(B.dtype), dA.to(A.dtype)
 
 
 def _over(partial_sums: Tensor, diagonal: Tensor) -> Tensor:
-    """The sums divided by the diagonal; where that is 0 they are 0 as well, and stay so."""
+    """Return the sums divided by the diagonal; where that is 0 the sums are 0 and stay 0."""
     sums: Tensor = partial_sums.sum(0)
     return sums / torch.where(diagonal == 0, 1.0, diagonal)

@@ -1,7 +1,8 @@
-"""Triton kernels of the fused forms in linear.py, each a custom operator the compiler can't split.
+"""Triton kernels for the fused forms in linear.py, each wrapped in an opaque custom operator.
 
-They run on a GPU, and in Triton's interpreter on a CPU (TRITON_INTERPRET=1), where the tests hold
-them to plain PyTorch. Matrices are contiguous; sums are in fp32.
+The compiler can't split such operators. The kernels run on a GPU, or on a CPU in Triton's
+interpreter (TRITON_INTERPRET=1), where the tests compare them with plain PyTorch. Matrices are
+contiguous, and sums are in fp32.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 ROWS = 64
-"""Tokens that one program sums before it writes a partial sum."""
+"""Tokens summed by one program before it writes a partial sum."""
 COLUMNS = 64
-"""These and the other sizes are the best on one H200 of some dozens (docs/log.md)."""
+"""Columns of a program. These and the other sizes were the fastest of some dozens tried on one H200
+(docs/log.md)."""
 
 
 def operator(function: Callable[..., Any]) -> Any:
-    """`function` as the custom operator peptrain::NAME, its kernels on the GPU of its first tensor:
-    Triton starts them on the current GPU, which need not be the model's."""
+    """Register `function` as the custom operator peptrain::NAME.
+
+    Its kernels run on the GPU of its first argument. Without that Triton would launch them on the
+    current GPU, which may not be the model's.
+    """
 
     @wraps(function)
     def placed(first: Tensor, *rest: Any, **named: Any) -> Any:
@@ -65,11 +70,12 @@ def merged(
     W: Tensor, U: Tensor, V: Tensor, a: Tensor | None, b: Tensor | None, after: Tensor | None,
     *, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """diag(a) (W + U V) diag(b), [n, m] in `dtype`, in one pass; no a and b are ones.
+    """Compute diag(a) (W + U V) diag(b), [n, m] in `dtype`, in one pass; None stands for ones.
 
-    `after` is not read. The backward pass gives its dy, for two reasons of a compiler's: it would
-    keep what both passes ask for in the same words, and it moves to the forward pass, and keeps,
-    what depends on no gradient. Either is a copy of every weight.
+    `after` is not read. The backward pass gives its dy there, because of two optimizations of the
+    compiler. It would keep a result that both passes compute by identical calls, and it moves
+    backward computations that don't depend on a gradient to the forward pass and keeps their
+    results. Either would keep a copy of every weight.
     """
     n, m = W.shape
     W, U, V = W.contiguous(), U.contiguous(), V.contiguous()
@@ -85,7 +91,8 @@ def merged(
 
 
 def dot_type(dtype: torch.dtype) -> Any:
-    """What a kernel multiplies in; the interpreter takes bf16's bits for integers."""
+    """Return the type of a kernel's products: fp32 in the interpreter, which reads bf16's bits as
+    integers."""
     if INTERPRETED:
         return tl.float32
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
@@ -115,8 +122,10 @@ def _column_dots(
 
 @operator
 def column_dots(x: Tensor, y: Tensor) -> Tensor:
-    """[.., n] partial sums of x * y over the tokens of x, y: [T, n]; their sum over dim 0 is
-    sum_t x_tj y_tj."""
+    """Return partial sums, [.., n], of x * y over the tokens of x, y: [T, n].
+
+    Their sum over dim 0 is sum_t x_tj y_tj.
+    """
     T, n = x.shape
     out = _partial_sums(x)
     _column_dots[_grid(x)](x, y, out, T, n, ROWS=ROWS, N=COLUMNS, num_warps=2)
@@ -148,7 +157,7 @@ def _added_dots(
 
 @operator
 def added_dots(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y + z, and column_dots of x with each of them, in one pass; all are [T, n]."""
+    """Return y + z and column_dots of x with each of y and z, in one pass. x, y, z: [T, n]."""
     T, n = x.shape
     added, sums_y, sums_z = torch.empty_like(y), _partial_sums(x), _partial_sums(x)
     _added_dots[_grid(x)](x, y, z, added, sums_y, sums_z, T, n, ROWS=ROWS, N=COLUMNS, num_warps=2)
@@ -203,9 +212,9 @@ def _gated_backward(
 def gated_backward(
     dh: Tensor, g: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The backward pass of h = silu(g) * u, all [T, n], and what the diagonals around it need.
+    """Compute the backward pass of h = silu(g) * u, all [T, n], and the sums for the diagonals.
 
-    Returns dg, du, h (formed again) and the partial sums, [.., n], of g dg and of u du = h dh.
+    Returns dg, du, h (recomputed) and the partial sums, [.., n], of g dg and of u du = h dh.
     """
     T, n = g.shape
     dg, du, h = (torch.empty_like(g) for _ in range(3))

@@ -1,4 +1,4 @@
-"""LLaMA's decoder layer of low-rank maps as a few kernels, for `Method.fuse`."""
+"""LLaMA's decoder layer of low-rank maps in a few fused kernels, for `Method.fuse`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from peptrain.kernels.swiglu_mlp import LowRankMap, LowRankMLP
 
 
 class LowRankLayer(LlamaDecoderLayer):
-    """A decoder layer of LLaMA's, fused where its seven maps are LowRankMaps without biases, no
-    gradient is asked for and no cache kept, whose keys would have their columns in another order.
+    """A LLaMA decoder layer whose forward pass is fused where possible.
 
-    Between its products and attention nothing has a pass of its own but the first norm's sum.
+    It is fused if its seven maps are LowRankMaps without biases, gradients are disabled and no
+    cache is used, because cached keys would have their columns in another order. Apart from its
+    products and attention, only the first norm's sum needs a pass over memory.
     """
 
     def forward(
@@ -41,7 +42,7 @@ class LowRankLayer(LlamaDecoderLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **settings: Any,
     ) -> Tensor:
-        """[rows, L, d] to [rows, L, d]."""
+        """Map [rows, L, d] to [rows, L, d]."""
         assert position_embeddings is not None
         settings |= {"position_ids": position_ids, "use_cache": use_cache}
         if not self._fits(hidden_states, position_embeddings[0], past_key_values):
@@ -75,8 +76,10 @@ class LowRankLayer(LlamaDecoderLayer):
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Turn every decoder layer of LLaMA's that is made of low-rank maps into a LowRankLayer, in
-    place, once its MLP is a LowRankMLP. Layers of other models keep their forward pass."""
+    """Turn every LLaMA decoder layer of low-rank maps into a LowRankLayer, in place.
+
+    Its MLP must already be a LowRankMLP. Layers of other models keep their forward pass.
+    """
     for module in model.modules():
         if type(module) is LlamaDecoderLayer and _is_lowrank(module):
             module.__class__ = LowRankLayer
@@ -93,7 +96,7 @@ def _is_lowrank(layer: LlamaDecoderLayer) -> bool:
 
 
 def _maps(layer: Any) -> list[LowRankMap]:
-    """q, k, v, o, gate, up and down."""
+    """Return q, k, v, o, gate, up and down."""
     own = layer.self_attn
     return [own.q_proj, own.k_proj, own.v_proj, own.o_proj, *layer.mlp.layers()]
 

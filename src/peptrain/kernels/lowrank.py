@@ -1,5 +1,7 @@
-"""Low-rank maps without gradients in few passes over memory, for a GPU: W = B A around SwiGLU, and
-the parts of a decoder layer of LLaMA's. Same results as the plain forms', to rounding."""
+"""Fused low-rank maps for inference on a GPU: MLPs with W = B A and LLaMA's decoder layer.
+
+Results agree with the plain forms up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +26,24 @@ Factors = tuple[Tensor, Tensor]
 
 
 class Norm(NamedTuple):
-    """RMSNorm, w x / sqrt(mean x² + eps). As a map of rows it is diag(s) x diag(w): w is
-    multiplied into the A after it, and s, [T], goes where the product with B ends."""
+    """RMSNorm, w x / sqrt(mean x² + eps), as diag(s) x diag(w) for rows x.
+
+    w is multiplied into the following A, and the product with B applies s, [T], to its result.
+    """
 
     w: Tensor
     eps: float
 
     def scale(self, mean_square: Tensor) -> Tensor:
-        """s, for the means of the rows' squares, both in fp32."""
+        """Return s for the mean squares of the rows, both in fp32."""
         return torch.rsqrt(mean_square + self.eps)
 
 
 def lowrank_mlp(x: Tensor, gate: Factors, up: Factors, down: Factors) -> Tensor:
-    """y = (silu(x (B_g A_g)ᵀ) * (x (B_u A_u)ᵀ)) (B_d A_d)ᵀ.
+    """Compute y = (silu(x (B_g A_g)ᵀ) * (x (B_u A_u)ᵀ)) (B_d A_d)ᵀ.
 
-    One product with A_g over A_u, one kernel for what is between the products with A; its result
-    is not rounded where the plain form's gate and up are.
+    One product uses A_g stacked on A_u, and one kernel computes everything between the products
+    with A. That kernel does not round gate and up, as the plain form does.
     """
     dtype = compute_dtype(x)
     (B_g, A_g), (B_u, A_u), (B_d, A_d) = ([p.to(dtype) for p in f] for f in (gate, up, down))
@@ -51,11 +55,12 @@ def lowrank_mlp(x: Tensor, gate: Factors, up: Factors, down: Factors) -> Tensor:
 def rotated_qkv(
     x: Tensor, norm: Norm, q: Factors, k: Factors, v: Factors, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of norm(x), [T, n] each, for x: [T, d]; q and k rotated by the angles of row t
-    mod L, whose cosines and sines are cos, sin: [L, D], in heads of D columns.
+    """Return q, k and v of norm(x), [T, n] each, for x: [T, d], with q and k rotated.
 
-    Within a head of q and of k the columns i and D/2 + i, which a rotation turns as a pair, come as
-    2i and 2i + 1: attention doesn't see the order that both have.
+    Row t of each head of D columns is rotated by the angles of position t mod L, whose cosines and
+    sines are cos, sin: [L, D]. Within a head of q and k, the columns i and D/2 + i, which form a
+    pair of the rotation, become columns 2i and 2i + 1. Attention does not depend on the order of
+    columns as long as q and k share it.
     """
     D = cos.shape[-1]
     outer = torch.cat([_paired(q[0], D), _paired(k[0], D), v[0]])
@@ -67,7 +72,7 @@ def rotated_qkv(
 
 
 def added_linear(x: Tensor, h: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """y = x + h (B A)ᵀ for x: [T, d] and h: [T, m], and the means of its rows' squares, [T]."""
+    """Return y = x + h (B A)ᵀ for x: [T, d] and h: [T, m], and its rows' mean squares, [T]."""
     B, A = factors
     y, squares = added_products(F.linear(h, A), B, x)
     return y, squares.sum(-1) / x.shape[-1]
@@ -76,7 +81,7 @@ def added_linear(x: Tensor, h: Tensor, factors: Factors) -> tuple[Tensor, Tensor
 def added_normed_mlp(
     x: Tensor, mean_square: Tensor, norm: Norm, gate: Factors, up: Factors, down: Factors
 ) -> Tensor:
-    """x + mlp(norm(x)) for x: [T, d], the means of its rows' squares given; mlp as lowrank_mlp."""
+    """Return x + mlp(norm(x)) for x: [T, d] and its rows' mean squares; mlp as lowrank_mlp."""
     (B_g, A_g), (B_u, A_u) = gate, up
     z = F.linear(x, torch.cat([A_g, A_u]) * norm.w)
     h = gated_products(z, B_g, B_u, norm.scale(mean_square))
@@ -84,19 +89,21 @@ def added_normed_mlp(
 
 
 def _paired(B: Tensor, D: int) -> Tensor:
-    """Rows of each head of D: 0, D/2, 1, D/2 + 1, and so on."""
+    """Reorder the rows of each head of size D to 0, D/2, 1, D/2 + 1, and so on."""
     return B.view(-1, 2, D // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
 
 
 def fits(x: Tensor, gate: Factors, up: Factors) -> bool:
-    """Whether lowrank_mlp is made for these: a GPU, 16 bits, one r that is a multiple of 8."""
+    """Return whether lowrank_mlp supports these: on a GPU, 16 bits, one r, a multiple of 8."""
     narrow = compute_dtype(x) in (torch.bfloat16, torch.float16)
     return _placed(x) and narrow and _alike(gate, up)
 
 
 def fits_layer(x: Tensor, D: int, maps: Sequence[Factors]) -> bool:
-    """Whether the other maps are made for these, q and k the first two: a GPU, all in bf16, as is
-    autocast (fp16 would overflow before it is scaled), one r, whole blocks of columns in q and k.
+    """Return whether the maps of a layer are supported; q and k are the first two of `maps`.
+
+    They need a GPU, bf16 everywhere including autocast (fp16 would overflow before it is scaled),
+    one r, and complete blocks of columns in q and k.
     """
     (B_q, _), (B_k, _) = maps[:2]
     dtypes = {x.dtype, compute_dtype(x), *(p.dtype for pair in maps for p in pair)}
@@ -105,11 +112,11 @@ def fits_layer(x: Tensor, D: int, maps: Sequence[Factors]) -> bool:
 
 
 def _placed(x: Tensor) -> bool:
-    """Whether kernels can read x: a GPU's, and not empty, which a descriptor can't be."""
+    """Return whether kernels can read x: on a GPU and not empty (descriptors can't be empty)."""
     return (x.is_cuda or INTERPRETED) and x.numel() > 0
 
 
 def _alike(*factors: Factors) -> bool:
-    """Whether they have one r, that is a multiple of 8."""
+    """Return whether all have the same r and it is a multiple of 8."""
     ranks = {B.shape[1] for B, _ in factors}
     return len(ranks) == 1 and ranks.pop() % 8 == 0

@@ -1,9 +1,9 @@
-"""Triton kernels of low-rank products without gradients, z Bᵀ for z = x Aᵀ, that go on where a
-product ends: for the fused forms of lowrank.py.
+"""Triton kernels for lowrank.py: products z Bᵀ, z = x Aᵀ, fused with the operation that follows.
 
-A product that sums over r is short, and half of its time is the writing of its result. What comes
-after it (a rotation, a sum, SwiGLU) is here done before that, so that it costs no pass of its own.
-Each kernel is one custom operator; as in linear_triton.py they also run in Triton's interpreter.
+They have no backward pass. A product that sums over r is short, and half of its time is spent
+writing its result. The operation after it (a rotation, a sum, SwiGLU) is therefore applied before
+the result is written, and needs no pass of its own. Each kernel is one custom operator. As in
+linear_triton.py they also run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from peptrain.kernels.linear_triton import dot_type, operator
 
 COLUMNS = 128
-"""Of a tile. The sizes are the best of some dozens on one H200 (docs/log.md)."""
+"""Columns of a tile. The sizes were the fastest of some dozens tried on one H200 (docs/log.md)."""
 BAND = 8
-"""Blocks of rows whose tiles are computed next to each other, for they share B in the cache."""
+"""Number of row blocks whose tiles are computed one after another, because they share B in the
+cache."""
 
 
 @triton.jit
 def _place(tile, blocks, columns, BAND: tl.constexpr):
-    """(block of rows, block of columns) of a tile."""
+    """Return (block of rows, block of columns) of a tile."""
     band = tile // (BAND * columns) * BAND
     rows = tl.minimum(blocks - band, BAND)
     within = tile % (BAND * columns)
@@ -55,9 +56,11 @@ def _gated_products(
 
 @operator
 def gated_products(z: Tensor, B_g: Tensor, B_u: Tensor, scale: Tensor | None) -> Tensor:
-    """h = silu(s z_g B_gᵀ) * (s z_u B_uᵀ), [T, f], for z = [z_g z_u]: [T, 2r], B: [f, r], r a
-    multiple of 8, in fp16 or bf16, and s = diag(scale), of T numbers in fp32; no scale is ones.
-    Neither product is written to memory."""
+    """Compute h = silu(s z_g B_gᵀ) * (s z_u B_uᵀ), [T, f], without writing the products to memory.
+
+    z = [z_g z_u]: [T, 2r] and B_g, B_u: [f, r] are in fp16 or bf16, and r is a multiple of 8.
+    s = diag(scale), where scale has T values in fp32; None stands for ones.
+    """
     z, B_g, B_u = z.contiguous(), B_g.contiguous(), B_u.contiguous()
     (T, _), (f, r) = z.shape, B_g.shape
     h = _aligned_rows(z, f)
@@ -109,15 +112,18 @@ def _rotated_products(
 def rotated_products(
     z: Tensor, B: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, n_q: int, n_k: int
 ) -> Tensor:
-    """[q k v], [T, n]: z = [z_q z_k z_v]: [T, 3r] with B = [B_q; B_k; B_v]: [n, r], row t times
-    scale_t, and q and k rotated: each pair (2i, 2i + 1) of a head's D columns by the angle whose
-    cosine and sine are column i of row t mod L of cos, sin: [L, D]. n_q and n_k are multiples of
-    COLUMNS, r of 8, and all but the scale (fp32) are in bf16."""
+    """Compute [q k v], [T, n], from z = [z_q z_k z_v]: [T, 3r] and B = [B_q; B_k; B_v]: [n, r].
+
+    Row t is multiplied by scale_t. q and k are then rotated: each pair (2i, 2i + 1) of a head's D
+    columns by the angle whose cosine and sine are in column i of row t mod L of cos, sin: [L, D].
+    n_q and n_k are multiples of COLUMNS, and r is a multiple of 8. All tensors are in bf16, except
+    scale, which is in fp32.
+    """
     z, B, cos, sin = z.contiguous(), B.contiguous(), cos.contiguous(), sin.contiguous()
     (T, _), (n, r) = z.shape, B.shape
     y = z.new_empty(T, n)
     M, N, K = 128, COLUMNS, 32
-    programs = 2 * _processors(z.device)  # one multiplies while the other one writes
+    programs = 2 * _processors(z.device)  # one multiplies while another one writes
     _rotated_products[(programs,)](
         _tiled(z, M, K), _tiled(B, N, K), scale, cos, sin, _tiled(y, M, N),
         T, n, n_q, n_k, cos.shape[0], programs,
@@ -152,8 +158,10 @@ def _added_products(
 
 @operator
 def added_products(z: Tensor, B: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """y = x + z Bᵀ, [T, n], for z: [T, r] and B: [n, r], n and r multiples of 8, in fp16 or bf16;
-    and the sums of y's squares over blocks of its columns, [T, n / 128], in fp32."""
+    """Return y = x + z Bᵀ, [T, n], for z: [T, r] and B: [n, r] in fp16 or bf16, and sums of y².
+
+    The sums are over blocks of 128 columns, [T, n / 128], in fp32. n and r are multiples of 8.
+    """
     z, B, x = z.contiguous(), B.contiguous(), x.contiguous()
     (T, r), n = z.shape, B.shape[0]
     y, squares = _added(x)
@@ -180,15 +188,21 @@ def _tiled(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def _aligned_rows(z: Tensor, f: int) -> Tensor:
-    """An empty [T, f] whose rows begin at multiples of 16 bytes, as a descriptor wants them. What
-    lies between the rows is 0: a CPU's product of odd f was seen to read a NaN from there."""
+    """Return an empty [T, f] whose rows begin at multiples of 16 bytes, as a descriptor requires.
+
+    The gaps between rows are set to 0, because a CPU's product of odd f was seen to read a NaN from
+    there.
+    """
     rows = z.new_empty(z.shape[0], -(-f // 8) * 8)
     rows[:, f:] = 0
     return rows[:, :f]
 
 
 def _processors(device: torch.device) -> int:
-    """Of a GPU: programs take tile after tile, as many as run at a time."""
+    """Return the number of multiprocessors, for kernels whose programs loop over tiles.
+
+    On a CPU, in the interpreter, it is 2.
+    """
     if device.type != "cuda":
         return 2
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
@@ -196,5 +210,5 @@ def _processors(device: torch.device) -> int:
 
 
 def _large_shared_memory(device: torch.device) -> bool:
-    """227 KiB, as H100, H200 and B200 have."""
+    """Return whether the GPU has 227 KiB of shared memory, as H100, H200 and B200 have."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)

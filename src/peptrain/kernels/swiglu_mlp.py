@@ -1,4 +1,4 @@
-"""SwiGLU between three layers of a method as one fused map, for `Method.fuse`."""
+"""Fused MLPs of three layers of a method around SwiGLU, for `Method.fuse`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peptrain.models.probe import gated_mlps, swiglu_roles
 
 
 class LowRankMap(Protocol):
-    """A layer y = x (B A)ᵀ + bias, with B: [out, r] and A: [r, in]."""
+    """Interface of a layer y = x (B A)ᵀ + bias, with B: [out, r] and A: [r, in]."""
 
     B: Tensor
     A: Tensor
@@ -21,29 +21,29 @@ class LowRankMap(Protocol):
 
 
 class FusedMLP(nn.Module):
-    """A Hugging Face MLP whose forward pass is a subclass's; its children and their names stay."""
+    """Base class of fused forward passes for Hugging Face MLPs, which keep children and names."""
 
     kind: ClassVar[type[nn.Module]]
-    """The class of the three layers."""
+    """Class of the three layers."""
     roles: tuple[str, str, str]
-    """The children's names: gate, up, down."""
+    """Names of the children gate, up and down."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The model's own, for what a subclass doesn't fuse."""
+        """Run the model's own forward pass, for cases that a subclass doesn't fuse."""
         y: Tensor = super().forward(x)
         return y
 
     def layers(self) -> list[Any]:
-        """gate, up and down."""
+        """Return gate, up and down."""
         return [getattr(self, name) for name in self.roles]
 
     def whole(self) -> bool:
-        """Whether the layers are still those that were fused, and no plain ones."""
+        """Return whether no layer has been replaced, for example by a plain nn.Linear."""
         return all(isinstance(layer, self.kind) for layer in self.layers())
 
 
 class BPTMLP(FusedMLP):
-    """Three maps of BPT around SwiGLU, forward and backward."""
+    """Three BPT maps around SwiGLU, fused in the forward and backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (layer.parts for layer in self.layers())
@@ -51,7 +51,7 @@ class BPTMLP(FusedMLP):
 
 
 class LowRankMLP(FusedMLP):
-    """Three LowRankMaps around SwiGLU; fused where no gradient is asked for."""
+    """Three LowRankMaps around SwiGLU, fused if gradients are disabled."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not self.whole():
@@ -61,9 +61,10 @@ class LowRankMLP(FusedMLP):
 
 
 def fuse_mlps(model: nn.Module, layer: type[nn.Module], form: type[FusedMLP]) -> None:
-    """Turn every down(silu(gate(x)) * up(x)) of three `layer`s into a `form`, in place.
+    """Turn every down(silu(gate(x)) * up(x)) of three layers of class `layer` into a `form`.
 
-    They are told by what they compute, not by names; other MLPs keep their forward pass.
+    The model is changed in place. The MLPs are recognised by what they compute, not by names, and
+    others keep their forward pass.
     """
     fused: dict[type, type] = {}
     for mlp in list(gated_mlps(model, layer)):

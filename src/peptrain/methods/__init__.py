@@ -1,6 +1,6 @@
-"""The methods. A new one is a file here and its import below, or an entry point
-`peptrain.methods` of another package (docs/new-method.md)."""
-# ruff: noqa: I001  (the order of the imports is that of `peptrain methods`)
+"""The registry of methods. Add one as a file here with an import below, or as an entry point in
+the group `peptrain.methods` of another package (docs/new-method.md)."""
+# ruff: noqa: I001  (`peptrain methods` lists the methods in the order of these imports)
 
 from __future__ import annotations
 
@@ -32,49 +32,49 @@ def _is_method(found: object) -> bool:
 METHODS: dict[str, type[Method]] = {
     found.name: found for found in list(globals().values()) if _is_method(found)
 }
-"""Ours, by name: the classes imported above."""
+"""The built-in methods by name: the classes imported above."""
 
 
 def methods() -> dict[str, type[Method]]:
-    """Ours and those that installed packages offer under `peptrain.methods`.
+    """Return the built-in methods and those that installed packages register as entry points.
 
-    A package whose entry point can't be used is named in a warning and left out.
+    An entry point that cannot be used is skipped with a warning that names it.
     """
     found = dict(METHODS)
     for entry in sorted(entry_points(group="peptrain.methods"), key=lambda e: (e.name, e.value)):
         cls = _offered(entry)
         if cls is not None and found.setdefault(entry.name, cls) is not cls:
-            _refuse(entry, f"peptrain or another package has a method {entry.name!r} already")
+            _refuse(entry, f"peptrain or another package already has a method {entry.name!r}")
     return found
 
 
 @cache
 def _offered(entry: EntryPoint) -> type[Method] | None:
-    """The class of an entry point; None, with a warning, if it is no method of that name."""
+    """Return the class of an entry point, or None with a warning if it is not a usable method."""
     try:
         cls = entry.load()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # importing it runs whatever code it has
-        return _refuse(entry, f"can't be imported: {type(error).__name__}: {error}")
+    except BaseException as error:  # importing a module runs arbitrary code
+        return _refuse(entry, f"cannot be imported: {type(error).__name__}: {error}")
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        return _refuse(entry, "is no subclass of peptrain.methods.base.Method")
+        return _refuse(entry, "not a subclass of peptrain.methods.base.Method")
     if (name := getattr(cls, "name", None)) != entry.name:
         return _refuse(
             entry,
-            f"its class calls itself {name!r} and its entry point {entry.name!r}, so a run"
-            " could not be read again; give both one name",
+            f"its class has the name {name!r} and its entry point {entry.name!r}, so runs could not"
+            " be loaded again; give both the same name",
         )
     if not (is_dataclass(cls) and isinstance(getattr(cls, "equation", None), str)):
-        return _refuse(entry, "is no dataclass with an `equation`")
+        return _refuse(entry, "not a dataclass with an `equation`")
     try:
         cls()
-    except Exception as error:  # what its own checks say to its own defaults
-        return _refuse(entry, f"can't be made with its defaults: {error}")
+    except Exception as error:  # raised by the method's own checks
+        return _refuse(entry, f"cannot be created with its defaults: {error}")
     return cls
 
 
 @cache
 def _refuse(entry: EntryPoint, why: str) -> None:
     package = f" of package {entry.dist.name}" if entry.dist else ""
-    log.warning("method %r (%s%s) is left out: %s", entry.name, entry.value, package, why)
+    log.warning("method %r (%s%s) is skipped: %s", entry.name, entry.value, package, why)

@@ -1,4 +1,4 @@
-"""Bi-Phase Training (Gurung and Campbell): diagonals around a frozen matrix that absorbs UV."""
+"""Bi-Phase Training (Gurung and Campbell): diagonals and merged factors around a frozen W."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peptrain.ops.spectral import semi_orthogonal
 from peptrain.optim.adamw import ResetMode, reset_moments
 from peptrain.optim.schedule import Schedule, ScheduleConfig, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import changeable, check, fill, interval
+from peptrain.settings.fields import changeable, check, essential, fill, interval
 
 log = logging.getLogger("peptrain")
 Init = Literal["kaiming_uniform", "kaiming_normal", "model"]
@@ -30,8 +30,8 @@ Init = Literal["kaiming_uniform", "kaiming_normal", "model"]
 class BPTLinear(ReparamLinear):
     """W_eff = diag(a) (W + U V) diag(b); W frozen, a: [out], b: [in], U: [out, r], V: [r, in].
 
-    The diagonals are fp32 whatever the rest is: they stay near 1, where bf16 has steps of 0.4 to
-    0.8 %. A bias stays outside of them.
+    The diagonals are at least fp32 because they stay near 1, where neighbouring bf16 values differ
+    by 0.4 to 0.8 %. A bias is not scaled by them.
     """
 
     def __init__(self, site: Site, rank: int, init: Init, rng: Rng) -> None:
@@ -47,7 +47,7 @@ class BPTLinear(ReparamLinear):
         self.a = nn.Parameter(W.new_ones(n, dtype=wide))
         self.b = nn.Parameter(W.new_ones(m, dtype=wide))
         self.linear: Callable[..., Tensor] = bpt_linear
-        """The map, plain or fused."""
+        """The linear map, in its plain or fused form."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x, *self.parts)
@@ -62,7 +62,7 @@ class BPTLinear(ReparamLinear):
 
     @torch.no_grad()
     def merge(self, step: int, rng: Rng) -> None:
-        """W += U V, U fresh, V = 0: inside the diagonals, so the function stays (equation 3)."""
+        """W += U V inside the diagonals, re-draw U, V = 0: the function is kept (equation 3)."""
         dtype = at_least_fp32(self.weight.dtype)
         add_(
             self.weight, self.U.to(dtype) @ self.V.to(dtype), rng.integer(self.site, step, "round")
@@ -73,15 +73,20 @@ class BPTLinear(ReparamLinear):
 
 
 def fresh_U(site: str, step: int, n: int, r: int, rng: Rng, like: Tensor) -> Tensor:
-    """U [n, r] after the merge at `step`: orthonormal columns. The output factor is the random
-    one, so V is the first to receive a gradient."""
+    """Draw U [n, r] with orthonormal columns, for the start (step 0) or a merge at `step`.
+
+    The output factor is the random one, so V is the first to receive a gradient.
+    """
     return semi_orthogonal(n, r, rng(site, step, "U"), dtype=like.dtype, device=like.device)
 
 
 @torch.no_grad()
 def initialise(W: Tensor, init: Init, generator: torch.Generator) -> None:
-    """Kaiming for the frozen W: uniform is nn.Linear's own (U(+-1/sqrt(in))); normal has gain
-    sqrt 2 and is 2.4 times larger; model keeps what the model drew."""
+    """Initialise the frozen W in place.
+
+    kaiming_uniform is nn.Linear's own, U(+-1/sqrt(in)). kaiming_normal has gain sqrt 2 and is 2.4
+    times larger. model keeps the model's own initialisation.
+    """
     if init == "model":
         return
     fresh = torch.empty(W.shape, device="cpu")
@@ -94,26 +99,30 @@ def initialise(W: Tensor, init: Init, generator: torch.Generator) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BPT(RankMethod):
-    """Train U, V and two diagonals around a frozen W, and merge U V into W now and then."""
+    """Train U, V and two diagonals around a frozen W, and merge U V into W periodically."""
 
     name: ClassVar[str] = "bpt"
-    equation: ClassVar[str] = "W_eff = diag(a) (W + U V) diag(b), W += U V now and then"
+    purpose: ClassVar[str] = "full-size model without a full-rank warm start"
+    equation: ClassVar[str] = (
+        "W_eff = diag(a) (W + U V) diag(b), U V merged into W every `merge_every` steps"
+    )
     keeps_function_with: ClassVar[Mapping[str, Any] | None] = {"init": "model"}
     zero_factor = True
     merges = True
-    # The paper's, ten times full training's; 1e-3 is better at llama-60m (docs/first-table.md).
+    # The paper's, ten times that of full training. 1e-3 is better at llama-60m, at 19.7M tokens
+    # (docs/all-methods.md).
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
     schedule_defaults = fill(ScheduleConfig(kind="wsd", floor=0.0), Method.schedule_defaults)
 
-    merge_every: int | None = interval(0.25, most=2000)
-    """Steps between merges; 0 is never. Unset: a quarter of the run, at most 2000. The paper says
-    only that rarer is better, which docs/first-table.md bears out."""
+    merge_every: int | None = essential(interval(0.25, most=2000))
+    """Steps between merges; 0 is never. Unset: a quarter of the run, at most 2000. The paper gives
+    no number, it only says that rarer is better."""
     init: Init = "kaiming_uniform"
-    """How the frozen W starts, unless --init-from gives it; model keeps what the model drew."""
+    """Initialisation of the frozen W, unless --init-from gives it. model: the model's own."""
     reset: ResetMode = "zero"
-    """What a merge does to the moments of U and V."""
+    """How a merge resets the Adam moments of U and V; keep leaves them."""
     reset_fraction: float = 0.99
-    """The part that magnitude and random resets remove."""
+    """Fraction of the moments that magnitude and random resets set to zero."""
     restart_warmup: int = changeable(0)
     """Steps of learning-rate warm-up from 0 after each merge; 0 is none."""
 

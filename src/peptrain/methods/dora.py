@@ -1,4 +1,4 @@
-"""DoRA (Liu et al., 2024) from scratch: LoRA whose rows are normed and given trained lengths."""
+"""DoRA (Liu et al., 2024) from scratch: LoRA with normalised rows and trained row lengths."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from peptrain.rng import Rng
 class DoRALinear(LoRALinear):
     """W_eff = diag(m / N) (W + s B A), N the row norms of W + s B A; m: [out], the rest as LoRA.
 
-    m starts at the row norms of W, so that W_eff = W. The gradient takes N for a constant (section
-    4.3). m is at least fp32: its steps are small beside it. A row of W that is 0 stays 0.
+    m starts at the row norms of W, so that W_eff = W. The gradient treats N as a constant (section
+    4.3). m is at least fp32, because its updates are small compared with its values. A row of W
+    that is 0 stays 0.
     """
 
     def __init__(self, site: Site, rank: int, alpha: float, dropout: float, rng: Rng) -> None:
@@ -32,7 +33,7 @@ class DoRALinear(LoRALinear):
         return (self.scale() * z).to(z.dtype)
 
     def scale(self) -> Tensor:
-        """m / N, [out]."""
+        """Return m / N, [out]."""
         return over_norms(self.m, row_norms(super().effective_weight()))
 
     def effective_weight(self) -> Tensor:
@@ -45,8 +46,9 @@ class DoRA(LoRA):
 
     name: ClassVar[str] = "dora"
     kind: ClassVar[type[LoRALinear]] = DoRALinear
+    purpose: ClassVar[str] = "baseline: lora with direction and length apart"
     equation: ClassVar[str] = "W_eff = diag(m / N) (W + s B A), N the row norms of W + s B A"
-    # BPT's Table 2 has DoRA, its Table 5 no learning rate for it: this is LoRA's there.
+    # BPT reports DoRA in Table 2 but no learning rate for it in Table 5: this is its LoRA rate.
     optim_defaults = replace(LoRA.optim_defaults, lr=1e-3)
     schedule_defaults = BPT.schedule_defaults
 
@@ -54,4 +56,4 @@ class DoRA(LoRA):
         return super().cost(n, m, rank) + n
 
     def fuse(self, model: nn.Module) -> None:
-        """There is no fused form: LoRA's has no row norms."""
+        """Do nothing: DoRA has no fused form, and LoRA's does not compute row norms."""

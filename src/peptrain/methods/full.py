@@ -1,4 +1,4 @@
-"""Full training: AdamW on every parameter, what all the papers compare with."""
+"""Full training: AdamW on every parameter, the baseline of all the papers."""
 
 from __future__ import annotations
 
@@ -13,4 +13,5 @@ class Full(Method):
     """Train every parameter with AdamW."""
 
     name: ClassVar[str] = "full"
+    purpose: ClassVar[str] = "reference: all weights trained by AdamW"
     equation: ClassVar[str] = "W, all trainable"

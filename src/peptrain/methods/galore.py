@@ -17,11 +17,11 @@ from peptrain.ops.precision import at_least_fp32
 from peptrain.optim.adamw import OptimConfig, groups_around
 from peptrain.optim.galore import GaLoreOptimizer, GaLoreRule
 from peptrain.rng import Rng
-from peptrain.settings.fields import check, interval, of_width
+from peptrain.settings.fields import check, essential, interval, of_width
 
 
 class ProjectedLinear(ReparamLinear):
-    """W_eff = W, [out, in], trained: the layer tells the optimizer whose gradients it projects."""
+    """W_eff = W, [out, in], trained. The class marks the weights whose gradients are projected."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -39,20 +39,21 @@ class GaLore(RankMethod):
     """Train W in full, with Adam's moments in a rank-r subspace of its gradient."""
 
     name: ClassVar[str] = "galore"
-    equation: ClassVar[str] = "W, all trainable; Adam on Pᵀ G, P from the SVD of G now and then"
-    saves: ClassVar[str] = "a smaller optimizer state"
+    purpose: ClassVar[str] = "all weights trained, smaller optimizer state"
+    equation: ClassVar[str] = "W, all trainable; Adam on Pᵀ G, P by SVD of G every `gap` steps"
+    saves: ClassVar[str] = "optimizer state"
     optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6)
 
-    rank: int | None = of_width(0.25)
+    rank: int | None = essential(of_width(0.25))
     """r, the dimension of the gradient's subspace. Unset: a quarter of the hidden size."""
-    gap: int | None = interval(0.25, most=200)
-    """Steps between two SVDs of the gradient, T in the paper; 0 is the first step's alone. Unset:
-    a quarter of the run, at most 200."""
+    gap: int | None = essential(interval(0.25, most=200))
+    """Steps between two SVDs of the gradient, T in the paper; 0 keeps the P of the first step.
+    Unset: a quarter of the run, at most 200."""
     scale: float = 0.25
-    """Of the projected update: W -= lr scale P N; alpha in the paper."""
+    """Factor of the projected update, alpha in the paper: W -= lr scale P N."""
     moments: Literal["keep", "rotate"] = "keep"
-    """What becomes of Adam's moments when P changes: keep leaves their numbers as they are, rotate
-    takes them into the new basis."""
+    """Adam's moments when P changes: keep leaves their values unchanged, rotate transforms them to
+    the new basis."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +61,10 @@ class GaLore(RankMethod):
         check(self.scale > 0, "method.scale", self.scale, "> 0")
 
     def cost(self, n: int, m: int, rank: int) -> int:
-        """Half of the optimizer's numbers, r max + r max + r min with P; Adam's own are 2nm."""
+        """Return half the number of values in the optimizer state; half of Adam's 2 n m is n m.
+
+        The state has 2 r max(n, m) values of moments and r min(n, m) of P.
+        """
         return rank * max(n, m) + rank * min(n, m) // 2
 
     def layer(self, site: Site, rng: Rng) -> ProjectedLinear:

@@ -19,7 +19,7 @@ from peptrain.rng import Rng
 class HyperAdaptLinear(ReparamLinear):
     """W_eff = diag(a) W diag(b); W frozen, a: [out], b: [in], both 1 at the start.
 
-    The diagonals are at least fp32, as BPT's are. A bias stays outside of them.
+    The diagonals are at least fp32, as in BPT. A bias is not scaled by them.
     """
 
     def __init__(self, site: Site) -> None:
@@ -41,11 +41,12 @@ class HyperAdaptLinear(ReparamLinear):
 
 @dataclass(frozen=True, kw_only=True)
 class HyperAdapt(TargetedMethod):
-    """Train the diagonals a and b of diag(a) W diag(b), all matrices frozen."""
+    """Train the diagonals a and b of diag(a) W diag(b) around a frozen W."""
 
     name: ClassVar[str] = "hyperadapt"
+    purpose: ClassVar[str] = "baseline: bpt without U V"
     equation: ClassVar[str] = "W_eff = diag(a) W diag(b)"
-    # BPT's Table 5, and the setup of its Table 2.
+    # From BPT's Table 5, for the setup of its Table 2.
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
     schedule_defaults = BPT.schedule_defaults
 

@@ -1,4 +1,4 @@
-"""LoRA from scratch: a frozen matrix and a low-rank addition, after a full warm start or none."""
+"""LoRA from scratch: a frozen matrix plus a low-rank one, optionally after a full warm start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peptrain.ops.rounding import add_
 from peptrain.optim.adamw import OptimConfig, adamw
 from peptrain.optim.schedule import Schedule, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import changeable, check, length
+from peptrain.settings.fields import changeable, check, essential, length
 
 log = logging.getLogger("peptrain")
 
@@ -29,8 +29,8 @@ log = logging.getLogger("peptrain")
 class LoRALinear(ReparamLinear):
     """W_eff = W + s B A; W frozen, A: [r, in], B: [out, r], s = alpha / r.
 
-    A is random and B = 0, so B is the first to receive a gradient. (The released code starts both
-    at 0, a saddle that no gradient leaves.) Dropout is on the input of A.
+    A is random and B = 0, so B is the first to receive a gradient. (ReLoRA's released code starts
+    both at 0, where both gradients are 0 and stay 0.) Dropout applies to the input of A.
     """
 
     def __init__(self, site: Site, rank: int, alpha: float, dropout: float, rng: Rng) -> None:
@@ -43,10 +43,10 @@ class LoRALinear(ReparamLinear):
         self.B = nn.Parameter(W.new_zeros(n, rank))
         self.register_parameter("s", None)
         self.linear: Callable[..., Tensor] = added_linear
-        """The map, plain or fused."""
+        """The linear map, in its plain or fused form."""
 
     def train_scale(self) -> None:
-        """Make s a parameter, [1], in at least fp32; it starts at alpha / r."""
+        """Make s a parameter, [1], at least fp32, initialised to alpha / r."""
         wide = at_least_fp32(self.B.dtype)
         self.s = nn.Parameter(self.B.new_full((1,), self.alpha / self.B.shape[1], dtype=wide))
 
@@ -59,7 +59,7 @@ class LoRALinear(ReparamLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: Tensor, sB: Tensor) -> Tensor:
-        """x (W + s B A)ᵀ."""
+        """Return x (W + s B A)ᵀ, given sB = s B."""
         if not (self.dropout and self.training):
             return self.linear(x, self.weight, sB, self.A)
         low = F.linear(F.dropout(x, self.dropout), self.A)
@@ -71,10 +71,10 @@ class LoRALinear(ReparamLinear):
 
     @torch.no_grad()
     def merge(self, step: int, rng: Rng, *, scaled: bool = True) -> None:
-        """W += s B A, A fresh, B = 0: the function stays (ReLoRA, equation 1).
+        """W += s B A, re-draw A, B = 0: the function is unchanged (ReLoRA, equation 1).
 
-        A trained s returns to alpha / r; left where it went, near 0 say, it might hold the new
-        factors still. Not `scaled`, the merge is W += B A, and the function changes unless s = 1.
+        A trained s is reset to alpha / r, because an s near 0 would keep the new factors from
+        training. If `scaled` is False, the merge is W += B A and changes the function unless s = 1.
         """
         dtype = at_least_fp32(self.weight.dtype)
         delta = (self.sB() if scaled else self.B).to(dtype) @ self.A.to(dtype)
@@ -87,7 +87,7 @@ class LoRALinear(ReparamLinear):
 
 
 def fresh_A(site: str, step: int, r: int, m: int, rng: Rng, like: Tensor) -> Tensor:
-    """A [r, m] after the merge at `step`: nn.Linear's own kaiming_uniform, U(+-1/sqrt(m))."""
+    """Draw A [r, m] for the start (step 0) or a merge: U(+-1/sqrt(m)), as nn.Linear does."""
     A = torch.empty(r, m, device="cpu")
     nn.init.kaiming_uniform_(A, a=5**0.5, generator=rng(site, step, "A"))
     return A.to(like)
@@ -95,33 +95,34 @@ def fresh_A(site: str, step: int, r: int, m: int, rng: Rng, like: Tensor) -> Ten
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(RankMethod):
-    """Train B and A of W + s B A around a frozen W; with a warm start, train W in full before."""
+    """Train B and A of W + s B A around a frozen W, optionally after full training of W."""
 
     name: ClassVar[str] = "lora"
     kind: ClassVar[type[LoRALinear]] = LoRALinear
+    purpose: ClassVar[str] = "baseline: relora without merges"
     equation: ClassVar[str] = "W_eff = W + s B A, W frozen (after a full warm start, if any)"
     zero_factor = True
-    # At llama-60m 1e-3 and 2e-3 are alike without a warm start, and more is better after one; in
-    # the default model 2e-3 is ahead of 1e-3 and 4e-3 (docs/first-table.md, docs/log.md).
+    # At llama-60m 1e-3 and 2e-3 are equally good without a warm start, and higher rates are better
+    # after one. In the default model 2e-3 beats 1e-3 and 4e-3 (docs/first-table.md, docs/log.md).
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
 
     alpha: float = 32.0
     """s = alpha / rank."""
     dropout: float = 0.0
-    """Of the input of A. Above 0 a forward pass is slower: W and B A are applied one by one."""
+    """Dropout on the input of A. Above 0 training is slower: W and B A are applied separately."""
     train_scale: bool = False
-    """Whether each adapted matrix trains its s, from alpha / rank."""
-    warm_start_steps: int | None = 0
-    """Steps of full training before the adapters come; 0 is none."""
+    """Whether s of each adapted matrix is trained, starting at alpha / rank."""
+    warm_start_steps: int | None = essential(0)
+    """Steps of full training before the adapters are added; 0 is none."""
     warm_start_lr: float = changeable(1e-3)
-    """Peak learning rate of these steps; the default is full training's."""
+    """Peak learning rate of the warm start; the default is full training's."""
     warm_start_warmup: int | None = changeable(None)
-    """Learning-rate warm-up at the start of these steps. Unset: schedule.warmup."""
+    """Steps of learning-rate warm-up at the beginning of the warm start. Unset: schedule.warmup."""
     warm_start_then: Literal["continue", "fresh"] = "continue"
-    """continue keeps the schedule and the moments of what trains on; fresh begins both anew, with
-    another warm-up, as the released code does."""
+    """After the warm start: continue keeps the schedule and the moments of parameters that stay
+    trainable; fresh restarts both, with another warm-up, as ReLoRA's released code does."""
     restart_warmup: int | None = length(0.01, most=50, changeable=True)
-    """Steps of learning-rate warm-up from 0 where the adapters come and after each reset; 0 is
+    """Steps of learning-rate warm-up from 0 when the adapters are added and after each reset; 0 is
     none. Unset: a hundredth of the run, at most 50."""
 
     def __post_init__(self) -> None:
@@ -134,7 +135,7 @@ class LoRA(RankMethod):
 
     @property
     def warm(self) -> int:
-        """The step at which the adapters come."""
+        """The step at which the adapters are added."""
         return self.warm_start_steps or 0
 
     def cost(self, n: int, m: int, rank: int) -> int:
@@ -159,7 +160,7 @@ class LoRA(RankMethod):
         if not self._warming(phase):
             super().install(model, sites, rng, phase)
             return
-        chosen = self.chosen(sites)  # now, or a rank that fits nothing would end a run half-way
+        chosen = self.chosen(sites)  # checked now: a useless rank would only fail at the switch
         if not self.train_rest:
             model.requires_grad_(False)
             for site in chosen:
@@ -178,7 +179,7 @@ class LoRA(RankMethod):
     def fuse(self, model: nn.Module) -> None:
         from peptrain.kernels import linear as fused  # Triton is not everywhere
 
-        layers = list(reparametrized(model))  # none in a warm start
+        layers = list(reparametrized(model))  # empty during a warm start
         for layer in layers:
             assert isinstance(layer, LoRALinear)
             layer.linear = fused.added_linear
@@ -189,13 +190,14 @@ class LoRA(RankMethod):
         return self._restarted(base, 0)
 
     def _restarted(self, base: Schedule, every: int) -> Schedule:
-        """`base` with a restart at the switch, and at the multiples of `every` after it."""
+        """Return `base` with restarts at the switch and at the multiples of `every` after it."""
         if self.warm:
             base = replace(base, multiplier=self._switched(base))
         return restarted(base, every=every, rewarm=self.restart_warmup or 0, start=self.warm)
 
     def _switched(self, base: Schedule) -> Callable[[int], float]:
-        """`base` with the warm start's own warm-up, and after it on, or anew for what is left."""
+        """Return `base` with the warm start's own warm-up. After the switch `base` continues, or
+        restarts over the remaining steps if `warm_start_then` is fresh."""
         start, warmup = self.warm, self.warm_start_warmup
         first = base if warmup is None else base.over(base.steps, warmup)
         if self.warm_start_then == "continue":

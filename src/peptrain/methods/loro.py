@@ -18,40 +18,42 @@ from peptrain.optim.adamw import OptimConfig, groups_around
 from peptrain.optim.loro import LOROOptimizer, LORORule
 from peptrain.optim.schedule import Schedule, cosine, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import check, interval, length, same_as
+from peptrain.settings.fields import check, essential, interval, length, same_as
 
 log = logging.getLogger("peptrain")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LORO(LowRank):
-    """Train W = B A by Adam, with an exact Riemannian step now and then."""
+    """Train W = B A by Adam, with an exact Riemannian step every `exact_every` steps."""
 
     name: ClassVar[str] = "loro"
+    purpose: ClassVar[str] = "smaller model, faster to train and to run"
     equation: ClassVar[str] = "W = B A, stepped on the manifold of rank-r matrices"
     optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6, clip=0.0)
 
-    exact_every: int | None = interval(0.25, most=500)
+    exact_every: int | None = essential(interval(0.25, most=500))
     """K: every K-th step is exact; 0 is never. Unset: a quarter of the run, at most 500."""
     refresh_every: int | None = same_as("exact_every")
-    """Steps between refreshes of the Adam state. Unset: with every exact step."""
+    """Steps between refreshes of the Adam state. Unset: at every exact step."""
     refresh: Literal["all", "factors", "none"] = "all"
-    """Whose Adam state a refresh zeroes: all parameters, the factors alone, or none."""
+    """Parameters whose Adam state a refresh zeroes: all, only the factors, or none."""
     restart_warmup: int | None = length(0.025, most=5, changeable=True)
-    """Steps of learning-rate warm-up from 0 after each refresh. Unset: 5, less in runs of under
-    200 steps, whose refreshes are near each other."""
+    """Steps of learning-rate warm-up from 0 after each refresh. Unset: a fortieth of the run, at
+    most 5, because the refreshes of a short run are close together."""
     scale: str = "hidden"
-    """c of the approximate step: hidden (r / the model's width), rows (r/n), min, or a number."""
+    """c of the approximate step: hidden (r / hidden size), rows (r/n), min (r/min(n, m)), or a
+    number."""
     direction: Literal["adam", "raw"] = "adam"
-    """What the exact step follows: Adam's directions, or raw gradients (the Riemannian step)."""
+    """Direction of the exact step: Adam's, or the raw gradient (the Riemannian step)."""
     retraction: Literal["riemannian", "svd"] = "riemannian"
     """svd replaces the exact step by an approximate one and a balanced SVD of B A (ablation)."""
     update: Literal["adam", "precond"] = "adam"
-    """precond steps along raw gradients preconditioned by the other factor (ablation)."""
+    """precond: steps along raw gradients preconditioned by the other factor (ablation)."""
     precond_eps: float = 1e-6
-    """Damping of precond, relative to the trace; 0 is the paper's form, unstable by its report."""
+    """Damping of precond, relative to the trace; 0 is the paper's form, reported as unstable."""
     reference_schedule: bool = False
-    """The released code's own shifted cosine and restarts, in place of schedule.kind's."""
+    """Use the released code's shifted cosine and restarts instead of schedule.kind."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +66,7 @@ class LORO(LowRank):
         super().install(model, sites, rng, phase)
         if (self.exact_every or 0) > 600:
             log.warning(
-                "method.exact_every: %d; the paper reports divergence above 650 to 750 steps",
+                "method.exact_every: the paper reports divergence above 650 to 750 steps (got %d)",
                 self.exact_every,
             )
 
@@ -105,7 +107,7 @@ class LORO(LowRank):
         )
 
     def _scale(self, layer: LowRankLinear) -> float:
-        """c of the approximate step; the released code divides by the model's hidden size."""
+        """Return c of the approximate step. The released code divides r by the hidden size."""
         n, m = layer.out_features, layer.in_features
         widths = {"hidden": layer.width, "rows": n, "min": min(n, m)}
         return self.r / widths[self.scale] if self.scale in widths else self._number()
@@ -121,10 +123,10 @@ class LORO(LowRank):
 
 
 def reference_schedule(base: Schedule, every: int) -> Schedule:
-    """The schedule of the released code: N steps, warm-up w, restarts every R, floor mn.
+    """Return the schedule of the released code: N steps, warm-up w, restarts every R, floor mn.
 
-    Its cosine runs 0.1 N steps late and its restarts shift with it; a restart begins at 1e-6 and
-    takes 5 steps to the value that warm-up or cosine has at the restart itself.
+    Its cosine and its restarts are 0.1 N steps late. A restart begins at 1e-6 and rises within 5
+    steps to the value of the warm-up or cosine at the restart itself.
     """
     N, w, mn, late = base.steps, base.warmup, base.floor, -round(0.1 * base.steps)
     e, rewarm = 1e-6, 5

@@ -20,7 +20,7 @@ from peptrain.rng import Rng
 class LowRankLinear(ReparamLinear):
     """W = B A, so y = x Aᵀ Bᵀ. B: [out, r], A: [r, in]; no dense W exists.
 
-    Drawn by xavier_normal, or the truncated SVD of a W that was trained.
+    The factors are initialised by xavier_normal, or by the truncated SVD of a trained W.
     """
 
     def __init__(self, site: Site, rank: int, rng: Rng) -> None:
@@ -52,6 +52,7 @@ class LowRank(RankMethod):
     """Train W = B A by AdamW on both factors."""
 
     name: ClassVar[str] = "lowrank"
+    purpose: ClassVar[str] = "baseline: plain low-rank factors"
     equation: ClassVar[str] = "W = B A, both factors trained by AdamW"
     keeps_function_with = None
     # The best of 5e-4, 1e-3, 3e-3 and 1e-2 at llama-60m (docs/first-table.md).

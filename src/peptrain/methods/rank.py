@@ -1,4 +1,4 @@
-"""What methods with a rank share: the rank, and the rule for which matrices it is worth it."""
+"""Base class of methods with a rank: its default, and the rule which matrices are adapted."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import ClassVar
 from peptrain.errors import ConfigError
 from peptrain.methods.targets import TargetedMethod, matches
 from peptrain.models.sites import Site
-from peptrain.settings.fields import check, of_width
+from peptrain.settings.fields import check, essential, of_width
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankMethod(TargetedMethod):
-    """A method with a rank, which takes the matrices whose `cost` is below n m."""
+    """A method with a rank that adapts the matrices whose `cost` is below n m."""
 
-    saves: ClassVar[str] = "fewer trainable parameters"
-    """What a matrix gets by being adapted, as the errors name it."""
+    saves: ClassVar[str] = "parameters"
+    """What adapting a matrix saves, as named in errors: trainable parameters, by default."""
 
-    rank: int | None = of_width(0.25)
+    rank: int | None = essential(of_width(0.25))
     """r, the inner dimension of the two factors. Unset: a quarter of the hidden size."""
 
     def __post_init__(self) -> None:
@@ -27,21 +27,22 @@ class RankMethod(TargetedMethod):
 
     @property
     def r(self) -> int:
-        """The rank, once it is resolved."""
+        """Return the resolved rank."""
         if self.rank is None:
-            raise ConfigError("method.rank: unset; give a rank of 1 or more")
+            raise ConfigError("method.rank: must be set to a rank >= 1 (got None)")
         return self.rank
 
     def cost(self, n: int, m: int, rank: int) -> int:
-        """Trainable parameters of an adapted n x m matrix, whose n m it would have dense."""
+        """Return the trainable parameters of an adapted n x m matrix, which has n m when dense."""
         return rank * (n + m)
 
     def worthwhile(self, sites: Sequence[Site]) -> list[Site]:
         taken = [site for site in sites if self._takes(site)]
         if not taken:
+            largest = self._largest_useful_rank(sites)
+            hint = f"the largest useful rank is {largest}" if largest else "no rank does"
             raise ConfigError(
-                f"method.rank: at {self.r} no matrix gets {self.saves}; the largest useful"
-                f" rank of this model is {self._largest_useful_rank(sites)}"
+                f"method.rank: rank {self.r} saves no {self.saves} in any matrix; {hint}"
             )
         return taken
 
@@ -50,6 +51,8 @@ class RankMethod(TargetedMethod):
         return matches(site, self.include) or self.cost(n, m, self.r) < n * m
 
     def _largest_useful_rank(self, sites: Sequence[Site]) -> int:
+        """Return the largest rank at which `cost` is below n m for any of the sites, 0 if none."""
+
         def useful(rank: int) -> bool:
             return any(self.cost(*s.shape, rank) < s.shape[0] * s.shape[1] for s in sites)
 

@@ -1,4 +1,4 @@
-"""ReLoRA (Lialin et al., ICLR 2024): LoRA from scratch that merges, begins again, and merges."""
+"""ReLoRA (Lialin et al., ICLR 2024): LoRA from scratch, periodically merged and restarted."""
 
 from __future__ import annotations
 
@@ -15,46 +15,49 @@ from peptrain.models.sites import Site, reparametrized
 from peptrain.optim.adamw import ResetMode, reset_moments
 from peptrain.optim.schedule import Schedule
 from peptrain.rng import Rng
-from peptrain.settings.fields import check, interval, length, same_as
+from peptrain.settings.fields import check, essential, interval, length, same_as
 
 log = logging.getLogger("peptrain")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReLoRA(LoRA):
-    """Train W in full for a while, then B and A around it, merged into W now and then."""
+    """Train W in full first, then B and A around a frozen W, and merge them into W periodically."""
 
     name: ClassVar[str] = "relora"
-    equation: ClassVar[str] = "W_eff = W + s B A, W += s B A now and then"
+    purpose: ClassVar[str] = "full-size model after a full-rank warm start"
+    equation: ClassVar[str] = "W_eff = W + s B A, s B A merged into W every `merge_every` steps"
     merges = True
-    # The paper has 1.5 to 2 times full training's; at llama-60m after a warm start 4e-3 is better
-    # by 0.16 nats than 2e-3, and 8e-3 by 0.05 more (docs/first-table.md).
+    # The paper recommends 1.5 to 2 times full training's. At llama-60m after a warm start 4e-3 is
+    # 0.16 nats better than 2e-3, and 8e-3 another 0.05 (docs/first-table.md).
     optim_defaults = replace(Method.optim_defaults, lr=4e-3)
 
-    warm_start_steps: int | None = length(0.25)
-    """Steps of full training before the adapters come; 0 is none. Unset: a quarter of the run."""
-    merge_every: int | None = interval(0.25, most=5000)
-    """W += s B A at the multiples of this, after the warm start; 0 is never. Unset: a quarter of
-    the run, at most 5000."""
+    warm_start_steps: int | None = essential(length(0.25))
+    """Steps of full training before the adapters are added; 0 is none. Unset: a quarter of the
+    run."""
+    merge_every: int | None = essential(interval(0.25, most=5000))
+    """Merge (W += s B A) at the multiples of this after the warm start; 0 is never. Unset: a
+    quarter of the run, at most 5000."""
     reset_every: int | None = same_as("merge_every")
-    """Moments are reset, and the learning rate restarts, at the multiples of this; 0 is never.
-    Unset: with every merge. Online ReLoRA merges often and resets seldom."""
+    """Reset the moments and restart the learning rate at the multiples of this; 0 is never. Unset:
+    at every merge. Online ReLoRA merges often and resets rarely."""
     reset: ResetMode = "zero"
-    """What is forgotten: zero all, the magnitude-smallest or a random reset_fraction, or none."""
+    """Moments that a reset zeroes: all, the reset_fraction of smallest magnitude, a random
+    reset_fraction, or (keep) none."""
     reset_fraction: float = 0.99
-    """The part that magnitude (paper: 0.99) and random (released code: 0.999) resets remove."""
+    """Fraction that magnitude (paper: 0.99) and random (released code: 0.999) resets zero."""
     reset_factors: Literal["both", "A"] = "both"
-    """Whose moments are reset; A alone is the paper's Algorithm 1 to the letter."""
+    """Factors whose moments are reset. Only A: the paper's Algorithm 1 as printed."""
     pico_compat: bool = False
-    """Reset as the released code and its forks: each moment by a mask of its own, the step count
-    kept. The first update where an m outlives its v is tens to thousands of times the learning
-    rate (docs/log.md); for comparisons only."""
+    """Reset as the released code and its forks do: a separate mask for each moment, and the step
+    count kept. Where m is kept and v is zeroed, the first update is tens to thousands of times the
+    learning rate (docs/log.md). For comparisons only."""
     start: Literal["random", "zero"] = "random"
-    """How A starts. zero, as in the released code and its forks, is a saddle with B = 0: the
-    factors stay there until the first merge draws A; for comparisons only."""
+    """Initial A. With zero, as in the released code and its forks, A = B = 0 gets no gradient and
+    the factors do not train until the first merge draws A. For comparisons only."""
     merge_scaled: bool = True
-    """Whether a merge adds s B A. The small-model study's code adds B A, which changes the function
-    unless s = 1; for comparisons only."""
+    """Whether a merge adds s B A. If False it adds B A, as the small-model study's code does, which
+    changes the function unless s = 1. For comparisons only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,8 +77,8 @@ class ReLoRA(LoRA):
         every = self.merge_every or 0
         if every and (steps - 1) // every * every <= self.warm:
             log.warning(
-                "method.merge_every: %d has no multiple between the warm start's %d steps and the"
-                " end of the run at %d, so nothing merges",
+                "method.merge_every: no multiple of %d lies between the warm start's %d steps and"
+                " the end of the run at %d, so nothing merges",
                 *(every, self.warm, steps),
             )
         return super().phases(steps)
@@ -95,7 +98,10 @@ class ReLoRA(LoRA):
         return {k: v for k, v in (("merges", merges), ("resets", resets)) if v}
 
     def _times(self, every: int | None, step: int) -> int:
-        """How often what comes `every` so many steps has come, if it comes at `step`; else 0."""
+        """Return how often an event has occurred if `step` is one of its steps, else 0.
+
+        It occurs at the multiples of `every` after the warm start.
+        """
         if not every or step % every or step <= self.warm:
             return 0
         return step // every - self.warm // every

@@ -1,4 +1,4 @@
-"""SLTrain (Han et al., NeurIPS 2024): W = s B A + S, low-rank and sparse, both trained."""
+"""SLTrain (Han et al., NeurIPS 2024): W = s B A + S, the sum of a low-rank and a sparse matrix."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from peptrain.ops.sparse import sparse_linear, sparse_weight
 from peptrain.ops.spectral import best_factors
 from peptrain.optim.adamw import OptimConfig, adamw, groups_around
 from peptrain.rng import Rng
-from peptrain.settings.fields import check
+from peptrain.settings.fields import check, essential
 
 
 class SLTrainLinear(ReparamLinear):
     """W = s B A + S, s = alpha / r; B: [out, r], A: [r, in], S: [out, in] sparse.
 
-    S has `values` [nnz], trained, at the flat `indices` [nnz], int32, ascending: a support that is
-    drawn from the seed and the site, uniformly among all of its size, and stays. It is a buffer:
-    in the state dict, and in no checkpoint, since the seed makes it again. No dense W exists.
-    A is kaiming_uniform, B = 0, the values are U(+-1/sqrt(in)); for a W that was trained, s B A is
-    its best approximation of rank r, and S what that leaves of it on the support.
+    S has trained `values` [nnz] at the flat `indices` [nnz], int32, ascending. This support is
+    drawn once, uniformly, from the seed and the site's name, and does not change. It is a buffer:
+    it is in the state dict but in no checkpoint, since the seed reproduces it. No dense W exists.
+    A is kaiming_uniform, B = 0, the values are U(+-1/sqrt(in)). For a trained W, s B A is its best
+    rank-r approximation, and S is the remainder on the support.
     """
 
     indices: Tensor
@@ -60,7 +60,7 @@ class SLTrainLinear(ReparamLinear):
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         places, wider = self.indices, self.A.shape[1] - self.in_features
-        if wider:  # padding.py computes with columns of 0 beyond the last: rows are longer then
+        if wider:  # execution/padding.py appends columns of zeros, so rows are longer
             places = places + places // self.in_features * wider
         return self.B, self.A, self.values, places, self.s
 
@@ -73,12 +73,12 @@ class SLTrainLinear(ReparamLinear):
 
 
 def support_size(n: int, m: int, density: float) -> int:
-    """nnz of an n x m matrix: density n m rounded down, at least 1."""
+    """Return nnz of an n x m matrix: density n m rounded down, at least 1."""
     return max(1, int(density * n * m))
 
 
 def support(size: int, nnz: int, generator: torch.Generator) -> Tensor:
-    """`nnz` of the numbers below `size`, [nnz] int32 and ascending, every set as likely.
+    """Draw `nnz` of the integers below `size` uniformly; [nnz], int32, ascending.
 
     Raises RuntimeError for a matrix of 2^31 entries or more.
     """
@@ -88,18 +88,19 @@ def support(size: int, nnz: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SLTrain(RankMethod):
-    """Train W = s B A + S, S sparse on a fixed random support, by AdamW."""
+    """Train W = s B A + S by AdamW, S sparse on a fixed random support."""
 
     name: ClassVar[str] = "sltrain"
+    purpose: ClassVar[str] = "baseline: lowrank plus a sparse matrix"
     equation: ClassVar[str] = "W = s B A + S, S sparse on a fixed random support"
     keeps_function_with = None
     zero_factor = True
     optim_defaults = replace(Method.optim_defaults, lr=3e-3)
 
     alpha: float = 32.0
-    """s = alpha / rank. The paper has 32 at 60M, 16 at 130M and 350M, 8 at 1B."""
-    density: float = 0.03
-    """The part of S's entries that is not held at 0."""
+    """s = alpha / rank. The paper uses 32 at 60M, 16 at 130M and 350M, 8 at 1B."""
+    density: float = essential(0.03)
+    """Fraction of the entries of S that are trained; the others are 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,6 +116,6 @@ class SLTrain(RankMethod):
     def optimizer(
         self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
     ) -> Optimizer:
-        """AdamW, with decay on the values too: a list of them is the matrix S all the same."""
+        """Return AdamW with decay also on `values`: they are 1-D, but the entries of a matrix."""
         values = [m.values for m in reparametrized(model) if isinstance(m, SLTrainLinear)]
         return adamw(model, optim, groups_around(model, optim, values))

@@ -1,4 +1,4 @@
-"""Which matrices a method takes, and what becomes of the others."""
+"""Select the matrices that a method adapts, and freeze or train the others."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ GROUPS = {
     "attention": ("*attn*", "*attention*"),
     "mlp": ("*mlp*", "*ffn*", "*feed_forward*"),
 }
-"""Names for the matrices of one kind of block, by what the models call these blocks."""
+"""Patterns for the matrices of one kind of block, from the names models give these blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetedMethod(Method):
-    """A method that replaces matrices of one's choice.
+    """A method that replaces selected matrices.
 
-    A list of matrices is comma-separated, each item a kind (q, k, v, o, gate, up, down), a block
-    (attention, mlp) or a pattern of names ("k_proj", "model.layers.0.*").
+    A list of matrices is comma-separated. Each item is a kind (q, k, v, o, gate, up, down), a block
+    (attention, mlp) or a name pattern ("k_proj", "model.layers.0.*").
     """
 
     targets: str = ""
     """Matrices that may be adapted: "q,v", "attention", "mlp", or patterns. Unset: all."""
     include: str = ""
-    """Matrices to adapt whatever the rule says: kinds, blocks or patterns ("k,*.mlp.*")."""
+    """Matrices to adapt even if that saves nothing: kinds, blocks or patterns ("k,*.mlp.*")."""
     exclude: str = ""
     """Matrices to leave dense: kinds, blocks or patterns."""
     train_rest: bool = True
-    """Whether all that is not adapted trains too, embeddings and norms among it. False is for
-    fine-tuning a model that --init-from gave."""
+    """Whether everything that is not adapted trains too, including embeddings and norms. Use False
+    to fine-tune a model given by --init-from."""
 
     def layer(self, site: Site, rng: Rng) -> ReparamLinear:
-        """What replaces an adapted matrix."""
+        """Return the layer that replaces an adapted matrix."""
         raise NotImplementedError
 
     def layers(self, sites: Sequence[Site], rng: Rng) -> Iterator[ReparamLinear]:
-        """What replaces the adapted matrices, one after the other."""
+        """Yield the layers that replace the adapted matrices, in order."""
         return (self.layer(site, rng) for site in sites)
 
     def worthwhile(self, sites: Sequence[Site]) -> list[Site]:
-        """Those of the eligible sites that get fewer trainable parameters: all, for the methods
-        that train vectors alone. Raises ConfigError when there is none."""
+        """Return the eligible sites where adapting saves parameters. By default that is all of
+        them, as for methods that train only vectors. Raises ConfigError if there are none."""
         return list(sites)
 
     def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
@@ -64,9 +64,9 @@ class TargetedMethod(Method):
             site.replace(layer)
 
     def chosen(self, sites: Sequence[Site]) -> list[Site]:
-        """The sites to adapt: those whose trainable parameters get fewer (methods' one rule).
+        """Return the sites to adapt: the selected ones where that saves trainable parameters.
 
-        Raises Unsupported without any eligible layer, ConfigError when the rule takes none.
+        Raises Unsupported if the model has no eligible layer, ConfigError if no site is left.
         """
         if not sites:
             raise Unsupported("the model has no nn.Linear inside its decoder layers to adapt")
@@ -95,7 +95,7 @@ class TargetedMethod(Method):
 
 
 def matches(site: Site, listed: str) -> bool:
-    """Whether a list of matrices names this one."""
+    """Return whether a list of matrices includes this site."""
     return any(_is(site, item) for item in _split(listed))
 
 
@@ -108,7 +108,7 @@ def _split(patterns: str) -> list[str]:
 
 
 def _is(site: Site, item: str) -> bool:
-    """Whether the item of a list names this matrix."""
+    """Return whether one item of a list matches this site."""
     if item in GROUPS:
         return any(fnmatchcase(site.name, pattern) for pattern in GROUPS[item])
     leaf = _leaf(site)

@@ -1,4 +1,4 @@
-"""VeRA (Kopiczko et al., 2024) from scratch: one frozen random pair for all, trained diagonals."""
+"""VeRA (Kopiczko et al., 2024) from scratch: trained diagonals, one shared frozen random pair."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from peptrain.methods.targets import TargetedMethod
 from peptrain.models.sites import ReparamLinear, Site
 from peptrain.ops.precision import at_least_fp32
 from peptrain.rng import Rng
-from peptrain.settings.fields import check
+from peptrain.settings.fields import check, essential
 
 
 class VeRALinear(ReparamLinear):
     """W_eff = W + diag(lambda_b) B diag(lambda_d) A, with the first rows of B and columns of A.
 
-    W is frozen, and so are A: [r, most in] and B: [most out, r], the same Parameters in every
-    layer. lambda_d: [r] starts at 0.1, lambda_b: [out] at 0, so lambda_b is the first to receive
-    a gradient. Both are at least fp32, as BPT's diagonals are.
+    W is frozen, and so are A: [r, max in] and B: [max out, r], the same Parameters in every layer.
+    lambda_d: [r] starts at 0.1, lambda_b: [out] at 0, so lambda_b is the first to receive a
+    gradient. Both are at least fp32, like BPT's diagonals.
     """
 
     def __init__(self, site: Site, A: nn.Parameter, B: nn.Parameter) -> None:
@@ -38,7 +38,7 @@ class VeRALinear(ReparamLinear):
 
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
-        """What the layer uses of A and B: [r, in] and [out, r], as wide as W computes (padding)."""
+        """Return the parts of A and B that the layer uses, [r, in] and [out, r], padded if W is."""
         n, m = self.weight.shape
         return self.A[:, :m], self.B[:n]
 
@@ -57,10 +57,10 @@ class VeRALinear(ReparamLinear):
 
 
 def frozen_pair(sites: Sequence[Site], rank: int, rng: Rng) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [r, most in] and B [most out, r], uniform in +-sqrt(6 / fan in) (kaiming, gain sqrt 2).
+    """Draw A [r, max in] and B [max out, r], uniform in +-sqrt(6 / fan in) (kaiming, gain sqrt 2).
 
-    Drawn once, from the seed alone, and held by every layer: a checkpoint has each once, under
-    the name it has in the first.
+    They depend only on the seed and are shared by all layers. A checkpoint contains each once,
+    under its name in the first layer.
     """
     n, m = (max(sizes) for sizes in zip(*(site.shape for site in sites), strict=True))
     like = sites[0].linear.weight
@@ -75,17 +75,18 @@ def frozen_pair(sites: Sequence[Site], rank: int, rng: Rng) -> tuple[nn.Paramete
 
 @dataclass(frozen=True, kw_only=True)
 class VeRA(TargetedMethod):
-    """Train the two diagonals of W + diag(lambda_b) B diag(lambda_d) A; all matrices frozen."""
+    """Train the two diagonals of W + diag(lambda_b) B diag(lambda_d) A, with W, A and B frozen."""
 
     name: ClassVar[str] = "vera"
+    purpose: ClassVar[str] = "baseline: few parameters, shared factors"
     equation: ClassVar[str] = "W_eff = W + diag(lambda_b) B diag(lambda_d) A, A and B shared"
-    # BPT's Table 2 has VeRA, its Table 5 no learning rate for it: ten times full training's, as
-    # Appendix E has it for all that is not named there.
+    # BPT reports VeRA in Table 2 but no learning rate for it in Table 5: ten times full training's,
+    # the general rule of Appendix E.
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
     schedule_defaults = BPT.schedule_defaults
 
-    rank: int = 128
-    """r, the inner dimension of the frozen pair; it may be above a matrix's own."""
+    rank: int = essential(128)
+    """r, the inner dimension of the frozen pair. It may exceed a matrix's dimensions."""
 
     def __post_init__(self) -> None:
         check(self.rank >= 1, "method.rank", self.rank, ">= 1")

@@ -13,7 +13,7 @@ from torch import nn
 
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.models.presets import DEFAULT_PRESET, PRESETS, Family, unknown_preset
-from peptrain.settings.fields import check
+from peptrain.settings.fields import check, essential
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -26,7 +26,7 @@ Precision = Literal["fp32", "bf16-mixed", "bf16", "fp64"]
 class ModelConfig:
     """A preset or a config.json, then what is to differ from it."""
 
-    preset: str | None = None
+    preset: str | None = essential(None)
     """A named architecture (`peptrain methods` lists them with the methods); the sizes below, also
     those of a recipe or a file, go before it. Unset: tiny, if neither config nor --init-from says
     otherwise."""

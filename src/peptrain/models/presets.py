@@ -23,6 +23,14 @@ class Decoder:
     kv: int
     tied: bool = False
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the dense model."""
+        d, kv = self.d, self.kv * self.d // self.heads
+        norms_and_biases = {"llama": 2 * d, "qwen2": 3 * d + 2 * kv, "olmo2": 3 * d + kv}
+        layer = 2 * d * (d + kv) + 3 * d * self.f + norms_and_biases[self.family]
+        return (1 if self.tied else 2) * self.V * d + self.L * layer + d
+
 
 PRESETS: dict[str, Decoder] = {
     # Ours, for a laptop: its vocabulary is that of the embedded default corpus.

@@ -1,1 +1,1 @@
-"""Pure mathematics: tensors in, tensors out. Each file is tested against a float64 oracle."""
+"""Pure functions of tensors. Each file is tested against a float64 oracle."""

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear output head, without all of the logits in memory at once."""
+"""Cross-entropy of a linear output head that never stores all logits at once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from peptrain.ops.linear import compute_dtype
 from peptrain.ops.precision import at_least_fp32
 
 LOGITS = 2**28
-"""Elements of the logits that exist at once: 0.5 GiB in bf16, and twice that for their fp32 copy.
-Of 8192 tokens and a vocabulary of 152k they are an eighth."""
+"""Maximum number of logits in memory at once: 0.5 GiB in bf16, and twice that for their fp32 copy.
+With 8192 tokens and a vocabulary of 152k that is an eighth of all logits."""
 
 Softmax = Callable[[Tensor, Tensor, float], Tensor]
 Scale = Callable[[list[Tensor], Tensor], None]
@@ -32,15 +32,15 @@ def linear_cross_entropy(
     scale: Scale | None = None,
     limit: int = LOGITS,
 ) -> Tensor:
-    """The mean over tokens of -log softmax(x Wᵀ + bias)[target], in nats, at least fp32.
+    """Return the mean over tokens of -log softmax(x Wᵀ + bias)[target], in nats, at least fp32.
 
-    x: [T, d], W: [V, d], targets: [T] in 0..V-1, bias: [V]. The products are in autocast's dtype
-    where it is on, else in x's; the softmax in at least fp32.
+    x: [T, d], W: [V, d], targets: [T] in 0..V-1, bias: [V]. Matrix products are computed in
+    autocast's dtype if autocast is on, else in x's dtype, the softmax in at least fp32.
 
-    Tokens are taken in chunks of at most `limit` logits, and a chunk's gradients are computed right
-    after its loss, so that its logits can go; the backward pass only multiplies. It may run once:
-    a second time through a retained graph is a RuntimeError. `softmax` and `scale` are `softmax_`
-    and `scale_`, or compiled forms of them.
+    Tokens are processed in chunks of at most `limit` logits. The gradients of a chunk are computed
+    directly after its loss, so that its logits can be freed, and the backward pass only scales
+    them. It can run only once: a second backward pass through a retained graph raises a
+    RuntimeError. `softmax` and `scale` are `softmax_` and `scale_`, or compiled forms of them.
     """
     dtype = compute_dtype(x)
     rows = _rows(W.shape[0], limit)
@@ -52,9 +52,9 @@ def linear_cross_entropy(
 
 
 def softmax_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Overwrite logits [C, V] with scale * softmax(logits); log-probabilities of targets, [C, 1].
+    """Overwrite logits [C, V] with scale * softmax(logits); return target log-probabilities [C, 1].
 
-    Everything that passes over the logits is here, so this is what to compile.
+    All elementwise work on the logits is in this function, so that it can be compiled.
     """
     logp = F.log_softmax(logits, dim=1, dtype=at_least_fp32(logits.dtype))
     picked = logp.gather(1, targets[:, None])
@@ -63,8 +63,8 @@ def softmax_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
 
 
 def scale_(gradients: list[Tensor], by: Tensor) -> None:
-    """Multiply each by the number `by`, in place. To compile as well: PyTorch multiplies bf16 by
-    fp32 at a quarter of the memory's speed."""
+    """Multiply each gradient by the scalar `by`, in place. Worth compiling too: uncompiled, PyTorch
+    multiplies bf16 by fp32 at a quarter of the memory bandwidth."""
     for gradient in gradients:
         gradient.mul_(by)
 
@@ -107,23 +107,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since these may be the largest gradients of all. autograd watches what it saved,
-        # so a second pass, which would multiply twice, is an error.
+        # In place, since these can be the largest gradients of the model. autograd detects changed
+        # saved tensors, so a second pass, which would scale twice, raises an error.
         saved = ctx.saved_tensors
         ctx.scale([g for g in saved if g is not None], grads[0])
         return (*saved, None, None, None, None, None)
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, scale: float, softmax: Softmax) -> Tensor:
-    """The summed loss of logits [C, V], which become scale * (softmax - one hot), its gradient."""
+    """Return the summed loss of logits [C, V], and overwrite them with scale times its gradient,
+    softmax - one hot."""
     picked = softmax(logits, targets, scale)
-    # From log p, not from the p above, which may be rounded to bf16.
+    # Computed from log p, because the p in `logits` may be rounded to bf16.
     logits.scatter_(1, targets[:, None], (scale * picked.expm1()).to(logits.dtype))
     return -picked.sum()
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
-    """out = a b, or out += a b; a sum that is wider than the factors stays so between chunks."""
+    """Set out = a b, or out += a b, in the dtype of `out`, which may be wider than the factors'."""
     if out.dtype != a.dtype:
         product = a @ b
         out.add_(product) if add else out.copy_(product)
@@ -150,5 +151,5 @@ def _logits(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _rows(V: int, limit: int) -> int:
-    """Tokens of a chunk: the largest power of two with at most `limit` logits."""
+    """Return the tokens per chunk: the largest power of two with at most `limit` logits."""
     return 1 << max(limit // V, 1).bit_length() - 1

@@ -1,4 +1,4 @@
-"""Linear maps with a frozen matrix: no n x m gradient; a low-rank addition is summed into it."""
+"""Linear maps with a frozen matrix, without its n x m gradient, and with low-rank additions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from peptrain.ops.precision import at_least_fp32
 
 
 def added_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor) -> Tensor:
-    """y = x (W + B A)ᵀ for x: [..., m], W: [n, m], B: [n, r], A: [r, m]; W gets no gradient.
+    """Return x (W + B A)ᵀ for x: [..., m], W: [n, m], B: [n, r], A: [r, m]; W gets no gradient.
 
-    Forming W + B A costs n m r in either pass, and saves the forward r (n + m) per token; the
-    backward has the two rank-r passes that the gradients of B and A need. Computed in autocast's
-    dtype where it is on, else in x's.
+    Forming W + B A costs n m r multiply-adds in each pass. It saves the r (n + m) per token of
+    separate low-rank products in the forward pass. The backward pass only has the two rank-r
+    products that the gradients of B and A need. Computed in autocast's dtype if autocast is on,
+    else in x's.
     """
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _AddedLinear.apply(rows, W, B, A, compute_dtype(x))  # type: ignore[no-untyped-call]
@@ -24,7 +25,7 @@ def added_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a matrix product with x: autocast's where that is on."""
+    """Return the dtype of a matrix product with x: autocast's if autocast is on, else x's."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype
@@ -43,8 +44,8 @@ class _AddedLinear(torch.autograd.Function):
         dy, rows = grads[0].to(ctx.dtype), x.to(ctx.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            # W + B A is formed again: kept until here, there would be a copy of every weight, as
-            # there is when it is compiled. The fused form has none.
+            # W + B A is recomputed: saving it would keep a copy of every weight until the backward
+            # pass, which happens if this is compiled. The fused form keeps no copy.
             dx = (dy @ _merged(W, B, A, ctx.dtype)).to(x.dtype)
         dB = dy.mT @ (rows @ A.to(ctx.dtype).mT)
         dA = (dy @ B.to(ctx.dtype)).mT @ rows
@@ -52,7 +53,7 @@ class _AddedLinear(torch.autograd.Function):
 
 
 class _NormedLinear(_AddedLinear):
-    """The same map, and the row norms of W + B A, which get no gradient and give none."""
+    """The same map, which also returns the row norms of W + B A, as constants to autograd."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -67,11 +68,11 @@ class _NormedLinear(_AddedLinear):
 
 
 def dora_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor, m: Tensor) -> Tensor:
-    """y = x (diag(m / N) (W + B A))ᵀ with N the row norms of W + B A, constants to the gradient.
+    """Return x (diag(m / N) (W + B A))ᵀ, where the row norms N of W + B A get no gradient.
 
     x: [..., in], W: [out, in], B: [out, r], A: [r, in], m: [out]. Cost and dtypes are those of
-    `added_linear`: the norms are taken of the sum that it forms anyway, and m / N scales the
-    outputs, unrounded.
+    `added_linear`: the norms are computed from the sum that it forms anyway, and m / N scales the
+    outputs without being rounded.
     """
     rows = x.reshape(-1, x.shape[-1])
     z, norms = _NormedLinear.apply(rows, W, B, A, compute_dtype(x))  # type: ignore[no-untyped-call]
@@ -81,22 +82,22 @@ def dora_linear(x: Tensor, W: Tensor, B: Tensor, A: Tensor, m: Tensor) -> Tensor
 
 @torch.no_grad()
 def row_norms(W: Tensor) -> Tensor:
-    """The Euclidean norms of the rows of W: [n, m], in at least fp32."""
+    """Return the Euclidean norms of the rows of W: [n, m], in at least fp32."""
     wide = at_least_fp32(W.dtype)
     norms: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=wide)
     return norms
 
 
 def over_norms(m: Tensor, norms: Tensor) -> Tensor:
-    """m / norms; where a norm is 0, m: what it scales is 0 there."""
+    """Return m / norms, and m where a norm is 0, since the row it scales is 0."""
     return m / torch.where(norms == 0, 1.0, norms)
 
 
 def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y = x (diag(a) (W + U V) diag(b))ᵀ for x: [..., m], W: [n, m], U: [n, r], V: [r, m].
+    """Return x (diag(a) (W + U V) diag(b))ᵀ for x: [..., m], W: [n, m], U: [n, r], V: [r, m].
 
-    The diagonals scale the activations, unrounded: then their gradients are plain sums, where
-    those of diagonals folded into the weight would divide by a and b.
+    The diagonals scale the activations without being rounded. So their gradients are plain sums.
+    Folded into the weight, they would need divisions by a and b.
     """
     dtype = compute_dtype(x)
     z = added_linear((x * b).to(dtype), W, U, V)
@@ -104,9 +105,9 @@ def bpt_linear(x: Tensor, W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor)
 
 
 def scaled_linear(x: Tensor, W: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y = x (diag(a) W diag(b))ᵀ for x: [..., m], W: [n, m], frozen; a: [n], b: [m].
+    """Return x (diag(a) W diag(b))ᵀ for x: [..., m], frozen W: [n, m], a: [n], b: [m].
 
-    The diagonals scale the activations, unrounded, as in `bpt_linear`.
+    The diagonals scale the activations without being rounded, as in `bpt_linear`.
     """
     dtype = compute_dtype(x)
     z = F.linear((x * b).to(dtype), W.to(dtype))
@@ -114,7 +115,7 @@ def scaled_linear(x: Tensor, W: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def bpt_weight(W: Tensor, U: Tensor, V: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """diag(a) (W + U V) diag(b), [n, m], in the widest dtype given, at least fp32."""
+    """Return diag(a) (W + U V) diag(b), [n, m], in the wider dtype of W and a, at least fp32."""
     dtype = at_least_fp32(W.dtype, a.dtype)
     product = U.to(dtype) @ V.to(dtype)
     return a[:, None] * (W + product) * b

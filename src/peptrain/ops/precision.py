@@ -1,4 +1,4 @@
-"""The dtype in which sums and small changes are computed: never below fp32."""
+"""Dtypes of at least fp32, for sums and small updates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def at_least_fp32(*dtypes: torch.dtype) -> torch.dtype:
-    """The widest of `dtypes`, fp32 if they are narrower."""
+    """Return the widest of `dtypes`, or fp32 if all are narrower."""
     widest = torch.float32
     for dtype in dtypes:
         widest = torch.promote_types(widest, dtype)
@@ -15,5 +15,5 @@ def at_least_fp32(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:
-    """Each of `tensors` in its own dtype or fp32, whichever is wider."""
+    """Return each tensor in its own dtype or fp32, whichever is wider."""
     return [t.to(at_least_fp32(t.dtype)) for t in tensors]

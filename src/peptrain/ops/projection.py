@@ -1,7 +1,7 @@
-"""GaLore's subspace of a gradient, and Adam's moments in it.
+"""GaLore's projection of a gradient to a subspace, and the rotation of Adam's moments in it.
 
-G: [n, m]. P has orthonormal columns and stands on the shorter side: if n < m it is [n, r] and the
-projected gradient R = Pᵀ G is [r, m]; else it is [m, r] and R = G P is [n, r].
+G: [n, m]. P has orthonormal columns and projects the shorter side: if n < m, P is [n, r] and the
+projected gradient R = Pᵀ G is [r, m]. Otherwise P is [m, r] and R = G P is [n, r].
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from peptrain.ops.precision import at_least_fp32
 
 
 def leading_directions(G: Tensor, rank: int) -> Tensor:
-    """P: the singular vectors of G's `rank` largest singular values, left if n < m, else right.
+    """Return P, the singular vectors of the `rank` largest singular values (left ones if n < m).
 
-    G: [n, m], P: [min(n, m), min(rank, n, m)], contiguous, in G's dtype. Found as eigenvectors of
-    the smaller Gram matrix in float64: where the rank-th singular value is 1e-5 of the first, the
-    subspace is off by 3e-7, and by 1e-2 from an SVD in fp32 (tests/methods/test_galore.py), which
-    on a GPU takes five times as long (docs/log.md). The sign of a column is free, and matters only
-    to moments that outlive a P: the entry of largest size is positive.
+    G: [n, m], P: [min(n, m), min(rank, n, m)], contiguous, in G's dtype. P is computed as the
+    eigenvectors of the smaller Gram matrix in float64. If the rank-th singular value is 1e-5 of the
+    first, the error of the subspace is 3e-7, and 1e-2 with an SVD in fp32
+    (tests/methods/test_galore.py), which on a GPU takes five times as long (docs/log.md). The sign
+    of a column is arbitrary and only matters to moments that are kept when P changes: the entry of
+    largest magnitude is made positive.
     """
     wide = G.double()
     whole = wide.isfinite().all()
-    wide = torch.where(whole, wide, 0.0)  # NaN goes on to the loss; eigh would end the run here
+    wide = torch.where(whole, wide, 0.0)  # let NaN reach the loss, where eigh would raise
     gram = wide @ wide.mT if G.shape[0] < G.shape[1] else wide.mT @ wide
     P = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(-1)
     pivot = P.gather(0, P.abs().argmax(0, keepdim=True))
@@ -32,12 +33,12 @@ def leading_directions(G: Tensor, rank: int) -> Tensor:
 
 
 def project(P: Tensor, G: Tensor) -> Tensor:
-    """R = Pᵀ G, [r, m], if n < m, else G P, [n, r]."""
+    """Return R = Pᵀ G, [r, m], if n < m, else G P, [n, r]."""
     return P.mT @ G if G.shape[0] < G.shape[1] else G @ P
 
 
 def add_back_(W: Tensor, P: Tensor, N: Tensor, *, beta: float, alpha: float) -> None:
-    """W = beta W + alpha P N in place, or N Pᵀ on the other side; N as `project` shapes it."""
+    """Set W = beta W + alpha P N in place, or with N Pᵀ if n >= m. N is shaped like R."""
     left, right = (P, N) if W.shape[0] < W.shape[1] else (N, P.mT)
     W.addmm_(left, right, beta=beta, alpha=alpha)
 
@@ -45,14 +46,14 @@ def add_back_(W: Tensor, P: Tensor, N: Tensor, *, beta: float, alpha: float) -> 
 def rotated(
     m: Tensor, v: Tensor, C: Tensor, step: Tensor, betas: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
-    """Adam's moments (m, v): [r, k], of bias correction `step`, in another basis.
+    """Return Adam's moments (m, v): [r, k], with bias correction `step`, in another basis.
 
     C = P_newᵀ P_old: [r, r]. m' = C m, and with hats for the bias-corrected moments
 
-        v' = (1 - beta2^step) |(C∘C) (v̂ - m̂²) + (C m̂)²|,
+        v' = (1 - beta2^step) |(C∘C) (v̂ - m̂²) + (C m̂)²|.
 
-    which takes the entries of a column of R to be uncorrelated, their means m̂ and their variances
-    v̂ - m̂², and never leaves the numbers >= 0 (LDAdam, Robert et al., ICLR 2025).
+    This assumes that the entries of a column of R are uncorrelated, with means m̂ and variances
+    v̂ - m̂². The result is never negative (LDAdam, Robert et al., ICLR 2025).
     """
     step = step.to(at_least_fp32(m.dtype))
     unbias_m, unbias_v = 1 - betas[0] ** step, 1 - betas[1] ** step

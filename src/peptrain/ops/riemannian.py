@@ -1,7 +1,7 @@
-"""LORO's step on the manifold of rank-r matrices, and preconditioned factors, its ablation.
+"""LORO's step on the manifold of rank-r matrices, and its ablation with preconditioned factors.
 
-Throughout W = B A with B: [n, r] and A: [r, m]; G_B and G_A are directions of the same shapes:
-gradients, or Adam's normalised moments. fp32 or better.
+Throughout, W = B A with B: [n, r] and A: [r, m]. The directions G_B and G_A have the same shapes
+and are gradients or Adam's normalised moments. All tensors are fp32 or wider.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ from torch import Tensor
 from peptrain.ops.spectral import from_core
 
 TOLERANCE = 8
-"""Singular values of a factor below 8 sqrt(r) eps times its largest count as zero: rounding leaves
-an exact zero of an r-column factor at 0 to 1.4 sqrt(r) eps, the worst at r = 2 and under 0.6 from
-r = 8 on, in fp32 and fp64 (tests/ops/test_riemannian.py)."""
+"""Singular values of a factor below 8 sqrt(r) eps times the largest one count as zero. Rounding
+turns an exact zero of a factor with r columns into 0 to 1.4 sqrt(r) eps, worst at r = 2 and below
+0.6 sqrt(r) eps for r >= 8, in fp32 and fp64 (tests/ops/test_riemannian.py)."""
 
 
 def riemannian_step(
     B: Tensor, A: Tensor, G_B: Tensor, G_A: Tensor, lr: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The exact step: SVD_r(W - lr P(G)) as balanced factors, in O((n + m) r^2).
+    """Return the exact step SVD_r(W - lr P(G)) as balanced factors, in O((n + m) r^2).
 
-    With Q_B R_B = B, Q_A R_A = Aᵀ, X = G_B R_A⁻¹, Y = G_Aᵀ R_B⁻¹, and P_B T_B, P_A T_A the QR of
-    what Q_B, Q_A leave of X, Y (LORO, Proposition 4, its typing errors mended):
+    With Q_B R_B = B, Q_A R_A = Aᵀ, X = G_B R_A⁻¹, Y = G_Aᵀ R_B⁻¹, and P_B T_B, P_A T_A the QR
+    factorisations of X - Q_B Q_Bᵀ X and Y - Q_A Q_Aᵀ Y (LORO, Proposition 4, with its misprints
+    corrected):
 
         W' = [Q_B P_B] [[R_B R_Aᵀ - lr Yᵀ Q_A, -lr T_Aᵀ], [-lr T_B, 0]] [Q_A P_A]ᵀ, truncated.
 
     With raw gradients this is the truncated SVD of the Riemannian step. With Adam's directions
-    the two expressions of the first block differ; the A-side one is taken, as the authors do.
-    Returns (B', A', damped); damped is true when a factor was singular. Then R⁻¹ is R⁺, and the
-    columns of Q_B that B does not reach take their part of X in the first block: P has none.
+    the two expressions for the first block differ, and the one with A is used, as in the authors'
+    code. Returns (B', A', damped), where damped is true if a factor was singular. In that case R⁺
+    replaces R⁻¹, and the part of X along columns of Q_B outside the range of B is added to the
+    first block, because P_B does not contain it.
     """
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
@@ -52,11 +54,11 @@ def riemannian_step(
 
 
 def pseudo_inverse(R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(R⁺, I - R R⁺, whether a direction is lost) for R: [k, r], k <= r; R⁺: [r, k].
+    """Return (R⁺, I - R R⁺, whether R is singular) for R: [k, r], k <= r, R⁺: [r, k].
 
-    A singular value under TOLERANCE sqrt(r) eps s_max counts as zero. Its inverse must be 0 and not
-    merely damped: Adam's directions do not vanish with it, so s/t^2 in place of 1/s moved a W of
-    norm 30 by 1e11 in fp64. Written without a branch on values.
+    A singular value below TOLERANCE sqrt(r) eps s_max counts as zero. Its inverse must be 0, not
+    only damped, because Adam's directions do not vanish with it: s/t^2 instead of 1/s moved a W of
+    norm 30 by 1e11 in fp64. There is no branch on values, which would sync with the device.
     """
     U, s, Vt = torch.linalg.svd(R, full_matrices=False)
     low = s <= TOLERANCE * R.shape[1] ** 0.5 * torch.finfo(R.dtype).eps * s[0]
@@ -67,10 +69,10 @@ def pseudo_inverse(R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def preconditioned_step(
     B: Tensor, A: Tensor, G_B: Tensor, G_A: Tensor, lr: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """B - lr G_B (A Aᵀ + e I)⁻¹ and A - lr (Bᵀ B + e I)⁻¹ G_A, e = eps times the trace.
+    """Return B - lr G_B (A Aᵀ + e I)⁻¹ and A - lr (Bᵀ B + e I)⁻¹ G_A, with e = eps times the trace.
 
-    Preconditioned LoRA (Zhang and Pilanci 2024), with raw gradients; eps = 0 is the paper's form.
-    A zero factor would make e zero as well, so e has a floor that can't be divided to infinity.
+    This is preconditioned LoRA (Zhang and Pilanci 2024) with raw gradients. eps = 0 is the paper's
+    form. For a zero factor the trace is 0 too, so e has a floor large enough to divide by.
     """
 
     def solve(gram: Tensor, rhs: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """LORO's exact step from Gram matrices in float64, for many pairs of fp32 or bf16 factors at once.
 
-The reference, ops/riemannian.py, takes SVDs and QRs, which a GPU is slow at. Here a pair costs one
-eigendecomposition, the rest is Cholesky factors and products. A Gram matrix squares the condition
-number, for which float64 has the room that these factors need. Letters as there; shapes have a
-dimension more in front, the pair.
+The reference, ops/riemannian.py, uses SVDs and QRs, which are slow on a GPU. Here each pair needs
+one eigendecomposition, and otherwise only Cholesky factors and products. A Gram matrix squares the
+condition number, and float64 is precise enough for that with these factors. The notation is that of
+the reference. Tensors have one more leading dimension, the pair.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 from peptrain.ops.riemannian import TOLERANCE
 
 BATCH_BYTES = 2**30
-"""About what the float64 temporaries of one batch of pairs may take."""
+"""Approximate limit for the float64 temporaries of one batch of pairs."""
 STREAMS = 4
-"""More were no faster on an H200, which has 8.4 ms for a matrix of 1024 columns then, in place of
-10.4."""
+"""Concurrent eigendecompositions. On an H200 4 take 8.4 ms per matrix of 1024 columns instead of
+10.4, and more are no faster."""
 
 
 def gram_steps_(
     pairs: Sequence[tuple[Tensor, Tensor]], direction: Callable[[Tensor], Tensor], lr: float
 ) -> list[int]:
-    """Replace every pair (B, A) by its exact step along (direction(B), direction(A)).
+    """Replace every pair (B, A) in place by its exact step along (direction(B), direction(A)).
 
-    Returns the indices of the pairs left as they were, for the reference: a factor of theirs is
-    singular, or nearly so. What is found of all pairs is read from the device once, at the end.
+    Returns the indices of pairs with a singular or nearly singular factor. They are unchanged and
+    left to the reference. There is one device-to-host copy for all pairs, at the end.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, (B, A) in enumerate(pairs):
@@ -48,7 +48,7 @@ def gram_steps_(
 def _replace(
     pairs: list[tuple[Tensor, Tensor]], direction: Callable[[Tensor], Tensor], lr: float
 ) -> Tensor:
-    """gram_steps_ for pairs of one shape; returns which of them have changed."""
+    """Do gram_steps_ for pairs of one shape; return which of them were replaced."""
     B, A = [B for B, _ in pairs], [A for _, A in pairs]
     D_B, D_A = [direction(p) for p in B], [direction(p) for p in A]
     b, a, d_b, d_a = (torch.stack(x).double() for x in (B, A, D_B, D_A))
@@ -59,7 +59,10 @@ def _replace(
 
 
 def _batch_size(B: Tensor, A: Tensor) -> int:
-    """So many pairs that their temporaries, some 4 of [n + m, 2r] and 10 of [2r, 2r], fit."""
+    """Return the number of pairs whose temporaries fit into BATCH_BYTES.
+
+    A pair has about 4 of [n + m, 2r] and 10 of [2r, 2r].
+    """
     (n, r), m = B.shape, A.shape[1]
     return max(1, BATCH_BYTES // (8 * (8 * r * (n + m) + 40 * r * r)))
 
@@ -67,17 +70,18 @@ def _batch_size(B: Tensor, A: Tensor) -> int:
 def gram_step(
     B: Tensor, A: Tensor, D_B: Tensor, D_A: Tensor, lr: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B', A', sound): riemannian_step of each pair, in float64; B' and A' mean nothing if unsound.
+    """Return (B', A', sound): riemannian_step of each pair in float64, valid where `sound` is true.
 
-    With Q_B R_B = B, Q_A R_A = Aᵀ, Z_A = Q_AᵀD_Aᵀ and C_B, C_A what Q_B, Q_A leave of D_B, D_Aᵀ,
-    the right basis is [Q_A P_A], P_A T_A = C_A. In it W' before its truncation is
+    With Q_B R_B = B, Q_A R_A = Aᵀ, Z_A = Q_AᵀD_Aᵀ, C_B = D_B - Q_B Q_BᵀD_B and C_A the same for
+    D_Aᵀ, the right basis is [Q_A P_A], P_A T_A = C_A. In this basis W' before truncation is
 
         Q_B [R_B R_Aᵀ - lr R_B⁻ᵀ Z_Aᵀ, -lr R_B⁻ᵀ T_Aᵀ] + C_B [-lr R_A⁻¹, 0],
 
-    the first bracket `top`. On the left a Gram matrix will do instead of a basis: V Σ² Vᵀ = H =
-    topᵀ top + lr² [R_A⁻ᵀ C_BᵀC_B R_A⁻¹, 0; 0, 0]. The columns of V of the r largest sigma give A',
-    and W' times them gives B'. So B'A' is the projection of W' on the rows of A', and columns and
-    rows have equal norms, however inexact the root of a small sigma² is.
+    where the first bracket is `top`. The left side needs no basis, only a Gram matrix: V Σ² Vᵀ =
+    H = topᵀ top + lr² [R_A⁻ᵀ C_BᵀC_B R_A⁻¹, 0; 0, 0]. The columns of V with the r largest sigma
+    give A', and W' times these columns gives B'. So B'A' is the projection of W' on the rows of A',
+    and the columns of B' and rows of A' have equal norms even if the root of a small sigma² is
+    inexact.
     """
     r = B.shape[-1]
     Q_B, R_B, inverse_B, sound_B = cholesky_qr(B)
@@ -102,8 +106,11 @@ def gram_step(
 
 
 def eigenvectors(H: Tensor, streams: int = STREAMS) -> Tensor:
-    """Of every symmetric H[i], by ascending eigenvalue. On a GPU `streams` of them at a time, for
-    one leaves most of it idle; each in a thread, since the library waits for its result."""
+    """Return the eigenvectors of every symmetric H[i], by ascending eigenvalue.
+
+    On a GPU `streams` of them are computed at a time, because one leaves most of the GPU idle. Each
+    stream has its own thread, since the library blocks until its result is there.
+    """
     V, sigma = torch.empty_like(H), H.new_empty(H.shape[:2])
     if not H.is_cuda:
         torch.linalg.eigh(H, out=(sigma, V))
@@ -125,10 +132,10 @@ def eigenvectors(H: Tensor, streams: int = STREAMS) -> Tensor:
 
 
 def cholesky_qr(B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(Q, R, R⁻¹, sound) with QR = B, by the Cholesky factor of BᵀB: QᵀQ = I to cond(B)² eps.
+    """Return (Q, R, R⁻¹, sound) with QR = B, from the Cholesky factor of BᵀB.
 
-    Sound: B's condition number is surely below the one from which the reference, in fp32, calls B
-    singular.
+    QᵀQ = I up to cond(B)² eps. sound is true if B's condition number is guaranteed to be below the
+    limit from which on the reference, in fp32, treats B as singular.
     """
     M = B.mT @ B
     R, inverse, positive = cholesky(M)
@@ -137,8 +144,9 @@ def cholesky_qr(B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def condition(M: Tensor, inverse: Tensor) -> Tensor:
-    """A bound on sqrt(|M| |M⁻¹|), the condition number of B with BᵀB = M, at most r^¼ times it.
+    """Return an upper bound on sqrt(|M| |M⁻¹|), the condition number of B with BᵀB = M.
 
+    It is at most r^¼ times the condition number.
     |M|² = |M²| <= |M²|_F, and the Frobenius norm of a square is at most r^½ times |M|².
     """
     bound: Tensor = torch.linalg.matrix_norm(M @ M) * torch.linalg.matrix_norm(inverse @ inverse)
@@ -146,17 +154,17 @@ def condition(M: Tensor, inverse: Tensor) -> Tensor:
 
 
 def cholesky(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(R, R⁻¹, whether M is positive definite) with RᵀR = M."""
+    """Return (R, R⁻¹, whether M is positive definite) with RᵀR = M."""
     L, info = torch.linalg.cholesky_ex(M)
     eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     return L.mT, torch.linalg.solve_triangular(L, eye, upper=False).mT, info == 0
 
 
 def shifted(N: Tensor, D: Tensor) -> Tensor:
-    """N + 8 eps |D|_F² I, for N = CᵀC, C what is left of D: positive definite even for C = 0.
+    """Return N + 8 eps |D|_F² I, which is positive definite even for N = 0.
 
-    Where D adds no direction the basis that comes of it is short instead of orthonormal, and the
-    step loses at most lr |D| sqrt(8 eps) of itself, 4e-8 lr |D|.
+    N = CᵀC, where C is a part of D. Where D adds no direction, the columns of the resulting basis
+    are shorter than 1, and the step loses at most lr |D| sqrt(8 eps) = 4e-8 lr |D|.
     """
     limits = torch.finfo(N.dtype)
     shift: Tensor = 8 * limits.eps * D.square().sum((-2, -1), keepdim=True) + limits.tiny**0.5

@@ -1,4 +1,4 @@
-"""Adding small numbers to weights of low precision without losing them."""
+"""Add small updates to low-precision weights without losing them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def add_(W: Tensor, delta: Tensor, seed: int) -> None:
-    """W += delta in place; into bf16 with stochastic rounding, so that the sum is unbiased.
+    """Add delta to W in place, with stochastic rounding for bf16, so that the sum is unbiased.
 
-    200 merges of 1e-5 into bf16 weights of 0.02 lose three quarters of the change when rounded
-    to nearest (tests/ops/test_rounding.py). The random bits are a function of `seed`.
+    With rounding to nearest, 200 merges of 1e-5 into bf16 weights of 0.02 lose three quarters of
+    the change (tests/ops/test_rounding.py). The random bits depend only on `seed` and the device.
     """
     if W.dtype != torch.bfloat16:
         W.add_(delta)
@@ -20,10 +20,10 @@ def add_(W: Tensor, delta: Tensor, seed: int) -> None:
 
 
 def to_bfloat16(x: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 x to one of its two bf16 neighbours, each as likely as it is near.
+    """Round fp32 x to one of its two bf16 neighbours, with the probability that makes it unbiased.
 
-    bf16 is the upper half of fp32: adding a uniform 16-bit number and cutting the lower half
-    carries into the upper one with the right probability.
+    bf16 is the upper half of fp32. Adding a uniform 16-bit integer and clearing the lower half
+    carries into the upper half with the right probability.
     """
     bits = torch.randint(1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
     bits += x.contiguous().view(torch.int32)

@@ -1,4 +1,4 @@
-"""Orthonormal frames and the balanced factorisation of a matrix."""
+"""Random orthonormal matrices and balanced low-rank factorisations."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def semi_orthogonal(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A random n x r matrix with orthonormal columns (rows when r > n), uniformly distributed.
+    """Draw an n x r matrix with orthonormal columns (rows if r > n) from the uniform distribution.
 
-    The numbers are drawn on the CPU in float32, so that they are the same for every dtype and
-    device, and made orthonormal in float64: Q of the QR whose R has a positive diagonal, without
-    which it is not uniform.
+    A Gaussian matrix is drawn on the CPU in float32, to be the same for every dtype and device, and
+    orthonormalised in float64. The result is Q of the QR factorisation whose R has a positive
+    diagonal. Other signs would not be uniform.
     """
     normal = torch.randn(max(n, r), min(n, r), generator=generator, device="cpu")
     frame = orthonormal(normal.to(device).double())
@@ -26,10 +26,11 @@ def semi_orthogonal(
 
 
 def orthonormal(X: Tensor) -> Tensor:
-    """Q of X = Q R, R with a positive diagonal, for a random X: [n, r], r <= n, in float64.
+    """Return Q of X = Q R, R with a positive diagonal, for a Gaussian float64 X: [n, r], r <= n.
 
-    A Gaussian X twice as tall as wide is well conditioned (under 6 but for chance), and then two
-    rounds of X R⁻¹, RᵀR = XᵀX, are as exact as Householder's QR, and on a GPU many times faster.
+    A Gaussian X at least twice as tall as wide is well conditioned (almost always below 6). Then
+    two rounds of X R⁻¹ with RᵀR = XᵀX are as exact as Householder QR, and many times faster on a
+    GPU.
     """
     if X.shape[0] < 2 * X.shape[1]:
         Q, R = torch.linalg.qr(X)
@@ -42,10 +43,10 @@ def orthonormal(X: Tensor) -> Tensor:
 
 
 def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """(B', A') with B'A' = BA and sigma_i(B') = sigma_i(A') = sqrt(sigma_i(BA)).
+    """Return (B', A') with B'A' = BA and sigma_i(B') = sigma_i(A') = sqrt(sigma_i(BA)).
 
-    B: [n, r], A: [r, m]. The SVD is taken of the r x r core of two QR factorisations, never of
-    the n x m product. r <= min(n, m), or the surplus columns come out zero.
+    B: [n, r], A: [r, m]. The SVD is that of the r x r core of two QR factorisations, not of the
+    n x m product. If r > min(n, m), the surplus columns are zero.
     """
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
@@ -53,19 +54,19 @@ def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_core(left: Tensor, core: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Balanced factors of the best rank-`rank` approximation of left core rightᵀ.
+    """Return balanced factors of the best rank-`rank` approximation of left core rightᵀ.
 
-    left: [n, p] and right: [m, q] with orthonormal columns, core: [p, q]. A core smaller than
-    `rank` is padded with zero columns and rows.
+    left: [n, p] and right: [m, q] have orthonormal columns, core: [p, q]. If the core is smaller
+    than `rank`, the factors are padded with zero columns and rows.
     """
     B, A = best_factors(core, rank)
     return left @ B, A @ right.mT
 
 
 def best_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(B, A) with BA the best rank-`rank` approximation of W and sigma_i(B) = sigma_i(A).
+    """Return (B, A) with BA the best rank-`rank` approximation of W and sigma_i(B) = sigma_i(A).
 
-    W: [n, m], B: [n, rank], A: [rank, m]; beyond min(n, m) their columns and rows are zero.
+    W: [n, m], B: [n, rank], A: [rank, m]. Columns and rows beyond min(n, m) are zero.
     """
     U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)
     k = min(rank, sigma.shape[0])

@@ -1,4 +1,4 @@
-"""Optimizer settings, parameter groups, and the reset of moments that merging methods share."""
+"""Optimizer settings, parameter groups, and the reset of moments used by merging methods."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from peptrain.settings.fields import check
+from peptrain.settings.fields import check, essential
 
 ResetMode = Literal["zero", "magnitude", "random", "keep"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. What is left unset takes the method's own default."""
+    """Settings of AdamW. An unset one takes the method's own default."""
 
-    lr: float | None = None
+    lr: float | None = essential(None)
     """Peak learning rate. Unset: the method's own (`peptrain methods` lists them)."""
     beta1: float | None = None
     """Decay of the first moment. Unset: 0.9."""
     beta2: float | None = None
     """Decay of the second moment. Unset: 0.999."""
     eps: float | None = None
-    """Added to the root of the second moment. Unset: the method's own, mostly 1e-8."""
+    """Added to the square root of the second moment. Unset: the method's own, mostly 1e-8."""
     weight_decay: float | None = None
-    """Decoupled decay of matrices; never of embeddings, norms, biases, diagonals. Unset: 0."""
+    """Decoupled decay of matrices, never of embeddings, norms, biases or diagonals. Unset: 0."""
     clip: float | None = None
-    """Largest global norm of the gradient; 0 is off. Unset: the method's own, mostly 1."""
+    """Maximum global norm of the gradient; 0 is off. Unset: the method's own, mostly 1."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):
@@ -44,13 +44,14 @@ class OptimConfig:
             check(value is None or 0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
 
     def adam(self) -> dict[str, Any]:
-        """lr, betas and eps as an optimizer takes them, once they are resolved."""
+        """Return the resolved lr, betas and eps as keyword arguments of an optimizer."""
         assert None not in (self.lr, self.beta1, self.beta2, self.eps), "unresolved settings"
         return {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
 
 
 def decays(model: nn.Module) -> Callable[[nn.Parameter], bool]:
-    """Whether weight decay may touch a parameter: matrices only, and no embedding."""
+    """Return a function that tells whether weight decay applies to a parameter: only to matrices,
+    and never to embeddings."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return lambda p: p.ndim >= 2 and id(p) not in tables
 
@@ -58,7 +59,7 @@ def decays(model: nn.Module) -> Callable[[nn.Parameter], bool]:
 def parameter_groups(
     model: nn.Module, optim: OptimConfig, params: Iterable[nn.Parameter] | None = None
 ) -> list[dict[str, Any]]:
-    """The trainable parameters (or `params`) as groups with and without weight decay."""
+    """Split the trainable parameters (or `params`) into groups with and without weight decay."""
     chosen = [p for p in (model.parameters() if params is None else params) if p.requires_grad]
     may_decay = decays(model)
     groups: list[dict[str, Any]] = [
@@ -74,8 +75,8 @@ def parameter_groups(
 def groups_around(
     model: nn.Module, optim: OptimConfig, own: Sequence[Tensor], **settings: Any
 ) -> list[dict[str, Any]]:
-    """The groups of all that is trainable but `own`, and after them `own` as a group that decays,
-    with `settings` of its own."""
+    """Return the groups of all trainable parameters except `own`, followed by one group of `own`,
+    with weight decay and the given `settings`."""
     mine = {id(p) for p in own}
     rest = (p for p in model.parameters() if id(p) not in mine)
     last = {"params": list(own), "weight_decay": float(optim.weight_decay or 0), **settings}
@@ -85,41 +86,42 @@ def groups_around(
 def adamw(
     model: nn.Module, optim: OptimConfig, groups: list[dict[str, Any]] | None = None
 ) -> AdamW:
-    """Fused AdamW on what is trainable, or on `groups` (4-5 times faster than the default on a CPU
-    too)."""
+    """Return fused AdamW on all trainable parameters, or on `groups`. Also on a CPU, fused is 4-5
+    times faster than the default."""
     if groups is None:
         groups = parameter_groups(model, optim)
     return AdamW(groups, **optim.adam(), fused=True)
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the optimizer's moments, scalars left out."""
+    """Return the bytes of the optimizer's moments, without scalars."""
     tensors = (t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
     return sum(t.numel() * t.element_size() for t in tensors if t.ndim > 0)
 
 
 def set_lr(optimizer: Optimizer, multiplier: float) -> None:
-    """The learning rate of every group: what the optimizer was made with, times `multiplier`."""
+    """Set every group's learning rate to its initial one times `multiplier`."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * multiplier
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """The first group's as "lr", and that of each group with a name as "lr_NAME"."""
+    """Return the first group's learning rate as "lr" and that of each named group as "lr_NAME"."""
     groups = optimizer.param_groups
     named = {f"lr_{group['name']}": group["lr"] for group in groups if "name" in group}
     return {"lr": groups[0]["lr"], **named}
 
 
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
-    """The global gradient norm, after scaling the gradients down to `clip` unless that is 0."""
+    """Return the global gradient norm and scale the gradients so that it is at most `clip`, unless
+    `clip` is 0 or None. The returned norm is the one before scaling."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(grads)
     if clip:
         scale = (clip / (norm + 1e-6)).clamp(max=1.0)
         for dtype, device in {(g.dtype, g.device) for g in grads}:
             alike = [g for g in grads if (g.dtype, g.device) == (dtype, device)]
-            # PyTorch's own clipping leaves the dtype to foreach, which then goes one by one.
+            # With mixed dtypes PyTorch's own clipping falls back to one tensor at a time.
             torch._foreach_mul_(alike, scale.to(device, dtype))
     return norm
 
@@ -134,15 +136,15 @@ def reset_moments(
     *,
     pico_compat: bool = False,
 ) -> None:
-    """Forget the Adam moments of one parameter, in place, and restart its bias correction.
+    """Zero the Adam moments of one parameter in place and restart its bias correction.
 
-    zero: all of both moments. magnitude: the `fraction` of elements with the smallest |m|.
-    random: a random `fraction`. keep: nothing, the step count included. Both moments share one
-    mask: an m that outlives its v would be divided by nearly zero. In place, because a popped
-    state would be missing from a checkpoint taken at the merge.
+    mode zero: all elements. magnitude: the `fraction` of elements with the smallest |m|. random: a
+    random `fraction`. keep: leave moments and step count unchanged. Both moments share one mask,
+    because an m kept without its v would be divided by nearly zero. The state is changed in place,
+    because a removed state would be missing from a checkpoint taken at the merge.
 
-    pico_compat does as ReLoRA's released code and its forks do: each moment has a mask of its own
-    (by its own magnitudes) and the step count stays.
+    pico_compat reproduces ReLoRA's released code and its forks: a separate mask for each moment (by
+    its own magnitudes), and the step count is kept.
     """
     state = optimizer.state.get(p, {})
     if mode == "keep" or not state:
@@ -160,7 +162,7 @@ def reset_moments(
 
 
 def keep_mask(m: Tensor, mode: ResetMode, fraction: float, rng: torch.Generator) -> Tensor:
-    """A 0/1 mask of m's shape with exactly round(fraction * size) zeros, ties broken by index."""
+    """Return a 0/1 mask like m with exactly round(fraction * size) zeros, ties broken by index."""
     if mode == "magnitude":
         score = m.abs().flatten()
     else:

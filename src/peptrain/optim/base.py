@@ -1,4 +1,4 @@
-"""What the optimizers of GaLore and LORO share: they step group by group, by a fused AdamW."""
+"""Base class of the optimizers of GaLore and LORO: steps by group, with PyTorch's fused AdamW."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.optim.adamw import adamw
 
 
 class GroupwiseOptimizer(Optimizer):
-    """Steps one group after the other. Clocks are integers of the groups, which a load of the
-    optimizer's state overwrites."""
+    """An optimizer that steps one group at a time. Step counters are integers in the groups, so
+    loading an optimizer state restores them."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class GroupwiseOptimizer(Optimizer):
         eps: float,
         **own: Any,
     ) -> None:
-        """own: defaults of what else a group has."""
+        """own: defaults of further group entries."""
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, **own})
 
     @torch.no_grad()
@@ -38,12 +38,12 @@ class GroupwiseOptimizer(Optimizer):
         return loss
 
     def step_group(self, group: dict[str, Any]) -> None:
-        """One step of the group's parameters that have gradients."""
+        """Step the parameters of a group that have gradients."""
         raise NotImplementedError
 
 
 def gradients(params: Iterable[Tensor]) -> list[Tensor]:
-    """Those that are there."""
+    """Return the gradients that are not None."""
     return [p.grad for p in params if p.grad is not None]
 
 
@@ -57,8 +57,8 @@ def fused_adamw(
     lr: float,
     weight_decay: float,
 ) -> None:
-    """One step of PyTorch's fused AdamW on `params`, with the group's betas and eps. `steps` counts
-    them for the bias correction; the kernel adds 1 to each before."""
+    """Do one step of PyTorch's fused AdamW on `params`, with the group's betas and eps. `steps` are
+    the step counts for the bias correction; the kernel increments each first."""
     adamw(
         *(params, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]),
         max_exp_avg_sqs=[],

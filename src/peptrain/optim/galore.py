@@ -1,4 +1,4 @@
-"""GaLore's optimizer: AdamW, the moments of the matrices in a subspace of their gradients."""
+"""GaLore's optimizer: AdamW with the moments of matrices in a subspace of the gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peptrain.optim.base import GroupwiseOptimizer, fused_adamw, gradients
 
 @dataclass(frozen=True)
 class GaLoreRule:
-    """How matrices are projected; the fields are GaLore's options of the same names."""
+    """How gradients are projected: the fields are GaLore's options of the same names."""
 
     rank: int
     gap: int
@@ -25,25 +25,26 @@ class GaLoreRule:
 
 
 class GaLoreOptimizer(GroupwiseOptimizer):
-    """AdamW; in groups that are `projected`, on R = Pᵀ G (or G P) in the place of G.
+    """AdamW that in `projected` groups uses R = Pᵀ G (or G P) instead of the gradient G.
 
-    There M̂ and V̂ are Adam's bias-corrected moments of R, N = M̂ / (√V̂ + eps), and
-    W = (1 - lr decay) W - lr scale P N (or N Pᵀ) (GaLore, Algorithm 2). P is made anew from the
-    gradient at the first step and at every `gap`-th after it; a gap of 0 is never again. P lies
-    with the moments; the clock is an integer of the group, which a load of the optimizer's state
-    overwrites.
+    With M̂ and V̂ Adam's bias-corrected moments of R and N = M̂ / (√V̂ + eps), the step is
+    W = (1 - lr decay) W - lr scale P N (or N Pᵀ) (GaLore, Algorithm 2). P is computed from the
+    gradient of the first step and of every `gap`-th step after it; with a gap of 0 it is never
+    recomputed. P is stored with the moments. The step counter is an integer in the group, so
+    loading an optimizer state restores it.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], rule: GaLoreRule, **adam: Any) -> None:
         """adam: lr, betas and eps."""
         self.rule = rule
-        # By `fused`, load_state_dict takes step counts to the weights' device, where the kernel is.
+        # `fused` makes load_state_dict move step counts to the device of the weights, as the kernel
+        # needs them.
         super().__init__(groups, **adam, projected=False, clock=0, fused=True)
 
     def step_group(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         if group["projected"]:
-            for W in params:  # one by one, or all the N would be in memory together
+            for W in params:  # one at a time, to have only one N in memory
                 self._step_projected(W, group)
         elif params:
             self._step_whole(params, group)
@@ -71,7 +72,7 @@ class GaLoreOptimizer(GroupwiseOptimizer):
         add_back_(W, state["P"], minus_N, beta=kept, alpha=lr * self.rule.scale)
 
     def _turn(self, state: dict[str, Any], G: Tensor, betas: tuple[float, float]) -> None:
-        """A new P; the moments stay as they are, or come along into its basis."""
+        """Recompute P; keep the moments, or rotate them to its basis."""
         old, state["P"] = state["P"], leading_directions(G, self.rule.rank)
         if self.rule.moments == "rotate":
             old, new, m, v = widened(old, state["P"], state["exp_avg"], state["exp_avg_sq"])
@@ -83,7 +84,7 @@ class GaLoreOptimizer(GroupwiseOptimizer):
 
 
 def _moments(like: Tensor) -> dict[str, Tensor]:
-    """Adam's state at the start, as torch's AdamW keeps it."""
+    """Return an initial Adam state with the keys of torch's AdamW."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=like.device),
         "exp_avg": torch.zeros_like(like),

@@ -1,4 +1,4 @@
-"""LORO's optimizer: Adam on everything, and now and then a step on the rank-r manifold."""
+"""LORO's optimizer: Adam on everything, with periodic exact steps on the rank-r manifold."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peptrain.optim.base import GroupwiseOptimizer, fused_adamw, gradients
 
 @dataclass(frozen=True)
 class LORORule:
-    """How the factors move; the fields are LORO's options of the same names."""
+    """How the factors are updated: the fields are LORO's options of the same names."""
 
     exact_every: int
     refresh_every: int
@@ -33,17 +33,17 @@ class LORORule:
 class LOROOptimizer(GroupwiseOptimizer):
     """Adam with D = m / (sqrt v + eps) and lr_p = lr sqrt(1 - beta2^k) / (1 - beta1^k).
 
-    k counts steps since the last refresh. Groups with `factors` hold B, A, B, A, ... and `scales`,
-    the r/d of each; there the step is lr_p c D, and every `exact_every`-th one is exact, with
-    lr_p and no c (LORO, Algorithm 1). Refreshes come right after the step. The clocks are integers
-    of the groups, which a load of the optimizer's state overwrites.
+    k counts steps since the last refresh. Groups with `factors` contain B, A, B, A, ... and in
+    `scales` the c = r/d of each. There the step is lr_p c D, and every `exact_every`-th step is
+    exact, with lr_p and without c (LORO, Algorithm 1). A refresh follows directly after its step.
+    The step counters are integers in the groups, so loading an optimizer state restores them.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], rule: LORORule, **adam: Any) -> None:
         """adam: lr, betas and eps."""
         self.rule = rule
         self.damped: Tensor | int = 0
-        """Pairs B, A with a singular factor at the newest exact step."""
+        """Number of pairs B, A with a singular factor at the last exact step."""
         super().__init__(groups, **adam, factors=False, scales=[], clock=0, age=0)
 
     def step_group(self, group: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class LOROOptimizer(GroupwiseOptimizer):
         if not group["factors"]:
             self._adam(params, group, 1.0)
             return
-        assert len(params) == len(group["params"]), "every factor takes part in the loss"
+        assert len(params) == len(group["params"]), "every factor must have a gradient"
         due = self._due(group, self.rule.exact_every)
         if due and self.rule.retraction == "riemannian":
             self._moments(params, group)
@@ -80,11 +80,11 @@ class LOROOptimizer(GroupwiseOptimizer):
             _assign(_pairs(params), lambda *pair: balanced(*widened(*pair)))
 
     def _adam(self, params: list[Tensor], group: dict[str, Any], c: float) -> None:
-        """p = (1 - lr decay) p - lr_p c D, moments and all, in one kernel.
+        """Set p = (1 - lr decay) p - lr_p c D and update the moments, in one kernel.
 
-        The kernel is AdamW's. After infinitely many steps its bias correction is 1, so that
-        eps is added where LORO adds it and the learning rate is free to be lr_p c; decay is
-        multiplied by that rate there, by lr here.
+        The kernel is AdamW's. A step count of infinity makes its bias correction 1, so that eps is
+        added where LORO adds it and the learning rate can be lr_p c. The kernel multiplies decay
+        by its learning rate, LORO by lr, hence the division.
         """
         rate = c * _correction(group)
         for_ever = [params[0].new_full((), math.inf, dtype=torch.float32)] * len(params)
@@ -96,7 +96,7 @@ class LOROOptimizer(GroupwiseOptimizer):
         )
 
     def _moments(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """What Adam does before it moves p, for steps of other kinds: decay, then m and v."""
+        """Apply weight decay and update m and v, for steps that replace Adam's own update."""
         (m, v), grads, (beta1, beta2) = self._state(params), gradients(params), group["betas"]
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -128,7 +128,7 @@ class LOROOptimizer(GroupwiseOptimizer):
             return torch.where(whole, B, torch.nan), torch.where(whole, A, torch.nan)
 
         pairs = _pairs(params)
-        if params[0].dtype != torch.float64:  # its Gram matrices would need more than float64
+        if params[0].dtype != torch.float64:  # Gram matrices of float64 would need more precision
             pairs = [pairs[i] for i in gram_steps_(pairs, direction, lr_p)]
         _assign(pairs, reference)
         self.damped = torch.stack(damped).sum()
@@ -155,7 +155,7 @@ class LOROOptimizer(GroupwiseOptimizer):
 
 
 def _correction(group: dict[str, Any]) -> float:
-    """lr_p / lr = sqrt(1 - beta2^k) / (1 - beta1^k)."""
+    """Return lr_p / lr = sqrt(1 - beta2^k) / (1 - beta1^k)."""
     (beta1, beta2), k = group["betas"], group["age"]
     rate: float = math.sqrt(1 - beta2**k) / (1 - beta1**k)
     return rate
@@ -166,8 +166,8 @@ def _pairs(params: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether all are. An SVD of other numbers is an error of the library's, with no word of the
-    step; NaN goes on to the loss, where the trainer finds it."""
+    """Return whether all values are finite. An SVD of NaN or infinity raises an error that does not
+    name the step, whereas a NaN in the weights reaches the loss, which the trainer checks."""
     return torch.stack([t.isfinite().all() for t in tensors]).all()
 
 
@@ -175,7 +175,7 @@ def _assign(
     pairs: list[tuple[Tensor, Tensor]],
     step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> None:
-    """Each pair (B, A) := step(B, A)."""
+    """Replace each pair (B, A) in place by step(B, A)."""
     for B, A in pairs:
         new_B, new_A = step(B, A)
         B.copy_(new_B)

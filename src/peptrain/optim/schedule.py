@@ -1,4 +1,4 @@
-"""Learning-rate schedules: step -> multiplier of the base learning rate, steps counted from 0."""
+"""Learning-rate schedules: functions from the step, counted from 0, to a multiplier."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ Curve = Literal["constant", "linear", "cosine", "wsd"]
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The learning rate over time. What is left unset takes the method's own default."""
+    """Settings of the learning-rate schedule. An unset one takes the method's own default."""
 
     kind: Curve | None = None
     """constant | linear | cosine | wsd (warm-up, stable, decay). Unset: the method's own."""
     warmup: int | None = length(0.1)
     """Linear warm-up from 0, in steps. Unset: a tenth of the run."""
     decay: int | None = length(0.2)
-    """Length of the final decay of wsd, in steps. Unset: a fifth of the run."""
+    """Steps of the final decay of wsd. Unset: a fifth of the run."""
     decay_shape: Literal["cosine", "linear"] | None = None
-    """Shape of the decay of wsd. Unset: cosine."""
+    """Shape of the final decay of wsd. Unset: cosine."""
     floor: float | None = None
-    """The multiplier at the end of the run. Unset: the method's own, mostly 0.1."""
+    """Learning-rate multiplier at the end of the run. Unset: the method's own, mostly 0.1."""
     restart_every: int | None = None
-    """Return to 0 and warm up again every so many steps; 0, the default, is never."""
+    """Restart the learning rate from 0, with a warm-up, every this many steps; 0, the default, is
+    never."""
     restart_warmup: int | None = None
-    """Length of that warm-up, in steps. Unset: 50."""
+    """Steps of warm-up after each restart. Unset: 50."""
 
     def __post_init__(self) -> None:
         for name in ("warmup", "decay", "restart_every", "restart_warmup"):
@@ -43,26 +44,27 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A multiplier for each step of a run of `steps`, and the numbers that a method may need."""
+    """The multiplier for each of `steps` steps, and the settings that a method may need."""
 
     steps: int
     warmup: int
     floor: float
     multiplier: Callable[[int], float]
     over: Callable[..., Schedule]
-    """The same schedule for a run of so many steps, with another first `warmup` if one is given."""
+    """over(steps, warmup=None): the same schedule for another number of steps, optionally with
+    another first warm-up."""
 
     def __call__(self, step: int) -> float:
         return self.multiplier(step)
 
 
 def build(config: ScheduleConfig, steps: int, span: str = "of the run") -> Schedule:
-    """The schedule that a resolved `config` describes for the `steps` of a `span`."""
+    """Return the schedule of a resolved `config` for `steps` steps. `span` names them in errors."""
     assert config.warmup is not None and config.floor is not None and config.decay is not None
     if config.warmup >= steps and config.warmup > 0:
         raise ConfigError(
-            f"schedule.warmup: {config.warmup} steps of warm-up leave nothing of the {steps} steps"
-            f" {span}; set a shorter warm-up or more train.steps"
+            f"schedule.warmup: must be less than the {steps} steps {span} (got {config.warmup});"
+            " set a shorter warm-up or more train.steps"
         )
     multiplier = warmed_up(_after_warmup(config, steps), config.warmup)
 
@@ -102,21 +104,21 @@ CURVES = {"cosine": cosine, "linear": linear}
 
 
 def warmed_up(base: Callable[[int], float], warmup: int) -> Callable[[int], float]:
-    """t / warmup before `warmup`, `base` from there on."""
+    """Return a linear warm-up, t / warmup for t < warmup, followed by `base`."""
     return lambda t: t / warmup if t < warmup else base(t)
 
 
 def restarted(base: Schedule, *, every: int, rewarm: int, start: int = 0) -> Schedule:
-    """The jagged form of `base`: after each restart t0, (t - t0)/rewarm * base(t0 + rewarm).
+    """Return the jagged form of `base`: after a restart t0, (t - t0)/rewarm * base(t0 + rewarm).
 
-    Restarts are the multiples of `every` after `start`, and `start` itself if it is not 0: there
-    a warm start ends. An `every` of 0 is never. Over a cosine, with every >= the warm-up, this is
-    ReLoRA's jagged cosine (Lialin et al., section 3); with rewarm = 5, LORO's default.
+    Restarts are the multiples of `every` after `start`, and `start` itself if it is not 0, where a
+    warm start ends. With `every` 0 there are no others. Over a cosine, with every >= the warm-up,
+    this is ReLoRA's jagged cosine (Lialin et al., section 3); with rewarm = 5, LORO's default.
     """
     if 0 < every <= rewarm:
         log.warning(
-            "restart_warmup: %d steps, and the learning rate restarts every %d, so it never comes"
-            " back to its height; set fewer",
+            "restart_warmup: %d steps of warm-up, but the learning rate restarts every %d steps and"
+            " never recovers; set fewer",
             *(rewarm, every),
         )
 

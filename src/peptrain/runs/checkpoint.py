@@ -171,7 +171,7 @@ def last_good(directory: Path) -> str:
     if not found:
         return "there is no earlier checkpoint"
     again = f"resume from it with `peptrain resume {directory.parent}`"
-    return f"the last good checkpoint is {found[-1]}, {again}"
+    return f"the last good checkpoint is {found[-1]} ({again})"
 
 
 def _write(directory: Path, checkpoint: Checkpoint) -> None:

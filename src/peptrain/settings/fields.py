@@ -86,8 +86,20 @@ def added(default: Any, *, before: Any) -> Any:
     stands for the past, so it stays when the default changes. Unless it is None, the field must be
     resolved to something else than None, which TOML can't say.
     """
+    return _with(default, before=before)
+
+
+def essential(default: Any) -> Any:
+    """A field that `--help` shows; `--help-all` shows the others too.
+
+    `default` may be any field of this module.
+    """
+    return _with(default, essential=True)
+
+
+def _with(default: Any, **rule: Any) -> Any:
     made = default if isinstance(default, Field) else field(default=default)
-    return field(default=made.default, metadata={**made.metadata, "before": before})
+    return field(default=made.default, metadata={**made.metadata, **rule})
 
 
 def as_before(section: S, written: Iterable[str]) -> S:

@@ -169,7 +169,7 @@ NO_PART_OF_THE_FUNCTION = {
 
 
 def _check_function(config: RunConfig[Method]) -> None:
-    """Raise ConfigError if settings differ that change the function and maybe no shape (RoPE)."""
+    """Raise ConfigError if the models differ in a way that equal shapes hide (heads, RoPE)."""
     assert config.init_from is not None
     theirs = hf_config(_model_of(config.init_from), seq_len=1).to_dict()
     ours = hf_config(config.model, seq_len=1).to_dict()

@@ -42,7 +42,7 @@ class SmallerDecoder:
 
 
 def matched(config: RunConfig[Any]) -> RunConfig[Any]:
-    """Return `config` with its model shrunk to the size of what run `match_trainable` trains.
+    """Return `config` with its model shrunk to the number of parameters that another run trains.
 
     The full-size model is that of `config`, or that of the run if `config` sets no model. Heads
     keep their size, and f is the multiple of 8 for which the total agrees. Among all widths and
