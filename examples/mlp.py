@@ -1,8 +1,8 @@
-"""Any nn.Module with linear layers: a three-layer MLP on small synthetic images, by six methods.
+"""Train an MLP, an ordinary nn.Module, on small synthetic images with each method.
 
     python examples/mlp.py [STEPS]
 
-Ten classes, each a fixed pattern of 16 x 16 pixels, shifted at random and half buried in noise.
+Each of the ten classes is a fixed pattern of 16 x 16 pixels, shifted at random, with noise added.
 """
 
 import sys
@@ -15,12 +15,12 @@ import peptrain as pt
 
 SIDE, CLASSES, WIDTH, ROWS = 16, 10, 256, 128
 SHAPE = {"rank": 16, "exclude": "4"}
-"""Of the methods that have these fields; "4" is the name of the output layer, left dense."""
+"""Settings for methods that have these fields. "4" is the output layer, which stays dense."""
 patterns = torch.randn(CLASSES, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 
 def batch(seed: int, rows: int = ROWS) -> tuple[Tensor, Tensor]:
-    """Images [rows, 256] and their classes [rows]."""
+    """Draw images [rows, 256] and their classes [rows]."""
     draw = torch.Generator().manual_seed(seed)
     y = torch.randint(CLASSES, (rows,), generator=draw)
     shifts = torch.randint(3, (rows, 2), generator=draw).tolist()

@@ -1,4 +1,4 @@
-"""ReLoRA in twenty lines of plain PyTorch: no trainer, no configuration file, no corpus format."""
+"""ReLoRA in a training loop of twenty lines: no trainer and no configuration file."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

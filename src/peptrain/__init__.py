@@ -4,7 +4,7 @@
 
     result = pt.train(pt.RunConfig(method=pt.LORO(rank=128)))
 
-What is offered here is imported when it is first used, so that `import peptrain` costs nothing.
+Every name is imported when it is first used, so that `import peptrain` is fast.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ FACE = {
     "TrainConfig": "config",
     "METHODS": "methods",
 }
-"""Where each name is from. The method classes come on top, from METHODS."""
+"""The module that each name is imported from. The method classes are added from METHODS."""
 
 
 def __getattr__(name: str) -> Any:
-    """The named function or class, imported now."""
+    """Import and return the named function or class."""
     if name in FACE:
         found = getattr(import_module(f"{__name__}.{FACE[name]}"), name)
     elif name == "__all__":
         found = sorted([*FACE, *_classes()])
-    elif name[:1].isupper() and name in _classes():  # rooms, in lower case, cost no import here
+    elif name[:1].isupper() and name in _classes():  # don't import methods for subpackages
         found = _classes()[name]
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _classes() -> dict[str, Any]:
-    """The method classes, by their own names."""
+    """Return the method classes by name."""
     return {cls.__name__: cls for cls in import_module(f"{__name__}.methods").METHODS.values()}
 
 

@@ -1,4 +1,4 @@
-"""A method on any nn.Module with linear layers, in a training loop of one's own."""
+"""Apply a method to any nn.Module with linear layers, for use in your own training loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger("peptrain")
 
 
 class Adapted:
-    """A model whose layers a method has replaced, and what moves it. Made by `adapt`."""
+    """A model whose layers a method has replaced, and its optimizer. Created by `adapt`."""
 
     def __init__(
         self,
@@ -51,14 +51,15 @@ class Adapted:
         self.optimizer = self._install(fresh)
 
     def step(self) -> Metrics:
-        """Move along the gradients that a backward pass has left, and do what is due after it.
+        """Update the model with the current gradients, then run the method's periodic events.
 
-        Sets the learning rate, clips, updates, clears the gradients; then merges, resets, or, where
-        a warm start ends, rebuilds the layers in place. Returns lr (and lr_NAME of groups with a
-        name), grad_norm and the method's own numbers. Raises ConfigError when all `steps` are done.
+        Sets the learning rate, clips, updates and clears the gradients. Then merges or resets, or,
+        at the end of a warm start, rebuilds the layers in place. Returns lr (and lr_NAME of groups
+        with a name), grad_norm and the method's metrics. Raises ConfigError when all `steps` are
+        done.
         """
         if self.done >= self.steps:
-            raise ConfigError(f"steps: all {self.steps} are done; give `adapt` more of them")
+            raise ConfigError(f"steps: all {self.steps} are done; pass a larger `steps` to `adapt`")
         set_lr(self.optimizer, self.schedule(self.done))
         numbers: dict[str, Any] = {**learning_rates(self.optimizer)}
         numbers["grad_norm"] = clip_gradients(self.model, self.optim.clip)
@@ -73,27 +74,28 @@ class Adapted:
         return numbers
 
     def dense(self) -> nn.Module:
-        """The model with plain nn.Linear layers again, the same function. Ends the training."""
+        """Return the model with equivalent plain nn.Linear layers. This ends the training."""
         with _without_autocast(self.model):
             densify(self.model)
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed training needs, but the data's place and dropout's generator."""
+        """Return what a resume needs, except the data position and dropout's generator state."""
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         return {"done": self.done, "phase": self._phase, "model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, on a model that was adapted as the one it came from; the learning
-        rate and the schedule may be others.
+        """Resume from `state`. The model must have been adapted like the one that was saved.
 
-        Raises ConfigError for the state of another warm start.
+        The learning rate and the schedule may differ. Raises ConfigError for a state with another
+        warm start.
         """
         phase = bisect_right(self._bounds, state["done"])
         if not self._phase <= phase == state["phase"]:
             raise ConfigError(
-                f"state: {state['done']} steps are done, in phase {state['phase']}; here that is"
-                f" phase {phase}, after {self._phase}; adapt a new model, with the same warm start"
+                f"state: saved after step {state['done']} in phase {state['phase']}, but here that"
+                f" step is in phase {phase} and the model in phase {self._phase}; adapt a new model"
+                " with the same warm start"
             )
         while self._phase < phase:
             self._next_phase()
@@ -105,7 +107,7 @@ class Adapted:
         self.done = state["done"]
 
     def _next_phase(self) -> None:
-        """From dense weights to the next phase's layers; moments stay with what stays."""
+        """Rebuild the layers for the next phase. Parameters that stay keep their moments."""
         moments = self.optimizer.state
         densify(self.model)
         self._phase += 1
@@ -133,21 +135,23 @@ def adapt(
     seed: int = 0,
     fresh: bool = False,
 ) -> Adapted:
-    """Let `method` replace linear layers of `model`, in place, for a training of `steps` steps.
+    """Replace linear layers of `model` by those of `method`, in place, to train for `steps` steps.
 
         training = adapt(model, ReLoRA(rank=8), steps=1000, fresh=True)
         for x, y in batches:
             loss(model(x), y).backward()
             training.step()
 
-    `fresh` says that the weights are only just initialised, so that a method may draw its own, as
-    in a run; else they are kept, or for W = B A approximated by the truncated SVD.
+    `fresh` means that the weights have just been initialised, so the method may draw its own, as in
+    a run. Otherwise they are kept or, for W = B A, approximated by the truncated SVD.
 
-    Of a Hugging Face decoder the layers inside its blocks are eligible, of any other module every
-    nn.Linear whose weight is not shared; the method's `targets`, `include` and `exclude` choose
-    among them. Call it where the model is to stay (its device), and before
-    DistributedDataParallel, which does not outlive the end of a warm start; with a warm start
-    `training.optimizer` is another one after it. Settings left unset are the method's own.
+    In a Hugging Face decoder the linear layers inside its blocks are eligible, in any other module
+    every nn.Linear. Layers with shared weights are left out. The method's `targets`, `include` and
+    `exclude` choose among the rest.
+
+    Call `adapt` when the model is on its final device and before DistributedDataParallel. At the
+    end of a warm start layers are rebuilt and `training.optimizer` is replaced, so wrap the model
+    again. Settings that are not given take the method's defaults.
     """
     return Adapted(
         model,
@@ -161,30 +165,30 @@ def adapt(
 
 
 def _without_autocast(model: nn.Module) -> AbstractContextManager[object]:
-    """A context for products of weights, which a loop that is all within autocast would round."""
+    """Return a context without autocast, which would round products of weights."""
     device = next(model.parameters()).device.type
     available = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _sites(model: nn.Module, fresh: bool) -> list[Site]:
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = getattr(model, "_orig_mod", model)  # set by torch.compile
     if isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder:
         sites = find_sites(model, fresh)
     else:
         sites = [Site(name, parent, _width(model), fresh) for name, parent in _linears(model)]
     shared = _shared(model)
     if tied := [site.name for site in sites if id(site.linear.weight) in shared]:
-        log.info("left as they are, their weights are shared: %s", ", ".join(tied))
+        log.info("not adapted because their weights are shared: %s", ", ".join(tied))
     return [site for site in sites if site.name not in tied]
 
 
 READ_PAST_FORWARD = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
-"""Modules that read their layers' `weight` themselves, where a factor beside it does nothing."""
+"""Modules that read `weight` of their layers directly, so a layer's own forward has no effect."""
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every nn.Linear, and no subclass of it, by its name with its parent."""
+    """Yield the name and parent of every nn.Linear (subclasses excluded)."""
     if isinstance(model, nn.Linear):
         raise ConfigError("model: a bare nn.Linear can't be replaced; wrap it in nn.Sequential")
     for parent_name, parent in model.named_modules():
@@ -196,13 +200,13 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _shared(model: nn.Module) -> set[int]:
-    """The ids of parameters that more than one name stands for: tied weights, reused layers."""
+    """Return the ids of parameters with several names: tied weights, reused layers."""
     seen = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {key for key, times in seen.items() if times > 1}
 
 
 def _width(model: nn.Module) -> int:
-    """The hidden size: what the config says, or the most frequent side of the linear layers."""
+    """Return the hidden size: from the config, or the most frequent size of the linear layers."""
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PreTrainedModel):
         return int(model.config.get_text_config().hidden_size)

@@ -1,8 +1,8 @@
-"""The errors a user can meet. Each message names the key, the value and the repair."""
+"""Errors that a user can meet. Each message names the key, the value and the fix."""
 
 
 class PeptrainError(Exception):
-    """Base of every error that is the user's to mend; the command prints it without a traceback."""
+    """Base class of errors that the user can fix. The command prints them without a traceback."""
 
 
 class ConfigError(PeptrainError):
@@ -10,15 +10,15 @@ class ConfigError(PeptrainError):
 
 
 class DataError(PeptrainError):
-    """Text, tokens or a prepared corpus can't be used as they are."""
+    """Text, tokens or a prepared corpus cannot be used."""
 
 
 class CheckpointError(PeptrainError):
-    """A run or checkpoint can't be read, written, or continued with these settings."""
+    """A run or checkpoint cannot be read, written, or continued with these settings."""
 
 
 class Unsupported(PeptrainError):
-    """The model, device or platform can't do what was asked."""
+    """The model, device or platform does not support what was requested."""
 
 
 class Diverged(PeptrainError):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | Iterable[bytes | memoryview]) -> None:
-    """Write `path` so that a kill or a full disk leaves the old or the new file, never half."""
+    """Write `path` so that a kill or a full disk leaves the complete old or new file."""
     chunks = [content.encode()] if isinstance(content, str) else content
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -18,5 +18,5 @@ def write_atomically(path: Path, content: str | Iterable[bytes | memoryview]) ->
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:  # of a full disk it doesn't say which file
+    except OSError as error:  # when the disk is full, it lacks the file name
         raise OSError(error.errno, error.strerror, str(path)) from error

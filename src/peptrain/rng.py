@@ -1,4 +1,4 @@
-"""Random numbers with an address: every draw is a function of (seed, where, when, what for)."""
+"""Addressed random numbers: every draw is a function of (seed, site, step, purpose)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class Rng:
-    """`rng(site, step)` is a fresh CPU generator, the same on every rank, device and resume.
+    """`rng(site, step)` returns a fresh CPU generator, the same on every rank and after a resume.
 
-    Drawing on the CPU keeps the numbers independent of the device (only the bits of stochastic
-    rounding, one for each weight, are drawn where they are used), so a tensor that is drawn says
-    device="cpu": torch's default device may be a GPU. And an address instead of one shared stream
-    keeps them independent of how many numbers were drawn before.
+    Drawing on the CPU makes the values independent of the device. (Only the bits of stochastic
+    rounding, 16 per weight, are drawn on the weight's device.) Code that draws must therefore pass
+    device="cpu", because torch's default device may be a GPU. An address instead of one shared
+    stream makes the values independent of how many were drawn before.
     """
 
     seed: int
@@ -24,6 +24,6 @@ class Rng:
         return torch.Generator().manual_seed(self.integer(site, step, purpose))
 
     def integer(self, site: str, step: int = 0, purpose: str = "") -> int:
-        """A 63-bit integer for this address."""
+        """Return a 63-bit integer for this address."""
         address = f"{self.seed}|{site}|{step}|{purpose}".encode()
         return int.from_bytes(hashlib.blake2b(address, digest_size=8).digest(), "little") >> 1

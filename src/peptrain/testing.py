@@ -1,6 +1,6 @@
-"""The laws that every method keeps: `check_method(cls)` runs them on a small model.
+"""The laws that every method must obey: `check_method(cls)` checks them on a small model.
 
-A method from outside checks itself with one line, from a test or a notebook:
+Check a method of your own with one line, in a test or a notebook:
 
     from peptrain.testing import check_method
 
@@ -44,17 +44,17 @@ from peptrain.runs.directory import RunDir
 from peptrain.training.loop import resume, train
 
 STEPS, EVENT = 8, 3
-"""A run, and the interval of everything periodic in it: merges come at steps 3 and 6."""
+"""Steps of a run, and the interval of all periodic events in it: merges are at steps 3 and 6."""
 SMALL = {"rank": 2, "warm_start_steps": 2, "restart_warmup": 0, "reset_every": EVENT}
-"""Taken by every method that has the field; its intervals are EVENT."""
+"""Settings for every method that has the field. Its intervals are EVENT."""
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2, "vocab_size": 320}
 TRAIN = {"steps": STEPS, "batch_size": 4, "seq_len": 16, "log_every": 1, "eval_every": 0}
 QWEN = {"family": "qwen2", "kv_heads": 1}
-"""Biases, and matrices of three more shapes."""
+"""Adds biases, and matrices of three more shapes."""
 
 
 def small(cls: type[Method], **given: Any) -> Method:
-    """The method at rank 2 with an event at every third step; `given` go before that."""
+    """Return the method at rank 2 with an event every third step. `given` overrides settings."""
     own = {f.name: f.metadata for f in fields(cls)}
     every = {k: EVENT for k, rule in own.items() if rule.get("up")}
     known = {k: v for k, v in SMALL.items() if k in own}
@@ -64,7 +64,7 @@ def small(cls: type[Method], **given: Any) -> Method:
 def small_run(
     method: Method, corpus: Path, run: Path | None = None, **sections: Mapping[str, Any]
 ) -> RunConfig[Any]:
-    """8 steps in float64 at a constant learning rate; `sections` are dicts of what differs."""
+    """Configure 8 steps in float64 at a constant rate. `sections` are dicts of what to override."""
     given: dict[str, Any] = {"model": MODEL, "optim": {}, "train": TRAIN | {"precision": "fp64"}}
     given["schedule"] = {"kind": "constant", "warmup": 0}
     merged = {k: {**v, **sections.pop(k, {})} for k, v in given.items()}
@@ -81,7 +81,7 @@ def small_run(
 
 
 def small_corpus(folder: Path, words: int = 6000) -> Path:
-    """A prepared corpus of random words, 300 token ids, in `folder`."""
+    """Prepare a corpus of random words with 300 token ids in `folder`; return its path."""
     draw = random.Random(0)
     letters = "etaoinshrd"
     lexicon = ["".join(draw.choices(letters, k=draw.randrange(2, 7))) for _ in range(60)]
@@ -94,7 +94,7 @@ def small_corpus(folder: Path, words: int = 6000) -> Path:
 
 @dataclass
 class Bench:
-    """A method on a small model, stepped by hand: no trainer and no directory."""
+    """A method on a small model, stepped by hand without a trainer or a run directory."""
 
     config: RunConfig[Method]
     model: Any
@@ -106,7 +106,7 @@ class Bench:
         return list(reparametrized(self.model))
 
     def backward(self) -> dict[str, bool]:
-        """Gradients of one batch; whether each trainable tensor's has an entry that isn't 0."""
+        """Backpropagate one batch. Return whether each trainable tensor has a nonzero gradient."""
         NextTokenLoss(self.model)(ids(self.step)).backward()
         trainable = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
         return {n: p.grad is not None and bool(p.grad.any()) for n, p in trainable}
@@ -127,7 +127,7 @@ class Bench:
 
     @torch.no_grad()
     def scramble(self, size: float = 0.3) -> None:
-        """Random numbers on all that trains: biases and diagonals too."""
+        """Add random values to all trainable parameters, including biases and diagonals."""
         draw = torch.Generator().manual_seed(1)
         for layer in self.layers:
             for p in layer.parameters():
@@ -136,14 +136,14 @@ class Bench:
 
     @torch.no_grad()
     def effective(self) -> dict[str, Tensor]:
-        """What each layer computes: W_eff, or y of a fixed x where there is none."""
+        """Return W_eff of each layer, or its output for a fixed x where there is no W_eff."""
         if self.config.method.has_dense_equivalent:
             return {layer.site: layer.effective_weight().clone() for layer in self.layers}
         with evaluating(self.model):
             return {layer.site: layer(_inputs(layer)) for layer in self.layers}
 
     def frozen(self) -> dict[str, Tensor]:
-        """Copies of what doesn't train."""
+        """Return copies of the frozen parameters."""
         found = ((n, p) for n, p in self.model.named_parameters() if not p.requires_grad)
         return {n: p.clone() for n, p in found}
 
@@ -160,7 +160,7 @@ def bench(
     model: Mapping[str, Any] = QWEN,
     optim: Mapping[str, Any] | None = None,
 ) -> Bench:
-    """`method` in its last phase (or `phase`): after any warm start."""
+    """Set up `method` in `phase`, by default the last one, which is after any warm start."""
     config = small_run(method, Path(), model=model, optim=optim or {})
     config = resolved(config, world_size=1, on_gpu=False)
     at = len(config.method.phases(STEPS)) if phase is None else phase
@@ -170,7 +170,7 @@ def bench(
 
 
 def ids(seed: int) -> Tensor:
-    """Token ids, [4, 17]."""
+    """Draw token ids, [4, 17]."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(MODEL["vocab_size"], (4, 17), generator=draw)
 
@@ -181,12 +181,12 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> None:
 
 
 def newest(run: Path) -> Checkpoint:
-    """The last checkpoint of a run."""
+    """Read the latest checkpoint of a run."""
     return read(available(RunDir(run).checkpoints)[-1])
 
 
 def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
-    """What is not the same, bit for bit, in two checkpoints."""
+    """List what is not exactly equal in two checkpoints."""
     found = [k for k in ("step", "phase", "groups") if getattr(one, k) != getattr(other, k)]
     for kind in ("model", "optimizer"):
         a, b = getattr(one, kind), getattr(other, kind)
@@ -196,12 +196,12 @@ def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal in every bit and in dtype."""
+    """Return whether dtypes and all values are equal."""
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    """Step and loss of each row of metrics.jsonl about a step."""
+    """Return step and loss of each "step" row of metrics.jsonl."""
     return [(row["step"], row["loss"]) for row in RunDir(run).metrics() if row["event"] == "step"]
 
 
@@ -211,7 +211,7 @@ def _inputs(layer: ReparamLinear) -> Tensor:
 
 
 def forward_is_the_effective_weight(one: Bench) -> None:
-    """y = x W_effᵀ + bias in every layer."""
+    """Check that y = x W_effᵀ + bias in every layer."""
     for layer in one.layers if one.config.method.has_dense_equivalent else ():
         x = _inputs(layer)
         wanted = F.linear(x, layer.effective_weight(), layer.bias)
@@ -219,13 +219,13 @@ def forward_is_the_effective_weight(one: Bench) -> None:
             close(layer(x), wanted, 1e-13 * max(1.0, wanted.abs().max().item()))
 
 
-# The laws. Each takes the method, small, and a folder with a corpus.
+# The laws. Each takes a method with small settings and the path of a corpus.
 
 
 def it_is_a_frozen_dataclass_of_plain_settings(method: Method, corpus: Path) -> None:
-    """Named and described, and the same after a round trip through TOML."""
-    assert method.equation and "\n" not in method.equation, "equation: one line"
-    assert type(method).__doc__, "a docstring says what the method trains"
+    """It has an equation and a docstring, and survives a round trip through TOML."""
+    assert method.equation and "\n" not in method.equation, "equation: must be one line"
+    assert type(method).__doc__, "docstring: missing; write what the method trains"
     try:
         method.anything = 1  # type: ignore[attr-defined]
     except AttributeError:
@@ -233,13 +233,15 @@ def it_is_a_frozen_dataclass_of_plain_settings(method: Method, corpus: Path) -> 
     else:
         raise AssertionError("not a frozen dataclass: write @dataclass(frozen=True, kw_only=True)")
     for name, value in asdict(method).items():
-        assert isinstance(value, str | int | float | bool | None), f"{name}: {value!r} is no leaf"
+        assert isinstance(value, str | int | float | bool | None), (
+            f"{name}: not a plain value (got {value!r})"
+        )
     config = resolved(small_run(method, corpus), world_size=1, on_gpu=False)
     assert parse(tomllib.loads(dump(config))) == config
 
 
 def installing_keeps_the_function(method: Method, corpus: Path) -> None:
-    """In every phase, with `keeps_function_with`."""
+    """Checked in every phase, with the settings in `keeps_function_with`."""
     if method.keeps_function_with is None:
         return forward_is_the_effective_weight(bench(method))
     keeping = replace(method, **method.keeps_function_with)
@@ -250,7 +252,7 @@ def installing_keeps_the_function(method: Method, corpus: Path) -> None:
 
 
 def a_layer_computes_its_effective_weight(method: Method, corpus: Path) -> None:
-    """After training, and for any numbers in what trains."""
+    """Checked after training, and for random values of the trainable parameters."""
     one = bench(method)
     one.train(EVENT + 2)
     forward_is_the_effective_weight(one)
@@ -259,7 +261,7 @@ def a_layer_computes_its_effective_weight(method: Method, corpus: Path) -> None:
 
 
 def a_merge_keeps_the_function_and_a_second_one_does_nothing(method: Method, corpus: Path) -> None:
-    """What comes after a step changes no layer's function."""
+    """`after_step` changes no layer's function. A second call changes no weight either."""
     one = bench(method)
     one.train(EVENT - 1)
     one.scramble()
@@ -272,12 +274,12 @@ def a_merge_keeps_the_function_and_a_second_one_does_nothing(method: Method, cor
     one.after_step(2 * EVENT)
     moved = [n for n, p in one.frozen().items() if not torch.equal(p, frozen[n])]
     moved += [s for s, weight in one.effective().items() if not torch.equal(weight, merged[s])]
-    assert moved == [], f"the second one changes {moved}"
+    assert moved == [], f"the second merge changes {moved}"
 
 
 def every_trainable_tensor_gets_a_gradient(method: Method, corpus: Path) -> None:
-    """Within two steps of the start and of a merge; `zero_factor` and `merges` say where one waits
-    for the other."""
+    """Checked within two steps of the start and of a merge. With `zero_factor` (at the start) and
+    `merges` (after a merge) one factor of each layer gets none at first: the other is zero."""
     one = bench(method)
     for start in (0, EVENT):
         one.train(start - one.step)
@@ -286,7 +288,7 @@ def every_trainable_tensor_gets_a_gradient(method: Method, corpus: Path) -> None
             factors = [f"{layer.site}.{n}" for n, p in layer.named_parameters() if p.ndim == 2]
             dead = [n for n in factors if not first.get(n, True)]
             zeroed = method.merges if start else method.zero_factor
-            said = f"step {start}: of {factors} {dead} get no gradient"
+            said = f"step {start}: no gradient for {dead} of {factors}"
             assert len(dead) == 1 if zeroed else len(dead) <= 1, said
         one.update()
         second = one.backward()
@@ -296,18 +298,18 @@ def every_trainable_tensor_gets_a_gradient(method: Method, corpus: Path) -> None
 
 
 def what_is_frozen_stays_the_same_between_merges(method: Method, corpus: Path) -> None:
-    """To the last bit, with weight decay."""
+    """Checked exactly, with weight decay."""
     one = bench(method, optim={"weight_decay": 0.1})
     for steps in (EVENT - 1, EVENT - 1):
         before = one.frozen()
         one.train(steps)
         moved = [n for n, p in one.frozen().items() if not torch.equal(p, before[n])]
-        assert moved == [], f"they don't train, and yet they move: {moved}"
+        assert moved == [], f"frozen parameters changed: {moved}"
         one.train()  # the merge
 
 
 def the_dense_twin_has_the_same_logits(method: Method, corpus: Path) -> None:
-    """In three families of models, one with tied embeddings."""
+    """Checked on Qwen2, on Qwen2 with tied embeddings and on OLMo2."""
     for model in (QWEN, QWEN | {"tied": True}, {"family": "olmo2"}):
         one = bench(method, model=model)
         one.train(EVENT + 1)
@@ -316,12 +318,12 @@ def the_dense_twin_has_the_same_logits(method: Method, corpus: Path) -> None:
             continue
         plain = plain_model(one.config)
         load_dense(plain, dense_state(one.model))
-        # 1e-7 is what Hugging Face's norms lose by computing in fp32.
+        # Hugging Face's norms compute in fp32, which costs an error of 1e-7.
         close(one.logits(), replace(one, model=plain).logits(), 1e-5)
 
 
 def a_run_resumes_to_the_same_bits(method: Method, corpus: Path) -> None:
-    """From a checkpoint half-way, in weights, moments and losses."""
+    """Checked from a checkpoint half-way, for weights, moments and losses."""
     half = STEPS // 2
     with tempfile.TemporaryDirectory() as folder:
         whole, parted = Path(folder, "whole"), Path(folder, "parted")
@@ -333,12 +335,12 @@ def a_run_resumes_to_the_same_bits(method: Method, corpus: Path) -> None:
         assert newest(parted).step == half
         resume(parted)
         apart = differences(newest(whole), newest(parted))
-        assert apart == [], f"other than in a run that was not stopped: {apart}"
-        assert losses(whole) == losses(parted), "other losses than in a run that was not stopped"
+        assert apart == [], f"not as in an uninterrupted run: {apart}"
+        assert losses(whole) == losses(parted), "losses are not as in an uninterrupted run"
 
 
 def a_run_is_evaluated_and_exported(method: Method, corpus: Path) -> None:
-    """Evaluation gives the loss of the run's end; export compares logits itself."""
+    """Evaluation reproduces the final loss of the run, and export, which compares logits, works."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         end = train(small_run(method, corpus, run)).held_out.loss
@@ -363,9 +365,11 @@ LAWS: tuple[Law, ...] = (
 
 @contextmanager
 def registered(cls: type[Method]) -> Iterator[None]:
-    """In this context a run can name the method, whether or not a package offers it."""
+    """Register the method within this context, so that a run can use it by name."""
     ours = METHODS.get(cls.name)
-    assert ours in (None, cls), f"{cls.name!r} is a method of peptrain's; choose another name"
+    assert ours in (None, cls), (
+        f"{cls.name!r} is the name of another method; choose a different one"
+    )
     METHODS[cls.name] = cls
     try:
         yield
@@ -375,10 +379,10 @@ def registered(cls: type[Method]) -> Iterator[None]:
 
 
 def check_method(cls: type[Method], **settings: Any) -> None:
-    """Run all laws on `cls`, at rank 2 with every interval at 3 steps; `settings` go before that.
+    """Check all laws on `cls`, at rank 2 with intervals of 3 steps; `settings` override these.
 
-    On a CPU in float64, in about ten seconds, in a temporary directory. Raises AssertionError that
-    names every law which doesn't hold, and why.
+    Runs on a CPU in float64, in a temporary directory, and takes about ten seconds. Raises an
+    AssertionError that lists every law that does not hold, and why.
     """
     method, broken = small(cls, **settings), list[str]()
     with tempfile.TemporaryDirectory() as folder, registered(cls):
@@ -386,7 +390,7 @@ def check_method(cls: type[Method], **settings: Any) -> None:
         for law in LAWS:
             try:
                 law(method, corpus)
-            except Exception as error:  # of the method's own code too
+            except Exception as error:  # including those of the method's own code
                 said = law.__name__.replace("_", " ")
                 broken.append(f"- {said}: {type(error).__name__}: {error}")
     if broken:

@@ -356,7 +356,7 @@ def test_a_method_trains_and_its_run_is_evaluated_and_exported(
         assert small.code == 0 and small.out.endswith("factorised model in small\n")
         assert load_factorised(Path("small")).dtype == torch.float32
     else:
-        assert small.error.startswith(f"--form factorised: {name} has other matrices than W = B A")
+        assert small.error.startswith(f"--form factorised: {name} is not of the form W = B A")
     assert "exists and is never overwritten" in peptrain_("export run --out dense").error
 
 
@@ -492,7 +492,7 @@ def test_a_mistyped_command_line_is_answered(line: str, message: str, peptrain_:
         ("full", {"optim__lr": -1}, "optim.lr: must be a finite number >= 0 (got -1.0)"),
         ("full", {"train__steps": 0}, "train.steps: must be >= 1 (got 0)"),
         ("full", {"model__preset": "huge"}, "model.preset: 'huge' is unknown; known are tiny"),
-        ("full", {"model__vocab_size": 100}, "model.vocab_size: 100, and token id 299 occurs in"),
+        ("full", {"model__vocab_size": 100}, "model.vocab_size: too small for token id 299 in"),
         ("full", {"data__path": "nothing"}, "nothing: not a prepared corpus"),
         ("full", {"model__config": "nothing"}, "model.config: nothing does not exist"),
     ],
@@ -519,7 +519,7 @@ def test_a_rank_too_large_names_the_largest_useful_one(
 
 @pytest.mark.parametrize("line", ["eval nothing", "resume nothing", "export nothing --out out"])
 def test_what_is_no_run_is_named(line: str, peptrain_: Command) -> None:
-    assert peptrain_(line).error.startswith("nothing: no run directory, config.toml is missing")
+    assert peptrain_(line).error.startswith("nothing: not a run directory (config.toml is missing)")
 
 
 def test_a_place_in_the_way_of_a_run_is_named(corpus: Path, peptrain_: Command) -> None:
@@ -613,7 +613,7 @@ def test_ctrl_c_saves_and_resume_goes_on(
         stopped = peptrain_("train bpt --run parted", *flags("bpt", corpus))
     assert stopped.code == 130 and not stopped.err
     said = re.search(
-        r"stopped and saved at step (\d) of 8; go on with `peptrain (.+)`", stopped.out
+        r"stopped and saved at step (\d) of 8; resume with `peptrain (.+)`", stopped.out
     )
     assert said and 3 <= int(said[1]) < STEPS
     resumed = peptrain_(said[2])

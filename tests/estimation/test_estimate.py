@@ -623,7 +623,7 @@ def test_a_configuration_file_is_estimated_as_it_is_trained(command: Any) -> Non
         ("full --gpu-memory 1MB", 1, "error: --gpu-memory: 0.0009313 GiB is too little for full"),
         ("full --model.preset huge", 1, "error: model.preset: 'huge' is unknown; known are"),
         ("bpt --method.rank 500", 1, "error: method.rank: rank 500 saves no parameters in any"),
-        ("full --init-from nowhere", 1, "error: init_from: nowhere is no run directory"),
+        ("full --init-from nowhere", 1, "error: init_from: nowhere is neither a run directory"),
     ],
 )
 def test_what_cannot_be_estimated_is_named(

@@ -275,13 +275,15 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
 def test_another_format_is_named_with_ours(directory: Path) -> None:
     state = available(directory)[-1] / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 7}))
-    with pytest.raises(CheckpointError, match=r"step-00000003: format 7, .* reads format 2"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000003: written in format 7, .* reads format 2"
+    ):
         latest(directory)
 
 
 def test_a_checkpoint_of_other_parameters_is_refused() -> None:
     saved = checkpoint_of(1)
-    with pytest.raises(CheckpointError, match=r"other parameters .* bias"):
+    with pytest.raises(CheckpointError, match=r"the parameters of the checkpoint .* differ: bias"):
         load_model(nn.Linear(3, 2, bias=False), saved.model)
     with pytest.raises(CheckpointError, match=r"weight: \[2, 3\] in the checkpoint, \[2, 4\]"):
         load_model(nn.Linear(4, 2), saved.model)
@@ -300,23 +302,23 @@ def test_the_clocks_of_groups_end_with_their_phase(same_phase: bool, age: int) -
 def test_the_first_setting_that_differs_is_named_with_both_values() -> None:
     saved = replace(checkpoint_of(5), identity={"method.name": "bpt", "method.rank": 4})
     agrees(saved, dict(saved.identity))
-    with pytest.raises(CheckpointError, match=r"method\.rank: .* step 5 .* 4, .* says 8"):
+    with pytest.raises(CheckpointError, match=r"method\.rank: .* step 5 .* 4, .* has 8"):
         agrees(saved, {"method.name": "bpt", "method.rank": 8})
-    with pytest.raises(CheckpointError, match=r"method\.name: .* 'bpt', .* says 'full'"):
+    with pytest.raises(CheckpointError, match=r"method\.name: .* 'bpt', .* has 'full'"):
         agrees(saved, {"method.name": "full"})
 
 
 OTHERS = {
-    "rank = 2": ("rank = 3", r"method\.rank: .* written with 2, .* says 3"),
+    "rank = 2": ("rank = 3", r"method\.rank: .* written with 2, .* has 3"),
     'init = "kaiming_uniform"': (
         'init = "model"',
-        r"method\.init: .* with 'kaiming_uniform', .* says 'model'",
+        r"method\.init: .* with 'kaiming_uniform', .* has 'model'",
     ),
-    "hidden_size = 16": ("hidden_size = 32", r"model\.hidden_size: .* with 16, .* says 32"),
-    "seed = 0": ("seed = 1", r"train\.seed: .* with 0, .* says 1"),
+    "hidden_size = 16": ("hidden_size = 32", r"model\.hidden_size: .* with 16, .* has 32"),
+    "seed = 0": ("seed = 1", r"train\.seed: .* with 0, .* has 1"),
     'precision = "fp64"': (
         'precision = "fp32"',
-        r"train\.precision: .* with 'fp64', .* says 'fp32'",
+        r"train\.precision: .* with 'fp64', .* has 'fp32'",
     ),
 }
 
@@ -350,7 +352,7 @@ def test_a_run_goes_on_only_by_the_method_and_on_the_data_that_it_had(
     full_run = tmp_path / "full"
     train(tiny("full", corpus, full_run, train={"steps": 2}))
     shutil.copy(RunDir(full_run).config_file, RunDir(run).config_file)
-    with pytest.raises(CheckpointError, match=r"method\.name: .* 'bpt', .* says 'full'"):
+    with pytest.raises(CheckpointError, match=r"method\.name: .* 'bpt', .* has 'full'"):
         resume(run)
     other.mkdir()
     theirs = str(small_corpus(other, words=5000))

@@ -118,7 +118,7 @@ def test_weights_that_fit_another_function_are_refused(
     """Other heads may have the same shapes; the weights would be another model without a word."""
     train(tiny("full", corpus, tmp_path / "source", train={"steps": 1}))
     given = tiny("full", corpus, tmp_path / "run", model={key: value})
-    with pytest.raises(ConfigError, match=r"init_from: .* leave out all settings of the model"):
+    with pytest.raises(ConfigError, match=r"init_from: .* leave out all model settings"):
         train(replace(given, init_from=tmp_path / "source"))
     assert not (tmp_path / "run").exists()
 

@@ -285,9 +285,9 @@ def test_nothing_in_a_checkpoint_can_be_left_out(
 
 
 def test_what_is_resumed_must_be_a_run(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no run directory, config\.toml is missing"):
+    with pytest.raises(CheckpointError, match=r"not a run directory \(config\.toml is missing\)"):
         resume(tmp_path)
-    with pytest.raises(CheckpointError, match="nowhere: no run directory"):
+    with pytest.raises(CheckpointError, match="nowhere: not a run directory"):
         resume(tmp_path / "nowhere")
 
 

@@ -131,7 +131,7 @@ def test_a_new_run_has_the_new_defaults_and_another_value_is_refused_by_name(
     text = (old / "begun" / "config.toml").read_text()
     changed = text.replace("rank = 2\n", "rank = 2\ngain = 0.25\n")
     (old / "begun" / "config.toml").write_text(changed)
-    with pytest.raises(CheckpointError, match=r"method\.gain: .* written with 1\.0, .* says 0\.25"):
+    with pytest.raises(CheckpointError, match=r"method\.gain: .* written with 1\.0, .* has 0\.25"):
         resume(old / "begun")
 
 

@@ -219,7 +219,9 @@ def test_a_model_of_another_shape_is_refused_before_anything_is_written(
 ) -> None:  # fmt: skip
     kv = {"kv_heads": 1} if source == "llama" else {}
     config = tiny("lora", corpus, tmp_path / "run", model=kv | other)
-    with pytest.raises(ConfigError, match=rf"^init_from: .*({weight}).*; leave out all settings"):
+    with pytest.raises(
+        ConfigError, match=rf"^init_from: .*({weight}).*; leave out all model settings"
+    ):
         train(replace(config, init_from=sources[source]))
     assert list(tmp_path.iterdir()) == []
 
@@ -294,17 +296,17 @@ def copied(source: Path, folder: Path) -> Path:
 
 
 def test_no_such_directory_or_one_of_something_else(corpus: Path, tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", corpus, r"^init_from: .*nowhere is no run directory")
+    refused(tmp_path / "nowhere", corpus, r"^init_from: .*nowhere is neither a run directory")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", corpus, r"^init_from: .*config\.toml.*config\.json")
     (tmp_path / "file").write_text("x")
-    refused(tmp_path / "file", corpus, r"^init_from: .*file is no run directory")
+    refused(tmp_path / "file", corpus, r"^init_from: .*file is neither a run directory")
 
 
 def test_a_run_without_a_checkpoint(sources: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     source = copied(sources["full"], tmp_path)
     shutil.rmtree(RunDir(source).checkpoints)
-    refused(source, corpus, r"copy: there is no checkpoint", CheckpointError)
+    refused(source, corpus, r"copy: contains no checkpoint", CheckpointError)
 
 
 def test_a_base_model_lacks_its_head_unless_it_is_tied(
@@ -343,7 +345,7 @@ def test_weights_that_the_config_has_no_place_for_are_a_warning(
         assert "peptrain" not in caplog.text
         built(starting("full", source, corpus))
     (said,) = [r.message for r in caplog.records if r.name == "peptrain"]
-    assert "has model.layers.0.self_attn.k_proj.bias and 7 more" in said
+    assert "contains model.layers.0.self_attn.k_proj.bias and 7 more" in said
 
 
 def test_a_damaged_file(sources: dict[str, Path], corpus: Path, tmp_path: Path) -> None:

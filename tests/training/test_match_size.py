@@ -100,14 +100,14 @@ def test_settings_of_the_model_are_the_whole_to_shrink(corpus: Path, tmp_path: P
 
 def test_what_can_not_be_a_control_is_refused(corpus: Path, tmp_path: Path) -> None:
     config = replace(tiny("full", corpus, model=SMALL), match_trainable=tmp_path / "run")
-    with pytest.raises(CheckpointError, match="no run directory"):
+    with pytest.raises(CheckpointError, match="not a run directory"):
         matched(config)
     run_of(tiny("lowrank", corpus, model=SMALL), tmp_path / "run")
     for wrong, message in (
-        ({"method": BPT(rank=2)}, "is for full, and not for bpt"),
-        ({"init_from": tmp_path}, f"makes a smaller model than that of init_from {tmp_path};"),
+        ({"method": BPT(rank=2)}, r"requires method full \(got bpt\)"),
+        ({"init_from": tmp_path}, f"cannot be combined with init_from {tmp_path};"),
         ({"match_trainable": run_of(tiny("full", corpus, model=SMALL), tmp_path / "all")},
-         "and no smaller model of this kind has as many"),
+         "but no smaller model of this architecture has that number"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             matched(replace(config, **wrong))

@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[PeptrainError], str]] = {
     "a vocabulary too small": (
         {"model": {"vocab_size": 290}},
         ConfigError,
-        r"model\.vocab_size: 290, and token id 299 occurs in .*; set it to 300",
+        r"model\.vocab_size: too small for token id 299 in .* \(got 290\); set it to 300",
     ),
     "sequences too long": (
         {"train": {"seq_len": 100_000}},

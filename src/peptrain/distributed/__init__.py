@@ -1,1 +1,1 @@
-"""One process or several."""
+"""Training in one process or in several."""

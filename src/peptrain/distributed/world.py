@@ -1,4 +1,4 @@
-"""One process or several: the world as the trainer sees it, under `torchrun` or without."""
+"""The processes of a training run: a single one, or several under `torchrun`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`, and its device."""
+    """This process's rank among `size` processes, and its device."""
 
     rank: int
     size: int
@@ -35,7 +35,7 @@ class World:
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all ranks."""
+        """Return the mean over all ranks."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
@@ -43,25 +43,25 @@ class World:
         return values
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """Return the sum over all ranks."""
         return self.mean(values) * self.size
 
     def agree(self, value: T) -> T:
-        """Rank 0's value on every rank."""
+        """Return rank 0's value on every rank."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def exchange(self, module: nn.Module, now: bool) -> AbstractContextManager[object]:
-        """The context of one backward pass: gradients go to the other ranks `now`, or wait."""
+        """Return the context of a backward pass that reduces gradients over ranks only if `now`."""
         waits = isinstance(module, DistributedDataParallel) and not now
         return module.no_sync() if waits else contextlib.nullcontext()  # type: ignore[operator]
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0 while the others wait; its error is raised on every rank.
+        """Run `action` on rank 0 while the others wait. Its PeptrainError is raised on every rank.
 
-        Raised on one alone, it would leave the others waiting for ever.
+        Raised on rank 0 alone, it would leave the others waiting forever.
         """
         error = None
         if self.main:
@@ -74,9 +74,12 @@ class World:
             raise error
 
     def parallelize(self, module: nn.Module) -> nn.Module:
-        """Replicate over the ranks. The wrapper is new for every phase, because one that has
-        seen another set of trainable parameters reduces wrong gradients without a word. Buffers are
-        constants, the same on every rank; sent along, SLTrain's would be with every pass."""
+        """Wrap `module` in DistributedDataParallel if there are several processes.
+
+        Every phase needs a new wrapper, because one built for another set of trainable parameters
+        silently reduces wrong gradients. Buffers are constants and equal on every rank, so they are
+        not broadcast: SLTrain's would be sent with every pass.
+        """
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -84,24 +87,28 @@ class World:
 
 
 def _leave() -> None:
-    """What replicas leave behind still holds the process group; collected first, or its threads
-    outlive the interpreter, and one exit in seven of a loaded machine was an abort."""
+    """Destroy the process group at exit.
+
+    Discarded replicas still refer to it. Unless they are collected first, its threads outlive the
+    interpreter: on a loaded machine one exit in seven was an abort.
+    """
     gc.collect()
     dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def world(device: str = "auto") -> Iterator[World]:
-    """The world of this process: joined if `torchrun` made it one of several, left when it exits.
+    """Yield the world of this process, joining the process group of `torchrun` if there is one.
 
-    Ranks meet once, because under torchrun a second meeting finds the first one's addresses.
-    device: auto (a GPU if there is one), cpu, or cuda. Raises Unsupported for a GPU that is absent.
+    The group is created once per process and destroyed at exit, because a second rendezvous under
+    torchrun would find the addresses of the first. device: auto (a GPU if there is one), cpu or
+    cuda. Raises Unsupported for a GPU that is absent.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise Unsupported(f"train.device: {device!r} is none of auto, cpu, cuda")
+        raise Unsupported(f"train.device: must be auto, cpu or cuda (got {device!r})")
     if device == "cuda" and not torch.cuda.is_available():
         raise Unsupported(
-            "train.device: cuda was asked for and PyTorch sees no GPU; use cpu or auto"
+            "train.device: cuda was requested, but PyTorch sees no GPU; use cpu or auto"
         )
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else None

@@ -1,1 +1,1 @@
-"""Evaluation of a run's dense twin, so that all methods are measured with one ruler."""
+"""Evaluation of a run's dense equivalent, so that all methods are measured in the same way."""

@@ -1,4 +1,4 @@
-"""Perplexity weighted by tokens: exp(total loss / total targets)."""
+"""Held-out loss and perplexity, weighted by tokens: exp(total loss / total targets)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per token; tokens: how many were predicted."""
+    """The loss in nats per token, and the number of predicted tokens."""
 
     loss: float
     tokens: int
@@ -44,11 +44,12 @@ def held_out_loss(
     world: World | None = None,
     limit: int = 0,
 ) -> Evaluation:
-    """The loss over `tokens` [T], each but the first predicted once from up to seq_len before it.
+    """Return the mean loss over `tokens` [T], each predicted from at most seq_len preceding ones.
 
-    The sum over tokens is divided by their number, so the batch size, the last short window and
-    the number of ranks (each takes its share) change nothing. limit: at most so many tokens, 0 is
-    all. Raises DataError when there is nothing to predict.
+    Every token but the first is predicted once. The summed loss is divided by the number of tokens,
+    so the batch size, a short last window and the number of processes, which share the work, do not
+    affect the result. limit: the largest number of tokens to predict, 0 for all. Raises DataError
+    when there is nothing to predict.
     """
     here = world or World(0, 1, model.device)
     windows = _windows(tokens[: limit + 1] if limit else tokens, seq_len)
@@ -72,8 +73,11 @@ def held_out_loss_legacy(
     batch_size: int,
     precision: Precision = "fp32",
 ) -> Evaluation:
-    """The evaluator of the older repositories, to match tables printed with it: the sum of the
-    batches' mean losses divided by the number of batches plus 1, which flatters the model."""
+    """Return the loss as the older repositories compute it, to reproduce tables made with it.
+
+    It is the sum of the batches' mean losses divided by the number of batches plus 1, which is too
+    low.
+    """
     means, count = [], 0
     with evaluating(model):
         for batch in _batches(_windows(tokens, seq_len), batch_size):
@@ -86,17 +90,17 @@ def held_out_loss_legacy(
 
 
 def _windows(tokens: np.ndarray, seq_len: int) -> list[np.ndarray]:
-    """Pieces of seq_len + 1 tokens that share one token with the next; the last may be short."""
+    """Split into windows of seq_len + 1 tokens that overlap by one. The last may be shorter."""
     if len(tokens) < 2:
         raise DataError(
-            f"the held-out part has {len(tokens)} tokens, nothing to predict; prepare the corpus"
-            " with --held-out or --held-out-inputs"
+            f"the held-out set has {len(tokens)} tokens, so there is nothing to predict; prepare"
+            " the corpus with --held-out or --held-out-inputs"
         )
     return [tokens[i : i + seq_len + 1] for i in range(0, len(tokens) - 1, seq_len)]
 
 
 def _batches(windows: list[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    """Windows of one length stacked, [rows, length], as int64; a short one comes alone."""
+    """Yield windows of equal length, stacked as int64 [rows, length]. A short one comes alone."""
     start = 0
     while start < len(windows):
         length = len(windows[start])
@@ -108,7 +112,7 @@ def _batches(windows: list[np.ndarray], batch_size: int) -> Iterator[np.ndarray]
 def _summed_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     total = torch.zeros((), dtype=torch.float64, device=ids.device)
-    for row, targets in zip(logits, ids[:, 1:], strict=True):  # wide copies of all would be most
-        wide = row.to(at_least_fp32(row.dtype))  # of the memory
+    for row, targets in zip(logits, ids[:, 1:], strict=True):
+        wide = row.to(at_least_fp32(row.dtype))  # a row at a time, to save memory
         total += F.cross_entropy(wide, targets, reduction="none").sum(dtype=torch.float64)
     return total

@@ -1,4 +1,4 @@
-"""Held-out perplexity of a run directory."""
+"""Evaluate a run directory on held-out text."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def evaluate(
     legacy: bool = False,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """The newest checkpoint's dense twin on the whole held-out part, in the run's precision; the
-    model itself where its method has no dense equivalent.
+    """Evaluate a run's latest checkpoint on the full held-out set, in the run's precision.
 
-    data: another prepared corpus than the run's own. legacy: the older repositories' division by
-    batches + 1, where the batch size (theirs is 512 at most) does change the number. The result
-    is also kept in eval.json beside the run's other files; where that can't be, a warning says so.
-    Raises DataError for a corpus of another tokenizer, whose ids mean other words.
+    The model evaluated is the dense equivalent, or the model itself if its method has none. The
+    result is also appended to eval.json in the run directory. If that fails, a warning is logged.
+
+    data: a prepared corpus other than the run's own. legacy: divide by batches + 1 like the older
+    repositories. The result then depends on the batch size (theirs is at most 512). Raises
+    DataError for a corpus prepared with another tokenizer, whose ids stand for other words.
     """
     check(batch_size is None or batch_size >= 1, "--batch-size", batch_size, ">= 1")
     opened = open_run(path)
@@ -62,12 +63,12 @@ def _check_ids(run: RunDir, vocabulary: int, corpus: Corpus) -> None:
     if ours != theirs:
         raise DataError(
             f"--data {corpus.path}: prepared with another tokenizer than the run's;"
-            f" prepare that text with --tokenizer {run.tokenizer}"
+            f" prepare that text again with --tokenizer {run.tokenizer}"
         )
     if corpus.max_id >= vocabulary:
         raise DataError(
-            f"--data {corpus.path}: token id {corpus.max_id} occurs in it, and the model's"
-            f" vocabulary is {vocabulary}"
+            f"--data {corpus.path}: contains token id {corpus.max_id}, but the model's"
+            f" vocabulary size is {vocabulary}"
         )
 
 
@@ -84,5 +85,5 @@ def _record(run: RunDir, step: int, corpus: Corpus, result: Evaluation, legacy: 
     try:
         rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         write_atomically(file, json.dumps([*rows, row], indent=1) + "\n")
-    except (OSError, ValueError) as error:  # in somebody else's run, say
-        log.warning("%s: the result can't be kept there: %s", file, error)
+    except (OSError, ValueError) as error:  # e.g. no write permission
+        log.warning("%s: the result could not be saved: %s", file, error)

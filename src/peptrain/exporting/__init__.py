@@ -1,1 +1,1 @@
-"""A run as a directory for others."""
+"""Export of a run, as a Hugging Face model or with the method's own layers."""

@@ -1,4 +1,4 @@
-"""A run as a directory for others: plain Hugging Face, or the small factorised model."""
+"""Export a run as a plain Hugging Face model or as a small factorised model."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ from peptrain.runs.directory import RunDir
 log = logging.getLogger("peptrain")
 Form = Literal["dense", "factorised"]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest difference of logits that are computed in this dtype, relative to the largest logit.
-Folding fp32 factors was seen to move them by 3e-7 to 6e-5; forgetting a factor or diagonal moves
-them by 0.02, in the first steps of BPT, to 2 (tests/exporting/test_export.py). Looser in float64
-than that could be, because Hugging Face's norms compute in fp32."""
+"""Largest accepted difference of logits computed in this dtype, relative to the largest logit.
+Folding fp32 factors changed logits by 3e-7 to 6e-5. Omitting a factor or diagonal changes them by
+0.02 (in the first steps of BPT) to 2 (tests/exporting/test_export.py). In float64 the tolerance is
+looser than it could be, because Hugging Face's norms compute in fp32."""
 
 
 def export(run: Path, out: Path, form: Form = "dense") -> Path:
-    """Write the newest checkpoint of `run` to `out`, and check it by comparing logits.
+    """Write the latest checkpoint of `run` to `out` and verify it by comparing logits.
 
-    dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads with no peptrain
-    installed. factorised: the method's own layers, for `load_factorised`; for W = B A (lowrank,
-    loro) and for methods without a dense equivalent.
-    Raises ConfigError when `out` exists, Unsupported for a form that the method doesn't have, and
-    CheckpointError for a run without its tokenizer or when the written model answers differently.
+    dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads without peptrain.
+    factorised: the method's own layers, to be loaded with `load_factorised`. It is available for
+    W = B A (lowrank, loro) and for methods without a dense equivalent.
+
+    Raises ConfigError when `out` exists, Unsupported for a form that the method does not support,
+    and CheckpointError for a run without its tokenizer or when the written model's weights or
+    logits differ from the run's.
     """
     if out.exists():
-        raise ConfigError(f"--out {out}: exists and is never overwritten; choose another")
+        raise ConfigError(f"--out {out}: exists and is never overwritten; choose another path")
     opened, tokenizer = open_run(run), RunDir(run).tokenizer
     method = opened.config.method
     if form == "dense" and not method.has_dense_equivalent:
@@ -74,7 +76,7 @@ def _dense(opened: Opened, out: Path) -> PreTrainedModel:
 
 
 def _name_end_token(model: PreTrainedModel, tokenizer: Path) -> None:
-    """Let `generate` stop where documents end."""
+    """Set the end-of-document token, at which `generate` stops."""
     end = AutoTokenizer.from_pretrained(tokenizer).eos_token_id
     model.config.eos_token_id = end
     if model.generation_config is not None:
@@ -83,16 +85,16 @@ def _name_end_token(model: PreTrainedModel, tokenizer: Path) -> None:
 
 @torch.no_grad()
 def _compare(model: PreTrainedModel, written: PreTrainedModel) -> None:
-    """Raise CheckpointError unless the weights were written as they are, and fold rightly.
+    """Raise CheckpointError unless weights are read back unchanged and logits agree.
 
-    The second is that logits on random tokens agree, in at least fp32 and before the weights are
-    rounded: in bf16 a right fold of a small OLMo2 moved them by 0.4 of the largest.
+    Logits are compared on random tokens, in at least fp32 and with weights that were not rounded:
+    in bf16 a correct fold of a small OLMo2 changed them by 0.4 of the largest.
     """
     has_factors = next(reparametrized(written), None) is not None
     folded = dict(model.named_parameters()) if has_factors else dense_state(model)
     for name, p in written.named_parameters():
         if not torch.equal(p, folded[name].to(p.dtype)):
-            raise CheckpointError(f"{name}: came back from the disk changed; nothing was exported")
+            raise CheckpointError(f"{name}: changed when read back from disk; nothing was exported")
     wide = at_least_fp32(model.dtype)
     model.to(wide)  # type: ignore[arg-type]
     for name, p in written.to(wide).named_parameters():  # type: ignore[arg-type]
@@ -106,10 +108,10 @@ def _compare(model: PreTrainedModel, written: PreTrainedModel) -> None:
     difference = _relative(before, after)
     if not difference <= TOLERANCE[before.dtype]:
         raise CheckpointError(
-            f"the exported model's logits differ by {difference:.2g} of the largest logit from the"
-            " run's; nothing was exported"
+            f"the exported model's logits differ by {difference:.2g} from the run's, relative to"
+            " the largest logit; nothing was exported"
         )
-    log.info("exported logits agree to %.1e of the largest", difference)
+    log.info("logits of the exported model agree to %.1e, relative to the largest", difference)
 
 
 def _relative(before: Tensor, after: Tensor) -> float:

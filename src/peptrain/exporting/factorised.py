@@ -1,4 +1,4 @@
-"""The factorised model: a method's own layers, as safetensors and JSON."""
+"""Write and load factorised models: a method's own layers as safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from peptrain.settings import toml
 from peptrain.settings.fields import as_before
 
 FACTORS, RECIPE = "factors.safetensors", "peptrain.json"
-"""The factorised weights don't carry Hugging Face's file name: `from_pretrained` would take them,
-find no dense matrix in them, and go on with random ones."""
+"""The weights file does not have Hugging Face's name. Otherwise `from_pretrained` would load it,
+find no dense matrices in it, and silently continue with random ones."""
 
 
 def write_factorised(opened: Opened, out: Path) -> PreTrainedModel:
-    """Write the layers of a run as they are into `out`; the model read back from there.
+    """Write the layers of a run unchanged to `out`. Return the model as read back from there.
 
-    Raises Unsupported for a method that has dense weights and more than the factors of W = B A.
+    Raises Unsupported for a method that has a dense equivalent but is not W = B A.
     """
     layers, method = list(reparametrized(opened.model)), opened.config.method
     factored = layers and all(isinstance(layer, LowRankLinear) for layer in layers)
     if method.has_dense_equivalent and not factored:
         raise Unsupported(
-            f"--form factorised: {method.name} has other matrices than W = B A; use --form dense"
+            f"--form factorised: {method.name} is not of the form W = B A; use --form dense"
         )
     opened.model.config.save_pretrained(out)
     tensors = {name: p.detach().contiguous() for name, p in opened.model.named_parameters()}
@@ -56,10 +56,10 @@ def _set(method: Method) -> dict[str, Any]:
 
 
 def load_factorised(path: Path) -> PreTrainedModel:
-    """The model that `export(..., form="factorised")` wrote: smaller, and `generate` works on it.
+    """Load the small model that `export(..., form="factorised")` wrote, ready for `generate`.
 
-    MLPs of an unaligned width get zeros up to the next multiple of 64, so that it is fast on a GPU.
-    Only safetensors and JSON are read. Raises CheckpointError if `path` holds no such model.
+    MLPs of unaligned width are padded with zeros to the next multiple of 64, which is faster on a
+    GPU. Only safetensors and JSON are read. Raises CheckpointError if `path` is not such a model.
     """
     model, method = _read_factorised(Path(path))
     widen_mlps(model)
@@ -69,19 +69,19 @@ def load_factorised(path: Path) -> PreTrainedModel:
 
 
 def _read_factorised(path: Path) -> tuple[PreTrainedModel, Method]:
-    """As it was written."""
+    """Load the model as it was written, without padding or fused kernels."""
     if not (path / RECIPE).is_file():
         raise CheckpointError(
-            f"{path}: {RECIPE} is missing, so this is no factorised model;"
-            " make one by `peptrain export RUN --form factorised`"
+            f"{path}: {RECIPE} is missing, so this is not a factorised model;"
+            " create one with `peptrain export RUN --form factorised`"
         )
     try:
         recipe = json.loads((path / RECIPE).read_text(encoding="utf-8"))
         name, known = recipe["method"].pop("name"), methods()
         if name not in known:
             raise CheckpointError(
-                f"{path}: was made by the method {name!r}, which is not installed here; install"
-                " the package that offers it"
+                f"{path}: was written by the method {name!r}, which is not installed; install"
+                " the package that provides it"
             )
         written = recipe["method"]
         method = as_before(toml.parse(known[name], written, "method."), written)
@@ -91,7 +91,7 @@ def _read_factorised(path: Path) -> tuple[PreTrainedModel, Method]:
     dtype = next(iter(tensors.values())).dtype
     config = AutoConfig.from_pretrained(path)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    rng, phase = Rng(recipe.get("seed", 0)), recipe.get("phase", 0)  # 0.1.0 didn't write these
+    rng, phase = Rng(recipe.get("seed", 0)), recipe.get("phase", 0)  # missing in files of 0.1.0
     method.install(model, find_sites(model), rng, phase)
     load_model(model, tensors)
     model.eval()

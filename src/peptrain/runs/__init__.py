@@ -1,1 +1,1 @@
-"""The run directory: what is in it, checkpoints, and models built from it."""
+"""The run directory, its checkpoints, and models built from them."""

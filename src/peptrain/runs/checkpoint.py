@@ -1,9 +1,9 @@
-"""Checkpoints: safetensors and JSON, written whole or not at all, never a pickle.
+"""Write and read checkpoints: safetensors and JSON (no pickle), written atomically.
 
 step-00000600/model.safetensors       every parameter, by name
               optimizer.safetensors   moments, by "parameter name/key"
-              state.json              step, phase, clocks, what the run is
-                  SHA256SUMS              for `sha256sum -c`, and for us on every load
+              state.json              step, phase, step counters, identity of the run
+              SHA256SUMS              for `sha256sum -c`, and verified on every load
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     groups: list[dict[str, Any]]
-    """The clocks of the optimizer's groups: their integers, `params` left out."""
+    """The integers of each optimizer group, such as step counters."""
     identity: dict[str, Any]
-    """What a continuation must agree in: the method, the model, the data, the precision."""
+    """Settings in which a run that continues must agree: method, model, data, precision, ..."""
     end: int = 0
-    """The step at which the phase was to end: what is due between two steps wasn't done there."""
+    """The step at which the phase was to end. `after_step` is not called at that step."""
 
 
 def capture(
@@ -58,7 +58,7 @@ def capture(
     identity: Mapping[str, Any],
     end: int = 0,
 ) -> Checkpoint:
-    """The state of training after `step` steps. Shared parameters are kept once."""
+    """Return the state of training after `step` steps. Shared parameters are stored once."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     moments = dict(
         _kept(f"{names[p]}/{key}", value)
@@ -71,12 +71,12 @@ def capture(
 
 
 def _kept(key: str, value: object) -> tuple[str, Tensor]:
-    """A tensor of an optimizer's state as it is; a number as one, its type noted in the key."""
+    """Return the entry for a value of the optimizer's state. The key of a number gets its type."""
     if isinstance(value, Tensor):
         return key, value.detach().cpu().contiguous()
     kind = type(value).__name__
     if kind not in NUMBERS:
-        raise CheckpointError(f"{key}: the optimizer keeps a {kind}; keep tensors and numbers")
+        raise CheckpointError(f"{key}: optimizer state contains a {kind}; use tensors and numbers")
     return f"{key}#{kind}", torch.tensor(value, dtype=torch.float64)
 
 
@@ -86,8 +86,8 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = dict(model.named_parameters())
     if missing := sorted(own.keys() ^ tensors.keys()):
         raise CheckpointError(
-            f"the checkpoint has other parameters than this model: {missing[0]}"
-            f" and {len(missing) - 1} more stand on one side only"
+            f"the parameters of the checkpoint and of this model differ: {missing[0]}"
+            f" and {len(missing) - 1} more are in only one of them"
         )
     for name, p in own.items():
         if p.shape != tensors[name].shape:
@@ -99,10 +99,11 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def load_optimizer(
     model: nn.Module, optimizer: Optimizer, saved: Checkpoint, *, same_phase: bool
 ) -> None:
-    """Restore moments of the parameters that have saved ones and, within a phase, the clocks.
+    """Restore the saved moments and, within a phase, the integers of the optimizer's groups.
 
-    After a phase boundary that is the parameters which keep their name and shape. Assigned
-    directly: torch's load_state_dict would cast moments to the parameter's dtype.
+    After a phase boundary only parameters that keep their name and shape get their moments back.
+    The state is assigned directly, because torch's load_state_dict would cast moments to the
+    parameter's dtype.
     """
     by_name = dict(model.named_parameters())
     trained = {id(p) for g in optimizer.param_groups for p in g["params"]}
@@ -121,9 +122,9 @@ def load_optimizer(
 def agrees(
     saved: Checkpoint, identity: Mapping[str, Any], before: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise CheckpointError, naming the first setting, unless the run is what was saved.
+    """Raise CheckpointError, naming the first setting that differs, unless the identities agree.
 
-    before: what settings count as that the checkpoint doesn't know, because they are newer.
+    before: values of settings that an older checkpoint does not contain.
     """
     then_all = {**(before or {}), **saved.identity}
     keys = then_all.keys() | identity.keys()
@@ -131,16 +132,17 @@ def agrees(
         then, now = then_all.get(key), identity.get(key)
         if then != now:
             raise CheckpointError(
-                f"{key}: the checkpoint of step {saved.step} was written with {then!r}, and the"
-                f" configuration says {now!r}; go on with the run's own config.toml"
+                f"{key}: the checkpoint of step {saved.step} was written with {then!r}, but the"
+                f" configuration has {now!r}; resume with the run's original config.toml"
             )
 
 
 def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `checkpoint`, then delete all but the newest `keep`.
+    """Write `checkpoint`, then delete all but the latest `keep`.
 
-    A hidden directory is filled, synced and renamed, so that an interruption leaves the earlier
-    checkpoints alone. Raises CheckpointError (disk full, say), naming the newest good one.
+    A hidden directory is filled, synced and renamed, so that an interruption leaves earlier
+    checkpoints intact. Raises CheckpointError, for example on a full disk, with the path of the
+    latest good checkpoint.
     """
     final = directory / f"step-{checkpoint.step:08d}"
     temporary = directory / f".{final.name}.tmp"
@@ -157,19 +159,19 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"{final}: could not be written: {error}; {last_good(directory)}"
         ) from error
     done = available(directory)
-    whole = [path for path in done if path <= final]  # training passed over a newer one: damaged
+    whole = [path for path in done if path <= final]  # any later one is damaged: it was skipped
     for path in {*done} - {*whole[-keep:]}:
         shutil.rmtree(path, ignore_errors=True)
     return final
 
 
 def last_good(directory: Path) -> str:
-    """What a message says of the newest checkpoint there."""
+    """Describe the latest checkpoint in `directory` for an error message."""
     found = available(directory)
     if not found:
         return "there is no earlier checkpoint"
-    again = f"`peptrain resume {directory.parent}` goes on from it"
-    return f"the last good checkpoint is {found[-1]}, and {again}"
+    again = f"resume from it with `peptrain resume {directory.parent}`"
+    return f"the last good checkpoint is {found[-1]} ({again})"
 
 
 def _write(directory: Path, checkpoint: Checkpoint) -> None:
@@ -199,7 +201,7 @@ def _sync(path: Path) -> None:
 
 
 def _sums(directory: Path) -> str:
-    """What `sha256sum` would print for the files of a checkpoint."""
+    """Return what `sha256sum` prints for the files of a checkpoint."""
     lines = []
     for name in (*FILES, STATE):
         with (directory / name).open("rb") as file:
@@ -208,14 +210,14 @@ def _sums(directory: Path) -> str:
 
 
 def available(directory: Path) -> list[Path]:
-    """The checkpoints in `directory`, oldest first."""
+    """Return the paths of the checkpoints in `directory`, oldest first."""
     return sorted(directory.glob("step-*"))
 
 
 def latest(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; a damaged one is named in a warning and passed over.
+    """Return the latest complete checkpoint, or None if there are no checkpoints.
 
-    None when there is no checkpoint at all. Raises CheckpointError when all are damaged, or when
+    Damaged ones are skipped with a warning. Raises CheckpointError when all are damaged, or when
     one was written in another format.
     """
     found = available(directory)
@@ -223,29 +225,29 @@ def latest(directory: Path) -> Checkpoint | None:
         try:
             return read(path)
         except _Damaged as damage:
-            log.warning("%s is damaged (%s); falling back to the one before", path, damage)
+            log.warning("%s is damaged (%s); falling back to the previous checkpoint", path, damage)
     if found:
         raise CheckpointError(f"{directory}: none of the {len(found)} checkpoints can be read")
     return None
 
 
 class _Damaged(Exception):
-    """A checkpoint that is not what was written."""
+    """A checkpoint is incomplete or differs from what was written."""
 
 
 def read(path: Path) -> Checkpoint:
-    """One checkpoint, its checksums verified."""
+    """Read one checkpoint and verify its checksums."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise CheckpointError(
-                f"{path}: format {state['format']}, and this peptrain reads format {FORMAT};"
-                " continue with the version that wrote it"
+                f"{path}: written in format {state['format']}, but this version reads format"
+                f" {FORMAT}; use the version that wrote it"
             )
         written = (path / SUMS).read_text(encoding="utf-8").splitlines()
         for then, now in zip(written, _sums(path).splitlines(), strict=True):
             if then != now:
-                raise _Damaged(f"{now.split()[-1]} has another checksum")
+                raise _Damaged(f"{now.split()[-1]} does not match its checksum")
         model, moments = (load_file(path / name) for name in FILES)
         keys = ("groups", "identity", "end")
         return Checkpoint(state["step"], state["phase"], model, moments, *(state[k] for k in keys))

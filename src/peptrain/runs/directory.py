@@ -1,4 +1,4 @@
-"""The run directory, the interface between training and everything that looks at a run.
+"""The run directory: the interface between training and everything that reads a run.
 
 runs/NAME/config.toml      the resolved configuration
           env.json         versions and device of each start
@@ -22,14 +22,14 @@ from typing import Any
 from peptrain.errors import CheckpointError
 from peptrain.files import write_atomically
 
-NEWEST = 16_384  # bytes, dozens of rows
+NEWEST = 16_384  # bytes read from the end of the metrics: dozens of rows
 LAST = ("end", "diverged")
-"""Events that a run which goes on hasn't met."""
+"""Events that end a run; a resumed run drops their rows."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """The directory of one run, and the names of what lies in it."""
+    """The directory of one run, with the paths of its files."""
 
     path: Path
 
@@ -55,12 +55,12 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, fill: Callable[[RunDir], None]) -> RunDir:
-        """A new run directory, which appears once `fill` has written its first files.
+        """Create a run directory, which appears only after `fill` has written its first files.
 
-        Raises CheckpointError if something is there already or it can't be written.
+        Raises CheckpointError if the path is taken or cannot be written.
         """
         _check_free(path)
-        # Shared with no process that makes the same run: the first to rename has made it.
+        # A random name, so that processes creating the same run do not collide: first rename wins.
         name = f".{path.resolve().name}.{token_hex(4)}.tmp"
         hidden = cls(path.resolve().with_name(name))
         try:
@@ -75,10 +75,10 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """An existing run directory. Raises CheckpointError if it is none."""
+        """Open an existing run directory. Raises CheckpointError if `path` is not one."""
         run = cls(path)
         if not run.config_file.is_file():
-            raise CheckpointError(f"{path}: no run directory, config.toml is missing in it")
+            raise CheckpointError(f"{path}: not a run directory (config.toml is missing)")
         return run
 
     def record(self, row: Mapping[str, Any]) -> None:
@@ -88,12 +88,12 @@ class RunDir:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
             raise CheckpointError(
-                f"{self.metrics_file}: can't be written: {error.strerror}; make room and go on with"
-                f" `peptrain resume {self.path}`"
+                f"{self.metrics_file}: can't be written: {error.strerror}; free some space and"
+                f" resume with `peptrain resume {self.path}`"
             ) from error
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line cut off by a kill is passed over.
+        """Yield the rows of metrics.jsonl, skipping a last line that a kill cut off.
 
         Raises CheckpointError for a damaged line before that.
         """
@@ -111,7 +111,7 @@ class RunDir:
                 ) from error
 
     def newest(self, event: str) -> dict[str, Any] | None:
-        """The last row of an event among the newest: a cheap look at a run that goes on."""
+        """Return the last row of an event, read cheaply from the end of the file, or None."""
         if not self.metrics_file.exists():
             return None
         with self.metrics_file.open("rb") as file:
@@ -119,22 +119,22 @@ class RunDir:
             tail = file.read().decode(errors="replace")
         whole = [line for line in tail.splitlines(keepends=True) if line.endswith("\n")]
         for line in reversed(whole):
-            with contextlib.suppress(ValueError):  # the first may have been cut
+            with contextlib.suppress(ValueError):  # the first may be cut off
                 if (row := json.loads(line))["event"] == event:
                     return dict(row)
         return None
 
     def rewind(self, step: int) -> None:
-        """Drop the rows that a run resumed at `step` writes again."""
+        """Drop the rows that a run resumed at `step` will write again."""
         begun = [r for r in self.metrics() if r["step"] <= step and r["event"] not in LAST]
         rows = [r for r in begun if r["event"] != "phase" or r["step"] < step]
         write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def first_free(parent: Path, stem: str) -> Path:
-    """parent/stem-1, or the next number that is free: made, so that no other process takes it.
+    """Create parent/stem-1, or the same with the next free number, and return its path.
 
-    Raises CheckpointError if it can't be.
+    It is created so that no other process takes it. Raises CheckpointError if that fails.
     """
     for n in count(1):
         path = parent / f"{stem}-{n}"
@@ -151,8 +151,8 @@ def first_free(parent: Path, stem: str) -> Path:
 def _check_free(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(
-            f"--run {path}: exists and is never overwritten; choose another, or go on with it"
-            f" by `peptrain resume {path}`"
+            f"--run {path}: exists and is never overwritten; choose another, or resume it"
+            f" with `peptrain resume {path}`"
         )
 
 

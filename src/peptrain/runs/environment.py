@@ -1,4 +1,4 @@
-"""What a run ran on: versions and device, for whoever reads its numbers later."""
+"""Record the versions and the device that a run used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peptrain.runs.directory import RunDir
 
 
 def environment(here: World) -> dict[str, object]:
-    """Versions, the device's name and the number of ranks."""
+    """Return versions, the device's name and the number of processes."""
     on_gpu = here.device.type == "cuda"
     return {
         "peptrain": __version__,
@@ -29,7 +29,7 @@ def environment(here: World) -> dict[str, object]:
 
 
 def record_environment(run: RunDir, here: World) -> None:
-    """Add this start to env.json; a resumed run may go on elsewhere."""
+    """Append an entry to env.json for this start, since a run may be resumed elsewhere."""
     file = run.path / "env.json"
     starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     write_atomically(file, json.dumps([*starts, environment(here)], indent=1) + "\n")

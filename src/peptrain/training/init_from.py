@@ -1,4 +1,4 @@
-"""Weights to start from: those of a run, or of a directory in Hugging Face's format."""
+"""Load initial weights from a run or from a Hugging Face model directory."""
 
 from __future__ import annotations
 
@@ -26,30 +26,33 @@ from peptrain.runs.directory import RunDir
 from peptrain.training.match_size import matched
 
 log = logging.getLogger("peptrain")
-ADVICE = "leave out all settings of the model, and it is that of init_from"
+ADVICE = "leave out all model settings to use the model of init_from"
 
 
 def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
-    """`config` with the model of what it starts from, if it says nothing of the model itself, or
-    with a model sized to another run."""
+    """Return `config` with its model filled in.
+
+    With `match_trainable` it is a model shrunk to match another run. With `init_from`, and if
+    `config` sets no model itself, it is the model of those weights.
+    """
     if config.match_trainable is not None:
         return matched(config)
     path = config.init_from
     if path is None:
         if isinstance(config.method, TargetedMethod) and not config.method.train_rest:
             log.warning(
-                "method.train_rest: false leaves embeddings and head at their random numbers; start"
-                " from trained weights with --init-from"
+                "method.train_rest: false leaves embeddings and head at their random initial"
+                " values; start from trained weights with --init-from"
             )
         return config
     return replace(config, model=_model_of(path)) if config.model == ModelConfig() else config
 
 
 def initial_weights(config: RunConfig[Method]) -> dict[str, Tensor] | None:
-    """The dense weights that `config` starts from, by Hugging Face's names; None for fresh ones.
+    """Return the dense weights that `config` starts from, by Hugging Face name, or None.
 
-    Raises ConfigError when they can't be read or are those of another model: of another shape, or
-    of the same shapes with another function.
+    Raises ConfigError when they cannot be read or belong to a different model: one with other
+    shapes, or one that computes another function with the same shapes.
     """
     path = config.init_from
     if path is None:
@@ -71,8 +74,10 @@ def _of_run(path: Path) -> dict[str, Tensor]:
 
 
 def contents(path: Path) -> str:
-    """Identifies what weights to start from are: the newest checkpoint of a run, by its checksums;
-    else the files of a Hugging Face directory."""
+    """Return checksums that identify the initial weights.
+
+    They cover the latest checkpoint of a run, or the files of a Hugging Face directory.
+    """
     if _is_run(path):
         found = checkpoint.available(RunDir(path).checkpoints)
         files = [newest / checkpoint.SUMS for newest in found[-1:]]
@@ -82,7 +87,7 @@ def contents(path: Path) -> str:
 
 
 def sha256(file: Path) -> str:
-    """Of what is in it."""
+    """Return the SHA-256 of the file's contents."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -92,7 +97,7 @@ def _model_of(path: Path) -> ModelConfig:
 
 
 def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
-    """Warn when the weights to start from know other tokens than the corpus has."""
+    """Warn when the initial weights were trained with a tokenizer other than the corpus's."""
     if (path := config.init_from) is None:
         return
     file = (RunDir(path).tokenizer if _is_run(path) else path) / "tokenizer.json"
@@ -101,8 +106,8 @@ def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
     ours, theirs = (load_tokenizer(f).get_vocab() for f in (corpus.tokenizer_file, file))
     if ours != theirs:
         log.warning(
-            "init_from: the tokenizer of %s is not the one of %s, so the weights know other"
-            " tokens; prepare the data with --tokenizer %s", path, corpus.path, file,
+            "init_from: the tokenizer of %s differs from that of %s, so token ids do not match the"
+            " weights; prepare the data with --tokenizer %s", path, corpus.path, file,
         )  # fmt: skip
 
 
@@ -112,8 +117,8 @@ def _is_run(path: Path) -> bool:
     if (path / "config.json").is_file():
         return False
     raise ConfigError(
-        f"init_from: {path} is no run directory (config.toml) and no Hugging Face directory"
-        " (config.json); give one of the two"
+        f"init_from: {path} is neither a run directory (no config.toml) nor a Hugging Face model"
+        " (no config.json); give one of the two"
     )
 
 
@@ -128,7 +133,7 @@ def _pretrained(path: Path, config: RunConfig[Method]) -> dict[str, Tensor]:
             dtype=dtype_of(config.train.precision),
             use_safetensors=True,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -138,21 +143,21 @@ def _pretrained(path: Path, config: RunConfig[Method]) -> dict[str, Tensor]:
 
 
 def _check_whole(report: Mapping[str, Any], path: Path) -> None:
-    """Raise ConfigError for weights that would stay at random numbers; warn of unused ones."""
+    """Raise ConfigError for weights that would stay randomly initialised; warn of unused ones."""
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"init_from: {path} lacks {missing[0]} and {len(missing) - 1} more weights of its"
-            " model; give a whole causal language model"
+            " model; give a complete causal language model"
         )
     for name, has, wants in sorted(report["mismatched_keys"]):
         raise ConfigError(
-            f"init_from: {path} has {list(has)} for {name}, and its config.json says {list(wants)};"
-            " give the config.json of these weights"
+            f"init_from: {path} has shape {list(has)} for {name}, but its config.json implies"
+            f" {list(wants)}; use the config.json that belongs to these weights"
         )
     if unused := sorted(report["unexpected_keys"]):
         log.warning(
-            "init_from: %s has %s and %d more weights that its config.json knows nothing of; the"
-            " model starts without them", path, unused[0], len(unused) - 1,
+            "init_from: %s contains %s and %d more weights that the model in its config.json does"
+            " not have; they are ignored", path, unused[0], len(unused) - 1,
         )  # fmt: skip
 
 
@@ -164,7 +169,7 @@ NO_PART_OF_THE_FUNCTION = {
 
 
 def _check_function(config: RunConfig[Method]) -> None:
-    """Raise ConfigError where equal shapes make another function: other heads, another RoPE."""
+    """Raise ConfigError if the models differ in a way that equal shapes hide (heads, RoPE)."""
     assert config.init_from is not None
     theirs = hf_config(_model_of(config.init_from), seq_len=1).to_dict()
     ours = hf_config(config.model, seq_len=1).to_dict()
@@ -173,8 +178,8 @@ def _check_function(config: RunConfig[Method]) -> None:
             continue
         if theirs.get(key) != ours.get(key):
             raise ConfigError(
-                f"init_from: {config.init_from} has {key} {theirs.get(key)!r}, and the model of"
-                f" this run {ours.get(key)!r}; {ADVICE}"
+                f"init_from: {config.init_from} has {key} {theirs.get(key)!r}, but the model of"
+                f" this run has {ours.get(key)!r}; {ADVICE}"
             )
 
 
@@ -184,6 +189,6 @@ def _check_shapes(weights: dict[str, Tensor], config: RunConfig[Method]) -> None
     for name in sorted(wanted.keys() | given.keys()):
         if (has := given.get(name, "nothing")) != (wants := wanted.get(name, "nothing")):
             raise ConfigError(
-                f"init_from: {config.init_from} has {has} for {name}, and the model of this run"
-                f" {wants}; {ADVICE}"
+                f"init_from: {config.init_from} has {has} for {name}, but the model of this run"
+                f" has {wants}; {ADVICE}"
             )

@@ -1,4 +1,4 @@
-"""The trainer: one explicit function that names no method."""
+"""The training loop, written once for all methods."""
 
 from __future__ import annotations
 
@@ -45,26 +45,28 @@ log = logging.getLogger("peptrain")
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run leaves in memory; the rest is in its directory."""
+    """Summary of a finished run. Everything else is in the run directory."""
 
     run: Path
     held_out: Evaluation
     parameters: int
     trainable: int
-    """In the last phase."""
+    """Trainable parameters in the last phase."""
     state_bytes: int
-    """Of the optimizer's moments, in the phase that has the most of them."""
+    """Bytes of the optimizer's moments, in the phase that needs the most."""
     tokens_per_second: float
     peak_bytes: int
-    """Most GPU memory that PyTorch held (a recorded pass is no tensor to it), 0 on a CPU."""
+    """Peak GPU memory reserved by PyTorch, 0 on a CPU. Reserved and not allocated memory, because
+    that of a captured CUDA graph does not count as allocated."""
 
 
 def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
-    """Train what `config` describes in a new run directory, to the last step.
+    """Train the model described by `config` to the last step, in a new run directory.
 
-    Raises ConfigError, DataError, Unsupported before anything is written (but for a pass that can't
-    be recorded, which the first step shows); CheckpointError when the run directory exists or the
-    disk is full; Diverged; Interrupted after Ctrl-C or SIGTERM.
+    Raises ConfigError, DataError or Unsupported before anything is written. Two cases of
+    Unsupported appear only during training: a CUDA graph that cannot be captured, and metrics of
+    the method that cannot be logged. Raises CheckpointError when the run directory exists or the
+    disk is full, Diverged when the loss is not finite, Interrupted after Ctrl-C or SIGTERM.
     """
     with world(config.train.device) as here:
         config = resolved(
@@ -74,9 +76,9 @@ def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
 
 
 def resume(path: Path, observe: Observer = silent) -> Result:
-    """Go on with the run in `path` from its newest whole checkpoint, or from the start.
+    """Resume the run in `path` from its latest complete checkpoint, or from step 0 without one.
 
-    On a CPU the result is the same, bit for bit, as that of an uninterrupted run.
+    On a CPU the result is bit for bit that of an uninterrupted run.
     """
     run = RunDir.open(path)
     config = run_config(run)
@@ -111,7 +113,7 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
         with stop_on_signals() as stop:
             _loop(config, state, corpus, run, metrics_log, stop, identity)
             while state.step < config.train.steps:
-                del state  # or both phases' moments would be in memory at once
+                del state  # so that the moments of both phases are never in memory at once
                 state = restore(config, run, here, identity)
                 _announce(state, metrics_log)
                 metrics_log.pause()
@@ -140,7 +142,7 @@ def _loop(
     stop: Stop,
     identity: Mapping[str, Any],
 ) -> None:
-    """Train to the end of the phase, and leave a checkpoint there."""
+    """Train to the end of the current phase and save a checkpoint there."""
     t, here, optimizer = config.train, metrics_log.world, state.optimizer
     while state.step < state.end:
         loss, norm, metrics = advance(state, config, corpus, here)
@@ -163,7 +165,7 @@ def _loop(
             metrics_log.pause()
         if stopping and state.step < t.steps:
             raise Interrupted(
-                f"stopped and saved at step {state.step} of {t.steps}; go on with"
+                f"stopped and saved at step {state.step} of {t.steps}; resume with"
                 f" `peptrain resume {run.path}`"
             )
 
@@ -171,8 +173,11 @@ def _loop(
 def advance(
     state: TrainState, config: RunConfig[Method], corpus: Corpus, here: World
 ) -> tuple[Tensor, Tensor | None, Metrics]:
-    """A step of the optimizer and, within the phase, what the method does after it: the mean loss
-    before the step, the gradient's norm if it was needed, and the method's numbers."""
+    """Run one optimizer step and, unless the phase ends with it, the method's `after_step`.
+
+    Returns the mean loss before the step, the gradient norm (None where neither clipping nor a row
+    of metrics needs it) and the method's metrics.
+    """
     t, rng = config.train, Rng(config.train.seed)
     model, optimizer = state.model, state.optimizer
     set_lr(optimizer, state.schedule(state.step))
@@ -195,7 +200,7 @@ def _due(every: int | None, step: int) -> bool:
 def _accumulate(
     state: TrainState, corpus: Corpus, config: RunConfig[Method], here: World
 ) -> Tensor:
-    """Gradients of this rank's share of the batch; the mean loss."""
+    """Compute the gradients of this process's share of the batch; return the mean loss."""
     t = config.train
     assert t.micro_batch is not None
     windows = corpus.batch(
@@ -210,7 +215,10 @@ def _accumulate(
 
 
 def _agreed(stop: Stop, here: World, at_boundary: bool) -> bool:
-    """Whether to stop: alone at once, several ranks together at the next row of metrics."""
+    """Return whether to stop.
+
+    A single process stops at once. Several stop together, at the next row of metrics.
+    """
     if here.size == 1:
         return stop.requested
     asked = torch.tensor(float(stop.requested), device=here.device)
@@ -232,7 +240,7 @@ def _evaluate(
     here: World,
     limit: int,
 ) -> Evaluation:
-    """The held-out loss. Raises Diverged, on every rank, if the last update broke the model."""
+    """Return the held-out loss. Raises Diverged, on every process, if it is not finite."""
     t = config.train
     assert t.micro_batch is not None and t.precision is not None
     held_out = held_out_loss(
@@ -266,7 +274,7 @@ def _create(config: RunConfig[Method], corpus: Corpus, here: World) -> RunDir:
 
 
 def _first_files(run: RunDir, config: RunConfig[Method], corpus: Corpus) -> None:
-    """All that resume, eval and export need beside the checkpoints and the corpus."""
+    """Write what resume, eval and export need in addition to the checkpoints and the corpus."""
     write_atomically(run.config_file, dump(config))
     save_tokenizer(corpus.tokenizer_file, corpus.eos_id, run.tokenizer)
     if file := config_file(config.model):
@@ -301,7 +309,7 @@ def _result(
     run: RunDir, state: TrainState, held_out: Evaluation, metrics_log: MetricsLog
 ) -> Result:
     on_gpu = metrics_log.world.device.type == "cuda"
-    # A phase ends with a checkpoint, whose row outlives this process.
+    # Every phase ends with a checkpoint row in metrics.jsonl, also if an earlier process ran it.
     held = [row.get("state_bytes", 0) for row in run.metrics() if row["event"] == "checkpoint"]
     return Result(
         run=run.path,

@@ -1,4 +1,4 @@
-"""Control (ReLoRA, Table 2): a dense model of about the size that another run trains."""
+"""Find a dense model with as many parameters as another run trains: Control of ReLoRA, Table 2."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("peptrain")
 STEP = 8
-"""f is a multiple of it, as a GPU's matrix products want: 16 bytes of bf16."""
+"""f is a multiple of this: 16 bytes of bf16, for fast matrix products on a GPU."""
 
 
 @dataclass(frozen=True)
 class SmallerDecoder:
-    """A smaller decoder: hidden d, MLP f, layers L, heads, and its parameters."""
+    """A smaller decoder: hidden size d, MLP width f, L layers, its heads and parameter count."""
 
     d: int
     f: int
@@ -42,29 +42,32 @@ class SmallerDecoder:
 
 
 def matched(config: RunConfig[Any]) -> RunConfig[Any]:
-    """`config` with its model shrunk to the number of parameters that `match_trainable` trains.
+    """Return `config` with its model shrunk to the number of parameters that another run trains.
 
-    Heads keep their size and f is a multiple of 8, chosen so that the total agrees; of all widths
-    and depths the one whose f / d and d / L are nearest to the whole model's. That is the model of
-    `config`, or, if it says nothing of the model, that of the run.
+    The full-size model is that of `config`, or that of the run if `config` sets no model. Heads
+    keep their size, and f is the multiple of 8 for which the total agrees. Among all widths and
+    depths, the one with f / d and d / L nearest to those of the full-size model is chosen.
 
-    Raises ConfigError when another method is to train it, and when no such model is smaller.
+    Raises ConfigError for another method than full, together with init_from, and when no smaller
+    model has that number of parameters.
     """
     path = config.match_trainable
     assert path is not None
     if not isinstance(config.method, Full):
-        raise ConfigError(f"match_trainable: {path}: is for full, and not for {config.method.name}")
+        raise ConfigError(
+            f"match_trainable: {path}: requires method full (got {config.method.name})"
+        )
     if config.init_from is not None:
         raise ConfigError(
-            f"match_trainable: {path}: makes a smaller model than that of init_from"
-            f" {config.init_from}; leave one of them out"
+            f"match_trainable: {path}: shrinks the model, so it cannot be combined with init_from"
+            f" {config.init_from}; leave out one of the two"
         )
     other = run_config(RunDir.open(path))
     whole = other.model if config.model == ModelConfig() else config.model
     wanted = trained_by(other)
     best = _nearest(whole, config.train.seq_len, wanted, path)
-    log.info("match_trainable: d %d, f %d, %d layers, %d heads: %.3fM parameters for the %.3fM"
-             " that %s trains", best.d, best.f, best.L, best.heads, best.parameters / 1e6,
+    log.info("match_trainable: d %d, f %d, %d layers, %d heads: %.3fM parameters, to match the"
+             " %.3fM that %s trains", best.d, best.f, best.L, best.heads, best.parameters / 1e6,
              wanted / 1e6, path)  # fmt: skip
     model = replace(
         whole,
@@ -78,7 +81,7 @@ def matched(config: RunConfig[Any]) -> RunConfig[Any]:
 
 
 def trained_by(config: RunConfig[Method]) -> int:
-    """Parameters that a resolved `config` trains in its last phase, counted without numbers."""
+    """Count the parameters that a resolved `config` trains in its last phase, on device "meta"."""
     last = len(config.method.phases(config.train.steps))
     with torch.device("meta"):
         model = build_model(config.model, seq_len=config.train.seq_len, seed=0)
@@ -97,15 +100,15 @@ def _nearest(whole: ModelConfig, seq_len: int, wanted: int, path: Path) -> Small
     shapes = [s for s in _shapes(whole, seq_len, wanted) if s.d < d or s.f < f or s.L < L]
     if not shapes:
         raise ConfigError(
-            f"match_trainable: {path}: trains {wanted:,} parameters, and no smaller model of this"
-            " kind has as many; give a run of a method that trains less than the whole model, and"
-            " more than its embeddings"
+            f"match_trainable: {path}: trains {wanted:,} parameters, but no smaller model of this"
+            " architecture has that number; give a run that trains fewer parameters than the full"
+            " model and more than its embeddings"
         )
     return min(shapes, key=distortion)
 
 
 def _shapes(whole: ModelConfig, seq_len: int, wanted: int) -> Iterator[SmallerDecoder]:
-    """For every width and depth the f that brings the total nearest to `wanted`."""
+    """Yield, for every width and depth, the f that brings the total nearest to `wanted`."""
     hf = hf_config(whole, seq_len)
     heads, kv = hf.num_attention_heads, hf.num_key_value_heads
     for n in range(1, heads + 1):
@@ -122,7 +125,7 @@ def _shapes(whole: ModelConfig, seq_len: int, wanted: int) -> Iterator[SmallerDe
 
 
 def _parts(model: ModelConfig, seq_len: int) -> tuple[int, int, int]:
-    """Parameters outside of the layers; of a layer without its MLP; and per unit of f."""
+    """Return parameter counts: outside the layers, of a layer without its MLP, per unit of f."""
 
     def counted(f: int) -> tuple[int, int]:
         made = _on_meta(replace(model, intermediate_size=f), seq_len)

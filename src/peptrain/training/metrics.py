@@ -1,4 +1,4 @@
-"""The record of a training: rows for metrics.jsonl and for whoever watches."""
+"""Collect the metrics of a run as rows for metrics.jsonl and for an observer."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from peptrain.runs.directory import RunDir
 log = logging.getLogger("peptrain")
 
 Observer = Callable[[Mapping[str, Any]], None]
-"""Told what happens, on the main rank: rows with an "event" of start, step, eval, checkpoint,
-phase, end or diverged. It can't change the training."""
+"""Called on rank 0 with one row per event. Its "event" is start, step, eval, checkpoint, phase, end
+or diverged. An observer cannot influence the training."""
 
 
 def silent(row: Mapping[str, Any]) -> None:
-    """The observer that looks away."""
+    """Ignore the row: the observer used by default."""
 
 
 def throughput(tokens: int, seconds: float) -> float:
-    """Tokens per second; 0 before any time has passed."""
+    """Return tokens per second, or 0 if no time has passed."""
     return tokens / seconds if seconds > 0 else 0.0
 
 
 def _numbers(scalars: Iterable[Tensor]) -> list[float]:
-    """Read from the device at once."""
+    """Read scalars from the device in a single transfer."""
     given = list(scalars)
     return torch.stack(given).tolist() if given else []
 
 
 @dataclass
 class MetricsLog:
-    """Collects what each step measured on the device, and reads it only when a row is written."""
+    """Collects the measurements of each step on the device and reads them only to write a row."""
 
     run: RunDir
     world: World
@@ -61,22 +61,23 @@ class MetricsLog:
         norm: Tensor | None,
         metrics: Mapping[str, Tensor | float],
     ) -> None:
-        """Note step number `step` (1 is the first), without waiting for the device.
+        """Record step number `step` (the first is 1) without waiting for the device.
 
-        rates: `learning_rates` of the optimizer. norm: of the gradient, if the step needed it.
+        rates: `learning_rates` of the optimizer. norm: the gradient norm, if it was computed.
         """
         self._steps.append((step, rates, loss))
         if norm is not None:
             self._norms[step] = norm
         if metrics is None:
-            raise Unsupported("after_step: returned None; return the method's numbers, or {}")
+            raise Unsupported("after_step: returned None; return the method's metrics, or {}")
         self._metrics.update(metrics)
 
     def flush(self) -> None:
-        """Write a row for the steps since the last one: mean loss, newest of everything else.
+        """Write a row for the steps since the last one.
 
-        Raises Diverged when a loss or gradient norm among them is not finite, Unsupported for a
-        number of the method's that has the name of another.
+        It contains the mean loss, the throughput and the latest value of everything else. Raises
+        Diverged when a loss or gradient norm is not finite, and Unsupported when a metric of the
+        method has the name of a built-in one.
         """
         if not self._steps:
             return
@@ -105,9 +106,9 @@ class MetricsLog:
         }
         if taken := sorted({"event", *row} & metrics.keys()):
             raise Unsupported(
-                f"after_step: {taken[0]!r} is a number of every row; return it by another name"
+                f"after_step: {taken[0]!r} is the name of a built-in metric; use another name"
             )
-        # JSON has no infinity; a condition number, say, may be one.
+        # JSON has no infinity, but a metric such as a condition number may be infinite.
         self.write(
             "step", **row, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}
         )
@@ -118,27 +119,27 @@ class MetricsLog:
                 )
 
     def evaluation(self, step: int, held_out: Evaluation) -> None:
-        """A row for an evaluation during training."""
+        """Write a row for an evaluation during training."""
         self.write("eval", step=step, **_fields(held_out))
 
     def end(self, step: int, held_out: Evaluation, **sizes: int) -> None:
-        """The last row, with the evaluation on the whole held-out part and the model's `sizes`."""
+        """Write the last row: the evaluation on the full held-out set and the model's `sizes`."""
         rate = self.median_throughput()
         self.write("end", step=step, **_fields(held_out), tokens_per_second=rate, **sizes)
 
     def median_throughput(self) -> float:
-        """Tokens per second: the median over the run's rows, unmoved by a slow first one."""
+        """Return the median tokens per second of all rows, which a slow first one cannot shift."""
         rates = [row["tokens_per_second"] for row in self.run.metrics() if row["event"] == "step"]
         return statistics.median(rates) if rates else 0.0
 
     def write(self, event: str, **row: Any) -> None:
-        """One row to the file and the observer, from the main rank."""
+        """On rank 0, write one row to the file and pass it to the observer."""
         if self.world.main:
             self.run.record({"event": event, **row})
             self.observe({"event": event, **row})
 
     def pause(self) -> None:
-        """Start the clock anew after something that is no training: evaluation, saving."""
+        """Restart the clock after evaluation or saving, which do not count as training time."""
         self._clock()
 
     def _clock(self) -> float:

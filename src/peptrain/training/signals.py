@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, so that training can save first."""
+"""Turn Ctrl-C and SIGTERM into a request to stop, so that training can save first."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from types import FrameType
 
 @dataclass
 class Stop:
-    """Whether the user, or the machine's owner, asked the training to end."""
+    """Whether the user or the system asked the training to stop."""
 
     requested: bool = False
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """The first SIGINT or SIGTERM sets `requested`. After it SIGINT acts as usual, at once; SIGTERM
-    does no more, because what ends a job may send it to each process and to their parent.
+    """Yield a `Stop` whose `requested` is set by the first SIGINT or SIGTERM.
 
-    Outside of the main thread, where Python allows no handlers, nothing is caught.
+    After that SIGINT has its usual effect again, so a second Ctrl-C interrupts at once. Further
+    SIGTERMs are ignored, because a job scheduler may send one to each process and to their parent.
+
+    Outside the main thread, where Python allows no signal handlers, nothing is caught.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

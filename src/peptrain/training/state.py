@@ -1,4 +1,4 @@
-"""A model in training: built or restored for its phase, checked, and saved."""
+"""Build, restore, check and save the state of a model in training."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from peptrain.training.init_from import initial_weights
 
 @dataclass
 class TrainState:
-    """A model in one phase of its training, its optimizer and its schedule."""
+    """The model, optimizer and schedule in one phase of the training."""
 
     model: PreTrainedModel
     forward_backward: ForwardBackward
-    """Forward and backward, through the model with its loss, replicated over the ranks."""
+    """Runs forward and backward through model and loss, replicated over the processes."""
     optimizer: Optimizer
     schedule: Schedule
     phase: int
@@ -53,15 +53,15 @@ class TrainState:
     end: int
     """The step at which the phase ends."""
     entered: bool = False
-    """Whether it was made at the phase's boundary."""
+    """Whether this state was built at a phase boundary, from a checkpoint of an earlier phase."""
 
 
 def restore(
     config: RunConfig[Method], run: RunDir | None, here: World, identity: Mapping[str, Any]
 ) -> TrainState:
-    """The state at the newest checkpoint of `run`, or at the start.
+    """Return the state at the latest checkpoint of `run`, or at step 0 if there is none.
 
-    The one path for a start, a resume and a phase boundary.
+    A new run, a resume and a phase boundary all go through this function.
     """
     saved = checkpoint.latest(run.checkpoints) if run else None
     step = saved.step if saved else 0
@@ -77,7 +77,7 @@ def restore(
         checkpoint.load_optimizer(model, optimizer, saved, same_phase=not entered)
         if entered:
             config.method.on_phase_start(model, optimizer, phase)
-        elif step == saved.end < end:  # the run's end has moved: now it is between two steps
+        elif step == saved.end < end:  # the run was extended: no longer the last step of a phase
             config.method.after_step(model, optimizer, step, Rng(config.train.seed))
     base = schedule.build(config.schedule, config.train.steps)
     moves = config.method.schedule(base)
@@ -110,29 +110,30 @@ def prepare(
 
 
 def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
-    """Raise DataError now for what would end the training later."""
+    """Raise DataError early for a corpus that would make the training fail later."""
     corpus.windows(config.train.seq_len)
     if len(corpus.held_out()) < 2:
         raise DataError(
-            f"{corpus.path}: the held-out part is empty, so there is nothing to evaluate on;"
-            " prepare it with a larger --held-out, or with --held-out-inputs"
+            f"{corpus.path}: the held-out set has fewer than 2 tokens, so there is nothing to"
+            " evaluate on; prepare it with a larger --held-out, or with --held-out-inputs"
         )
 
 
 def check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
-    """Raise ConfigError unless the model has an embedding for every id that occurs."""
+    """Raise ConfigError unless the model has an embedding for every token id in the corpus."""
     vocabulary = vocabulary_size(model)
     if corpus.max_id >= vocabulary:
         raise ConfigError(
-            f"model.vocab_size: {vocabulary}, and token id {corpus.max_id} occurs in {corpus.path};"
-            f" set it to {corpus.vocab_size}, or prepare the data with the model's own tokenizer"
+            f"model.vocab_size: too small for token id {corpus.max_id} in {corpus.path} (got"
+            f" {vocabulary}); set it to {corpus.vocab_size}, or prepare the data with the model's"
+            " own tokenizer"
         )
 
 
 def save(
     state: TrainState, run: RunDir, here: World, identity: Mapping[str, Any], keep: int
 ) -> None:
-    """Write a checkpoint from the main rank. Raises Diverged rather than save a broken weight."""
+    """Write a checkpoint from rank 0. Raises Diverged instead if a parameter is not finite."""
 
     def write() -> None:
         finite = torch.stack([p.isfinite().all() for p in state.model.parameters()])
@@ -154,21 +155,21 @@ def save(
 
 
 def diverged(what: str, run: RunDir) -> Diverged:
-    """The error for `what`, with what to do about it."""
-    rate = "optim.lr, or the method's own in a warm start"
-    advice = f"nothing was saved since; try a lower {rate}, in the run's config.toml"
+    """Return the error for `what`, with the last good checkpoint and advice."""
+    rate = "optim.lr (or, in a warm start, the method's own learning rate)"
+    advice = f"nothing was saved since; try a lower {rate} in the run's config.toml"
     return Diverged(f"{what}; {checkpoint.last_good(run.checkpoints)}; {advice}")
 
 
 def _before(config: RunConfig[Method], identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What those settings of the identity that earlier versions don't have count as."""
+    """Return the values that settings of the identity had before a version introduced them."""
     sections = {name: before(getattr(config, name)) for name in ("method", "model", "train")}
     flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
     return {key: value for key, value in flat.items() if key in identity}
 
 
 def identity_of(config: RunConfig[Method], corpus: Corpus) -> dict[str, Any]:
-    """What a checkpoint and the run that continues from it must agree in.
+    """Return the settings in which a checkpoint and a run that continues it must agree.
 
     The learning rates, the schedule and the number of steps may change.
     """
