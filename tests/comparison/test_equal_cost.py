@@ -134,7 +134,7 @@ def test_the_steps_are_the_most_that_the_budget_pays(
 
     tried = [n for n in range(1, 60 * 20 + 2) if cost(n) <= steps * full * (1 + 1e-9)]
     if not tried:
-        with pytest.raises(ConfigError, match=r"relora: at the baseline's budget, train\.steps: .*0"):
+        with pytest.raises(ConfigError, match=r"relora: at the baseline's budget, train\.steps: "):
             allot(grid, costs)
         return
     found = by_method(allot(grid, costs))["relora"]

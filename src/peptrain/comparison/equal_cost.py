@@ -147,7 +147,7 @@ class Timing(Job):
 def clock(out: Path, gpus: Sequence[str], lock: int) -> Callable[[GridRun, Path], None]:
     """Return a function that times the steps of a run and writes the seconds to a file.
 
-    No other job of this call runs meanwhile.
+    No other job of this call runs at the same time.
     """
 
     def measure(run: GridRun, file: Path) -> None:

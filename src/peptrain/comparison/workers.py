@@ -1,4 +1,4 @@
-"""Run several trainings at a time, each in its own process, so that one failure stays alone."""
+"""Run several trainings at a time, each in its own process, so that one failure is isolated."""
 
 from __future__ import annotations
 
