@@ -116,7 +116,7 @@ def test_the_table_of_a_grid(fakes: Fakes, corpus: Path, tmp_path: Path) -> None
     ]
     assert [line.loss for line in made.lines] == pytest.approx([3.1, 2.6])
     assert [line.tokens for line in made.lines] == [8 * 4 * 16] * 2
-    floors = "schedule.floor by the methods' own defaults: 0.1 for full; 0.0 for bpt"
+    floors = "schedule.floor differs by the methods' defaults: 0.1 for full; 0.0 for bpt"
     assert made.notes == [floors]
     out = tmp_path / "out"
     with (out / "table.csv").open() as file:
@@ -340,7 +340,7 @@ def test_a_run_that_outlives_its_parent_keeps_the_directory(
     messages.append(str(error.value))
     orphan[0].kill()
     orphan[0].wait()
-    assert all("another compare works here, or a run that it left" in m for m in messages)
+    assert all("in use by another compare, or by a run that one left" in m for m in messages)
     fakes.does = {}
     assert compare(grid, out).lines[0].finished == 1
 
@@ -369,7 +369,7 @@ def test_what_can_not_be_compared_is_named(
 
 def test_a_place_that_can_not_be_made_is_named(fakes: Fakes, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"^--out .*/file: can't be made: Not a directory; "):
+    with pytest.raises(CheckpointError, match=r"^--out .*/file: can't be created: Not a dir.*; "):
         compare(write_grid(tmp_path, corpus), tmp_path / "file")
 
 
@@ -387,7 +387,7 @@ def test_a_run_whose_settings_were_changed_by_hand_is_refused(
     run = out / "runs" / fakes.started[0]
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("lr = 0.001", "lr = 0.0005"))
-    with pytest.raises(CheckpointError, match=r"its config\.toml is not what the grid asks for"):
+    with pytest.raises(CheckpointError, match=r"config\.toml differs from the grid's settings"):
         compare(grid, out)
 
 
@@ -522,7 +522,7 @@ def test_three_methods_and_two_seeds_through_the_command_with_a_ctrl_c_between(
     while not (line := first.stdout.readline()).startswith("finished"):
         assert line
     first.send_signal(signal.SIGINT)
-    assert "the same command goes on" in first.communicate(timeout=120)[0]
+    assert "run the same command to continue" in first.communicate(timeout=120)[0]
     assert first.returncode == 130
     second = subprocess.run([*call, "--workers", "2"], capture_output=True, text=True, timeout=300)
     assert second.returncode == 0 and second.stdout.count("diverged: full-") == 2

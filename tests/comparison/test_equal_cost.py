@@ -134,7 +134,7 @@ def test_the_steps_are_the_most_that_the_budget_pays(
 
     tried = [n for n in range(1, 60 * 20 + 2) if cost(n) <= steps * full * (1 + 1e-9)]
     if not tried:
-        with pytest.raises(ConfigError, match=r"relora: at the baseline's budget, train\.steps: 0"):
+        with pytest.raises(ConfigError, match=r"relora: at the baseline's budget, train\.steps: "):
             allot(grid, costs)
         return
     found = by_method(allot(grid, costs))["relora"]
@@ -176,7 +176,7 @@ def test_what_the_budget_does_not_pay_is_named() -> None:
     _, costs = priced(1.0, 2.0, 1.0)
     long = grid_of({"method.name": "full"}, {"method.name": "relora",
                    "method.warm_start_steps": 60}, steps=100)  # fmt: skip
-    named = r"^relora warm_start_steps=60: at the baseline's budget, method\.warm_start_steps: 60"
+    named = r"^relora warm_start_steps=60: at the baseline's budget, method\.warm_start_steps: .*60"
     with pytest.raises(ConfigError, match=named):
         allot(long, costs)
     twice = grid_of({"method.name": "full"}, {"method.name": "full"}, steps=10)
@@ -269,14 +269,14 @@ def test_what_can_not_be_timed_says_why(corpus: Path, tmp_path: Path, importable
         (tmp_path / part).mkdir()
     small = {"model": BASE["model"] | {"vocab_size": 10}, "data": {"path": str(corpus)}}
     grid = grid_of({"method.name": "full", **small}, equal="time")
-    told = r"^full .*: its steps can't be timed: model\.vocab_size: 10, and token id"
+    told = r"^full .*: steps can't be timed: model\.vocab_size: 10, and token id"
     with alone(tmp_path) as lock, pytest.raises(PeptrainError, match=told):
         allot(grid, kept(tmp_path / "costs", "time", clock(tmp_path, [], lock)))
 
 
 @pytest.mark.parametrize("says, error, message", [
-    ("raise SystemExit('out of memory')", PeptrainError, "full: its steps can't be timed: out of"),
-    ("import os; os.kill(os.getppid(), 15); import time; time.sleep(9)", Interrupted, "goes on"),
+    ("raise SystemExit('out of memory')", PeptrainError, "full: steps can't be timed: out of"),
+    ("import os; os.kill(os.getppid(), 15); import time; time.sleep(9)", Interrupted, "continue"),
 ])  # fmt: skip
 def test_a_timing_that_ends_early_is_told(
     says: str, error: type[Exception], message: str, tmp_path: Path,

@@ -144,21 +144,24 @@ FULL = '[[grid]]\nmethod.name = "full"\n'
         ("", "grid: empty; write a [[grid]] block"),
         ("grid = []", "grid: empty; write a [[grid]] block"),
         ("[base.train]\nsteps = 3", "grid: empty"),
-        ('[grid]\nmethod.name = "full"', "grid: must be blocks, each under [[grid]]"),
-        (f"base = 3\n{FULL}", "base: 3 must be a table"),
+        ('[grid]\nmethod.name = "full"', "grid: must be a list of blocks, each under [[grid]]"),
+        (f"base = 3\n{FULL}", "base: must be a table, [base] (got 3)"),
         (f"[bsae.train]\nsteps = 3\n{FULL}", "bsae: unknown key; did you mean 'base'?"),
         (f'equals = "flops"\n{FULL}', "equals: unknown key; did you mean 'equal'?"),
         (f'equal = "flop"\n{FULL}', "equal: 'flop' has the wrong type or value; give 'tokens' or"),
         (f"equal = 3\n{FULL}", "equal: 3 has the wrong type or value; give 'tokens' or 'flops'"),
         (f'equal = "flops"\n{FULL}train.steps = [30, 60]',
-         "[[grid]] 1: train.steps: [30, 60] can't be used with equal = \"flops\"; all steps"),
-        (f'equal = "time"\n[base.train]\nsteps = [30, 60]\n{FULL}', "[[grid]] 1: train.steps: ["),
+         "[[grid]] 1: train.steps: with equal = \"flops\" must be one number, set only in [base]"
+         " or in the block of 'full' (got [30, 60]); the steps"),
+        (f'equal = "time"\n[base.train]\nsteps = [30, 60]\n{FULL}',
+         "[[grid]] 1: train.steps: with equal = \"time\" must be one"),
         (f'equal = "time"\n{FULL}{FULL}optim.clip = 0.5\ntrain.steps = 30',
-         "[[grid]] 2: train.steps: 30 can't be used with equal = \"time\"; all steps follow"
-         " from those of 'full': give these, one number, in [base] or in its block, and no others"),
+         "[[grid]] 2: train.steps: with equal = \"time\" must be one number, set only in [base] or"
+         " in the block of 'full' (got 30); the steps of all other runs follow from it"),
         (f'equal = "flops"\n[[grid]]\nmethod.name = "bpt"\ntrain.steps = 30\n{FULL}',
-         "[[grid]] 1: train.steps: 30"),
-        (f'equal = "flops"\n{FULL}train.seq_len = [64, 128]', "train.seq_len: 64 in 'full train."),
+         "[[grid]] 1: train.steps: with equal = \"flops\" must be one"),
+        (f'equal = "flops"\n{FULL}train.seq_len = [64, 128]',
+         "train.seq_len: must be the same in all runs (got 64 in 'full train.seq_len=64' and 128"),
         (f'equal = "time"\n{FULL}data.path = ["a", "b"]', "data.path: "),
         ("[[grid]]\ntrain.steps = 3", "[[grid]] 1: method.name: missing"),
         (f'{FULL}[[grid]]\nmethod.name = "btp"', "[[grid]] 2: method.name: 'btp' is unknown"),
@@ -167,22 +170,22 @@ FULL = '[[grid]]\nmethod.name = "full"\n'
          "[[grid]] 1: method.merge_evry: unknown key; did you mean 'method.merge_every'?"),
         (f"{FULL}trian.steps = 3", "[[grid]] 1: trian: unknown key; did you mean 'train'?"),
         (f"{FULL}seed = [0, 1]", "[[grid]] 1: seed: unknown key; did you mean 'train.seed'?"),
-        (f'{FULL}equal = "flops"', "[[grid]] 1: equal: is for all runs; write it above [base]"),
-        (f"{FULL}optim.lr = []", "[[grid]] 1: optim.lr: [] makes no run"),
+        (f'{FULL}equal = "flops"', "[[grid]] 1: equal: applies to all runs; write it above"),
+        (f"{FULL}optim.lr = []", "[[grid]] 1: optim.lr: must have at least one value (got [])"),
         (f'{FULL}optim.lr = [1e-3, "2e-3"]', "[[grid]] 1: optim.lr: '2e-3' has the wrong type"),
         (f"{FULL}optim.lr = [[1e-3]]", "[[grid]] 1: optim.lr: [0.001] has the wrong type"),
         (f"{FULL}optim.lr = [-1e-3]", "[[grid]] 1: optim.lr: must be "),
         (f"{FULL}train.micro_batch = 5", "[[grid]] 1: train.micro_batch: must be "),
-        (f"[base]\ntrain = 3\n{FULL}train.steps = 3", "[[grid]] 1: train.steps: train is a value"),
-        (f'{FULL}run = "runs/x"', "[[grid]] 1: run: compare names the runs itself"),
+        (f"[base]\ntrain = 3\n{FULL}train.steps = 3", "[[grid]] 1: train.steps: train must be a"),
+        (f'{FULL}run = "runs/x"', "[[grid]] 1: run: can't be set in a grid, since compare"),
         (f"{FULL}train.seed = [0, 1, 0]", "grid: two identical runs, 'full' and 'full', both"),
         (f"{FULL}optim.lr = [1e-3, 0.001]", "grid: two identical runs"),
         (f"{FULL}{FULL}train.steps = 300", "grid: two identical runs, 'full' and 'full train"),
-        (f"{FULL}train.steps = [30, 60]", "train.steps x batch_size x seq_len: 245760 in 'full"),
-        (f"{FULL}train.batch_size = [8, 16]", "train.steps x batch_size x seq_len: 614400"),
-        (f"{FULL}train.seq_len = [64, 128]", "train.seq_len: 64 in 'full train.seq_len=64' and"),
+        (f"{FULL}train.steps = [30, 60]", "train.steps x batch_size x seq_len: must be the same"),
+        (f"{FULL}train.batch_size = [8, 16]", "train.steps x batch_size x seq_len: must be"),
+        (f"{FULL}train.seq_len = [64, 128]", "train.seq_len: must be the same in all runs (got 64"),
         (f'{FULL}data.path = ["a", "b"]', "data.path: "),
-        (f"{FULL}optim = [{{lr = 1e-3}}, {{lr = 2e-3}}]", "[[grid]] 1: optim: a list of tables"),
+        (f"{FULL}optim = [{{lr = 1e-3}}, {{lr = 2e-3}}]", "[[grid]] 1: optim: must not be a list"),
         (f"{FULL}optim.lr = 1e-3\ntrain.seed = [0, 1]\n{FULL}optim.lr = 2e-3",
          "train.seed: 'full' has [0, 1] at lr=0.001 and [0] at lr=0.002; give all"),
     ],
@@ -240,11 +243,11 @@ def test_what_differs_unsaid_is_told() -> None:
     """
     found = unstated(runs(grid))
     assert found == [
-        "optim.eps by the methods' own defaults: 1e-08 for full, bpt; 1e-06 for loro",
+        "optim.eps differs by the methods' defaults: 1e-08 for full, bpt; 1e-06 for loro",
     ]
     found = unstated(runs(grid.replace('schedule.kind = ["wsd", "cosine"]', "")))
     assert found[1:] == [
-        "schedule.kind by the methods' own defaults: cosine for full, loro; wsd for bpt"
+        "schedule.kind differs by the methods' defaults: cosine for full, loro; wsd for bpt"
     ]
     assert unstated(runs('[[grid]]\nmethod.name = ["lora", "full"]')) == []
 

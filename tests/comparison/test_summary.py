@@ -175,8 +175,8 @@ def test_a_budget_other_than_tokens_is_in_every_form_of_the_table() -> None:
     lines = [replace(LINE, cost=1.25e15), DIVERGES]
     flops, time = Comparison(lines, "flops", epoch=2000), Comparison(lines, "time", epoch=2000)
     begins = "Held-out loss in nats per token after training for"
-    assert flops.caption.startswith(f"{begins} 1.5e+15 FLOPs, those of full in 9 steps: mean over")
-    assert "matrix products, as `peptrain estimate` counts them. An epoch of the" in flops.caption
+    assert flops.caption.startswith(f"{begins} 1.5e+15 FLOPs, the cost of full in 9 steps: mean")
+    assert "matrix products, as counted by `peptrain estimate`. An epoch of the" in flops.caption
     assert "corpus has 2,000 tokens." in flops.caption
     table = markdown(flops).splitlines()
     assert table[0].endswith(" seeds | tokens | FLOPs |")
@@ -192,8 +192,8 @@ def test_a_budget_other_than_tokens_is_in_every_form_of_the_table() -> None:
     assert r"seeds & tokens & FLOPs \\" in latex(flops) and "lrrrrrrrrr}" in latex(flops)
 
     lines[:] = [replace(LINE, cost=61.25), replace(DIVERGES, cost=1234.56)]
-    assert time.caption.startswith(f"{begins} 1,234.6 seconds, those of full in 9 steps: mean")
-    assert "Seconds: of training steps, timed alone before the runs." in time.caption
+    assert time.caption.startswith(f"{begins} 1,234.6 seconds, the cost of full in 9 steps: mean")
+    assert "Seconds: of training steps, timed before the runs, one configuration" in time.caption
     assert markdown(time).splitlines()[2].endswith("| 4,096 | 61.2 |")
     (one, _) = csv.DictReader(io.StringIO(as_csv(time)))
     assert (one["training_flops"], one["training_seconds"]) == ("", "61.25")

@@ -21,7 +21,7 @@ from peptrain.config import RunConfig, TrainConfig
 from peptrain.errors import ConfigError
 from peptrain.estimation.dry_run import DryRun
 from peptrain.estimation.estimate import estimate
-from peptrain.estimation.memory_fit import _largest
+from peptrain.estimation.memory_fit import _largest, in_units
 from peptrain.methods import BPT, LORO, Full, LowRank, ReLoRA
 from peptrain.methods.base import Method
 from peptrain.models.hf import ModelConfig
@@ -157,19 +157,26 @@ def test_what_is_advised_helps_and_what_is_not_does_not(method: Method, share: f
     assert said.endswith("choose a smaller model or another method")
 
 
+def test_sizes_have_units() -> None:
+    sizes = (2**20, 3 * 2**29, 2**30 - 1, 2**30, 24 * 2**30)
+    assert [in_units(size) for size in sizes] == ["1 MiB", "1.5 GiB", "1024 MiB", "1 GiB", "24 GiB"]
+
+
 def test_what_stays_is_named_with_its_parts() -> None:
     config = run_of(Full(), WIDE)
     (phase,) = estimate(config).phases
     said = told(config, phase.weight_bytes)
     assert said.startswith(
-        f"--gpu-memory: {phase.weight_bytes / 2**30:.4g} GiB is too little for full, also at a"
-        " micro-batch of 1: weights "
+        f"--gpu-memory: full does not fit in {phase.weight_bytes / 2**20:.4g} MiB even at"
+        " micro-batch 1: weights + gradients + optimizer state need "
     )
-    parts = (phase.weight_bytes, phase.gradient_bytes, phase.state_bytes, phase.static_bytes)
-    assert re.findall(r"(\S+) GiB", said)[1:] == [f"{size / 2**30:.4g}" for size in parts]
-    assert "neither a micro-batch nor recomputation changes, nor more ranks" in said
+    sizes = (phase.static_bytes, phase.weight_bytes, phase.gradient_bytes, phase.state_bytes)
+    assert re.findall(r"(\S+) MiB", said.replace("(", ""))[1:] == [
+        f"{size / 2**20:.4g}" for size in sizes
+    ]
+    assert "independent of batch size and recomputation, and the same on every process" in said
     assert "checkpoint_activations" not in said and "seq_len" not in said
-    assert "exchange between ranks" in told(config, phase.weight_bytes, ranks=2)
+    assert "optimizer state + DDP buckets need" in told(config, phase.weight_bytes, ranks=2)
 
 
 def test_a_warm_start_that_is_too_much_is_named_by_its_steps() -> None:
@@ -177,16 +184,16 @@ def test_a_warm_start_that_is_too_much_is_named_by_its_steps() -> None:
     warm, adapted = estimate(least(config)).phases
     assert adapted.peak_bytes < warm.static_bytes
     said = told(config, warm.static_bytes - 1)
-    assert "GiB stay in steps 0 to 5, which" in said
-    assert "set train.precision bf16 or method.warm_start_steps 0 (--init-from takes" in said
+    assert "MiB) in steps 0 to 5, independent of" in said
+    assert "set train.precision bf16 or method.warm_start_steps 0 (--init-from loads" in said
 
 
 def test_a_step_that_is_too_much_is_told_from_what_stays() -> None:
     config = run_of(Full(), WIDE, seq_len=64)
     (phase,) = estimate(least(config)).phases
     said = told(config, phase.step_peak_bytes - 1)
-    sizes = [f"{size / 2**30:.4g}" for size in (phase.step_peak_bytes, phase.static_bytes)]
-    assert f"a step takes {sizes[0]} GiB, of which {sizes[1]} GiB stay" in said
+    sizes = [f"{size / 2**20:.4g}" for size in (phase.step_peak_bytes, phase.static_bytes)]
+    assert f"a step needs {sizes[0]} MiB, of which {sizes[1]} MiB are static" in said
 
 
 def test_an_event_that_is_too_much_is_named() -> None:
@@ -194,7 +201,7 @@ def test_an_event_that_is_too_much_is_named() -> None:
     (phase,) = estimate(config).phases
     assert phase.step_peak_bytes < phase.peak_bytes
     said = told(config, phase.step_peak_bytes)
-    assert f": exact every takes {phase.peak_bytes / 2**30:.4g} GiB; " in said
+    assert f": exact every needs {phase.peak_bytes / 2**20:.4g} MiB; " in said
 
 
 # What is shown and logged.
@@ -220,7 +227,7 @@ def test_a_terminal_shows_what_is_tried_and_nothing_else_does() -> None:
             made = estimate(run_of(LowRank(rank=4)), gpu_memory=2**30, watch=watch)
         written = console.file.getvalue()  # type: ignore[attr-defined]
         assert made.fit is not None and made.fit.fits
-        assert ("what fits: a micro-batch of 4 at rank 4" in written) == terminal
+        assert ("what fits: micro-batch 4 at rank 4" in written) == terminal
         assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == int(terminal)
         assert terminal or not written
         assert "micro-batch of 0" not in written

@@ -1,1 +1,1 @@
-"""Several runs side by side: a grid, its processes, its table; and the demo."""
+"""Comparisons of several runs: grids, their processes and tables, and the demo."""

@@ -1,4 +1,4 @@
-"""Several trainings side by side: the demo and its table, and grids of runs."""
+"""Train a grid of runs and write the comparison table."""
 
 from __future__ import annotations
 
@@ -34,27 +34,30 @@ def compare(
     workers: int | None = None,
     watch: Callable[[Status], None] = lambda status: None,
 ) -> Comparison:
-    """Train what is missing of the grid in the file `grid`, and write its table into `out`.
+    """Train the runs of the grid file `grid` that are missing and write the table to `out`.
 
-    out/runs/NAME/            the runs, as `peptrain train` makes them
-        logs/NAME.log         what their processes said
-        settings/NAME.toml    what they were started with
-        costs/NAME.json       FLOPs or seconds of a step, unless the grid is at equal tokens
+    out/runs/NAME/            run directories, as `peptrain train` creates them
+        logs/NAME.log         output of their processes
+        settings/NAME.toml    configurations they were started with
+        costs/NAME.json       FLOPs or seconds per step, unless the grid is at equal tokens
         table.md, table.csv, table.tex, runs.json
 
-    workers: runs at a time; unset, one per GPU, or else one per core. Finished and diverged runs
-    are read, interrupted ones resumed, failed ones tried again. A changed grid adds runs; those
-    that are no longer in it stay where they are. Raises what `load_grid` and `allot` do; DataError
-    without a corpus of a window or more; CheckpointError while another call works in `out`, if it
-    can't be made, or for a run whose config.toml was changed; PeptrainError for steps that can't be
-    timed; Interrupted after Ctrl-C or SIGTERM, when the running ones were saved.
+    workers: number of concurrent runs. Unset: one per GPU, or one per core without GPUs.
+
+    Finished and diverged runs are read, interrupted runs resumed, failed runs retried. A changed
+    grid adds runs. Runs that are no longer in the grid are left in place.
+
+    Raises what `load_grid` and `allot` raise; DataError if the corpus is missing or shorter than
+    one window; CheckpointError if another call is working in `out`, if `out` can't be created, or
+    if a run's config.toml was changed; PeptrainError if steps can't be timed; Interrupted after
+    Ctrl-C or SIGTERM, once the running runs are saved.
     """
     check(workers is None or workers >= 1, "--workers", workers, ">= 1")
     ranks = os.environ.get("WORLD_SIZE", "1")
     check(ranks == "1", "WORLD_SIZE", ranks, "unset: compare starts its own processes")
     asked = load_grid(grid)
     path, seq_len = asked.baseline.config.data.path, asked.baseline.config.train.seq_len
-    corpus = Corpus.open(path) if path else default_corpus()  # made before any run waits for it
+    corpus = Corpus.open(path) if path else default_corpus()  # prepared once, before any run
     epoch = corpus.windows(seq_len) * seq_len
     asked = _identified(asked, corpus)
     gpus = _gpus(asked.runs)
@@ -72,7 +75,8 @@ def compare(
     if status.interrupted:
         done = sum(one.end is not None or one.diverged for one in outcomes)
         raise Interrupted(
-            f"stopped and saved, {done} of {len(planned)} runs finished; the same command goes on"
+            f"stopped and saved, {done} of {len(planned)} runs finished; run the same command to"
+            " continue"
         )
     return made
 
@@ -83,12 +87,12 @@ def _make(out: Path) -> None:
             (out / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"--out {out}: can't be made: {error.strerror}; choose another directory"
+            f"--out {out}: can't be created: {error.strerror}; choose another directory"
         ) from error
 
 
 def _identified(grid: Grid, corpus: Corpus) -> Grid:
-    """With what distinguishes the corpus, and the files that runs name, beside their paths."""
+    """Add to each run the fingerprint of its corpus and the hashes of the files it names."""
     weights, text = cache(contents), cache(sha256)
 
     def identity(config: RunConfig[Any]) -> str:
@@ -107,12 +111,12 @@ def _within_budget(grid: Grid, out: Path, gpus: Sequence[str], lock: int) -> Seq
 
 
 def _place(run: GridRun, out: Path) -> RunDir:
-    """Its directory, whatever the grid called it when it was made."""
+    """Find the directory of a run by its digest, even if its readable name has changed."""
     made = (out / "runs").glob(f"*-{run.digest}")
     place = RunDir(next(made, out / "runs" / run.name))
     if place.config_file.is_file() and dump(load(place.config_file)) != dump(run.config):
         raise CheckpointError(
-            f"{place.path}: its config.toml is not what the grid asks for; copy it anew from"
+            f"{place.path}: config.toml differs from the grid's settings; restore it from"
             f" {out / 'settings' / place.path.name}.toml, or move the run away"
         )
     return place
@@ -127,7 +131,7 @@ def _job(one: Outcome, out: Path) -> Job:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Return the number of CPU cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

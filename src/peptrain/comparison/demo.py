@@ -1,4 +1,4 @@
-"""The demo: one small model trained by four methods, and its table."""
+"""The demo: one small model trained with four methods, and the table of results."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DEMO_METHODS = (Full(), ReLoRA(), BPT(), LORO())
 
 
 DEMO_TRAIN = TrainConfig(steps=120, batch_size=16, seq_len=128, log_every=5, device="cpu")
-"""About 30 s a method on two cores."""
+"""About 30 s per method on two cores."""
 
 
 NEXT_STEPS = """
-What these numbers are: one seed, a quarter of a million tokens, a model of 2M parameters, each
+These results are from one seed, a quarter of a million tokens and a model of 2M parameters, each
 method at its own default learning rate, which is not the best one at this size. They show that
-the methods work and what each one stores; they don't rank them.
+the methods work and what each one stores. They do not rank the methods.
 
 Try next:
   peptrain train loro --train.steps 1000           a longer run of one method
@@ -35,8 +35,10 @@ Try next:
 
 
 def demo(directory: Path) -> Iterator[Callable[[Observer], Result]]:
-    """The demo's trainings, to be called in turn: one small model, seed and number of tokens;
-    only the method and its own defaults differ."""
+    """Yield the demo's training functions, to be called in turn.
+
+    Model, seed and number of tokens are the same for all; only the method and its defaults differ.
+    """
     for method in DEMO_METHODS:
         config: RunConfig[Any] = RunConfig(
             method=method, train=DEMO_TRAIN, run=directory / method.name
@@ -45,9 +47,9 @@ def demo(directory: Path) -> Iterator[Callable[[Observer], Result]]:
 
 
 def comparison(results: Sequence[Result]) -> Table:
-    """A table of finished runs: what each trains and stores, how well and how fast.
+    """Format a table of finished runs: parameters, optimizer state, loss and speed.
 
-    State is the optimizer's moments; parameters and bytes in millions (10^6).
+    State is the optimizer's moments. Parameters and bytes are in millions (10^6).
     """
     table = Table("method", box=None)
     for column in ("trainable", "total", "state MB", "held-out loss", "perplexity", "tokens/s"):

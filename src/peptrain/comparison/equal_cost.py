@@ -1,4 +1,4 @@
-"""What the runs of a grid may spend, and the steps in which each of them spends it."""
+"""The common budget of a grid, in FLOPs or seconds, and the number of steps it buys each run."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from peptrain.settings.fields import quiet
 
 log = logging.getLogger("peptrain")
 Costs = Callable[[GridRun], Sequence[float]]
-"""What a step of a run costs in each of its phases."""
-ROUNDING = 1e-9  # relative; equal costs are sums in another order
+"""Returns the cost of a step of a run in each of its phases."""
+ROUNDING = 1e-9  # relative; equal costs may be summed in different orders
 
 
 @dataclass
 class Price:
-    """What runs of one configuration cost, for any number of steps.
+    """Cost of the runs of one configuration, for any number of steps.
 
-    A step's cost depends on its phase alone, so it is asked for once; once more where other steps
-    make another number of phases: a warm start of a quarter of one step is none.
+    The cost of a step depends only on its phase, so `costs` is called once per number of phases.
+    That number changes with the steps: a warm start of a quarter of a one-step run has no steps.
     """
 
     costs: Costs
     known: dict[int, Sequence[float]] = field(default_factory=dict)
-    """By the number of phases."""
+    """Costs of a step, by number of phases."""
 
     def of_step(self, run: GridRun) -> Sequence[float]:
-        """In each phase."""
+        """Cost of a step in each phase."""
         phases = len(bounds(run.config)) - 1
         if phases not in self.known:
             self.known[phases] = self.costs(run)
@@ -50,10 +50,9 @@ class Price:
 
 
 def allot(grid: Grid, costs: Costs) -> list[GridRun]:
-    """The runs of a grid with the steps that spend what the baseline spends, or not quite: with one
-    more step a run would spend more.
+    """Give each run of a grid the most steps that cost no more than the baseline's run.
 
-    Raises ConfigError when the budget is too small for a run, and for runs that don't compare.
+    Raises ConfigError if the budget is too small for a run, and for runs that are not comparable.
     """
     base, price = grid.baseline, Price(costs)
     budget, made = price(base), list[GridRun]()
@@ -70,20 +69,21 @@ def allot(grid: Grid, costs: Costs) -> list[GridRun]:
 
 
 def _of_tokens(tokens: int, run: GridRun) -> GridRun:
-    """`run` for as many tokens: near the answer, and a warm start fits as it does there."""
+    """`run` with the steps for `tokens` tokens at its own batch size, where the search starts."""
     return run.lasting(max(1, tokens * run.steps // run.tokens))
 
 
 def _most_steps(run: GridRun, price: Price, budget: float) -> int:
-    """The most within the budget, from the steps that `run` has.
+    """The most steps within the budget, searched from the steps of `run`.
 
-    A stride is as long as if all its steps cost as much as the dearest, so none leads past the
-    answer, and what is tried lies between the two, where a run is as possible as at both. (One up
-    may, into a phase that is new and dearer; it is taken back.)
+    A stride assumes that each of its steps costs as much as the most expensive phase. So no stride
+    overshoots, and every trial lies between the start and the result, where a run is valid if it is
+    valid at both. (A stride up may overshoot if it adds a more expensive phase; the second loop
+    goes back down.)
     """
     most = budget * (1 + ROUNDING)
     try:
-        price.of_step(run)  # this takes a while, and says so
+        price.of_step(run)  # slow, so it logs; hence outside of quiet()
         with quiet():
             while (rest := most - price(run.lasting(run.steps + 1))) >= 0:
                 run = run.lasting(run.steps + 1 + int(rest / max(price.of_step(run))))
@@ -96,7 +96,7 @@ def _most_steps(run: GridRun, price: Price, budget: float) -> int:
 
 
 def kept(directory: Path, equal: str, measure: Callable[[GridRun, Path], None]) -> Costs:
-    """Costs that lie in a file of `directory` each, those that don't yet made by `measure`."""
+    """Cost function that caches to files in `directory`, calling `measure` for missing files."""
 
     def costs(run: GridRun) -> Sequence[float]:
         file = directory / f"{equal}-{run.costs_name}.json"
@@ -107,7 +107,7 @@ def kept(directory: Path, equal: str, measure: Callable[[GridRun, Path], None]) 
             (found,) = json.loads(file.read_text(encoding="utf-8")).values()
         except ValueError as error:
             raise CheckpointError(
-                f"{file}: damaged ({error}); delete it, and it is made again"
+                f"{file}: damaged ({error}); delete it to have it measured again"
             ) from error
         return list(found)
 
@@ -115,8 +115,11 @@ def kept(directory: Path, equal: str, measure: Callable[[GridRun, Path], None]) 
 
 
 def count_flops(run: GridRun, file: Path) -> None:
-    """Of a step, as `peptrain estimate` counts them: forward and backward passes, and the products
-    of merges, resets and the optimizer, spread over the steps of their phase."""
+    """Write the FLOPs of a step in each phase to `file`, as `peptrain estimate` counts them.
+
+    They include forward and backward passes, and the matrix products of merges, resets and the
+    optimizer, spread evenly over the steps of their phase.
+    """
     log.info("counting the FLOPs of %s", run.label)
     with quiet():
         phases = estimate(run.config).phases
@@ -128,7 +131,10 @@ def count_flops(run: GridRun, file: Path) -> None:
 
 @dataclass(frozen=True)
 class Timing(Job):
-    """The timing of a configuration's steps, in a process like that of a run; `run` is its file."""
+    """A job that times a configuration's steps in a process like a run's.
+
+    `run` is the file it writes.
+    """
 
     def command(self) -> list[str]:
         timing = [sys.executable, "-m", "peptrain.comparison.timing"]
@@ -139,7 +145,10 @@ class Timing(Job):
 
 
 def clock(out: Path, gpus: Sequence[str], lock: int) -> Callable[[GridRun, Path], None]:
-    """Measures the seconds of a step, alone on the machine but for what others do on it."""
+    """Return a function that times the steps of a run and writes the seconds to a file.
+
+    No other job of this call runs at the same time.
+    """
 
     def measure(run: GridRun, file: Path) -> None:
         settings, log_file = (
@@ -150,11 +159,11 @@ def clock(out: Path, gpus: Sequence[str], lock: int) -> Callable[[GridRun, Path]
         write_atomically(settings, dump(run.config))
         status = work([Timing(file.stem, file, settings, log_file, run.steps)], 1, gpus, lock)
         if status.interrupted:
-            raise Interrupted("stopped while steps were timed; the same command goes on")
+            raise Interrupted("stopped while steps were timed; run the same command to continue")
         if error := status.failed.get(file.stem):
             raise PeptrainError(
-                f"{run.label}: its steps can't be timed: {error}; see {log_file}, and mend the"
-                " block or take it out"
+                f"{run.label}: steps can't be timed: {error}; see {log_file}, and fix or remove"
+                " the block"
             )
 
     return measure

@@ -1,4 +1,4 @@
-"""A grid of runs from one TOML file: any setting may be a list, a block is their product."""
+"""Grids of runs from a TOML file, in which any setting may be a list; a block is their product."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from peptrain.settings.toml import HEADER
 from peptrain.training.init_from import with_inherited_model
 
 Equal = Literal["tokens", "flops", "time"]
-"""What the runs of a grid have in common, that their losses compare."""
+"""What all runs of a grid spend equally, so that their losses are comparable."""
 NOT_SHOWN = ("method.name", "optim.lr", "train.seed")
-"""What a label leaves to other columns."""
+"""Settings that are not listed in labels: a label starts with the method, seeds and learning rates
+have columns."""
 STEPS = "train.steps"
 LONGEST = 120
-"""Characters of a readable name; the digest comes on top, and file systems take 255 bytes."""
+"""Maximum characters of a readable name, without the digest. File systems allow 255 bytes."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,16 @@ class GridRun:
     """One run of a grid."""
 
     config: RunConfig[Method]
-    """Resolved: what the run directory will hold."""
+    """Resolved, as written to the run directory."""
     written: RunConfig[Method]
-    """The same with what its block leaves unset."""
+    """The same before resolution, with unset values."""
     settings: Mapping[str, Any]
-    """What its block says, and the lists of [base], by dotted key; but for the method's name, the
-    learning rate and the seed."""
+    """Settings of its block, and its values from lists in [base], by dotted key. Without the
+    method's name, learning rate and seed, and unless tokens are equal without the steps."""
     data: str = ""
-    """What distinguishes the corpus and the files that it starts from, once they were opened."""
+    """Fingerprint of the corpus and of the files the run starts from, once they are read."""
     cost: float | None = None
-    """Of the budget: FLOPs, or seconds; None at equal tokens."""
+    """FLOPs or seconds of the run; None at equal tokens."""
 
     @property
     def method(self) -> str:
@@ -61,7 +62,7 @@ class GridRun:
 
     @property
     def tokens(self) -> int:
-        """What it trains on."""
+        """Number of training tokens."""
         train = self.config.train
         return train.steps * train.batch_size * train.seq_len
 
@@ -70,7 +71,7 @@ class GridRun:
         return self.config.train.steps
 
     def lasting(self, steps: int) -> GridRun:
-        """The same for so many steps, all that is a part of the run with it."""
+        """The same run with `steps` steps, and with everything that scales with its length."""
         written = replace(self.written, train=replace(self.written.train, steps=steps))
         return replace(self, written=written, config=_resolved(written))
 
@@ -81,44 +82,43 @@ class GridRun:
 
     @property
     def digest(self) -> str:
-        """Of every setting, the corpus and the files that are named: a run with another digest is
-        another run."""
+        """Hash of all settings, the corpus and the files that are named. It identifies the run."""
         return _digest(essence(self.config) + self.data)
 
     @property
     def configuration(self) -> str:
-        """What the runs of a line of the table have in common."""
+        """Identifies the line of the table that the run belongs to."""
         return essence(_untuned(self.config))
 
     @property
     def family(self) -> RunConfig[Method]:
-        """What the runs of a line of the table have in common before their steps are known."""
+        """Identifies the line of the table before the number of steps is known."""
         return _untuned(self.written)
 
     @property
     def name(self) -> str:
-        """Readable, and the same whatever else is in the grid."""
+        """Readable name of the run, independent of the rest of the grid."""
         words = [self.method, *_pairs(self.settings), f"lr={self.lr:g}", f"seed={self.seed}"]
         return _file_name(words, self.digest)
 
     @property
     def costs_name(self) -> str:
-        """That of the line: learning rate and seed cost nothing."""
+        """Name of the file of costs, without learning rate and seed, which do not affect costs."""
         words = [self.method, *_pairs(self.settings)]
         return _file_name(words, _digest(self.configuration + self.data))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What the file of a grid describes."""
+    """The runs that a grid file describes."""
 
     runs: Sequence[GridRun]
-    """In its order; unless tokens are equal, their steps are not known yet."""
+    """In the order of the file. Unless tokens are equal, their final steps are not known yet."""
     equal: Equal
 
     @property
     def baseline(self) -> GridRun:
-        """The first run of full training, or else the first one: its cost is what all may spend."""
+        """The first run of full training, or else the first run. Its cost is the budget of all."""
         return next((run for run in self.runs if run.method == "full"), self.runs[0])
 
 
@@ -136,18 +136,21 @@ def _untuned(c: RunConfig[Method]) -> RunConfig[Method]:
 
 
 def load_grid(path: Path) -> Grid:
-    """The grid in a file."""
+    """Load the grid in a TOML file."""
     return expand(toml.read(path, given_as=""))
 
 
 def expand(table: Mapping[str, Any]) -> Grid:
-    """What the table of a grid describes.
+    """Expand the table of a grid into its runs.
 
     Both [base] and each [[grid]] block have the form of `peptrain train --config`, except that a
-    value may be a list. A block's settings go before those of [base]; the runs of a block are the
-    product of its lists. Raises ConfigError for what is no grid, for a run that can't be
-    configured, and for what `check` refuses; unless tokens are equal that is for later, when the
-    steps are known, but for steps that are given to others than the baseline.
+    value may be a list. A block's settings override those of [base], and the runs of a block are
+    the product of its lists.
+
+    Raises ConfigError for a table that is not a grid, for a run that can't be configured, and for
+    runs that `check_comparable` refuses. Unless tokens are equal, only corpus, sequence length and
+    steps set for other runs than the baseline are checked here; the rest is checked by `allot`,
+    when the steps are known.
     """
     for key in table:
         if key not in (known := ["equal", "base", "grid"]):
@@ -155,9 +158,9 @@ def expand(table: Mapping[str, Any]) -> Grid:
     equal: Equal = toml.parse_value(Equal, table.get("equal", "tokens"), "equal")
     base, blocks = table.get("base", {}), table.get("grid", [])
     if not isinstance(base, Mapping):
-        raise ConfigError(f"base: {base!r} must be a table, [base]")
+        raise ConfigError(f"base: must be a table, [base] (got {base!r})")
     if not isinstance(blocks, list) or not all(isinstance(b, Mapping) for b in blocks):
-        raise ConfigError("grid: must be blocks, each under [[grid]]")
+        raise ConfigError("grid: must be a list of blocks, each under [[grid]]")
     if not blocks:
         raise ConfigError('grid: empty; write a [[grid]] block with method.name = "bpt"')
     common, own = _flat(base), [_flat(block) for block in blocks]
@@ -178,8 +181,11 @@ def expand(table: Mapping[str, Any]) -> Grid:
 
 
 def unstated(runs: Sequence[GridRun]) -> list[str]:
-    """Settings of optimizer and schedule that differ although the grid says nothing of them, since
-    each method has its own defaults. Parts of a run's length and the learning rate are left out."""
+    """List settings of optimizer and schedule that differ although the grid does not set them.
+
+    They differ because each method has its own defaults. The learning rate and settings that are a
+    fraction of the run's length are left out.
+    """
     found = []
     for section in ("optim", "schedule"):
         for field in fields(getattr(runs[0].config, section)):
@@ -194,12 +200,12 @@ def unstated(runs: Sequence[GridRun]) -> list[str]:
                     values.setdefault(used, {})[run.method] = None
             if len(values) > 1:
                 each = "; ".join(f"{v} for {', '.join(names)}" for v, names in values.items())
-                found.append(f"{section}.{field.name} by the methods' own defaults: {each}")
+                found.append(f"{section}.{field.name} differs by the methods' defaults: {each}")
     return found
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves and lists by their dotted keys."""
+    """Flatten nested tables into values and lists by dotted key."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -217,7 +223,9 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         for section in sections:
             inner = inner.setdefault(section, {})
             if not isinstance(inner, dict):
-                raise ConfigError(f"{key}: {section} is a value elsewhere in the grid")
+                raise ConfigError(
+                    f"{key}: {section} must be a table, but is a value elsewhere in the grid"
+                )
         inner[leaf] = value
     return table
 
@@ -225,22 +233,24 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _of_block(common: Mapping[str, Any], own: Mapping[str, Any], equal: Equal) -> Iterator[GridRun]:
     given = {key: v for key, v in {**common, **own}.items() if not key.startswith(f"{HEADER}.")}
     if "run" in given:
-        raise ConfigError("run: compare names the runs itself; give --out")
+        raise ConfigError("run: can't be set in a grid, since compare names the runs; use --out")
     if "equal" in given:
-        raise ConfigError("equal: is for all runs; write it above [base] and every [[grid]]")
+        raise ConfigError("equal: applies to all runs; write it above [base] and every [[grid]]")
     shown = {*own, *(key for key, value in common.items() if isinstance(value, list))}
     hidden = NOT_SHOWN if equal == "tokens" else (*NOT_SHOWN, STEPS)
     choices = [value if isinstance(value, list) else [value] for value in given.values()]
     for key, values in zip(given, choices, strict=True):
         if not values:
-            raise ConfigError(f"{key}: [] makes no run; give one value or more")
+            raise ConfigError(f"{key}: must have at least one value (got [])")
         if any(isinstance(value, Mapping) for value in values):
-            raise ConfigError(f"{key}: a list of tables; write a [[grid]] block for each of them")
+            raise ConfigError(
+                f"{key}: must not be a list of tables; write a [[grid]] block for each table"
+            )
     for chosen in product(*choices):
         flat = dict(zip(given, chosen, strict=True))
         written = with_inherited_model(parse(_nested(flat)))
         settings = {k: v for k, v in flat.items() if k in shown and k not in hidden}
-        # Of steps that aren't its own yet nothing true could be said.
+        # Warnings about steps would be wrong while the final number of steps is unknown.
         with nullcontext() if equal == "tokens" else quiet():
             config = _resolved(written)
         yield GridRun(config, written, settings)
@@ -258,7 +268,7 @@ def _pairs(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_comparable(runs: Sequence[GridRun], equal: Equal) -> None:
-    """Raise ConfigError for runs that don't compare, once their steps are known."""
+    """Raise ConfigError if runs whose steps are known are not comparable."""
     _check_different(runs)
     _check_same(runs, CONTEXT)
     if equal == "tokens":
@@ -270,12 +280,15 @@ def _check_different(runs: Sequence[GridRun]) -> None:
     seen: dict[str, GridRun] = {}
     for run in runs:
         if (other := seen.setdefault(run.digest, run)) is not run:
-            both = f"{other.label!r} and {run.label!r}, both lr={run.lr:g} seed={run.seed}"
+            both = f"{other.label!r} and {run.label!r}, both with lr={run.lr:g} seed={run.seed}"
             raise ConfigError(f"grid: two identical runs, {both}; remove one")
 
 
 def _check_seeds(runs: Sequence[GridRun]) -> None:
-    """A mean over fewer seeds would be chosen for their luck."""
+    """Check that all learning rates of a line have the same seeds.
+
+    The lowest of means over different seeds may be the lowest by chance.
+    """
     groups: dict[str, dict[float, set[int]]] = {}
     for run in runs:
         groups.setdefault(run.configuration, {}).setdefault(run.lr, set()).add(run.seed)
@@ -299,26 +312,26 @@ TOKENS: dict[str, Callable[[GridRun], object]] = {
 
 
 def _check_same(runs: Sequence[GridRun], values: Mapping[str, Callable[[GridRun], object]]) -> None:
-    """Losses compare on one corpus, with equal contexts, after equal tokens or an equal budget."""
+    """Check that `values` are equal for all runs, as comparable losses require."""
     first = runs[0]
     for run in runs:
         for key, value in values.items():
             if value(first) != value(run):
                 raise ConfigError(
-                    f"{key}: {value(first)} in {first.label!r} and {value(run)} in {run.label!r};"
-                    " their losses don't compare, so give all runs the same"
+                    f"{key}: must be the same in all runs (got {value(first)} in {first.label!r}"
+                    f" and {value(run)} in {run.label!r}); otherwise losses are not comparable"
                 )
 
 
 def _check_steps(
     common: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]], at: int, grid: Grid
 ) -> None:
-    """Steps that follow from those of the baseline, in block `at`, can't be given."""
+    """Refuse steps set for other runs than the baseline, which is in block `at`."""
     for number, block in enumerate(blocks):
         given = block.get(STEPS, common.get(STEPS))
         if isinstance(given, list) or (number != at and STEPS in block):
             raise ConfigError(
-                f"[[grid]] {number + 1}: {STEPS}: {given} can't be used with equal ="
-                f' "{grid.equal}"; all steps follow from those of {grid.baseline.label!r}: give'
-                " these, one number, in [base] or in its block, and no others"
+                f'[[grid]] {number + 1}: {STEPS}: with equal = "{grid.equal}" must be one number,'
+                f" set only in [base] or in the block of {grid.baseline.label!r} (got {given}); the"
+                " steps of all other runs follow from it"
             )

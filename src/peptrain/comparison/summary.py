@@ -1,4 +1,4 @@
-"""The numbers of a grid's table: seeds become a mean with an interval, learning rates the best."""
+"""Values of a grid's table: means over seeds with intervals, at the best learning rate."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run."""
+    """The result of one run."""
 
     planned: GridRun
     run: RunDir
     end: Mapping[str, Any] | None
-    """The last row of a finished run."""
+    """The last metrics row of a finished run."""
     error: str = ""
     diverged: bool = False
-    """Whether the error is that training diverged, which it would again."""
+    """Whether the error is divergence, which a retry would repeat."""
 
     @property
     def loss(self) -> float:
-        """The held-out loss; infinite where training diverged, nan where it isn't known."""
+        """The held-out loss: infinite if training diverged, nan if not known."""
         if self.end is not None:
             return float(self.end["held_out_loss"])
         return math.inf if self.diverged else math.nan
 
     @property
     def state(self) -> str:
-        """finished, diverged, failed, or unfinished."""
+        """One of finished, diverged, failed, unfinished."""
         if self.end:
             return "finished"
         return "diverged" if self.diverged else "failed" if self.error else "unfinished"
 
 
 def outcome(planned: GridRun, run: RunDir, error: str = "") -> Outcome:
-    """Read a run, whether or not it is there. `error`: what its process ended with, if it did."""
+    """Read the outcome of a run, which may not exist yet. `error`: that of its process, if any."""
     last = {row["event"]: row for row in run.metrics() if row["event"] in LAST}
     if "end" not in last and "diverged" in last:
         return Outcome(planned, run, None, last["diverged"]["error"], diverged=True)
@@ -51,7 +51,10 @@ def outcome(planned: GridRun, run: RunDir, error: str = "") -> Outcome:
 
 @dataclass(frozen=True)
 class Line:
-    """A configuration: its numbers at its best learning rate, None while that isn't known."""
+    """A line of the table: a configuration with its values at the best learning rate.
+
+    Values are None while that rate is not known.
+    """
 
     label: str
     method: str
@@ -59,40 +62,40 @@ class Line:
     finished: int
     steps: int
     tokens: int
-    """What each of them trains on."""
+    """Training tokens of each run."""
     rates: tuple[float, ...]
-    """The learning rates of the grid, ascending."""
+    """Learning rates in the grid, ascending."""
     cost: float | None = None
-    """Of each of them, by the budget: FLOPs, or seconds; None at equal tokens."""
+    """FLOPs or seconds of each run; None at equal tokens."""
     tried: tuple[float, ...] = ()
-    """Those whose runs all ended, in a result or by diverging."""
+    """Learning rates whose runs all finished or diverged."""
     lr: float | None = None
-    """The one of the lowest mean held-out loss, of those whose seeds all finished."""
+    """The rate with the lowest mean held-out loss, among those whose seeds all finished."""
     place: str = ""
-    """lowest or highest if the best rate is at the edge of those tried, only if it has no
-    other beside it."""
+    """"lowest" or "highest" if the best rate is at the edge of those tried, "only" if it is the
+    only one tried, else empty."""
     seeds: int = 0
     loss: float | None = None
-    """Mean over the seeds, nats per token."""
+    """Mean held-out loss over the seeds, in nats per token."""
     half_width: float | None = None
-    """Of the 95 % interval of that mean (Student's t); None for one seed."""
+    """Half width of the mean's 95 % interval (Student's t); None for one seed."""
     trainable: int | None = None
     state_bytes: int | None = None
-    """Of the optimizer's moments, in the phase that has the most of them."""
+    """Bytes of the optimizer's moments, in the phase that has the most of them."""
     tokens_per_second: float | None = None
     errors: tuple[str, ...] = ()
-    """Of the runs that failed, which the next call tries again."""
+    """Errors of failed runs, which the next call retries."""
     diverged: tuple[str, ...] = ()
-    """Of those that diverged, which it doesn't."""
+    """Errors of diverged runs, which are not retried."""
 
     @property
     def perplexity(self) -> float | None:
-        """exp of the mean loss, if that is a number."""
+        """exp of the mean loss; None if the loss is unknown or too large."""
         return None if self.loss is None or self.loss >= 700 else math.exp(self.loss)
 
 
 def summarize(outcomes: Sequence[Outcome]) -> list[Line]:
-    """A line per configuration, in the grid's order."""
+    """Return a line per configuration, in the grid's order."""
     groups: dict[str, list[Outcome]] = {}
     for one in outcomes:
         groups.setdefault(one.planned.configuration, []).append(one)
@@ -143,7 +146,7 @@ def _place(best: float, tried: Sequence[float]) -> str:
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """t s / sqrt n, half of the mean's 95 % interval; None for one value."""
+    """Half width t s / sqrt(n) of the mean's 95 % interval; None for one value."""
     n = len(values)
     if n < 2:
         return None
@@ -151,10 +154,10 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def student_t(confidence: float, df: int) -> float:
-    """The t with P(-t < T < t) = confidence, for Student's T of `df` degrees of freedom.
+    """Return the t with P(-t < T < t) = confidence, for Student's T of `df` degrees of freedom.
 
-    By bisection of theta = arctan(t / sqrt df), in which the probability is a finite sum
-    (Abramowitz and Stegun 26.7.3 and 26.7.4).
+    Bisects theta = arctan(t / sqrt(df)), in which the probability is a finite sum (Abramowitz and
+    Stegun 26.7.3 and 26.7.4).
     """
     low, high = 0.0, math.pi / 2
     for _ in range(80):

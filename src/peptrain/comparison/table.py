@@ -21,57 +21,58 @@ UNKNOWN = "–"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Lines, and what has to be said with them."""
+    """The lines of a table and what its caption and notes need."""
 
     lines: Sequence[Line]
     equal: Equal
     epoch: int
-    """Tokens after which a run begins the corpus anew."""
+    """Tokens of one pass over the corpus."""
     unstated: Sequence[str] = ()
-    """What differs between lines though the grid doesn't say so."""
+    """Settings that differ between lines although the grid does not set them."""
 
     @property
     def baseline(self) -> Line:
-        """Full training's first line, or else the first: what it spends all may spend."""
+        """The first line of full training, or else the first one. Its cost is the budget of all."""
         return next((line for line in self.lines if line.method == "full"), self.lines[0])
 
     @property
     def columns(self) -> dict[str, Callable[[Line], str]]:
-        """By their heads."""
+        """Formatters of the columns, by header."""
         return COLUMNS | COSTS[self.equal]
 
     @property
     def caption(self) -> str:
-        """What the numbers are, and how the baseline was tuned."""
+        """What the values are, and how the baseline was tuned."""
         return (
-            f"Held-out loss in nats per token {_budget(self)}: mean over seeds and its 95 %"
+            f"Held-out loss in nats per token {_budget(self)}: mean over seeds with its 95 %"
             " interval (Student's t; none for one seed). Ppl: exp of that mean. State: the"
-            " optimizer's moments, 10^6 bytes. Tokens/s: with as many runs at a time as there were"
-            f" workers. {_counted(self)}Each line is at the learning rate whose mean held-out loss"
-            " is lowest of those tried; (lowest) and (highest) mark a rate at the edge of them,"
-            " beyond which a better one may lie, (only) one that was not tuned. " + _tuned(self)
+            " optimizer's moments, 10^6 bytes. Tokens/s: measured with one run per worker at the"
+            f" same time. {_counted(self)}Each line is at the learning rate with the lowest mean"
+            " held-out loss of those tried. (lowest) and (highest) mark a rate at the edge of those"
+            " tried, where a better one may lie beyond; (only) marks a rate that was not tuned. "
+            + _tuned(self)
         )
 
     @property
     def notes(self) -> list[str]:
-        """What else differs; what is missing, and why."""
+        """Other differences between lines, and missing runs with their errors."""
         found = list(self.unstated)
         for line in self.lines:
             if line.finished < line.runs:
                 found.append(f"{line.label}: {line.finished} of {line.runs} runs finished")
-            # The advice that follows a semicolon is in the run's log.
+            # What follows a semicolon is advice, which is also in the run's log.
             found += [f"diverged: {error.split('; ')[0]}" for error in line.diverged]
             found += [f"failed: {error.split('; ')[0]}" for error in line.errors]
         return found
 
 
 def _budget(made: Comparison) -> str:
-    """After what the losses are."""
+    """The budget after which losses are measured."""
     base = made.baseline
     if made.equal == "tokens":
         return f"after {base.tokens:,} training tokens"
     *_, (unit, amount) = COSTS[made.equal].items()
-    whose = f"those of {base.label} in {base.steps:,} steps"
+    whose = f"the cost of {base.label} in {base.steps:,} steps"
     return f"after training for {amount(base)} {unit}, {whose}"
 
 
@@ -79,8 +80,8 @@ def _counted(made: Comparison) -> str:
     if made.equal == "tokens":
         return ""
     how = {
-        "flops": "FLOPs: of matrix products, as `peptrain estimate` counts them.",
-        "time": "Seconds: of training steps, timed alone before the runs.",
+        "flops": "FLOPs: of matrix products, as counted by `peptrain estimate`.",
+        "time": "Seconds: of training steps, timed before the runs, one configuration at a time.",
     }
     return f"{how[made.equal]} An epoch of the corpus has {made.epoch:,} tokens. "
 
@@ -137,7 +138,7 @@ COSTS: dict[Equal, dict[str, Callable[[Line], str]]] = {
     "flops": TOKENS | {"FLOPs": lambda line: _known(lambda cost: f"{cost:.3g}", line.cost)},
     "time": TOKENS | {"seconds": lambda line: _known(lambda cost: f"{cost:,.1f}", line.cost)},
 }
-"""What each line spends; the last is the budget."""
+"""Columns of what each line spends; the last one is the budget."""
 
 
 def _rows(comparison: Comparison) -> Iterator[list[str]]:
@@ -146,7 +147,7 @@ def _rows(comparison: Comparison) -> Iterator[list[str]]:
 
 
 def terminal(comparison: Comparison) -> Table:
-    """For a person, without the caption."""
+    """Format the table for the terminal, without the caption."""
     table = Table(box=None)
     for n, column in enumerate(comparison.columns):
         table.add_column(column, justify="right" if n else "left", overflow="fold")
@@ -156,7 +157,7 @@ def terminal(comparison: Comparison) -> Table:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table, its caption and the notes."""
+    """Format table, caption and notes as Markdown."""
     heads = list(comparison.columns)
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *_rows(comparison)]
     table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in lines]
@@ -165,7 +166,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def latex(comparison: Comparison) -> str:
-    """A table environment, for the package booktabs."""
+    """Format a LaTeX table environment, which needs the package booktabs."""
     rows = [" & ".join(map(_tex, row)) + r" \\" for row in _rows(comparison)]
     caption = _tex(" ".join([comparison.caption, *(f"{note}." for note in comparison.notes)]))
     return "\n".join(
@@ -190,7 +191,7 @@ def _tex(text: str) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """A line per configuration, numbers in full and in base units; empty is unknown."""
+    """Format a CSV row per configuration, in full precision and base units; empty if unknown."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
@@ -213,7 +214,7 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def interval(line: Line) -> tuple[float | None, float | None]:
-    """The ends of the 95 % interval."""
+    """Return the ends of the 95 % interval; None if unknown."""
     if line.loss is None or line.half_width is None:
         return None, None
     return line.loss - line.half_width, line.loss + line.half_width

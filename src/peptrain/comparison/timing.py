@@ -1,6 +1,6 @@
-"""How long a step takes in each phase of a run.
+"""Measure the seconds of a step in each phase of a run.
 
-python -m peptrain.comparison.timing SETTINGS FILE
+Usage: python -m peptrain.comparison.timing SETTINGS FILE
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from peptrain.training.loop import advance
 from peptrain.training.state import TrainState, check_vocabulary, prepare
 
 BEFORE = 5
-"""Steps of a phase that aren't counted: in them all is compiled and recorded."""
+"""Steps at the start of a phase that are not timed, for compilation and CUDA graph capture."""
 LEAST, SECONDS = 20, 2.0
-"""What is counted: as many steps, and more until they took so long."""
+"""Minimum number of timed steps, and minimum seconds they take in total."""
 EVERY = 5
-"""Steps between two merges and the like meanwhile, at most."""
+"""Maximum interval of merges and other periodic events during timing."""
 
 
 def step_seconds(config: RunConfig[Method]) -> list[float]:
-    """Seconds of a step in each phase of the run of a resolved `config`, here and now.
+    """Time a step in each phase of the run of a resolved `config`, in seconds, on this machine.
 
-    The trainer's own steps of the phase's model on the corpus, each waited for, at a learning rate
-    of 0, so that none can diverge.
+    Runs the trainer's own steps on the corpus and synchronizes after each. The learning rate is 0,
+    so that training can't diverge.
     """
     corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
     begins = bounds(config)[:-1]
@@ -55,7 +55,7 @@ def _of_phase(
     model = build(config, phase)
     check_vocabulary(model, corpus)
     optimizer, forward_backward = prepare(model, config, here, phase)
-    # Its warm-up may be longer than the run of which the steps are timed.
+    # The warm-up may be longer than the run, whose final steps are not known yet.
     base = schedule.build(replace(config.schedule, warmup=0), config.train.steps)
     still = replace(base, multiplier=lambda step: 0.0)
     state = TrainState(model, forward_backward, optimizer, still, phase, begin, end=sys.maxsize)
@@ -70,14 +70,16 @@ def _of_phase(
 def _timed(state: TrainState, config: RunConfig[Method], corpus: Corpus, here: World) -> float:
     begun = time.perf_counter()
     loss, _, _ = advance(state, config, corpus, here)
-    loss.item()  # the device has done all that was asked of it before
+    loss.item()  # waits for the device
     return time.perf_counter() - begun
 
 
 def spread(seconds: Sequence[float], every: float) -> float:
-    """Seconds of a step, with its share of what comes `every` so many steps and came here every
-    min(every, EVERY): the median u of a step, and of the excess x over it of the steps in which
-    something came, x / every."""
+    """Seconds per step, with events that are due every `every` steps spread over these steps.
+
+    The timed `seconds` have an event every min(every, EVERY) steps. The result is u + x / every,
+    where u is the median of a step and x the excess over u per event.
+    """
     usual = statistics.median(seconds)
     excess = (statistics.fmean(seconds) - usual) * min(every, EVERY)
     return usual + excess / every

@@ -1,4 +1,4 @@
-"""Several trainings at a time, each a process of its own, so that one can't take others along."""
+"""Run several trainings at a time, each in its own process, so that one failure is isolated."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from peptrain.runs.directory import RunDir
 from peptrain.training.signals import stop_on_signals
 
 POLL = 0.2
-"""Seconds between two looks at the workers."""
+"""Seconds between two polls of the processes."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training to do, or to go on with."""
+    """One training to start or resume."""
 
     name: str
     run: Path
     settings: Path
-    """Its configuration, for a start."""
+    """Configuration file to start it with."""
     log: Path
-    """What the process says, attempt after attempt."""
+    """Output of the process, appended by each attempt."""
     steps: int
 
     def command(self) -> list[str]:
-        """A resume if there is a run directory."""
+        """The command line: `resume` if the run directory exists, else `train`."""
         peptrain = [sys.executable, "-m", "peptrain"]
         if RunDir(self.run).config_file.is_file():
             return [*peptrain, "resume", str(self.run)]
         return [*peptrain, "train", "--config", str(self.settings), "--run", str(self.run)]
 
     def result(self) -> str | None:
-        """What came of it, in words; None while it isn't done."""
+        """The result in words; None while it is not finished."""
         row = RunDir(self.run).newest("end")
         return f"held-out loss {row['held_out_loss']:.4f}" if row else None
 
     def progress(self) -> tuple[int, float | None]:
-        """(steps done, last loss), as far as they are written."""
+        """(steps done, last loss), as of the last metrics row."""
         row = RunDir(self.run).newest("step")
         return (row["step"], row["loss"]) if row else (0, None)
 
@@ -59,44 +59,44 @@ class Working:
     job: Job
     process: subprocess.Popen[bytes]
     said: int
-    """Bytes of the log before this attempt."""
+    """Size of the log in bytes before this attempt."""
     begun: int
-    """Steps that were done before this attempt."""
+    """Steps done before this attempt."""
     step: int = 0
     loss: float | None = None
 
     def look(self) -> None:
-        """Read how far it is."""
+        """Read the progress of the run."""
         self.step, self.loss = self.job.progress()
 
     @property
     def trained(self) -> float:
-        """The part of a whole run that this attempt has trained."""
-        return max(0, self.step - self.begun) / self.job.steps  # a resume drops a few rows
+        """Fraction of the full run that this attempt has trained."""
+        return max(0, self.step - self.begun) / self.job.steps  # a resume may drop rows
 
 
 @dataclass
 class Status:
-    """The state of all jobs of a call."""
+    """State of all jobs of a call."""
 
     waiting: deque[Job]
     before: int = 0
-    """Runs that were finished before the call."""
+    """Number of runs finished before the call."""
     begun: dict[str, int] = field(default_factory=dict)
-    """Steps of each job that were done before the call."""
+    """Steps of each job done before the call."""
     running: dict[int, Working] = field(default_factory=dict)
     """By slot."""
     finished: dict[str, str] = field(default_factory=dict)
-    """The result of each job that is done."""
+    """Result of each finished job, by name."""
     failed: dict[str, str] = field(default_factory=dict)
-    """The error of each job that ended with one."""
+    """Error of each failed job, by name."""
     interrupted: bool = False
     since: float = field(default_factory=time.monotonic)
     trained: float = 0.0
-    """Runs, and parts of one, that ended processes have trained in this call."""
+    """Runs trained in this call by processes that have ended, in fractions of full runs."""
 
     def seconds_left(self) -> float | None:
-        """At the pace of this call; None before there is one."""
+        """Estimate from the pace of this call; None before anything was trained."""
         trained = self.trained + sum(w.trained for w in self.running.values())
         rest = sum(1 - w.step / w.job.steps for w in self.running.values())
         rest += sum(1 - self.begun[job.name] / job.steps for job in self.waiting)
@@ -105,17 +105,18 @@ class Status:
 
 @contextlib.contextmanager
 def alone(directory: Path) -> Iterator[int]:
-    """Nobody else works in `directory`: the open lock, for processes that shall hold it too.
+    """Lock `directory` against other calls and yield the lock's file descriptor.
 
-    Raises CheckpointError while another one holds it, or a worker that outlived its parent.
+    Worker processes inherit the descriptor, so a worker that outlives its parent keeps the lock.
+    Raises CheckpointError if the lock is held.
     """
     with (directory / "lock").open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"--out {directory}: another compare works here, or a run that it left behind;"
-                " wait for it or end it"
+                f"--out {directory}: in use by another compare, or by a run that one left behind;"
+                " wait for it to end, or stop it"
             ) from None
         yield file.fileno()
 
@@ -128,11 +129,10 @@ def work(
     before: int = 0,
     watch: Callable[[Status], None] = lambda status: None,
 ) -> Status:
-    """Do the jobs, at most `workers` at a time, spread over the GPUs; each holds the `lock` too.
+    """Run the jobs, at most `workers` at a time, spread over the GPUs. Each inherits the `lock`.
 
-    Ctrl-C or SIGTERM lets every running one save and stop, a second Ctrl-C ends them at once; both
-    leave what can be resumed. Without a GPU a process has one thread, unless OMP_NUM_THREADS says
-    otherwise.
+    On Ctrl-C or SIGTERM every running job saves and stops. A second Ctrl-C kills them. The runs can
+    be resumed after both. Without a GPU a process uses one thread, unless OMP_NUM_THREADS is set.
     """
     status = Status(deque(jobs), before, {job.name: job.progress()[0] for job in jobs})
     with stop_on_signals() as stop:
@@ -156,7 +156,7 @@ def work(
             _stop(status, signal.SIGKILL)
             raise
         except BaseException:
-            # What is shown may have no reader any more, say; the runs can save all the same.
+            # For example a broken pipe in `watch`. The runs can still save.
             _stop(status, signal.SIGTERM)
             raise
     watch(status)
@@ -164,7 +164,7 @@ def work(
 
 
 def _stop(status: Status, number: signal.Signals) -> None:
-    """Send it to all processes, and wait for their ends."""
+    """Send a signal to all processes and wait for them to end."""
     for working in status.running.values():
         working.process.send_signal(number)
     for working in status.running.values():
@@ -173,7 +173,7 @@ def _stop(status: Status, number: signal.Signals) -> None:
 
 def _start(status: Status, slot: int, gpus: Sequence[str], lock: int) -> Working:
     job = status.waiting.popleft()
-    environment = dict(os.environ, NO_COLOR="1", TERM="dumb")  # the log is read by a program
+    environment = dict(os.environ, NO_COLOR="1", TERM="dumb")  # _error parses the log
     for forced in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"):
         environment.pop(forced, None)
     if gpus:
@@ -182,8 +182,8 @@ def _start(status: Status, slot: int, gpus: Sequence[str], lock: int) -> Working
         environment.setdefault("OMP_NUM_THREADS", "1")
     begun = status.begun[job.name]
     with job.log.open("ab") as log:
-        said = log.tell()  # the process moves it on
-        # A group of its own: the terminal's Ctrl-C is for us, and it gets one signal, not two.
+        said = log.tell()  # before the process writes
+        # In its own process group, so that it gets only our signal and not the terminal's Ctrl-C.
         process = subprocess.Popen(
             job.command(),
             env=environment,
@@ -208,9 +208,9 @@ def _end(status: Status, working: Working) -> None:
 
 
 def _error(code: int, log: Path, said: int) -> str:
-    """One line on why a process ended."""
+    """Return one line on why a process ended."""
     if code < 0:
-        often = "; often the machine's memory was full" if code == -signal.SIGKILL else ""
+        often = "; often because the machine ran out of memory" if code == -signal.SIGKILL else ""
         return f"ended by {signal.Signals(-code).name}{often}"
     with log.open("rb") as file:
         file.seek(said)
@@ -220,7 +220,7 @@ def _error(code: int, log: Path, said: int) -> str:
 
 
 def visible_gpus(environment: Mapping[str, str], count: int) -> list[str]:
-    """What to write into CUDA_VISIBLE_DEVICES for each of `count` GPUs."""
+    """Return the value of CUDA_VISIBLE_DEVICES for each of `count` GPUs."""
     listed = environment.get("CUDA_VISIBLE_DEVICES", "")
     names = [name.strip() for name in listed.split(",") if name.strip()]
     return names[:count] if names else [str(n) for n in range(count)]

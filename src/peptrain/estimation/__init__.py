@@ -1,1 +1,1 @@
-"""What a run will take, before it: parameters, memory, FLOPs."""
+"""Estimates of a run's parameters, memory and FLOPs before it starts."""

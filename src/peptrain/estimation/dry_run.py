@@ -1,4 +1,4 @@
-"""A phase of a run on fake tensors, which have shapes and no numbers: what its steps take."""
+"""Dry run of one phase on fake tensors, which have shapes but no data: memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -38,40 +38,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GRAIN = 512
-"""Bytes: CUDA's allocator rounds every tensor up to a multiple of this."""
+"""CUDA's allocator rounds the size of every tensor up to a multiple of this many bytes."""
 KINDS = ("dense", "low_rank", "attention", "head")
 
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Tensors made here are fake: they have a shape and a dtype, and take no memory.
+    """Make every tensor created in this context fake: a shape and a dtype without memory.
 
-    Raises Unsupported where something looks at a number, since there are none.
+    Raises Unsupported when the value of a tensor is read, since fake tensors have none.
     """
     try:
         with FakeTensorMode():
             yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise Unsupported(
-            "estimate: this model or method looks at numbers on its way, so it can't be estimated"
-            f" without them ({error})"
+            "estimate: this model or method reads tensor values, so it can't be estimated on fake"
+            f" tensors ({error})"
         ) from error
 
 
 @dataclass(frozen=True)
 class Event:
-    """What a method does now and then: a merge, a reset, an exact step."""
+    """A periodic or one-time operation of a method: a merge, a reset, an exact step."""
 
     what: str
-    """The counts that it reports, or the setting that it comes with."""
+    """The counts that the method reports, the name of its interval, "optimizer step" or "first
+    step"."""
     times: int
-    """In the phase."""
+    """Number of occurrences in the phase."""
     flops: int
-    """Of matrix products, each time; of an optimizer's step as a whole."""
+    """FLOPs of the matrix products of one occurrence; for an optimizer step, of the full step."""
     decompositions: dict[str, int]
-    """Matrices that are factored or solved with, by kind; not in `flops`."""
+    """Number of matrices factored or solved with, by kind. They are not counted in `flops`."""
     peak_bytes: int
-    """The most that is in tensors meanwhile."""
+    """Peak bytes in tensors during the event."""
 
     @property
     def work(self) -> tuple[object, ...]:
@@ -79,9 +80,10 @@ class Event:
 
 
 class DenseBaseline:
-    """The dense model, as far as the method's is compared with it.
+    """Sizes of the dense model that the method's model is compared with.
 
-    Raises Unsupported for one with experts, of which a token meets a few that only numbers tell.
+    Raises Unsupported for experts and convolutions in the decoder layers. Which experts a token is
+    routed to depends on tensor values.
     """
 
     def __init__(self, config: RunConfig[Method]) -> None:
@@ -94,16 +96,16 @@ class DenseBaseline:
         tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
         self.parameters = count_parameters(model)
         self.embedding = sum(p.numel() for p in {t.weight for t in tables if t is not None})
-        """Parameters of the input embedding and the output head, once when they are tied."""
+        """Parameters of the input embedding and the output head, counted once if they are tied."""
         self.sites: dict[str, MatrixShape] = {site.name: site.shape for site in find_sites(model)}
         self.sides = _sides(model)
 
 
 class DryRun:
-    """One phase of a run, built and stepped as the trainer does it: uncompiled, on one device.
+    """One phase of a run, built and stepped as in the trainer, uncompiled and on one device.
 
-    Made and used under `fake_tensors`. The tensors are a CPU's for a GPU too, where their
-    shapes and dtypes are the same; on a GPU MLPs are padded, and sizes rounded up.
+    Create and use it under `fake_tensors`. The tensors are CPU tensors even for a run on a GPU,
+    where shapes and dtypes are the same. For a GPU, MLPs are padded and sizes are rounded up.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class DryRun:
         rows: int,
         on_gpu: bool,
     ) -> None:
-        """steps: of the phase. rows: of a step, on one rank."""
+        """steps: range of the phase. rows: sequences per step on one DDP rank."""
         self.config, self.dense, self.rows, self.on_gpu = config, dense, rows, on_gpu
         self.begin, self.end = steps.start, steps.stop
         self.model = build(config, phase)
@@ -128,7 +130,7 @@ class DryRun:
             pad_mlps(self.model, tried=False)
 
     def _first_step(self) -> None:
-        """From here on there are moments, and what forward and backward compute is known."""
+        """Take one step, which creates the moments, and count the products of both passes."""
         t = self.config.train
         sides = self.dense.sides | _sides(self.model)
         rows = next(rows for rows in count(1) if rows * t.seq_len not in sides)
@@ -153,22 +155,25 @@ class DryRun:
             for key, number in numbers.items()
             if group[key] == number + 1
         ]
-        """The whole numbers of the optimizer's groups that a step moves on by one."""
+        """Integers in the optimizer's groups that a step increments by one."""
 
     def flops_per_token(self, of: Products, micro_batch: int) -> dict[str, float]:
-        """By kind, with what is computed once for each micro-batch shared among its tokens."""
+        """FLOPs per token by kind.
+
+        What is computed once per micro-batch is divided by the micro-batch's tokens.
+        """
         fixed = micro_batch * self.config.train.seq_len
         return {k: of.flops[k] / self.tokens + of.fixed[k] / fixed for k in KINDS}
 
     @property
     def weights(self) -> list[Tensor]:
-        """The parameters, and what the method's layers hold beside them."""
+        """The parameters of the model and the buffers of the method's layers."""
         beside = {b for layer in reparametrized(self.model) for b in layer.buffers()}
         return [*self.model.parameters(), *beside]
 
     @property
     def state(self) -> list[Tensor]:
-        """What the optimizer keeps for the parameters, scalars left out."""
+        """The optimizer's state tensors, without scalars."""
         kept = (t for state in self.optimizer.state.values() for t in state.values())
         return [t for t in kept if isinstance(t, Tensor) and t.ndim > 0]
 
@@ -179,15 +184,16 @@ class DryRun:
         return _bytes(self.state)
 
     def paper_bytes(self) -> int:
-        """Weights and optimizer state as the literature counts them, with no gradients and no
-        activations: 2 bytes a number, as in bf16, and 8 a stored index."""
+        """Weights and optimizer state as the literature counts them: 2 bytes per value, as in
+        bf16, and 8 per stored index, without gradients and activations."""
         stored = [*self.weights, *self.state]
         return sum(t.numel() * (2 if t.is_floating_point() else 8) for t in stored)
 
     def step_peak(self, micro_batch: int) -> int:
-        """The most bytes in tensors during a step: forward, backward, clipping, the optimizer.
+        """Peak bytes in tensors during a step: forward, backward, clipping, optimizer.
 
-        Of several micro-batches in the second one: the gradients of the first are there.
+        With several micro-batches the second one is measured, since the gradients of the first
+        are in memory then.
         """
         windows = _windows(self.rows, self.config.train.seq_len)
         parts = torch.split(windows, micro_batch)
@@ -200,12 +206,14 @@ class DryRun:
         return peak
 
     def events(self) -> list[Event]:
-        """What happens now and then, between two steps or in some of them."""
+        """Periodic and one-time events, between two steps or within a step."""
         return [*self._between_steps(), *self._steps_apart()]
 
     def _between_steps(self) -> list[Event]:
-        """Of the steps after which the method touches tensors, one of each kind is taken: steps
-        are alike if they are multiples of the same of its intervals."""
+        """Run `after_step` for one step of each kind, among steps where it touches tensors.
+
+        Two steps are of the same kind if they are multiples of the same intervals of the method.
+        """
         alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
         every = intervals(self.config.method)
         for step in range(self.begin + 1, self.end):
@@ -214,13 +222,14 @@ class DryRun:
         return [self._event(partial(self._after, s[0]), len(s)) for s in alike.values()]
 
     def _after(self, step: int) -> str:
-        """Do what comes after `step`; the names of what the method says it has done."""
+        """Run the method's `after_step` and return the names of the counts it reports."""
         rng = Rng(self.config.train.seed)
         return ", ".join(self.config.method.after_step(self.model, self.optimizer, step, rng))
 
     def _steps_apart(self) -> list[Event]:
-        """The optimizer's usual step, if it has products, and those that compute something else:
-        the first, and where an interval ends by its clocks, which count from 1 or from 0."""
+        """The optimizer's usual step, if it has matrix products or decompositions, and the steps
+        whose work differs: the first one, and those where an interval ends according to the
+        optimizer's counters, which count from 1 or from 0."""
         steps = self.end - self.begin
         self._fill_gradients()
 
@@ -264,7 +273,7 @@ class DryRun:
         return Event(what, times, flops, decompositions, live.peak)
 
     def _live(self, windows: Tensor | None = None) -> LiveBytes:
-        """With all that is there between two steps, and the gradients if they are."""
+        """Count what is in memory between two steps, with the gradients if there are any."""
         parameters = list(self.model.parameters())
         state = [t for s in self.optimizer.state.values() for t in s.values()]
         there = [*parameters, *self.model.buffers(), *(p.grad for p in parameters), *state, windows]
@@ -282,8 +291,11 @@ class DryRun:
 
 
 def _attend_without_masks(model: PreTrainedModel) -> None:
-    """As on a GPU, and as Hugging Face's attention does by itself where there are numbers: it
-    makes masks for fake tensors, which it takes for those of a compiler."""
+    """Use attention without masks, as on a GPU.
+
+    On real tensors Hugging Face's attention skips the masks by itself. It takes fake tensors for
+    those of a compiler and would create masks.
+    """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

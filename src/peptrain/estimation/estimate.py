@@ -1,4 +1,4 @@
-"""What a run will take, before it: parameters, bytes, operations, and what fits into a GPU."""
+"""Estimate of a run before it starts: parameters, bytes, FLOPs, and what fits into a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes on each rank. Counts are those of the last phase, the peak that of all."""
+    """Estimate of a run, with memory per process (DDP rank)."""
 
     config: RunConfig[Method]
     ranks: int
@@ -36,11 +36,12 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
+        """The largest peak of all phases."""
         return max(phase.peak_bytes for phase in self.phases)
 
     @property
     def run_flops(self) -> float:
-        """Of all forward and backward passes, on all ranks."""
+        """FLOPs of all forward and backward passes, summed over all processes."""
         each = ((p.last - p.first) * p.flops_per_token for p in self.phases)
         return self._tokens_per_step * sum(each)
 
@@ -49,7 +50,7 @@ class Estimate:
         return self.config.train.batch_size * self.config.train.seq_len
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all values for JSON. Counts at the top level are those of the last phase."""
         t, last = self.config.train, self.phases[-1].as_dict()
         for key in ("first", "last", "step_peak_bytes", "peak_bytes"):
             del last[key]
@@ -81,14 +82,15 @@ def estimate(
     gpu_memory: int | None = None,
     watch: Watch = lambda trial: None,
 ) -> Estimate:
-    """What the run of `config` takes on each of `ranks` replicas, uncompiled.
+    """Estimate what the run of `config` needs on each of `ranks` processes, uncompiled.
 
-    A model without numbers is built, and takes its steps, as the trainer does it: nothing is
-    allocated, read or written. With `gpu_memory`, in bytes, also what fits into that; the run is
-    then one on a GPU, unless train.device is cpu. `watch` is told of each trial of that search.
+    The model is built and stepped as in the trainer, but on fake tensors: no weights are
+    allocated, read or written. With `gpu_memory`, in bytes, also search for the largest
+    micro-batch and rank that fit. The run is then assumed to be on a GPU, unless train.device is
+    cpu. `watch` is called with a description of each trial of that search.
 
-    Raises ConfigError for settings that can't be, and when nothing fits; Unsupported for a model
-    or method that looks at the numbers.
+    Raises ConfigError for impossible settings and when nothing fits, and Unsupported for models
+    with experts or convolutions and for a model or method that reads tensor values.
     """
     device = config.train.device
     on_gpu = device == "cuda" or (
@@ -104,7 +106,10 @@ def estimate(
 
 
 def memory(text: str) -> int:
-    """Bytes of "24GiB", "80 GB" or "512m"; a number alone is bytes. Raises ConfigError."""
+    """Parse a size such as "24GiB", "80 GB" or "512m" into bytes; a bare number is bytes.
+
+    Raises ConfigError for anything else.
+    """
     found = re.fullmatch(r"(\d+\.?\d*)\s*([kmgt]i?)?b?", text.strip().lower())
     size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
     check(size > 0, "--gpu-memory", text, "a size such as 24GiB or 80GB")

@@ -1,4 +1,4 @@
-"""What fits into the memory of a GPU: the largest micro-batch and rank; if nothing does, why."""
+"""Search for the largest micro-batch and rank that fit into a GPU, or the reason none does."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from peptrain.estimation.phases import PhaseEstimate, PhaseEstimator
 from peptrain.methods.base import Method
 from peptrain.settings.fields import quiet
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 Watch = Callable[[str], None]
-"""Is told what is tried next: a trial takes seconds."""
+"""Called with a description of the next trial, since a trial takes seconds."""
 
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """What fits into `gpu_memory` bytes."""
+    """The largest micro-batch and rank that fit into `gpu_memory` bytes."""
 
     gpu_memory: int
     fits: bool
-    """Whether the run does, as it is configured."""
+    """Whether the run fits as configured."""
     micro_batch: int | None
-    """The largest at the configured rank; a divisor of the rows of a rank's step. None: not one."""
+    """The largest that fits at the configured rank, among the divisors of a process's sequences per
+    step. None if even 1 does not fit."""
     rank: int | None = None
-    """If the run does not fit: the largest rank that does at `rank_micro_batch`. None: not one."""
+    """If the run does not fit: the largest rank that does, at `rank_micro_batch`; None for none."""
     rank_micro_batch: int | None = None
-    """The configured one if it fits at some rank, else 1."""
+    """The configured micro-batch if it fits at some rank, else 1."""
 
 
 def fit(configured: PhaseEstimator, gpu_memory: int, watch: Watch) -> MemoryFit:
-    """Raises ConfigError if no other micro-batch and no lower rank does."""
+    """Search for what fits. Raises ConfigError if no other micro-batch and no lower rank does."""
     with quiet():
         return _Search(configured, gpu_memory, watch).fit()
 
@@ -60,13 +61,16 @@ class _Search:
         return MemoryFit(self.gpu_memory, fits, micro_batch)
 
     def _largest_micro_batch(self) -> int | None:
-        """At the configured rank; a micro-batch of 0, which is what stays, is not one."""
+        """The largest micro-batch that fits at the configured rank; None for none.
+
+        The search starts from 0, at which `peak` is the static memory alone.
+        """
         rows = self.configured.rows
         divisors = [k for k in range(1, rows + 1) if rows % k == 0]
         return _largest([0, *divisors], lambda k: self._peak(k, self.rank), self.gpu_memory) or None
 
     def _largest_rank(self, micro_batch: int) -> int | None:
-        """The largest, up to the configured one, at which the run fits; None for no rank."""
+        """The largest rank, up to the configured one, at which the run fits; None for none."""
         if self.rank is None:
             return None
         ranks = range(1, self.rank + 1)
@@ -74,7 +78,7 @@ class _Search:
 
     def _peak(self, micro_batch: int, rank: int | None) -> int:
         if micro_batch:
-            self.watch(f"a micro-batch of {micro_batch}" + (f" at rank {rank}" if rank else ""))
+            self.watch(f"micro-batch {micro_batch}" + (f" at rank {rank}" if rank else ""))
         return self.at_rank(rank).peak(micro_batch, self.gpu_memory)
 
     def _at_rank(self, rank: int | None) -> PhaseEstimator:
@@ -84,10 +88,10 @@ class _Search:
         return self.configured.like(replace(self.configured.config, method=method))
 
     def _too_little(self) -> str:
-        """Of the least that was tried: what is more than fits, and what would help."""
+        """The error for a run that does not fit at the smallest sizes, with what would help."""
         rank = self.rank and 1
         least = self.at_rank(rank)
-        at = "a micro-batch of 1" + (" and rank 1" if rank else "")
+        at = "micro-batch 1" + (" and rank 1" if rank else "")
         helps = []
         for name, config in _repairs(least.config):
             self.watch(f"{at} with {name}")
@@ -95,8 +99,8 @@ class _Search:
                 helps.append(name)
         advice = f"set {' or '.join(helps)}, or " if helps else ""
         return (
-            f"--gpu-memory: {_gib(self.gpu_memory)} is too little for {least.config.method.name},"
-            f" also at {at}: {_excess(least, self.gpu_memory)}; {advice}choose a smaller model or"
+            f"--gpu-memory: {least.config.method.name} does not fit in {in_units(self.gpu_memory)}"
+            f" even at {at}: {_excess(least, self.gpu_memory)}; {advice}choose a smaller model or"
             " another method"
         )
 
@@ -104,8 +108,9 @@ class _Search:
 def _largest(sizes: Sequence[int], peak: Callable[[int], int], gpu_memory: int) -> int | None:
     """The largest of the ascending `sizes` whose peak fits; None if none does.
 
-    Between one that fits and one that doesn't, the next to be tried is where the straight line
-    between their peaks meets the GPU's memory: peaks are nearly straight lines, and cost seconds.
+    A peak takes seconds to compute and is nearly linear in the size. So the next size tried,
+    between one that fits and one that does not, is where the line through their two peaks crosses
+    `gpu_memory`.
     """
     low, high = 0, len(sizes) - 1
     if (most := peak(sizes[high])) <= gpu_memory:
@@ -124,7 +129,7 @@ def _largest(sizes: Sequence[int], peak: Callable[[int], int], gpu_memory: int) 
 
 
 def _repairs(config: RunConfig[Any]) -> Iterator[tuple[str, RunConfig[Method]]]:
-    """Settings that take less memory, each with its name."""
+    """Yield settings that take less memory, each with its name."""
     t = config.train
     if not t.checkpoint_activations:
         again = replace(t, checkpoint_activations=True)
@@ -134,34 +139,38 @@ def _repairs(config: RunConfig[Any]) -> Iterator[tuple[str, RunConfig[Method]]]:
     yield "a shorter train.seq_len", replace(config, train=replace(t, seq_len=1))
     if getattr(config.method, "warm_start_steps", 0):
         cold = replace(config.method, warm_start_steps=0)
-        name = "method.warm_start_steps 0 (--init-from takes what was trained before)"
+        name = "method.warm_start_steps 0 (--init-from loads weights trained before)"
         yield name, replace(config, method=cold)
 
 
 def _excess(estimator: PhaseEstimator, gpu_memory: int) -> str:
-    """What of the phases, at a micro-batch of 1, is more than there is memory."""
+    """Describe what exceeds `gpu_memory` at micro-batch 1: static memory, a step or an event."""
     phases = estimator.phases(1)
     stays = max(phases, key=_stays)
     if _stays(stays) > gpu_memory:
         where = f" in steps {stays.first} to {stays.last}" if len(phases) > 1 else ""
         parts = {"weights": stays.weight_bytes, "gradients": stays.gradient_bytes,
-                 "optimizer state": stays.state_bytes, "exchange between ranks":
+                 "optimizer state": stays.state_bytes, "DDP buckets":
                  stays.exchange_bytes}  # fmt: skip
-        listed = " + ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
+        parts = {name: size for name, size in parts.items() if size}
         return (
-            f"{listed} = {_gib(_stays(stays))} stay{where}, which neither a micro-batch nor"
-            " recomputation changes, nor more ranks, each of which holds it all"
+            f"{' + '.join(parts)} need {in_units(_stays(stays))}"
+            f" ({' + '.join(map(in_units, parts.values()))}){where}, independent of batch size"
+            " and recomputation, and the same on every process"
         )
     step = max(phases, key=lambda phase: phase.step_peak_bytes)
     if step.step_peak_bytes > gpu_memory:
-        return f"a step takes {_gib(step.step_peak_bytes)}, of which {_gib(_stays(step))} stay"
+        static = in_units(_stays(step))
+        return f"a step needs {in_units(step.step_peak_bytes)}, of which {static} are static"
     event = max((e for phase in phases for e in phase.events), key=lambda e: e.peak_bytes)
-    return f"{event.what.replace('_', ' ')} takes {_gib(event.peak_bytes)}"
+    return f"{event.what.replace('_', ' ')} needs {in_units(event.peak_bytes)}"
 
 
 def _stays(phase: PhaseEstimate) -> int:
+    """Bytes that stay allocated between steps."""
     return phase.static_bytes + phase.exchange_bytes
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.4g} GiB"
+def in_units(size: int) -> str:
+    """Format bytes in GiB, or in MiB below 1 GiB."""
+    return f"{size / GIB:.4g} GiB" if size >= GIB else f"{size / MIB:.4g} MiB"

@@ -1,4 +1,4 @@
-"""What each phase of a configuration takes, from its dry run."""
+"""Estimates of each phase of a configuration, from its dry run."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from peptrain.runs.build import bounds
 
 @dataclass(frozen=True)
 class PhaseEstimate:
-    """One phase: steps `first` to `last` of the run, counted from 0, the last one not included."""
+    """Estimate of one phase: steps `first` to `last` of the run, from 0, `last` not included."""
 
     first: int
     last: int
     total_parameters: int
     trainable_parameters: int
     non_embedding_reduction: float
-    """Part of the dense model's parameters that need no training: 1 - (trainable - E) / (dense -
-    E), E those of embedding and head, once when they are tied."""
+    """Fraction of the dense model's parameters that is not trained: 1 - (trainable - E) / (dense -
+    E), where E counts embedding and head, once if they are tied."""
     paper_bytes: int
-    """Weights and two moments as the literature counts them (`DryRun.paper_bytes`)."""
+    """Weights and optimizer state as the literature counts them (`DryRun.paper_bytes`)."""
     weight_bytes: int
     gradient_bytes: int
     state_bytes: int
-    """Of the optimizer's tensors."""
+    """Bytes of the optimizer's state tensors."""
     exchange_bytes: int
-    """Of the buffers in which replicas exchange gradients; 0 for one rank."""
+    """Bytes of DDP's gradient buckets; 0 for one process."""
     step_peak_bytes: int
-    """The most that is in tensors at once during a usual step."""
+    """Peak bytes in tensors during a usual step."""
     peak_bytes: int
-    """The same, with what happens now and then."""
+    """Peak bytes in tensors during usual steps and events."""
     forward_flops: dict[str, float]
-    """Per token and by kind, of a forward pass alone."""
+    """FLOPs of a forward pass alone, per token and by kind."""
     training_flops: dict[str, float]
-    """The same of forward and backward as trained, with what is computed again."""
+    """FLOPs of forward and backward as trained, recomputation included, per token and by kind."""
     events: tuple[Event, ...]
 
     @property
     def static_bytes(self) -> int:
-        """What stays at the dtypes of the run: weights, gradients, optimizer state."""
+        """Bytes of weights, gradients and optimizer state, at the dtypes of the run."""
         return self.weight_bytes + self.gradient_bytes + self.state_bytes
 
     @property
@@ -54,13 +54,13 @@ class PhaseEstimate:
         return sum(self.training_flops.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all values for JSON."""
         sums = {"static_bytes": self.static_bytes, "flops_per_token": self.flops_per_token}
         return asdict(self) | sums
 
 
 class PhaseEstimator:
-    """A configuration, each phase of which is run dry when it is first asked for."""
+    """Estimator of a configuration. The dry run of a phase is made on first use and cached."""
 
     def __init__(
         self,
@@ -84,16 +84,18 @@ class PhaseEstimator:
         self._step_peak = cache(DryRun.step_peak)
 
     def like(self, config: RunConfig[Method]) -> PhaseEstimator:
-        """Another configuration of the same model."""
+        """Return the estimator of another configuration of the same model."""
         return PhaseEstimator(config, self.ranks, self.on_gpu, self.dense)
 
     def phases(self, micro_batch: int | None = None) -> list[PhaseEstimate]:
-        """At the configured micro-batch, unless another is given."""
+        """Estimate every phase at `micro_batch`; None means the configured one."""
         return [self._phase(r, micro_batch or self.micro_batch) for r in self._dry_runs()]
 
     def peak(self, micro_batch: int, gpu_memory: float = inf) -> int:
-        """The most bytes in tensors in any phase; at a micro-batch of 0 what stays. Once over the
-        GPU's memory, no more is looked at."""
+        """Peak bytes in tensors over all phases; at a micro-batch of 0, of static memory alone.
+
+        Stops early, with the value found so far, once that exceeds `gpu_memory`.
+        """
         most = 0
         for size in self._sizes(micro_batch):
             most = max(most, size)
@@ -102,7 +104,7 @@ class PhaseEstimator:
         return most
 
     def _sizes(self, micro_batch: int) -> Iterator[int]:
-        """The quickly known first."""
+        """Yield sizes in bytes, those that are quick to compute first."""
         for r in self._dry_runs():
             yield self._static(r)
             if micro_batch:
@@ -118,7 +120,7 @@ class PhaseEstimator:
         return DryRun(self._run, self.dense, phase, steps, rows=self.rows, on_gpu=self.on_gpu)
 
     def _static(self, r: DryRun) -> int:
-        """Bytes of what stays."""
+        """Bytes that stay allocated between steps."""
         return r.weight_bytes() + r.gradient_bytes + r.state_bytes() + self._exchanged(r)
 
     def _step(self, r: DryRun, micro_batch: int) -> int:
@@ -129,7 +131,7 @@ class PhaseEstimator:
         return max([self._step(r, micro_batch), *apart])
 
     def _exchanged(self, r: DryRun) -> int:
-        """Bytes of DDP's buckets, copies of the gradients that stay."""
+        """Bytes of DDP's buckets, permanent copies of the gradients."""
         return r.gradient_bytes if self.ranks > 1 else 0
 
     def _phase(self, r: DryRun, micro_batch: int) -> PhaseEstimate:

@@ -1,4 +1,4 @@
-"""An estimate as people read it."""
+"""An estimate as a table and lines of text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from rich.table import Table
 
 from peptrain.estimation.dry_run import KINDS, Event
 from peptrain.estimation.estimate import Estimate
-from peptrain.estimation.memory_fit import GIB, MemoryFit
+from peptrain.estimation.memory_fit import GIB, MemoryFit, in_units
 from peptrain.estimation.phases import PhaseEstimate
 
 
 def table(made: Estimate) -> Table:
-    """A column for each phase. GB is 10^9 bytes, GiB 2^30; a multiply-add is two FLOPs."""
+    """Format the estimate, with a column for each phase.
+
+    GB is 10^9 bytes, GiB 2^30. A multiply-add is two FLOPs.
+    """
     model = made.config.model
     shown = Table(f"{made.config.method.name}, {model.config or model.preset}", box=None)
     for phase in made.phases:
@@ -26,13 +29,13 @@ def table(made: Estimate) -> Table:
 
 
 def _cells(phase: PhaseEstimate, ranks: int) -> dict[str, str]:
-    """A column, by the labels of its rows."""
+    """The cells of a column, by row label."""
     spared = 100 * phase.non_embedding_reduction
     sizes = {
         "weights": phase.weight_bytes,
         "gradients": phase.gradient_bytes,
         "optimizer state": phase.state_bytes,
-        **({"exchange between ranks": phase.exchange_bytes} if ranks > 1 else {}),
+        **({"DDP buckets": phase.exchange_bytes} if ranks > 1 else {}),
         "peak": phase.peak_bytes,
     }
     flops = {
@@ -43,24 +46,25 @@ def _cells(phase: PhaseEstimate, ranks: int) -> dict[str, str]:
     return {
         "parameters": f"{phase.total_parameters / 1e6:,.2f}M",
         "trainable": f"{phase.trainable_parameters / 1e6:,.2f}M",
-        "less to train, embedding and head apart": f"{spared:.2f} %",
-        "weights and moments as papers count them": f"{phase.paper_bytes / 1e9:.3f} GB",
+        "non-embedding reduction": f"{spared:.2f} %",
+        "weights and moments, as in papers": f"{phase.paper_bytes / 1e9:.3f} GB",
         **{label: f"{size / GIB:.3f} GiB" for label, size in sizes.items()},
-        **{f"{label}, a token": f"{each / 1e6:,.1f} MFLOP" for label, each in flops.items()},
+        **{f"{label}, per token": f"{each / 1e6:,.1f} MFLOP" for label, each in flops.items()},
     }
 
 
 def lines(made: Estimate) -> Iterator[str]:
-    """What is to be said of the run as a whole."""
+    """Yield lines on the complete run: what the peak is of, totals, events, and what fits."""
     t = made.config.train
     again = ", activations recomputed" if t.checkpoint_activations else ""
-    each = f" on each of {made.ranks} ranks" if made.ranks > 1 else ""
+    each = f" on each of {made.ranks} processes" if made.ranks > 1 else ""
     where = "a GPU" if made.on_gpu else "a CPU"
     yield (
-        f"peak: {t.micro_batch} x {t.seq_len} tokens at once{each}, {t.precision} on {where},"
-        f" uncompiled{again}"
+        f"peak: micro-batch of {t.micro_batch} x {t.seq_len} tokens{each}, {t.precision} on"
+        f" {where}, uncompiled{again}"
     )
-    yield f"run: {t.steps:,} steps, {made.tokens:,} tokens, {made.run_flops:.3g} FLOPs in passes"
+    passes = f"{made.run_flops:.3g} FLOPs in forward and backward"
+    yield f"run: {t.steps:,} steps, {made.tokens:,} tokens, {passes}"
     for phase in made.phases:
         for event in phase.events:
             yield _event(event)
@@ -71,8 +75,8 @@ def lines(made: Estimate) -> Iterator[str]:
 def _event(event: Event) -> str:
     counts = [f"{n:,} x {kind}" for kind, n in event.decompositions.items()]
     work = ", ".join([f"{event.flops / 1e9:,.1f} GFLOP in products", *counts])
-    peak = f"{event.peak_bytes / GIB:.3f} GiB meanwhile"
-    return f"{event.what.replace('_', ' ')}: {event.times:,} times {work}; {peak}"
+    peak = f"peak {event.peak_bytes / GIB:.3f} GiB"
+    return f"{event.what.replace('_', ' ')}: {event.times:,} times, each {work}, {peak}"
 
 
 def _fit(fit: MemoryFit, made: Estimate) -> str:
@@ -81,9 +85,9 @@ def _fit(fit: MemoryFit, made: Estimate) -> str:
     said = "fits" if fit.fits else "does not fit"
     micro_batch = fit.micro_batch or "none"
     parts = [
-        f"{fit.gpu_memory / GIB:.4g} GiB: a micro-batch of {t.micro_batch}{at_rank} {said}",
-        f"the largest{at_rank} is {micro_batch}",
+        f"micro-batch {t.micro_batch}{at_rank} {said} in {in_units(fit.gpu_memory)}",
+        f"largest micro-batch{at_rank}: {micro_batch}",
     ]
     if fit.rank:
-        parts.append(f"the largest rank at a micro-batch of {fit.rank_micro_batch} is {fit.rank}")
+        parts.append(f"largest rank at micro-batch {fit.rank_micro_batch}: {fit.rank}")
     return "; ".join(parts)
