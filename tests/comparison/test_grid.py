@@ -164,7 +164,7 @@ FULL = '[[grid]]\nmethod.name = "full"\n'
          "train.seq_len: must be the same in all runs (got 64 in 'full train.seq_len=64' and 128"),
         (f'equal = "time"\n{FULL}data.path = ["a", "b"]', "data.path: "),
         ("[[grid]]\ntrain.steps = 3", "[[grid]] 1: method.name: missing"),
-        (f'{FULL}[[grid]]\nmethod.name = "btp"', "[[grid]] 2: method.name: 'btp' is unknown"),
+        (f'{FULL}[[grid]]\nmethod.name = "btp"', "[[grid]] 2: method.name: unknown method 'btp'"),
         (f"{FULL}method.rank = 3", "[[grid]] 1: method.rank: unknown key; full has none"),
         ('[[grid]]\nmethod.name = "bpt"\nmethod.merge_evry = [3, 4]',
          "[[grid]] 1: method.merge_evry: unknown key; did you mean 'method.merge_every'?"),

@@ -52,7 +52,7 @@ BPT_SECTION = '[method]\nname = "bpt"\n'
         ("method = 'bpt'", "method: must be a table (got 'bpt'); write name = \"bpt\""),
         ("[method]\nrank = 3", "method.name: missing"),
         ("[method]\nname = 'btp'", "method.name: unknown method 'btp'; choose from full, bpt,"),
-        ("[method]\nname = ['bpt']", "method.name: ['bpt'] is unknown"),
+        ("[method]\nname = ['bpt']", "method.name: unknown method ['bpt']"),
         ("[train]\nsteps = 3", "method.name: missing"),
         (BPT_SECTION + "rank = '3'", "method.rank: '3' has the wrong type or value; give a whole"
          " number"),

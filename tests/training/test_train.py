@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[PeptrainError], str]] = {
         ConfigError,
         r"model\.kv_heads: must be a divisor .*got 3",
     ),
-    "no key heads": ({"model": {"kv_heads": 0}}, ConfigError, r"model\.kv_heads: must be a divisor .*got 0"),
+    "no key heads": ({"model": {"kv_heads": 0}}, ConfigError, r"model\.kv_heads: .*got 0"),
     "heads of odd width": (
         {"model": {"hidden_size": 18, "heads": 2}},
         ConfigError,
@@ -192,7 +192,7 @@ def test_a_broken_config_json_is_an_error_for_the_user(
 ) -> None:
     (tmp_path / "config.json").write_text(broken)
     model = dict.fromkeys(MODEL) | {"config": tmp_path}
-    with pytest.raises(ConfigError, match=r"model\.(config|kv_heads): |train\.seq_len: 16 "):
+    with pytest.raises(ConfigError, match=r"model\.(config|kv_heads): |train\.seq_len: must "):
         train(tiny("full", corpus, tmp_path / "run", model=model))
     assert not (tmp_path / "run").exists()
 
