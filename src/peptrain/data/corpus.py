@@ -73,7 +73,7 @@ class Corpus:
     def batch(
         self, *, seed: int, step: int, rank: int, world: int, batch_size: int, seq_len: int
     ) -> torch.Tensor:
-        """Return batch `step`, the rows of process `rank`: int64 [batch_size // world, seq_len + 1].
+        """Return process `rank`'s rows of batch `step`: int64 [batch_size // world, seq_len + 1].
 
         A pure function of its arguments and the corpus. Sample i = step * batch_size + row is
         window order[i % windows] of epoch i // windows, where `order` is a permutation given by

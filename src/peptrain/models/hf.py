@@ -79,7 +79,9 @@ def hf_config(config: ModelConfig, seq_len: int) -> PretrainedConfig:
     fits = not heads or kv is None or (kv >= 1 and heads % kv == 0)
     check(fits, "model.kv_heads", kv, f"a divisor of the {heads} attention heads")
     positions = getattr(made, "max_position_embeddings", None) or seq_len
-    check(seq_len <= positions, "train.seq_len", seq_len, f"at most the model's {positions} positions")
+    check(
+        seq_len <= positions, "train.seq_len", seq_len, f"at most the model's {positions} positions"
+    )
     return made
 
 

@@ -136,5 +136,5 @@ def warn_of_experts(model: PreTrainedModel) -> None:
     experts = sum(p.numel() for p in decoder_layers(model)[1].parameters() if p.ndim > 2)
     if experts:
         log.warning(
-            "%.1fM parameters of experts are not nn.Linear layers and are not adapted", experts / 1e6
+            "%.1fM parameters of experts are not nn.Linear and are not adapted", experts / 1e6
         )
