@@ -92,7 +92,7 @@ def _not_prepared(directory: Path) -> DataError:
         )
     return DataError(
         f"{directory}: not a prepared corpus (no {INDEX});"
-        f" create one with: peptrain data prepare TEXT --out {directory}"
+        f" make one with: peptrain data prepare TEXT --out {directory}"
     )
 
 
