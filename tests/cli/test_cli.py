@@ -551,7 +551,7 @@ def test_text_and_packed_json_lines_are_prepared(peptrain_: Command) -> None:
     "name, content, message",
     [
         ("junk.txt", bytes(range(256)) * 20, r"junk\.txt: does not look like text"),
-        ("bad.txt", b"fine \xff\xfe then", r"bad\.txt: broken UTF-8 at byte 5 .*--on-bad-utf8"),
+        ("bad.txt", b"fine \xff\xfe then", r"bad\.txt: invalid UTF-8 at byte 5 .*--on-bad-utf8"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not JSON"),
         ("other.jsonl", b'{"txt": "a"}\n', r"other\.jsonl:1: no field 'text' .*'txt'"),
         ("list.jsonl", b"[1]\n", r"list\.jsonl:1: a JSON list; each line must be one object"),

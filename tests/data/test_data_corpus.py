@@ -112,7 +112,7 @@ def test_seeds_and_epochs_have_orders_of_their_own(corpus):
 
 
 def test_batches_that_cannot_be_are_refused(corpus):
-    with pytest.raises(ConfigError, match=r"batch_size: 6 rows .* 4 processes; .* multiple of 4"):
+    with pytest.raises(ConfigError, match=r"batch_size: .* 4 processes \(got 6\); .* multiple of 4"):
         batch(corpus, world=4)
     total = corpus.train_tokens
     with pytest.raises(DataError, match=rf"{total} training tokens .* {total} \+ 1; .*seq_len"):
@@ -149,7 +149,7 @@ def test_a_truncated_or_missing_file_is_named(damaged, name, length):
 def test_a_tokenizer_that_is_missing_or_another_is_named(damaged, length):
     path = damaged / "tokenizer.json"
     path.unlink() if length is None else path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(DataError, match=r"tokenizer\.json: missing or not the one of these tokens"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: missing, or not the tokenizer of this"):
         Corpus.open(damaged)
 
 
@@ -159,7 +159,7 @@ def test_an_id_that_never_occurred_names_the_shard(damaged):
         ids[-1] = WORDS + 1
         ids.tofile(damaged / name)
     corpus = Corpus.open(damaged)
-    with pytest.raises(DataError, match=rf"train-00002\.bin: damaged: it holds id {WORDS + 1}"):
+    with pytest.raises(DataError, match=rf"train-00002\.bin: damaged: it contains id {WORDS + 1}"):
         batch(corpus, batch_size=corpus.windows(16))
     with pytest.raises(DataError, match=r"held-out\.bin: damaged"):
         corpus.held_out()
@@ -170,7 +170,7 @@ def test_what_is_no_finished_corpus_says_how_to_make_one(tmp_path, damaged):
         with pytest.raises(DataError, match=r"not a prepared corpus .*peptrain data prepare"):
             Corpus.open(path)
     (damaged / "index.json").rename(damaged / "journal.json")
-    with pytest.raises(DataError, match=r"its preparation was interrupted; give the same command"):
+    with pytest.raises(DataError, match=r"its preparation was interrupted; run the same command"):
         Corpus.open(damaged)
 
 

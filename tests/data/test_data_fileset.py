@@ -45,10 +45,10 @@ def test_missing_foreign_and_empty_inputs_are_named(tmp_path):
     with pytest.raises(DataError, match=r"inputs: .*nowhere: no such file"):
         find_files(tmp_path / "nowhere", "inputs")
     known = r"\.jsonl, \.json, \.txt, \.md, \.parquet"
-    with pytest.raises(DataError, match=rf"inputs: .* holds no {known} file.*not searched\)$"):
+    with pytest.raises(DataError, match=rf"inputs: .* contains no {known} file.*not searched\)$"):
         find_files(tmp_path, "inputs")
     for name in ("a.zst", "a.parquet.gz"):
-        with pytest.raises(DataError, match=rf"held_out_inputs: .*{name} is packed in a form"):
+        with pytest.raises(DataError, match=rf"held_out_inputs: .*{name} has an unsupported format"):
             find_files(write(tmp_path / name), "held_out_inputs")
 
 
@@ -58,7 +58,7 @@ def test_the_folders_of_a_directory_without_files_are_named(tmp_path):
     (tmp_path / ".cache").mkdir()
     write(tmp_path / "README.rst")
     named = ", ".join(str(tmp_path / f"part-{number}") for number in range(5))
-    with pytest.raises(DataError, match=rf"give one that does: {named} and 2 more$"):
+    with pytest.raises(DataError, match=rf"give one of them: {named} and 2 more$"):
         find_files(tmp_path, "inputs")
 
 

@@ -151,7 +151,7 @@ def test_waits_grow_start_anew_after_success_and_end(hub, waits, config, caplog)
     assert texts(source) == TEXTS
     five, twenty, eighty = huggingface.WAITS
     assert waits == [five, twenty, eighty, five, twenty] and five < twenty < eighty
-    assert "ConnectionError: reset by peer; going on in 5 s" in caplog.text
+    assert "ConnectionError: reset by peer; retrying in 5 s" in caplog.text
     hub.breaks = [9, 0, 0, 0]
     with pytest.raises(DataError, match=r"texts: the stream broke 4 times .* same command again"):
         texts(source)
@@ -337,7 +337,7 @@ def test_a_saved_dataset_goes_on_after_any_row(saved, config, monkeypatch):
 def test_the_splits_of_a_saved_dataset_are_named_and_so_are_its_faults(saved, config, tmp_path):
     both = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
     both.save_to_disk(tmp_path / "both")
-    with pytest.raises(DataError, match=r"inputs: .*both holds several splits; give .*both/train$"):
+    with pytest.raises(DataError, match=r"inputs: .*both contains several splits; give .*both/train$"):
         prepare(replace(config, inputs=(tmp_path / "both",)))
     assert prepare(replace(config, inputs=(tmp_path / "both" / "train",))).documents == 60
     with pytest.raises(DataError, match=r"saved: no field 'body' \(fields: 'id', 'text'\)"):

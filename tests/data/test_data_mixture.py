@@ -194,8 +194,8 @@ def test_shares_that_long_documents_upset_are_named(config, caplog):
     write(b, 11, [1] * 900)
     two = replace(config, inputs=(a, b), weights=(0.25, 0.75), max_tokens=1100)
     prepare(two)
-    (said,) = [r.getMessage() for r in caplog.records if "came out as" in r.getMessage()]
-    assert re.search(r"weights: the text came out as 0\.9\d 0\.0\d, .* --max-tokens", said)
+    (said,) = [r.getMessage() for r in caplog.records if "actual shares" in r.getMessage()]
+    assert re.search(r"weights: the actual shares are 0\.9\d 0\.0\d, .* --max-tokens", said)
 
 
 def test_a_source_listed_twice_goes_in_twice(config):
@@ -233,7 +233,7 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(
     assert made.train_tokens == whole.index(END, wanted - 1) + 1
     shards = [np.fromfile(p, "<u2") for p in sorted(config.out.glob("train-*.bin"))]
     assert np.concatenate(shards).tolist() == whole[: made.train_tokens]
-    wanted = ("held_out", "weights: the text came out as")
+    wanted = ("held_out", "weights: the actual shares are")
     assert all(record.getMessage().startswith(wanted) for record in caplog.records)
 
 
@@ -250,7 +250,7 @@ def test_max_tokens_counts_no_held_out_token_and_held_out_inputs_come_whole(conf
 
 def test_inputs_that_hold_fewer_tokens_than_wanted_are_warned_of(config, caplog):
     made = prepare(replace(config, weights=(), max_tokens=10**6))
-    said = f"max_tokens: 1000000 wanted, and the inputs hold {made.train_tokens}"
+    said = f"max_tokens: 1000000 requested, but the inputs have {made.train_tokens}"
     assert [r.getMessage() for r in caplog.records if r.getMessage().startswith(said)]
 
 
@@ -283,12 +283,12 @@ def test_killed_after_any_commit_it_ends_with_the_same_bytes(
             r"weights: \[0\.6, 0\.3, 0\.2\] sum to 1\.1, not 1;"
             r" give --weights 0\.545454545 0\.272727273 0\.181818182$",
         ),
-        ({"weights": (0.6, 0.4)}, r"weights: \[0\.6, 0\.4\] .* one for each of the 3 inputs"),
+        ({"weights": (0.6, 0.4)}, r"weights: must be one for each of the 3 inputs \(got \[0\.6, 0\.4\]"),
         ({"weights": (0.6, 0.6, -0.2)}, r"weights: .* positive numbers"),
         ({"weights": (1.0, 0.0, 0.0)}, r"weights: .* positive numbers"),
         ({"weights": (0.5, 0.5, float("nan"))}, r"weights: .* positive numbers"),
         ({"weights": (0.5, 0.5, float("inf"))}, r"weights: .* positive numbers"),
-        ({"max_tokens": 0}, r"max_tokens: 0 .* 1 token or more"),
+        ({"max_tokens": 0}, r"max_tokens: must be >= 1 \(got 0\)"),
     ],
 )
 def test_impossible_mixtures_are_refused(config, change, message):
@@ -310,7 +310,7 @@ def test_a_source_of_a_mixture_that_has_no_text_is_named(config, tmp_path):
     config.inputs[2].write_text("")
     with pytest.raises(DataError, match=r"inputs: no text in .*2\.jsonl$"):
         prepare(config)
-    with pytest.raises(DataError, match=r"inputs: .*0\.jsonl is in held_out_inputs; leave it and"):
+    with pytest.raises(DataError, match=r"inputs: .*0\.jsonl is also in held_out_inputs; remove it"):
         prepare(replace(config, held_out_inputs=config.inputs[:1]))
     assert not config.out.exists()
 

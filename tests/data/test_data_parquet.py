@@ -91,7 +91,7 @@ def test_damage_inside_is_named(tmp_path):
 def test_broken_utf8_names_the_row(tmp_path):
     raw = pa.array([b"good", None, b"ab\xff"], pa.binary())
     path = write(tmp_path / "a.parquet", raw.view(pa.string()))
-    with pytest.raises(DataError, match=r"row 3: broken UTF-8 at byte 2; .*--on-bad-utf8 replace"):
+    with pytest.raises(DataError, match=r"row 3: invalid UTF-8 at byte 2; .*--on-bad-utf8 replace"):
         read(path)
     assert read(path, errors="replace") == ["good", "ab\ufffd"]
 

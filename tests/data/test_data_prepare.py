@@ -241,7 +241,7 @@ def interrupted(config: PrepareConfig) -> PrepareConfig:
         ({"shard_tokens": 300}, r"shard_tokens: 300, but the unfinished preparation .* has 200;"),
         (
             {"held_out": 0.2},
-            r"held_out: 0\.2, but .* has 0\.1; give the same settings to go on, or",
+            r"held_out: 0\.2, but .* has 0\.1; use the same settings to resume it, or",
         ),
         ({"tokenizer": None}, r"tokenizer: None, but"),
         ({"eos_token": "the"}, r"eos_token: 'the', but .* has None"),
@@ -294,12 +294,12 @@ def test_only_a_new_or_empty_directory_is_written_to(config, tmp_path):
     config.out.mkdir()
     prepare(config)
     before = content(config.out)
-    with pytest.raises(ConfigError, match=r"out: .*out.* or delete this finished corpus"):
+    with pytest.raises(ConfigError, match=r"out: .*, not a finished corpus \(got .*out.*\)"):
         prepare(config)
     assert content(config.out) == before
-    with pytest.raises(ConfigError, match=r"this is a file"):
+    with pytest.raises(ConfigError, match=r"directory, not a file"):
         prepare(replace(config, out=config.inputs[0]))
-    with pytest.raises(ConfigError, match=r"this one holds \['in\.jsonl'\]"):
+    with pytest.raises(ConfigError, match=r"but it contains \['in\.jsonl'\]"):
         prepare(replace(config, out=tmp_path))
 
 
@@ -317,12 +317,12 @@ def test_an_empty_corpus_and_a_wrong_field_leave_nothing_behind(config, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 300}, r"vocab_size: 300 is for .* tokenizer: .* is given; give one of"),
-        ({"tokenizer": None, "vocab_size": 256}, r"vocab_size: 256 .* 257 to 16777216 tokens"),
-        ({"tokenizer": None, "vocab_size": 1 << 25}, r"vocab_size: 33554432 .* 257 to 16777216"),
-        ({"held_out": 1.0}, r"held_out: 1\.0 .* a fraction"),
-        ({"shard_tokens": 0}, r"shard_tokens: 0"),
-        ({"inputs": ()}, r"inputs: \(\)"),
+        ({"vocab_size": 300}, r"vocab_size: .*got 300.* tokenizer: .* is given; give one of"),
+        ({"tokenizer": None, "vocab_size": 256}, r"vocab_size: .* between 257 and 16777216 .*got 256"),
+        ({"tokenizer": None, "vocab_size": 1 << 25}, r"vocab_size: .* 16777216 \(got 33554432"),
+        ({"held_out": 1.0}, r"held_out: must be in \[0, 1\) \(got 1\.0"),
+        ({"shard_tokens": 0}, r"shard_tokens: must be >= 1 \(got 0"),
+        ({"inputs": ()}, r"inputs: .* \(got \(\)\)"),
     ],
 )
 def test_impossible_settings_are_refused(config, change, message):

@@ -101,7 +101,7 @@ def test_a_stray_control_character_is_text(tmp_path):
 
 def test_broken_utf8_names_the_byte(tmp_path):
     path = write(tmp_path / "a.txt", "ö".encode() * 10 + b"\xff" + b"abc")
-    with pytest.raises(DataError, match=r"broken UTF-8 at byte 20 .*--on-bad-utf8 replace"):
+    with pytest.raises(DataError, match=r"invalid UTF-8 at byte 20 .*--on-bad-utf8 replace"):
         read(path)
     assert read(path, errors="replace") == ["ö" * 10 + "�abc"]
 
@@ -118,7 +118,7 @@ def test_broken_utf8_is_found_at_its_byte_wherever_pieces_are_cut(tmp_path_facto
 def test_broken_utf8_in_json_lines_names_the_byte_of_the_file(tmp_path):
     first = b'{"text": "x"}\n'
     path = write(tmp_path / "a.jsonl", first + b'{"text": "\xff"}\n')
-    with pytest.raises(DataError, match=rf"a\.jsonl: broken UTF-8 at byte {len(first) + 10} "):
+    with pytest.raises(DataError, match=rf"a\.jsonl: invalid UTF-8 at byte {len(first) + 10} "):
         read(path)
     assert read(path, errors="replace") == ["x", "�"]
 

@@ -48,7 +48,7 @@ BPT_SECTION = '[method]\nname = "bpt"\n'
         (BPT_SECTION + "[train]\nlr = 1e-3", "train.lr: unknown key; known are train.steps,"),
         (BPT_SECTION + "[train]\nseed = -1", "train.seed: must be >= 0 (got -1)"),
         (BPT_SECTION + "train = 3", "method.train: unknown key"),
-        ("train = 3\n" + BPT_SECTION, "train: 3 must be a table, [train]"),
+        ("train = 3\n" + BPT_SECTION, "train: must be a table, [train] (got 3)"),
         ("method = 'bpt'", "method: must be a table (got 'bpt'); write name = \"bpt\""),
         ("[method]\nrank = 3", "method.name: missing"),
         ("[method]\nname = 'btp'", "method.name: unknown method 'btp'; choose from full, bpt,"),

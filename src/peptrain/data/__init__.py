@@ -1,4 +1,4 @@
-"""Text to token shards (`prepare`), shards to batches (`Corpus`), and a corpus to start with."""
+"""Token shards from text (`prepare`), batches from shards (`Corpus`), and a default corpus."""
 
 from peptrain.data.config import PrepareConfig
 from peptrain.data.corpus import Corpus

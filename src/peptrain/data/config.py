@@ -11,40 +11,40 @@ from peptrain.errors import ConfigError
 from peptrain.settings.fields import check
 
 DEFAULT_VOCAB = 8192
-WEIGHTS_TOLERANCE = 1e-6  # what we print to paste is rounded to nine digits
+WEIGHTS_TOLERANCE = 1e-6  # the weights that the error suggests have nine digits
 SMALLEST_VOCAB = 257  # 256 bytes and an end token
-LARGEST_VOCAB = 1 << 24  # more than 20 M characters have; the trainer reserves 64 bytes for each
+LARGEST_VOCAB = 1 << 24  # the trainer reserves 64 bytes each; 20 M characters yield fewer
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What to prepare, and how. Every field is a flag of the command."""
+    """Settings of `prepare`. Every field is a flag of the command."""
 
     inputs: tuple[str | Path, ...]
     """Text, JSON Lines or Parquet files, directories of them, or hf:ID[:CONFIG[:SPLIT]]."""
     out: Path
-    """The directory to make."""
+    """The output directory: new, empty, or with an unfinished preparation to resume."""
     tokenizer: Path | None = None
-    """A tokenizer.json, or a directory that holds one. Unset: train one."""
+    """A tokenizer.json, or a directory that contains one. Unset: train one."""
     vocab_size: int | None = None
-    """Tokens of the byte-level BPE to train. Unset: 8192, if no tokenizer is given."""
+    """Vocabulary size of the byte-level BPE to train. Unset: 8192, if no tokenizer is given."""
     text_field: str = "text"
-    """The field of a JSON Lines object, or the column of a table, that holds the text."""
+    """Name of the JSON Lines field or table column that contains the text."""
     eos_token: str | None = None
-    """The token to put after each document. Unset: the tokenizer's usual one."""
+    """The token appended to each document. Unset: the first usual name in the vocabulary."""
     held_out: float = 0.01
-    """The fraction of documents kept from training, chosen by a hash of the document's number
-    within its input."""
+    """Fraction of documents to hold out, chosen by a hash of the document's index within its
+    input."""
     held_out_inputs: tuple[str | Path, ...] = ()
-    """Inputs to hold out instead; those that are also among the inputs are not trained on."""
+    """Inputs to hold out instead. Those that are also among the inputs are not trained on."""
     weights: tuple[float, ...] = ()
-    """The share of each input in the bytes of text, in sum 1. Unset: one input after another."""
+    """Share of each input in the bytes of text; the sum is 1. Unset: read one after another."""
     max_tokens: int | None = None
-    """Stop at the first end of a document with so many training tokens, end tokens included."""
+    """Stop after the document that reaches this number of training tokens, end tokens included."""
     shard_tokens: int = 64 * 2**20
-    """Tokens after which a shard is closed, at the end of a document (or of 1 MB of one)."""
+    """Tokens per shard, or a little more: shards end with a document (or with 1 MB of one)."""
     on_bad_utf8: Literal["error", "replace"] = "error"
-    """What to do about bytes that are not UTF-8: stop, or put U+FFFD in their place."""
+    """How to handle invalid UTF-8: stop with an error, or replace it by U+FFFD."""
 
     def __post_init__(self) -> None:
         check(bool(self.inputs), "inputs", self.inputs, "at least one file or directory")
@@ -61,8 +61,8 @@ class PrepareConfig:
         check(fits, "vocab_size", self.vocab_size, wanted)
         if self.tokenizer:
             raise ConfigError(
-                f"vocab_size: {self.vocab_size} is for a tokenizer to be trained, but tokenizer:"
-                f" {self.tokenizer} is given; give one of the two"
+                f"vocab_size: applies only if a tokenizer is trained (got {self.vocab_size}), but"
+                f" tokenizer: {self.tokenizer} is given; give one of the two"
             )
 
     def _check_weights(self) -> None:
@@ -78,5 +78,5 @@ class PrepareConfig:
 
     @property
     def decoding_errors(self) -> str:
-        """`on_bad_utf8` in the words of codecs."""
+        """`on_bad_utf8` as the argument `errors` of `bytes.decode`."""
         return "strict" if self.on_bad_utf8 == "error" else "replace"

@@ -1,4 +1,4 @@
-"""A prepared corpus: batches that are a pure function of seed, step and rank."""
+"""Read batches of a prepared corpus as a pure function of seed, step and rank."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class Corpus:
     path: Path
     vocab_size: int
     max_id: int
-    """The largest id that occurs; a larger one is damage."""
+    """The largest id in the corpus. A larger one means that a file is damaged."""
     eos_id: int
-    """The token after each document."""
+    """The id of the token that ends each document."""
     train_tokens: int
     fingerprint: str
     """16 hex digits that identify the data in checkpoints."""
     tokenizer_file: Path
     _shards: tuple[Ids, ...]
     _starts: NDArray[np.int64]
-    """[shards + 1]: the number of the first token of each shard, and the total."""
+    """[shards + 1]: the index of each shard's first token, then the number of all tokens."""
     _held_out: Ids
     _names: tuple[str, ...]
 
     @classmethod
     def open(cls, path: Path) -> Corpus:
-        """Map the files of a directory made by `prepare`; DataError if it isn't whole."""
+        """Memory-map a directory made by `prepare`. Raise DataError if it is incomplete."""
         path = Path(path)
         index = Index.load(path)
         dtype = np.dtype(index.dtype)
@@ -61,7 +61,7 @@ class Corpus:
         )
 
     def windows(self, seq_len: int) -> int:
-        """How many windows of seq_len inputs the training tokens hold; DataError if none."""
+        """Return the number of windows of seq_len inputs; raise DataError if there is none."""
         windows = (self.train_tokens - 1) // seq_len
         if windows < 1:
             raise DataError(
@@ -73,19 +73,19 @@ class Corpus:
     def batch(
         self, *, seed: int, step: int, rank: int, world: int, batch_size: int, seq_len: int
     ) -> torch.Tensor:
-        """Rank `rank`'s rows of batch `step`: int64 [batch_size // world, seq_len + 1].
+        """Return process `rank`'s rows of batch `step`: int64 [batch_size // world, seq_len + 1].
 
         A pure function of its arguments and the corpus. Sample i = step * batch_size + row is
-        window order[i % windows] of epoch i // windows, where the order is a permutation given by
-        (seed, epoch). Window w covers the tokens w * seq_len .. w * seq_len + seq_len, both
-        inclusive: inputs, and targets one later. Ranks take contiguous slices of rows, so that
-        together they read what one process would.
+        window order[i % windows] of epoch i // windows, where `order` is a permutation given by
+        (seed, epoch). Window w covers the tokens w * seq_len to w * seq_len + seq_len, both
+        inclusive: the inputs, and the targets one position later. Processes take contiguous slices
+        of rows, so that together they read the same batch as a single process.
         """
         import torch
 
         if batch_size % world:
             raise ConfigError(
-                f"batch_size: {batch_size} rows can't be shared by {world} processes;"
+                f"batch_size: can't be divided among {world} processes (got {batch_size});"
                 f" choose a multiple of {world}"
             )
         windows, share = self.windows(seq_len), batch_size // world
@@ -98,12 +98,12 @@ class Corpus:
         return torch.from_numpy(rows)
 
     def held_out(self) -> Ids:
-        """All held-out ids [n], n may be 0: unsigned integers, mapped from the file."""
+        """Return all held-out ids [n] as memory-mapped unsigned integers. n may be 0."""
         self._check(self._held_out, HELD_OUT)
         return self._held_out
 
     def _read(self, start: int, out: NDArray[np.int64]) -> None:
-        """Fill `out` with the training tokens from number `start` on."""
+        """Fill `out` with consecutive training tokens, beginning at index `start`."""
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         filled = 0
         while filled < len(out):
@@ -117,29 +117,32 @@ class Corpus:
     def _check(self, ids: Ids, name: str) -> None:
         if len(ids) and ids.max() > self.max_id:
             raise DataError(
-                f"{self.path / name}: damaged: it holds id {ids.max()}, the largest was"
-                f" {self.max_id}; delete {self.path} and prepare it again"
+                f"{self.path / name}: damaged: it contains id {ids.max()}, but the largest"
+                f" should be {self.max_id}; delete {self.path} and prepare it again"
             )
 
 
-@lru_cache(maxsize=2)  # a batch may lie across two epochs
+@lru_cache(maxsize=2)  # a batch may span two epochs
 def _order(seed: int, epoch: int, windows: int) -> NDArray[np.int64]:
-    """A permutation of range(windows), from raw bits and a stable sort.
+    """Return a permutation of range(windows), made from raw bits and a stable sort.
 
-    numpy promises these two for all versions, and `Generator.permutation` only for its own: a
-    run that is resumed under another numpy must see the same order.
+    Numpy guarantees these two across versions, but not `Generator.permutation`, and a run that is
+    resumed under another numpy must see the same order.
     """
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(windows)
     return np.argsort(bits, kind="stable")
 
 
 def _tokenizer(directory: Path, index: Index) -> Path:
-    """Its file, which says what the ids mean: another one would go into every run and export."""
+    """Return the path of the tokenizer. Raise DataError if it is missing or was changed.
+
+    It defines what the ids mean, and runs and exports copy it.
+    """
     path = directory / TOKENIZER
     if not path.is_file() or sha256(path.read_bytes()).hexdigest() != index.tokenizer_sha256:
         raise DataError(
-            f"{path}: missing or not the one of these tokens; delete {directory} and prepare it"
-            " again"
+            f"{path}: missing, or not the tokenizer of this corpus;"
+            f" delete {directory} and prepare it again"
         )
     return path
 
@@ -152,5 +155,5 @@ def _mapped(directory: Path, file: TokenFile, dtype: np.dtype[Any]) -> Ids:
             f"{path}: truncated or missing ({size} bytes, {wanted} expected);"
             f" delete {directory} and prepare it again"
         )
-    # As a plain array, which is sliced three times faster than numpy's memmap class.
+    # A plain array: slicing it is three times faster than slicing numpy's memmap class.
     return np.asarray(np.memmap(path, dtype, "r")) if wanted else np.empty(0, dtype)

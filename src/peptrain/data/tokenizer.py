@@ -1,4 +1,4 @@
-"""Tokenizers: load one, or train a byte-level BPE, and encode text without special tokens."""
+"""Load a tokenizer or train a byte-level BPE, and encode text without special tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ END_TOKENS = ("</s>", TRAINED_END, "<|end_of_text|>", "<eos>", "<|im_end|>", "[E
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json (plain, .gz or .xz) or of a directory that holds one."""
+    """Load a tokenizer.json (plain, .gz or .xz), or the one in a directory."""
     from tokenizers import Tokenizer
 
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -30,15 +30,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(read_bytes(file))
     except DataError:
         raise
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower type
         raise DataError(f"tokenizer: {file} is not a tokenizer.json ({error})") from error
     return _plain(tokenizer)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, end: str = TRAINED_END) -> Tokenizer:
-    """A byte-level BPE with the end token `end`, the same for the same texts in the same order.
+    """Train a byte-level BPE with the end token `end`. The order of the texts matters.
 
-    It has fewer than `vocab_size` tokens when the texts offer no more pairs to merge.
+    It has fewer than `vocab_size` tokens if the texts offer no more pairs to merge.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -56,7 +56,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, end: str = TRAINED_EN
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Text goes in whole, and a document that spells a special token doesn't get that token."""
+    """Turn off truncation and padding, and encode special tokens in a text as ordinary text."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -64,7 +64,7 @@ def _plain(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def end_id(tokenizer: Tokenizer, eos_token: str | None) -> int:
-    """The id put after each document: of `eos_token`, or of the first usual name it knows."""
+    """Return the id of `eos_token` or, if it is None, of the first of END_TOKENS that exists."""
     for name in END_TOKENS if eos_token is None else (eos_token,):
         found = tokenizer.token_to_id(name)
         if found is not None:
@@ -78,13 +78,13 @@ def end_id(tokenizer: Tokenizer, eos_token: str | None) -> int:
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:
-    """One more than the largest id: what an embedding needs, even where ids have gaps."""
+    """Return the rows that an embedding needs: the largest id plus 1, also if ids have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def encode(
     tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[np.unsignedinteger]
 ) -> list[NDArray[np.unsignedinteger]]:
-    """The ids of each text, without an end token; the texts are encoded in parallel."""
+    """Return the ids of each text, without an end token. Texts are encoded in parallel."""
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, dtype) for encoding in encodings]

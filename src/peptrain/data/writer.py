@@ -1,8 +1,8 @@
-"""Token shards on the disk, written so that a preparation killed at any moment can go on.
+"""Write token shards such that a preparation can be resumed after it was killed at any moment.
 
-Tokens gather in memory until they fill a shard. `Writer.commit` then writes the shard, appends
-the held-out tokens of the same stretch, and last saves the progress, which alone says what counts:
-whatever a killed process wrote after that is written again, to the same bytes.
+Tokens collect in memory until they fill a shard. `Writer.commit` then writes the shard, appends
+the held-out tokens since the previous commit, and finally saves the progress. Only the saved
+progress counts: what a killed process wrote after it is written again, with the same bytes.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from peptrain.files import write_atomically
 from peptrain.settings.fields import check
 
 Ids = NDArray[np.unsignedinteger]
-LEAST_HELD_OUT = 2  # tokens: a loss needs one to see and one to foretell
+LEAST_HELD_OUT = 2  # tokens: a loss needs an input and a target
 
 
 @dataclass
 class Progress:
-    """How far a preparation has come; every count is of the whole corpus so far."""
+    """Progress of a preparation. Counts are totals over all calls."""
 
     settings: dict[str, Any]
     taken: list[Taken]
-    """Of each source: those to train on and, after them, those to hold out."""
+    """One for each source: those to train on, followed by those to hold out."""
     held_out_documents: int = 0
     held_out_tokens: int = 0
     shards: list[int] = field(default_factory=list)
@@ -52,19 +52,19 @@ class Progress:
 
     @classmethod
     def open(cls, directory: Path, settings: dict[str, Any], sources: int) -> Progress:
-        """The progress in `directory`, or none yet in a directory that is empty or made here.
+        """Load the progress in `directory`, or start from zero in a new or empty directory.
 
-        Raises ConfigError where something else lies there, or the progress of other settings.
+        Raises ConfigError if the directory contains anything else, or has other settings.
         """
         new = "a new or empty directory"
-        check(not directory.is_file(), "out", str(directory), f"{new}, and this is a file")
+        check(not directory.is_file(), "out", str(directory), f"{new}, not a file")
         finished = (directory / INDEX).exists()
         check(not finished, "out", str(directory), f"{new}, not a finished corpus")
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / JOURNAL).exists():
             return cls._reopen(directory, settings)
         found = sorted(p.name for p in directory.iterdir() if p.name != f"{JOURNAL}.tmp")
-        check(not found, "out", str(directory), f"{new}, and this one contains {found[:1]}")
+        check(not found, "out", str(directory), f"{new}, but it contains {found[:1]}")
         progress = cls(settings, [Taken() for _ in range(sources)])
         progress.save(directory)
         return progress
@@ -77,37 +77,37 @@ class Progress:
             if begun != (now := settings.get(key)):
                 raise ConfigError(
                     f"{key}: {now!r}, but the unfinished preparation in {directory} has {begun!r};"
-                    " give the same settings to go on, or delete it"
+                    " use the same settings to resume it, or delete it"
                 )
         return progress
 
 
 class Writer:
-    """Sorts the ids of parts into training shards and the held-out file."""
+    """Write the ids of parts to the training shards and the held-out file."""
 
     def __init__(self, directory: Path, dtype: np.dtype[np.unsignedinteger], progress: Progress):
         self.directory, self.dtype, self.progress = directory, dtype, progress
         self._train: list[Ids] = []
         self._held_out: list[Ids] = []
-        self._tokens = {True: 0, False: 0}  # in memory, held out or not
+        self._tokens = {True: 0, False: 0}  # in memory; the key is whether held out
 
     @property
     def train_tokens(self) -> int:
-        """Training tokens so far, on the disk or in memory."""
+        """Training tokens so far, on disk or in memory."""
         return sum(self.progress.shards) + self._tokens[False]
 
     @property
     def pending(self) -> int:
-        """Tokens in memory for the next shard, or for the held-out file if those are more."""
+        """Training tokens in memory, or held-out tokens in memory if there are more of those."""
         return max(self._tokens.values())
 
     @property
     def tokens(self) -> int:
-        """All tokens so far, on the disk or in memory."""
+        """All tokens so far, on disk or in memory."""
         return self.train_tokens + self.progress.held_out_tokens + self._tokens[True]
 
     def reached(self, tokens: float) -> bool:
-        """Whether there are so many training tokens, and the last part ended its document."""
+        """Return whether there are `tokens` or more training tokens and no unfinished document."""
         return self.train_tokens >= tokens and not any(t.inside for t in self.progress.taken)
 
     def add(self, part: Part, ids: Ids) -> None:
@@ -117,7 +117,7 @@ class Writer:
         self.progress.held_out_documents += part.piece.ends and part.held_out
 
     def commit(self) -> None:
-        """Put on the disk what is in memory, and then the progress."""
+        """Write the tokens in memory to disk, then the progress."""
         if self._train:
             name = shard_name(len(self.progress.shards))
             write_atomically(self.directory / name, (ids.data for ids in self._train))
@@ -134,18 +134,18 @@ class Writer:
         with path.open("ab") as file:
             if file.tell() < start:
                 raise _changed(path)
-            file.truncate(start)  # what a killed process appended after it saved its progress
+            file.truncate(start)  # drop what a killed process appended last
             for ids in self._held_out:
                 file.write(ids.data)
             file.flush()
             os.fsync(file.fileno())
 
     def set_aside_tail(self, fraction: float) -> None:
-        """Move the last `fraction` of the training tokens to the held-out file, still empty.
+        """Move the last `fraction` of the training tokens to the held-out file, which is empty.
 
-        At least LEAST_HELD_OUT are moved, if as many are left.
-        A process killed in here can do it all again: the tail is copied before any shard is cut,
-        and cutting to a length twice is cutting once. Only the index counts what is left.
+        At least LEAST_HELD_OUT tokens are moved, if as many remain for training. After a kill
+        all of this can be repeated: the tail is copied before any shard is truncated, and
+        truncating twice changes nothing. The new lengths are saved only in the index.
         """
         lengths = np.array(self.progress.shards, np.int64)
         total = int(lengths.sum())
@@ -166,7 +166,7 @@ class Writer:
         self.progress.held_out_tokens = moved
 
     def survey(self) -> tuple[tuple[TokenFile, ...], TokenFile, int]:
-        """The finished training shards, the held-out file, and the largest id in any of them."""
+        """Return the training shards, the held-out file, and the largest id in any of them."""
         names = [shard_name(number) for number in range(len(self.progress.shards))]
         sizes = [*self.progress.shards, self.progress.held_out_tokens]
         largest, files = 0, []

@@ -1,1 +1,1 @@
-"""Hugging Face models: building them, their matrices, their dense weights, what they compute."""
+"""Hugging Face models: how to build and probe them, adapted matrices, and dense weights."""

@@ -1,4 +1,4 @@
-"""The dense twin: any method's model as plain weights, the one ruler for all of them."""
+"""The dense equivalent of a model: every replaced layer as its effective weight."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """Weights under Hugging Face's names, each replaced layer's by its `effective_weight()`.
+    """Return the weights by Hugging Face's names, with `effective_weight()` for replaced layers.
 
-    Shared parameters appear once. Tensors are copies, on the model's device.
+    Shared parameters appear once. Tensors are copies on the model's device.
     """
     layers = {layer.site: layer for layer in reparametrized(model)}
     owned = {
@@ -34,7 +34,7 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def densify(model: nn.Module) -> None:
-    """Put a plain nn.Linear with the effective weight in the place of every replaced layer."""
+    """Turn every ReparamLinear of the model into an nn.Linear with its effective weight."""
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, ReparamLinear):
             continue

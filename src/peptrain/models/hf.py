@@ -1,4 +1,4 @@
-"""Unmodified Hugging Face causal language models, built from a config, and their target layers."""
+"""Build unmodified Hugging Face causal language models from a configuration."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ Precision = Literal["fp32", "bf16-mixed", "bf16", "fp64"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A preset or a config.json, then what is to differ from it."""
+    """A preset or a config.json, and sizes that override it."""
 
     preset: str | None = essential(None)
-    """A named architecture (`peptrain methods` lists them with the methods); the sizes below, also
-    those of a recipe or a file, go before it. Unset: tiny, if neither config nor --init-from says
-    otherwise."""
+    """A named architecture (`peptrain methods` lists them). The sizes below override it, also those
+    from a recipe or a file. Unset: tiny, unless config or --init-from determines the model."""
     config: Path | None = None
-    """A Hugging Face config.json, or the directory that holds one, instead of a preset."""
+    """A Hugging Face config.json, or a directory that contains one, instead of a preset."""
     family: Family | None = None
-    """llama, qwen2 or olmo2."""
+    """Architecture: llama, qwen2 or olmo2."""
     vocab_size: int | None = None
-    """V, at least the largest token id that occurs plus 1."""
+    """V, the vocabulary size, at least the corpus's largest token id plus 1."""
     hidden_size: int | None = None
     """d, the width of the residual stream."""
     intermediate_size: int | None = None
@@ -43,9 +42,9 @@ class ModelConfig:
     layers: int | None = None
     """L, the number of decoder layers."""
     heads: int | None = None
-    """Attention heads."""
+    """Number of attention heads."""
     kv_heads: int | None = None
-    """Key and value heads (grouped-query attention)."""
+    """Number of key and value heads (grouped-query attention)."""
     tied: bool | None = None
     """Whether the output head shares the embedding's matrix."""
 
@@ -56,7 +55,7 @@ class ModelConfig:
         if self.config is None and (self.preset or DEFAULT_PRESET) not in PRESETS:
             raise ConfigError(unknown_preset(self.preset or DEFAULT_PRESET))
         if self.config is not None and self.family is not None:
-            raise ConfigError("model.family: a config.json names its own; leave one of them out")
+            raise ConfigError("model.family: a config.json has its own; give only one of the two")
 
 
 HF_NAMES = {
@@ -71,16 +70,18 @@ HF_NAMES = {
 
 
 def hf_config(config: ModelConfig, seq_len: int) -> PretrainedConfig:
-    """The Hugging Face config that `config` describes, its positions at least `seq_len`.
+    """Return the Hugging Face config that `config` describes, with `seq_len` positions or more.
 
-    Raises ConfigError for sizes that don't fit together.
+    Raises ConfigError for sizes that are incompatible.
     """
     made = _made(config, seq_len)
     heads, kv = (getattr(made, f"num_{k}_heads", None) for k in ("attention", "key_value"))
     fits = not heads or kv is None or (kv >= 1 and heads % kv == 0)
     check(fits, "model.kv_heads", kv, f"a divisor of the {heads} attention heads")
     positions = getattr(made, "max_position_embeddings", None) or seq_len
-    check(seq_len <= positions, "train.seq_len", seq_len, f"at most the model's {positions}")
+    check(
+        seq_len <= positions, "train.seq_len", seq_len, f"at most the model's {positions} positions"
+    )
     return made
 
 
@@ -111,7 +112,7 @@ def _made(config: ModelConfig, seq_len: int) -> PretrainedConfig:
 
 
 def config_file(config: ModelConfig) -> Path | None:
-    """The file that `model.config` names, itself or by its directory."""
+    """Return the file that `model.config` names, directly or by its directory."""
     path = config.config
     return path / "config.json" if path is not None and path.is_dir() else path
 
@@ -133,16 +134,16 @@ def _from_file(path: Path, wanted: dict[str, Any]) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, **wanted)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"model.config: {path} is no usable config.json: {error}") from error
+        raise ConfigError(f"model.config: {path} is not a usable config.json: {error}") from error
     return config
 
 
 def build_model(
     config: ModelConfig, *, seq_len: int, seed: int, precision: Precision = "fp32"
 ) -> PreTrainedModel:
-    """A freshly initialised causal LM on the CPU; its numbers depend on the seed alone.
+    """Return a newly initialised causal LM on the CPU. Its weights depend only on the seed.
 
-    Raises Unsupported for an architecture that Hugging Face has no causal LM for.
+    Raises Unsupported for an architecture without a causal LM in Hugging Face.
     """
     from transformers import AutoModelForCausalLM
 
@@ -157,31 +158,31 @@ def build_model(
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """The dtype of parameters and moments."""
+    """Return the dtype of parameters and moments."""
     return {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The context of a forward pass: bf16 compute for bf16-mixed, nothing for the others."""
+    """Return the context of a forward pass: bf16 autocast for bf16-mixed, none otherwise."""
     if precision != "bf16-mixed":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the embedding: one more than the largest id it takes."""
+    """Return the rows of the embedding: the largest id it accepts plus 1."""
     table = model.get_input_embeddings()
     assert isinstance(table, nn.Embedding)
     return table.num_embeddings
 
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
-    """Parameters of the model, shared ones once."""
+    """Count the parameters of the model, shared ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def save_tokenizer(file: Path, end_id: int, out: Path) -> None:
-    """A tokenizer.json with its end token, saved the way `AutoTokenizer` loads it."""
+    """Save a tokenizer.json and its end token in the form that `AutoTokenizer` loads."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))

@@ -1,4 +1,4 @@
-"""The architectures of the literature, by name."""
+"""Model architectures of the papers, by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Family = Literal["llama", "qwen2", "olmo2"]
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder in the papers' letters: vocabulary V, hidden d, MLP f, layers L."""
+    """Sizes of a decoder in the papers' letters: vocabulary V, hidden d, MLP f, layers L."""
 
     family: Family
     V: int
@@ -33,7 +33,7 @@ class Decoder:
 
 
 PRESETS: dict[str, Decoder] = {
-    # Ours, for a laptop: its vocabulary is that of the embedded default corpus.
+    # Ours, for a laptop. The vocabulary is that of the embedded default corpus.
     "tiny": Decoder("llama", 4096, 128, 384, 4, 4, 4),
     # LLaMA as in GaLore, ReLoRA and LORO (T5's vocabulary without the sentinels).
     "llama-60m": Decoder("llama", 32000, 512, 1376, 8, 8, 8),
@@ -42,7 +42,7 @@ PRESETS: dict[str, Decoder] = {
     "llama-350m": Decoder("llama", 32000, 1024, 2736, 24, 16, 16),
     "llama-1b": Decoder("llama", 32000, 2048, 5461, 24, 32, 32),
     "llama-7b": Decoder("llama", 32000, 4096, 11008, 32, 32, 32),
-    # The small-model study of ReLoRA.
+    # The study of ReLoRA in small models.
     "pico-tiny": Decoder("llama", 50304, 96, 384, 12, 12, 4),
     "pico-small": Decoder("llama", 50304, 384, 1536, 12, 12, 4),
     # BPT; its table prints another model's shapes for the 1.5B row.
@@ -57,6 +57,6 @@ DEFAULT_PRESET = "tiny"
 
 
 def unknown_preset(name: str) -> str:
-    """The message for a preset that doesn't exist, with the nearest one that does, or else all."""
+    """Return the error message for an unknown preset, with the nearest name or else all names."""
     hint = nearest(name, PRESETS) or f"known are {', '.join(PRESETS)}; "
-    return f"model.preset: {name!r} is unknown; {hint}or give model.config a config.json"
+    return f"model.preset: {name!r} is unknown; {hint}or set model.config to a config.json"

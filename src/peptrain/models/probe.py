@@ -1,7 +1,7 @@
-"""What a model or a module computes, seen by running it on a few fixed numbers.
+"""Find out what a model or a module computes by running it on a few fixed inputs.
 
-Names say little across Hugging Face's models, so what may be done with one is asked of the model
-itself: run it, change something, run it again, compare.
+Names differ among Hugging Face's models, so a property is tested on the model itself: run it,
+change something, run it again, and compare.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """In this context dropout draws nothing, and compiled layers run as they are: other shapes and
-    another mode would compile them again. Afterwards the module is in the mode it was in."""
+    """Run a module in evaluation mode and eagerly, then restore its mode.
+
+    Compiled layers would be compiled again for other shapes and another mode.
+    """
     was_training = module.training
     module.eval()
     try:
@@ -37,14 +39,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def noise(like: Tensor, *shape: int) -> Tensor:
-    """Fixed normal numbers, of the dtype and on the device of `like`."""
+    """Return fixed normal values with the dtype and device of `like`."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(*shape, generator=generator, device="cpu").to(like)
 
 
 def behaviour(module: nn.Module, x: Tensor) -> list[Tensor] | None:
-    """y = module(x), and where gradients are enabled those of x and of all that is trained; None
-    for a module that is no map of one tensor to one, or doesn't take this x."""
+    """Return y = module(x) and, if gradients are enabled, those of x and of trained parameters.
+
+    Returns None for a module that doesn't map one tensor to one tensor, or doesn't accept this x.
+    """
     trained = [x.requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
     try:
         y = module(x)
@@ -53,28 +57,28 @@ def behaviour(module: nn.Module, x: Tensor) -> list[Tensor] | None:
         if not torch.is_grad_enabled():
             return [y]
         grads = torch.autograd.grad(y, trained, torch.ones_like(y), allow_unused=True)
-    except Exception:  # whatever a module says to an input or a width that it does not take
+    except Exception:  # modules raise anything for an input or a width that they reject
         return None
     return [y.detach(), *(g for g in grads if g is not None)]
 
 
 def alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether no entry differs by more than `tolerance` times the largest of `a`."""
+    """Return whether no entry differs by more than `tolerance` times the largest entry of `a`."""
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * a.abs().max())
 
 
 def rounding(like: Tensor) -> float:
-    """What another order of a kernel's sums changes at most, relative to the largest result."""
+    """Return the largest effect of a kernel's summation order, relative to the largest result."""
     return 8 * torch.finfo(like.dtype).eps
 
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel) -> None:
-    """Raise Unsupported for a model that sees later tokens: its loss would be no use, and low."""
+    """Raise Unsupported if tokens see later tokens: the loss would be low and meaningless."""
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=model.device)
     with evaluating(model):
         logits = model(input_ids=ids, use_cache=False).logits[:, :3]
-    # What is masked out counts for an exact 0.
+    # A masked token contributes exactly 0.
     apart = (logits[0] - logits[1]).abs().max()
     if apart > rounding(logits) * logits.abs().max():
         raise Unsupported(
@@ -85,7 +89,7 @@ def check_causal(model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """A module with two or more linear maps d -> f and one f -> d, and perhaps more in it."""
+    """A module with two or more linear maps d -> f and one f -> d, and possibly other children."""
 
     module: nn.Module
     into: tuple[str, ...]
@@ -96,8 +100,10 @@ class GatedMLP:
 
 
 def gated_mlps(model: nn.Module, *layers: type[nn.Module]) -> Iterator[GatedMLP]:
-    """Every gated MLP whose maps are `layers`, found by structure. Where d = f each of its maps may
-    be the one out, and comes as that."""
+    """Yield every gated MLP whose maps are `layers`, found by structure.
+
+    If d = f, each of its maps may be `down`, and is yielded once as that.
+    """
     for module in model.modules():
         maps: dict[str, Any] = {n: m for n, m in module.named_children() if isinstance(m, layers)}
         sides = {name: (m.in_features, m.out_features) for name, m in maps.items()}
@@ -110,12 +116,12 @@ def gated_mlps(model: nn.Module, *layers: type[nn.Module]) -> Iterator[GatedMLP]
 
 @torch.no_grad()
 def swiglu_roles(mlp: GatedMLP) -> tuple[str, str, str] | None:
-    """(gate, up, down) of an MLP that computes down(silu(gate(x)) * up(x)), else None."""
+    """Return (gate, up, down) if the MLP computes down(silu(gate(x)) * up(x)), else None."""
     wanted = signature(mlp.module.forward).parameters.values()
     if len(mlp.into) != 2 or sum(p.default is p.empty for p in wanted) != 1:
         return None
     x = noise(next(mlp.module.parameters()), 1, 4, mlp.d)
-    x = x * x.new_tensor([1.0, 10.0, 1e2, 1e3])[:, None]  # a cap would show
+    x = x * x.new_tensor([1.0, 10.0, 1e2, 1e3])[:, None]  # to detect a cap
     for gate, up in permutations(mlp.into):
         g, u, down = (mlp.module.get_submodule(name) for name in (gate, up, mlp.down))
         y, own = down(F.silu(g(x)) * u(x)), behaviour(mlp.module, x)

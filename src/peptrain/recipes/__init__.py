@@ -1,4 +1,4 @@
-"""The settings of the papers' tables, each a configuration that trains: `peptrain recipes`."""
+"""Recipes: training configurations with the settings of the papers' tables."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a recipe says of itself, in the table [recipe] of its file."""
+    """The description of a recipe, from the table [recipe] of its file."""
 
     title: str
     """Model and method."""
     source: str
-    """Paper, and the tables, sections and appendices that the settings are from."""
+    """Paper, and the tables, sections and appendices that the settings come from."""
     data: str
-    """Corpus and tokenizer. The file has no data.path: nobody else's disk has it there."""
+    """Corpus and tokenizer. The file sets no data.path, which differs between machines."""
     tokens: int
-    """Trained on: steps x batch_size x seq_len."""
+    """Training tokens: steps x batch_size x seq_len."""
     parameters: int
-    """Of the model in its last phase, frozen ones too."""
+    """Parameters of the model in its last phase, including frozen ones."""
     trainable: int
-    """Of these, what that phase trains."""
+    """The number of these that are trained in that phase."""
     expected: str
-    """The result that the source prints."""
+    """The result that the source reports."""
     open: str
-    """What the source leaves open or contradicts, and what was chosen."""
+    """What the source leaves open or contradicts, and what was chosen instead."""
 
 
 def names() -> list[str]:
-    """Every recipe: PAPER-MODEL-METHOD."""
+    """Return the names of all recipes, each PAPER-MODEL-METHOD."""
     entries = (entry.name for entry in files(__package__).iterdir())
     return sorted(name.removesuffix(".toml") for name in entries if name.endswith(".toml"))
 
 
 def text(name: str) -> str:
-    """The recipe's file, which `peptrain train --config` takes.
+    """Return the text of the recipe's file, which `peptrain train --config` accepts.
 
-    Raises ConfigError, with the nearest name, when there is no such recipe.
+    Raises ConfigError, with the nearest name, if there is no such recipe.
     """
     known = names()
     if name not in known:
@@ -59,19 +59,19 @@ def text(name: str) -> str:
 
 
 def about(name: str) -> About:
-    """What the recipe says of itself. Raises ConfigError as `text` does."""
+    """Return the recipe's description. Raises ConfigError as `text` does."""
     return toml.parse(About, _table(name)[HEADER], f"{HEADER}.")
 
 
 def load(name: str) -> RunConfig[Method]:
-    """The recipe's configuration, unresolved. Raises ConfigError as `text` does."""
-    from peptrain.config import parse  # and with it PyTorch, which a list of recipes needs not
+    """Return the recipe's configuration, unresolved. Raises ConfigError as `text` does."""
+    from peptrain.config import parse  # imports PyTorch, which listing recipes does not need
 
     return parse(_table(name))
 
 
 def listed() -> Iterator[tuple[str, str, About]]:
-    """Each recipe's name, the name of its method, and what it says of itself."""
+    """Yield each recipe's name, the name of its method, and its description."""
     for name in names():
         table = _table(name)
         yield name, table["method"]["name"], toml.parse(About, table[HEADER], f"{HEADER}.")

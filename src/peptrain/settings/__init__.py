@@ -1,1 +1,1 @@
-"""What configurations share: fields with their defaults and intervals, and strict TOML."""
+"""Building blocks of configurations: fields with defaults and intervals, and strict TOML."""

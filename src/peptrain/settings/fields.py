@@ -1,4 +1,4 @@
-"""What the sections of a configuration share: values left unset, intervals, and checks."""
+"""Fields for the sections of a configuration: unset values, intervals and checks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ S = TypeVar("S")
 
 
 def check(holds: bool, key: str, value: object, wanted: str) -> None:
-    """Refuse a setting that can't be: the error names the key, the value and what is wanted."""
+    """Raise ConfigError unless `holds`. The message has the key, the requirement and the value."""
     if not holds:
         raise ConfigError(f"{key}: must be {wanted} (got {value!r})")
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """A hint for the error of an unknown `name`; empty if no known one is like it. `prefix`: what
-    stands before each of them, which makes none more alike."""
+    """Return a hint with the known name nearest to `name`, or "" if none is similar.
+
+    `prefix` is put before the name in the hint and is not compared.
+    """
     near = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {prefix + near[0]!r}? " if near else ""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Log nothing: what is said of one configuration need not be said of each that is tried."""
+    """Disable peptrain's log, for example while several configurations are tried."""
     before, log.disabled = log.disabled, True
     try:
         yield
@@ -41,7 +43,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def each_line_once() -> Iterator[None]:
-    """What is said of one phase, or of one run of several, need not be said of the next."""
+    """Log each message only once, for example over several phases or runs."""
     said: set[str] = set()
 
     def new(record: logging.LogRecord) -> bool:
@@ -57,34 +59,34 @@ def each_line_once() -> Iterator[None]:
 
 
 def interval(fraction: float, most: int | None = None) -> Any:
-    """A field for steps between two events; unset it is `fraction` of the run, at most `most`.
+    """Return a field for the steps between two events, by default `fraction` of the run.
 
-    Rounded up, so that 1 is the least and, below `most`, the last event is not just before the end
-    of the run, where there is no time left for it. An interval of 0 means never.
+    The default is at most `most`. It is rounded up, so it is at least 1, and below `most` the last
+    event is not just before the end of the run, where it would be useless. 0 means never.
     """
     return field(default=None, metadata={"fraction": fraction, "most": most, "up": True})
 
 
 def length(fraction: float, most: int | None = None, *, changeable: bool = False) -> Any:
-    """A field for so many steps on end; unset it is `fraction` of the run, rounded, at most `most`.
+    """Return a field for a number of consecutive steps, by default `fraction` of the run.
 
-    In a short run that may be 0.
+    The default is rounded and at most `most`. In a short run it may be 0.
     """
     rule = {"fraction": fraction, "most": most, "up": False, "changeable": changeable}
     return field(default=None, metadata=rule)
 
 
 def changeable(default: Any) -> Any:
-    """A field that may change when a run goes on, as the learning rate and its schedule may."""
+    """Return a field that may change when a run is resumed, like the learning rate."""
     return field(default=default, metadata={"changeable": True})
 
 
 def added(default: Any, *, before: Any) -> Any:
-    """A field that earlier versions don't have; `default` may be any field of this module.
+    """Return a field that earlier versions don't have. `default` may be any field of this module.
 
-    `before` is what they did: a run that one of them began resumes and replays with it. It
-    stands for the past, so it stays when the default changes. Unless it is None, the field must be
-    resolved to something else than None, which TOML can't say.
+    `before` is the value that describes those versions: their runs are resumed and replayed with
+    it. It must never change, even if the default does. Unless `before` is None, the field must not
+    be None once it is resolved, since TOML can't express None.
     """
     return _with(default, before=before)
 
@@ -103,30 +105,32 @@ def _with(default: Any, **rule: Any) -> Any:
 
 
 def as_before(section: S, written: Iterable[str]) -> S:
-    """`section`, read from where only the fields `written` stand, with the past's value in those
-    that were `added` since."""
+    """Return `section`, read from a file with the fields `written`, as its writer understood it.
+
+    Fields that were `added` since get their value `before`.
+    """
     missing = {name: value for name, value in before(section).items() if name not in written}
     return replace(section, **missing)  # type: ignore[type-var]
 
 
 def before(section: Any) -> dict[str, Any]:
-    """What the fields of `section` that were `added` count as where they are missing."""
+    """Return the value that each `added` field of `section` has where it is missing."""
     rules = {f.name: f.metadata for f in fields(section)}
     return {name: rule["before"] for name, rule in rules.items() if "before" in rule}
 
 
 def same_as(other: str) -> Any:
-    """An interval that, unset, is the one of the field `other`."""
+    """Return a field for an interval that defaults to the value of the field `other`."""
     return field(default=None, metadata={"same_as": other})
 
 
 def of_width(fraction: float) -> Any:
-    """A size that, unset, is `fraction` of the model's hidden size, at least 1."""
+    """Return a field for a size, by default `fraction` of the hidden size, at least 1."""
     return field(default=None, metadata={"of_width": fraction})
 
 
 def intervals(section: Any) -> dict[str, int]:
-    """The intervals among the fields of a resolved `section`, but for those that mean never."""
+    """Return the intervals in the resolved `section`, without those that are 0 (never)."""
     rules = {f.name: f.metadata for f in fields(section)}
     return {
         name: every
@@ -136,13 +140,16 @@ def intervals(section: Any) -> dict[str, int]:
 
 
 def resolve(section: S, name: str, steps: int, width: int = 0) -> S:
-    """`section` with every number of steps and size that was left unset as an absolute number."""
+    """Return `section` with an absolute value for every unset number of steps and unset size.
+
+    Logs a warning for a number of steps that is longer than the run.
+    """
     absolute: dict[str, int] = {}
     for item in fields(section):  # type: ignore[arg-type]
         rule, given = item.metadata, getattr(section, item.name)
         if given is None and "fraction" in rule:
             part = steps * rule["fraction"]
-            whole = math.ceil(part - 1e-9) if rule["up"] else round(part)  # 30 * 0.1 is above 3
+            whole = math.ceil(part - 1e-9) if rule["up"] else round(part)  # as floats, 30 * 0.1 > 3
             absolute[item.name] = min(whole, rule["most"] or steps)
         elif given is None and "same_as" in rule:
             other = rule["same_as"]
@@ -157,7 +164,7 @@ def resolve(section: S, name: str, steps: int, width: int = 0) -> S:
 
 
 def fill(section: S, *defaults: S) -> S:
-    """`section` with what is unset taken from the first of `defaults` that sets it."""
+    """Return `section` with each unset field taken from the first of `defaults` that sets it."""
     chosen = {}
     for item in fields(section):  # type: ignore[arg-type]
         values = (getattr(s, item.name) for s in (section, *defaults))

@@ -1,4 +1,4 @@
-"""Strict TOML for frozen dataclasses: a misspelt key or mistyped value is answered by its name."""
+"""Strict TOML for frozen dataclasses: errors name the misspelt key or mistyped value."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from peptrain.settings.fields import nearest
 
 T = TypeVar("T")
 HEADER = "recipe"
-"""The table in which a file says what it is: a recipe's title, source and the like."""
+"""The table with the description of a file, such as a recipe's title and source."""
 
 
 def read(path: Path, given_as: str = "--config ") -> dict[str, Any]:
-    """The table in `path`. Raises ConfigError when it is absent or no TOML; `given_as` is what
-    stood before the path on the command line."""
+    """Return the table in `path`. Raise ConfigError if the file is missing or not TOML.
+
+    `given_as` is the flag that precedes the path in the message.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -30,7 +32,7 @@ def read(path: Path, given_as: str = "--config ") -> dict[str, Any]:
 
 
 def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
-    """A `cls` with the values of `table`; every key must be a field and have its type."""
+    """Return a `cls` with the values of `table`. Every key must be a field of the right type."""
     hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     for key in table:
@@ -42,7 +44,7 @@ def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
 
 
 def unknown(key: str, known: Sequence[str], prefix: str = "", owner: str = "") -> str:
-    """The message for a key that doesn't exist, with the nearest one that does, or else all."""
+    """Return the message for an unknown key, with the nearest known key or else all of them."""
     listed = ", ".join(prefix + name for name in known) or "none"
     hint = nearest(key, known, prefix).rstrip() or (
         f"{owner} has {listed}" if owner else f"known are {listed}"
@@ -51,10 +53,10 @@ def unknown(key: str, known: Sequence[str], prefix: str = "", owner: str = "") -
 
 
 def parse_value(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type `hint`, a dataclass or a leaf; `key` is its dotted name in errors."""
+    """Return `value` as the type `hint`, a dataclass or a leaf. Errors name it by `key`."""
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{key}: {value!r} must be a table, [{key}]")
+            raise ConfigError(f"{key}: must be a table, [{key}] (got {value!r})")
         return parse(hint, value, f"{key}.")  # type: ignore[arg-type]
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     for option in options:
@@ -85,8 +87,10 @@ def _is_unset(leaf: Field[Any], value: object) -> bool:
 
 
 def dump(config: Any, leave_out: Callable[[Field[Any], object], bool] = _is_unset) -> str:
-    """A dataclass of leaves and sections as TOML. What is None is left out, or what `leave_out`
-    says of a field and its value."""
+    """Return a dataclass of leaves and sections as TOML.
+
+    Leaves for which `leave_out(field, value)` is true are left out, by default those that are None.
+    """
     return "\n".join(_lines(config, leave_out))
 
 
@@ -120,5 +124,5 @@ def _literal(value: object) -> str:
         return str(value)
     if isinstance(value, float):
         return repr(value)
-    # JSON's strings are TOML's, but for DEL, which TOML wants escaped.
+    # JSON strings are valid TOML, except that TOML requires DEL to be escaped.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

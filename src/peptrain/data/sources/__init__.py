@@ -1,1 +1,1 @@
-"""What text is read from: files, Parquet, datasets of the Hugging Face hub, mixtures."""
+"""Sources of text: files, Parquet, Hugging Face datasets, and mixtures of them."""

@@ -1,4 +1,4 @@
-"""What a preparation reads from: anything that yields documents and can go on where it was."""
+"""The interface of a text source, which yields documents and resumes from a position."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from peptrain.errors import DataError
 
-PIECE_BYTES = 1 << 20  # of a text file; bounds memory, and one cut in 1 MB costs a token or two
+PIECE_BYTES = 1 << 20  # bounds memory for text files; a cut in each 1 MB costs a token or two
 
 
 class Piece(NamedTuple):
@@ -19,49 +19,49 @@ class Piece(NamedTuple):
     ends: bool
     """Whether the document ends with this piece."""
     bytes_read: int = 0
-    """Of what lies on the disk, packed or not, read so far; stays 0 for a stream."""
+    """Bytes read from disk so far, before decompression; 0 for a stream."""
     position: Any = None
-    """What `Source.pieces` takes to go on after this piece; JSON. Single files have none."""
+    """JSON that `Source.pieces` takes to resume after this piece; None when reading one file."""
 
 
 class Source(Protocol):
-    """One input, whatever it is made of. Its pieces are the same in the same order each time."""
+    """One input of any kind. It yields the same pieces in the same order each time."""
 
     @property
     def name(self) -> str:
-        """As it was given."""
+        """The input as the user gave it."""
 
     @property
     def size(self) -> int | None:
-        """Bytes on the disk; None for a stream."""
+        """Bytes on disk; None for a stream."""
 
     def describe(self) -> str:
-        """Tells its content apart from other content, without reading it."""
+        """Return a string that identifies the content, without reading it."""
 
     def pieces(self, position: Any) -> Iterator[Piece]:
-        """All pieces after `position`, which is that of an earlier piece, or None for the start.
+        """Yield all pieces after `position`, that of an earlier piece, or None for the start.
 
-        One such iterator at a time. Raises DataError for what can't be read.
+        Only one such iterator may be used at a time. Raises DataError for unreadable input.
         """
 
     def sample(self, characters: int) -> Iterator[str]:
-        """Up to about so many characters of its text, for training a tokenizer."""
+        """Yield about `characters` characters of its text at most, to train a tokenizer on."""
 
 
 @dataclass
 class Taken:
-    """What a preparation has taken from one source."""
+    """How much of one source a preparation has read."""
 
     position: Any = None
     inside: bool = False
-    """Whether the last piece was not the end of its document."""
+    """Whether the last piece did not end its document."""
     bytes_read: int = 0
     documents: int = 0
     text_bytes: int = 0
     tokens: int = 0
 
     def add(self, piece: Piece, tokens: int) -> None:
-        """Count a piece and the tokens made of it."""
+        """Add a piece and the number of its tokens."""
         self.position, self.inside = piece.position, not piece.ends
         self.bytes_read = piece.bytes_read
         self.documents += piece.ends
@@ -70,7 +70,7 @@ class Taken:
 
 
 def first_characters(pieces: Iterator[Piece], characters: int) -> Iterator[str]:
-    """The text of `pieces` up to so many characters."""
+    """Yield the text of `pieces`, up to `characters` characters."""
     for piece in pieces:
         yield piece.text[:characters]
         characters -= len(piece.text)
@@ -79,7 +79,7 @@ def first_characters(pieces: Iterator[Piece], characters: int) -> Iterator[str]:
 
 
 def field_of(record: Mapping[str, Any], field: str, where: str) -> Any:
-    """The value of the text field; DataError that names the fields there are."""
+    """Return the value of the text field, or raise DataError with the fields that exist."""
     if field not in record:
         keys = ", ".join(map(repr, record)) or "none"
         raise DataError(f"{where}: no field {field!r} (fields: {keys}); name it with --text-field")
@@ -87,12 +87,12 @@ def field_of(record: Mapping[str, Any], field: str, where: str) -> Any:
 
 
 def not_a_string(where: str, field: str, kind: str) -> DataError:
-    """What to say of a text field that holds something else."""
+    """Return the error for a text field of another type."""
     return DataError(f"{where}: {field!r} is {kind}, not a string; choose another --text-field")
 
 
 def imported(module: str, needed_by: str) -> Any:
-    """A module of the extra `data`; DataError with the repair where it isn't installed."""
+    """Import a module of the extra `data`. Raise DataError if it isn't installed."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

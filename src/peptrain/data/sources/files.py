@@ -1,4 +1,4 @@
-"""The files of one input, a file or a directory, read one after another."""
+"""Read the files of one input, a file or a directory, one after another."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ NAMED_FOLDERS = 5
 
 @dataclass(frozen=True)
 class FileSet:
-    """A source of files. A position is [number of the file, pieces of it]."""
+    """A source of files. A position is [index of the file, pieces read of it]."""
 
     name: str
     files: Sequence[Path]
     text_field: str
     errors: str
-    """What codecs do about broken UTF-8: "strict" or "replace"."""
+    """How to decode invalid UTF-8, as in `bytes.decode`: "strict" or "replace"."""
 
     @property
     def size(self) -> int:
@@ -47,7 +47,10 @@ class FileSet:
             done, skipped = done + path.stat().st_size, 0
 
     def sample(self, characters: int) -> Iterator[str]:
-        """An equal share of each file; of many, the first in a shuffled but fixed order."""
+        """Yield an equal share of each file, in a shuffled but fixed order.
+
+        A share is at least PIECE_BYTES, so of many files only the first are read.
+        """
         files = list(self.files)
         random.Random(0).shuffle(files)
         share = max(characters // len(files), PIECE_BYTES)
@@ -64,7 +67,7 @@ class FileSet:
 
 
 def describe_files(files: Sequence[Path]) -> str:
-    """Number, size and a hash of names and sizes."""
+    """Return the number and size of the files, and a hash of their names and sizes."""
     sizes = [path.stat().st_size for path in files]
     names = "\n".join(f"{path.name} {size}" for path, size in zip(files, sizes, strict=True))
     digest = hashlib.sha256(names.encode()).hexdigest()[:16]
@@ -72,10 +75,10 @@ def describe_files(files: Sequence[Path]) -> str:
 
 
 def find_files(path: Path, key: str, apart: Collection[Path] = ()) -> list[Path]:
-    """The file at `path`, or the known files of that directory, sorted; without those of `apart`.
+    """Return the file `path`, or the sorted known files of a directory, without those in `apart`.
 
     Raises DataError, naming the setting `key`, for a path that doesn't exist, a directory without
-    such files, and a form of compression that isn't read.
+    known files, and a compression or archive format that isn't supported.
     """
     if not path.exists():
         raise DataError(f"{key}: {path}: no such file or directory")
@@ -83,7 +86,7 @@ def find_files(path: Path, key: str, apart: Collection[Path] = ()) -> list[Path]
     for file in files:
         packed_twice = content_suffix(file) == PARQUET_SUFFIX != file.suffix.lower()
         if packed_twice or file.suffix.lower() in UNREAD_PACKERS:
-            raise DataError(f"{key}: {file} is packed in a form that isn't read; unpack it first")
+            raise DataError(f"{key}: {file} has an unsupported format; unpack it first")
     return [file for file in files if file.resolve() not in apart]
 
 
@@ -94,8 +97,8 @@ def _known_files(directory: Path, key: str) -> list[Path]:
         return files
     folders = [str(f) for f in entries if f.is_dir() and not f.name.startswith(".")]
     more = f" and {len(folders) - NAMED_FOLDERS} more" if len(folders) > NAMED_FOLDERS else ""
-    inside = f"; give one that does: {', '.join(folders[:NAMED_FOLDERS])}{more}" if folders else ""
+    inside = f"; give one of them: {', '.join(folders[:NAMED_FOLDERS])}{more}" if folders else ""
     raise DataError(
-        f"{key}: {directory} holds no {', '.join(KNOWN_SUFFIXES)} file, plain, .gz or .xz"
-        f" (folders inside it are not searched){inside}"
+        f"{key}: {directory} contains no {', '.join(KNOWN_SUFFIXES)} file, plain, .gz or .xz"
+        f" (subdirectories are not searched){inside}"
     )

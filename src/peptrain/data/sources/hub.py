@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face: streamed from the hub, or saved on the disk by `save_to_disk`."""
+"""Hugging Face datasets: streamed from the hub, or saved on disk by `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ log = logging.getLogger("peptrain")
 
 
 class HubStream:
-    """A dataset of the hub by its id, streamed. A position is the state of the stream.
+    """A dataset that is streamed from the hub. A position is the state dict of the stream.
 
-    The commit that the id meant when it was opened is read throughout, and is part of what
-    `describe` returns: a dataset that changed is another input.
+    The commit is fixed when the dataset is opened, and `describe` includes it: a dataset that
+    changed is a different input.
     """
 
     size = None
@@ -41,7 +41,7 @@ class HubStream:
         try:
             self._commit = hub.HfApi().dataset_info(self._id, revision=revision).sha
             self._stream = datasets.load_dataset(
-                f"hf://datasets/{self._id}",  # never a directory here that happens to be called so
+                f"hf://datasets/{self._id}",  # never a local directory of the same name
                 self._config,
                 split=self._split,
                 revision=self._commit,
@@ -49,30 +49,30 @@ class HubStream:
             )
         except refused as error:
             raise DataError(f"{key}: {name} can't be opened: {error}") from error
-        except Exception as error:  # a network fails in the words of four libraries
+        except Exception as error:  # a failing network raises errors of four libraries
             raise DataError(
-                f"{key}: {name} can't be reached ({_briefly(error)}). Where there is no network:"
-                f" download it where there is one, `hf download --repo-type dataset {self._id}"
-                " --local-dir DIR` (with --include PATTERN for a part of it), and give the"
-                " directory of its files as an input"
+                f"{key}: {name} can't be reached ({_briefly(error)}); without a network,"
+                f" download it elsewhere with `hf download --repo-type dataset {self._id}"
+                " --local-dir DIR` (--include PATTERN for a part of it) and give the directory of"
+                " its files as an input"
             ) from error
         self._start = self._stream.state_dict()
 
     def describe(self) -> str:
-        """Can itself be given as an input, and then means the same commit."""
+        """Return hf:ID@COMMIT:CONFIG:SPLIT, which can itself be given as an input."""
         return f"{SCHEME}{self._id}@{self._commit}:{self._config or ''}:{self._split}"
 
     def pieces(self, position: Any) -> Iterator[Piece]:
-        """One document for each row; rows that are null or empty are left out.
+        """Yield one document per row, without rows that are null or empty.
 
-        A stream that breaks is opened again at its position, after growing waits.
+        A stream that breaks is reopened at its position, after increasing waits.
         """
         position, failures = position or self._start, 0
         rows = self._rows(position)
         while True:
             try:
                 row = next(rows, None)
-            except Exception as error:  # a file cut short by the network looks like a damaged one
+            except Exception as error:  # a file that the network cut short looks damaged
                 failures += 1
                 self._wait(failures, error)
                 rows = self._rows(position)
@@ -87,7 +87,7 @@ class HubStream:
                 yield Piece(text, True, position=position)
 
     def sample(self, characters: int) -> Iterator[str]:
-        """The beginning of the stream."""
+        """Yield the beginning of the stream."""
         return first_characters(self.pieces(None), characters)
 
     def _rows(self, position: Any) -> Iterator[dict[str, Any]]:
@@ -97,16 +97,17 @@ class HubStream:
     def _wait(self, failures: int, error: Exception) -> None:
         if failures > len(WAITS):
             raise DataError(
-                f"{self.name}: the stream broke {failures} times in one place ({_briefly(error)});"
-                " what is finished is kept: give the same command again to go on"
+                f"{self.name}: the stream broke {failures} times at one position"
+                f" ({_briefly(error)}); finished shards are kept: run the same command again to"
+                " resume"
             ) from error
         seconds = WAITS[failures - 1]
-        log.warning("%s: %s; going on in %g s", self.name, _briefly(error), seconds)
+        log.warning("%s: %s; retrying in %g s", self.name, _briefly(error), seconds)
         sleep(seconds)
 
 
 def parse(name: str, key: str) -> tuple[str, str | None, str | None, str]:
-    """Id, revision, configuration and split of hf:ID[@REVISION][:CONFIG[:SPLIT]]."""
+    """Split hf:ID[@REVISION][:CONFIG[:SPLIT]] into id, revision, configuration and split."""
     identifier, *rest = name.removeprefix(SCHEME).split(":")
     repository, _, revision = identifier.partition("@")
     if not repository or len(rest) > 2:
@@ -136,7 +137,7 @@ class SavedDataset:
         return describe_files(self._files)
 
     def pieces(self, position: int | None) -> Iterator[Piece]:
-        """One document for each row; rows that are null or empty are left out."""
+        """Yield one document per row, without rows that are null or empty."""
         field = self._text_field
         kind = field_of(self._rows.features, field, self.name)
         if getattr(kind, "dtype", None) not in ("string", "large_string"):
@@ -149,14 +150,14 @@ class SavedDataset:
                     yield Piece(text, True, self.size * row // len(column), row)
 
     def sample(self, characters: int) -> Iterator[str]:
-        """The first rows."""
+        """Yield the first rows."""
         return first_characters(self.pieces(None), characters)
 
 
 def is_saved_dataset(directory: Path, key: str) -> bool:
-    """Whether `save_to_disk` made it; DataError for one of several splits, which are named."""
+    """Return whether `save_to_disk` made it. Raise DataError if it contains several splits."""
     if (directory / SAVED_SPLITS).is_file():
         splits = json.loads((directory / SAVED_SPLITS).read_bytes())["splits"]
         choices = " or ".join(str(directory / split) for split in splits)
-        raise DataError(f"{key}: {directory} holds several splits; give {choices}")
+        raise DataError(f"{key}: {directory} contains several splits; give {choices}")
     return (directory / SAVED_DATASET).is_file() and (directory / "dataset_info.json").is_file()

@@ -1,4 +1,4 @@
-"""The order in which several sources take turns: one after another, or by weights."""
+"""The order in which sources are read: one after another, or mixed by weights."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from peptrain.data.sources.base import Piece, Source, Taken
 
 
 def furthest_behind(text_bytes: Sequence[int], weights: Sequence[float]) -> int:
-    """The source whose share of the bytes so far falls shortest of its weight, the first of equals.
+    """Return the source whose share of the bytes is furthest below its weight, the first of equals.
 
-    No random number is drawn, so the order depends on nothing but the documents and the weights.
-    No source gets ahead of its share by more than one document: it was not ahead when chosen.
+    No random number is drawn, so the order depends only on the documents and the weights. No source
+    gets ahead of its share by more than one document, since it was not ahead when chosen.
     """
     total = sum(text_bytes)
     return max(range(len(weights)), key=lambda i: weights[i] * total - text_bytes[i])
@@ -22,9 +22,9 @@ def mixed(
     weights: Sequence[float],
     taken: Sequence[Taken],
 ) -> Iterator[tuple[int, Piece]]:
-    """Whole documents of the sources with the source's number, until the one whose turn it is ends.
+    """Yield (source index, piece) of complete documents, until the source to read next has ended.
 
-    The shares are counted in bytes of text (UTF-8). `taken` says where each source goes on.
+    Shares are counted in bytes of text (UTF-8). `taken` is where each source resumes.
     """
     streams = [source.pieces(t.position) for source, t in zip(sources, taken, strict=True)]
     counts = [t.text_bytes for t in taken]
@@ -42,7 +42,7 @@ def mixed(
 def one_after_another(
     sources: Sequence[Source], taken: Sequence[Taken]
 ) -> Iterator[tuple[int, Piece]]:
-    """All documents of the sources in order, from the last one on of which any was taken."""
+    """Yield (source index, piece) of all sources in order, resuming in the last one begun."""
     positions = [t.position for t in taken]
     begun = [number for number, position in enumerate(positions) if position is not None]
     for number in range(begun[-1] if begun else 0, len(sources)):

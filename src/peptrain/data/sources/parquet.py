@@ -1,4 +1,4 @@
-"""Documents of one Parquet file: the rows of its text column, in batches of bounded memory."""
+"""Read the text column of one Parquet file, a document per row, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from peptrain.data.sources.text import unreadable
 from peptrain.errors import DataError
 
 PARQUET_SUFFIX = ".parquet"
-BATCH_ROWS = 256  # of web text about 1 MB
+BATCH_ROWS = 256  # about 1 MB of web text
 
 
 def read_rows(path: Path, text_field: str, errors: str) -> Iterator[Piece]:
-    """One document for each row; rows that are null or empty are left out.
+    """Yield one document per row, without rows that are null or empty.
 
-    Pages are read as they are needed, so memory doesn't grow with the file or its row groups.
-    `errors` is what codecs do about broken UTF-8: "strict" (DataError) or "replace".
+    Pages are read as needed, so memory doesn't grow with the file or its row groups.
+    `errors` is how to decode invalid UTF-8: "strict" (DataError) or "replace".
     """
     pyarrow, parquet = imported("pyarrow", str(path)), imported("pyarrow.parquet", str(path))
     try:
-        # Its defaults would hold a whole row group, which may be the whole file.
+        # The defaults would buffer a complete row group, which may be the complete file.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=PIECE_BYTES) as file:
             _check_column(pyarrow, file.schema_arrow, text_field, str(path))
             yield from _pieces(file, text_field, path, errors)
@@ -37,7 +37,7 @@ def _check_column(pyarrow: Any, schema: Any, field: str, where: str) -> None:
 
 
 def _pieces(file: Any, field: str, path: Path, errors: str) -> Iterator[Piece]:
-    """As bytes, because pyarrow doesn't check that a string is UTF-8."""
+    """Yield the rows, read as bytes because pyarrow doesn't check that a string is UTF-8."""
     size, rows, number = path.stat().st_size, max(file.metadata.num_rows, 1), 0
     for batch in file.iter_batches(BATCH_ROWS, columns=[field]):
         for content in batch.column(0).cast("large_binary").to_pylist():
@@ -52,6 +52,6 @@ def _decoded(content: bytes, where: str, errors: str) -> str:
         return content.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{where}: broken UTF-8 at byte {error.start};"
-            " mend it, or put U+FFFD in its place with --on-bad-utf8 replace"
+            f"{where}: invalid UTF-8 at byte {error.start};"
+            " fix it, or replace it by U+FFFD with --on-bad-utf8 replace"
         ) from error

@@ -1,4 +1,4 @@
-"""Documents of one text file or JSON Lines file, plain or compressed, in pieces of bounded size."""
+"""Read the documents of one text or JSON Lines file, plain or compressed, in bounded pieces."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\n\v\f\r"))
 
 
 def content_suffix(path: Path) -> str:
-    """What a file holds by its name, in lower case: ".txt" of A.TXT.gz."""
+    """Return the suffix in lower case, without that of the compression: ".txt" for A.TXT.gz."""
     packed = path.suffix.lower() in UNPACKERS
     return Path(path.stem if packed else path.name).suffix.lower()
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole content of a plain, .gz or .xz file; DataError if it can't be read."""
+    """Return the content of a plain, .gz or .xz file. Raise DataError if it can't be read."""
     try:
         with path.open("rb") as raw:
             return _unpacked(raw, path).read()
@@ -38,10 +38,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_pieces(path: Path, text_field: str, errors: str) -> Iterator[Piece]:
-    """The documents of one file: every line of JSON Lines, or any other file as a whole.
+    """Yield the documents of one file: each line of JSON Lines, or any other file as one document.
 
-    `errors` is what codecs do about broken UTF-8: "strict" (DataError) or "replace". Documents
-    without text are left out. Raises DataError for whatever isn't readable text.
+    `errors` is how to decode invalid UTF-8: "strict" (DataError) or "replace". Documents without
+    text are skipped. Raises DataError for anything that isn't readable text.
     """
     try:
         with path.open("rb") as raw:
@@ -62,17 +62,17 @@ def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
 
 
 def unreadable(path: Path, error: Exception) -> DataError:
-    """What to say of a file that is damaged or can't be opened."""
+    """Return the error for a file that is damaged or can't be opened."""
     return DataError(f"{path}: can't be read ({error}); if it is damaged, fetch it again")
 
 
 def _chunks(stream: BinaryIO) -> Iterator[bytes]:
-    """About PIECE_BYTES each, cut at line ends; a line longer than that is cut anywhere."""
+    """Yield about PIECE_BYTES at a time, cut at line ends; a longer line is cut anywhere."""
     return iter(lambda: stream.read(PIECE_BYTES) + stream.readline(PIECE_BYTES), b"")
 
 
 def _decoded(chunks: Iterable[bytes], path: Path, errors: str) -> Iterator[str]:
-    """The text of each chunk, and an empty one at the end."""
+    """Yield the text of each chunk, and of a final empty chunk."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     offset = 0
     for chunk in chain(chunks, [b""]):
@@ -82,15 +82,15 @@ def _decoded(chunks: Iterable[bytes], path: Path, errors: str) -> Iterator[str]:
             yield decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{path}: broken UTF-8 at byte {offset - undecoded + error.start} (unpacked);"
-                " mend it, or put U+FFFD in its place with --on-bad-utf8 replace"
+                f"{path}: invalid UTF-8 at byte {offset - undecoded + error.start} (unpacked);"
+                " fix it, or replace it by U+FFFD with --on-bad-utf8 replace"
             ) from error
         offset += len(chunk)
 
 
 def _check_is_text(chunk: bytes, path: Path) -> None:
     controls = len(chunk) - len(chunk.translate(None, CONTROL_BYTES))
-    # A stray escape or end-of-file mark is found in real text; a NUL, or 1 byte in 100, is not.
+    # Real text may contain a stray escape or end-of-file mark, but no NUL nor 1 byte in 100.
     if controls and (b"\0" in chunk or controls > 1 + len(chunk) // 100):
         raise DataError(
             f"{path}: does not look like text ({controls} control bytes in {len(chunk)});"
@@ -99,7 +99,7 @@ def _check_is_text(chunk: bytes, path: Path) -> None:
 
 
 def _text_parts(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
-    """One document as (part, whether it is the last)."""
+    """Yield one document as pairs (part, whether it is the last)."""
     waiting = ""
     for text in filter(None, texts):
         if waiting:
@@ -133,14 +133,14 @@ def _text_of(line: str, where: str, field: str) -> str:
 
 
 def _whole_characters(text: str, where: str, errors: str) -> str:
-    r"""JSON can spell half a surrogate pair (\ud800), which is no character."""
+    r"""JSON can spell half a surrogate pair (\ud800), which UTF-8 can't encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         if errors == "strict":
             raise DataError(
                 f"{where}: half a surrogate pair ({text[error.start]!r});"
-                " mend it, or use --on-bad-utf8 replace"
+                " fix it, or use --on-bad-utf8 replace"
             ) from error
         return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     return text
