@@ -112,7 +112,9 @@ def test_seeds_and_epochs_have_orders_of_their_own(corpus):
 
 
 def test_batches_that_cannot_be_are_refused(corpus):
-    with pytest.raises(ConfigError, match=r"batch_size: .* 4 processes \(got 6\); .* multiple of 4"):
+    with pytest.raises(
+        ConfigError, match=r"batch_size: .* 4 processes \(got 6\); .* multiple of 4"
+    ):
         batch(corpus, world=4)
     total = corpus.train_tokens
     with pytest.raises(DataError, match=rf"{total} training tokens .* {total} \+ 1; .*seq_len"):

@@ -48,7 +48,9 @@ def test_missing_foreign_and_empty_inputs_are_named(tmp_path):
     with pytest.raises(DataError, match=rf"inputs: .* contains no {known} file.*not searched\)$"):
         find_files(tmp_path, "inputs")
     for name in ("a.zst", "a.parquet.gz"):
-        with pytest.raises(DataError, match=rf"held_out_inputs: .*{name} has an unsupported format"):
+        with pytest.raises(
+            DataError, match=rf"held_out_inputs: .*{name} has an unsupported format"
+        ):
             find_files(write(tmp_path / name), "held_out_inputs")
 
 

@@ -337,7 +337,9 @@ def test_a_saved_dataset_goes_on_after_any_row(saved, config, monkeypatch):
 def test_the_splits_of_a_saved_dataset_are_named_and_so_are_its_faults(saved, config, tmp_path):
     both = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
     both.save_to_disk(tmp_path / "both")
-    with pytest.raises(DataError, match=r"inputs: .*both contains several splits; give .*both/train$"):
+    with pytest.raises(
+        DataError, match=r"inputs: .*both contains several splits; give .*both/train$"
+    ):
         prepare(replace(config, inputs=(tmp_path / "both",)))
     assert prepare(replace(config, inputs=(tmp_path / "both" / "train",))).documents == 60
     with pytest.raises(DataError, match=r"saved: no field 'body' \(fields: 'id', 'text'\)"):

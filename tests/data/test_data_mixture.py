@@ -283,7 +283,10 @@ def test_killed_after_any_commit_it_ends_with_the_same_bytes(
             r"weights: \[0\.6, 0\.3, 0\.2\] sum to 1\.1, not 1;"
             r" give --weights 0\.545454545 0\.272727273 0\.181818182$",
         ),
-        ({"weights": (0.6, 0.4)}, r"weights: must be one for each of the 3 inputs \(got \[0\.6, 0\.4\]"),
+        (
+            {"weights": (0.6, 0.4)},
+            r"weights: must be one for each of the 3 inputs \(got \[0\.6, 0\.4\]",
+        ),
         ({"weights": (0.6, 0.6, -0.2)}, r"weights: .* positive numbers"),
         ({"weights": (1.0, 0.0, 0.0)}, r"weights: .* positive numbers"),
         ({"weights": (0.5, 0.5, float("nan"))}, r"weights: .* positive numbers"),
@@ -310,7 +313,9 @@ def test_a_source_of_a_mixture_that_has_no_text_is_named(config, tmp_path):
     config.inputs[2].write_text("")
     with pytest.raises(DataError, match=r"inputs: no text in .*2\.jsonl$"):
         prepare(config)
-    with pytest.raises(DataError, match=r"inputs: .*0\.jsonl is also in held_out_inputs; remove it"):
+    with pytest.raises(
+        DataError, match=r"inputs: .*0\.jsonl is also in held_out_inputs; remove it"
+    ):
         prepare(replace(config, held_out_inputs=config.inputs[:1]))
     assert not config.out.exists()
 

@@ -318,7 +318,10 @@ def test_an_empty_corpus_and_a_wrong_field_leave_nothing_behind(config, tmp_path
     ("change", "message"),
     [
         ({"vocab_size": 300}, r"vocab_size: .*got 300.* tokenizer: .* is given; give one of"),
-        ({"tokenizer": None, "vocab_size": 256}, r"vocab_size: .* between 257 and 16777216 .*got 256"),
+        (
+            {"tokenizer": None, "vocab_size": 256},
+            r"vocab_size: .* between 257 and 16777216 .*got 256",
+        ),
         ({"tokenizer": None, "vocab_size": 1 << 25}, r"vocab_size: .* 16777216 \(got 33554432"),
         ({"held_out": 1.0}, r"held_out: must be in \[0, 1\) \(got 1\.0"),
         ({"shard_tokens": 0}, r"shard_tokens: must be >= 1 \(got 0"),
