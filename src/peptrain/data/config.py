@@ -31,14 +31,14 @@ class PrepareConfig:
     text_field: str = "text"
     """Name of the JSON Lines field or table column that contains the text."""
     eos_token: str | None = None
-    """The token appended to each document. Unset: the first usual name in the vocabulary."""
+    """The token appended to each document. Unset: </s> or another usual name."""
     held_out: float = 0.01
     """Fraction of documents to hold out, chosen by a hash of the document's index within its
     input."""
     held_out_inputs: tuple[str | Path, ...] = ()
     """Inputs to hold out instead. Those that are also among the inputs are not trained on."""
     weights: tuple[float, ...] = ()
-    """Share of each input in the bytes of text; the sum is 1. Unset: read one after another."""
+    """Share of each input in the bytes of text, in total 1. Unset: read one after another."""
     max_tokens: int | None = None
     """Stop after the document that reaches this number of training tokens, end tokens included."""
     shard_tokens: int = 64 * 2**20

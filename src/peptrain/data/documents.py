@@ -104,7 +104,7 @@ class Inputs:
         return sum(done for done, _ in read) / sum(size for _, size in read)
 
     def sample(self, characters: int) -> Iterator[str]:
-        """Yield about `characters` characters at most to train a tokenizer on, split among sources.
+        """Yield at most about `characters` characters to train a tokenizer on, split among sources.
 
         Held-out documents are included: their effect on a tokenizer is negligible.
         """

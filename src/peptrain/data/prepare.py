@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SAMPLE_CHARACTERS = 20_000_000  # to train a tokenizer on: 3 s on two cores
 BATCH_CHARACTERS = 4_000_000  # encoded at once: about 1 M tokens, 200 MB of encodings
 UINT16_IDS = 1 << 16
-FAR_OFF = 0.02  # of a source's share, the error that is tolerated; one long document may exceed it
+FAR_OFF = 0.02  # tolerated error of a source's share; one long document may exceed it
 log = logging.getLogger("peptrain")
 
 
@@ -91,7 +91,7 @@ def prepare(
     inputs = Inputs(config)
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if given:
-        end_id(given, config.eos_token)  # find a wrong name before writing
+        end_id(given, config.eos_token)  # raise for a wrong name before writing
     with _disk_errors_explained(config.out):
         sources = [*inputs.train, *inputs.held_out]
         progress = Progress.open(config.out, _settings(config, inputs, given), len(sources))

@@ -36,7 +36,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, end: str = TRAINED_END) -> Tokenizer:
-    """Train a byte-level BPE with the end token `end`. The order of the texts matters.
+    """Train a byte-level BPE with the end token `end`, deterministic in the texts and their order.
 
     It has fewer than `vocab_size` tokens if the texts offer no more pairs to merge.
     """
@@ -64,7 +64,7 @@ def _plain(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def end_id(tokenizer: Tokenizer, eos_token: str | None) -> int:
-    """Return the id of `eos_token` or, if it is None, of the first of END_TOKENS that exists."""
+    """Return the id of `eos_token` or, if None, of the first of END_TOKENS in the vocabulary."""
     for name in END_TOKENS if eos_token is None else (eos_token,):
         found = tokenizer.token_to_id(name)
         if found is not None:

@@ -141,7 +141,7 @@ class Writer:
             os.fsync(file.fileno())
 
     def set_aside_tail(self, fraction: float) -> None:
-        """Move the last `fraction` of the training tokens to the held-out file, which is empty.
+        """Move the last `fraction` of the training tokens to the held-out file, so far empty.
 
         At least LEAST_HELD_OUT tokens are moved, if as many remain for training. After a kill
         all of this can be repeated: the tail is copied before any shard is truncated, and

@@ -45,7 +45,7 @@ def noise(like: Tensor, *shape: int) -> Tensor:
 
 
 def behaviour(module: nn.Module, x: Tensor) -> list[Tensor] | None:
-    """Return y = module(x) and, if gradients are enabled, those of x and of trained parameters.
+    """Return y = module(x) and, if enabled, the gradients of x and of the trained parameters.
 
     Returns None for a module that doesn't map one tensor to one tensor, or doesn't accept this x.
     """

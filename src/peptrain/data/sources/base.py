@@ -45,7 +45,7 @@ class Source(Protocol):
         """
 
     def sample(self, characters: int) -> Iterator[str]:
-        """Yield about `characters` characters of its text at most, to train a tokenizer on."""
+        """Yield at most about `characters` characters of its text, to train a tokenizer on."""
 
 
 @dataclass

@@ -90,7 +90,7 @@ def _decoded(chunks: Iterable[bytes], path: Path, errors: str) -> Iterator[str]:
 
 def _check_is_text(chunk: bytes, path: Path) -> None:
     controls = len(chunk) - len(chunk.translate(None, CONTROL_BYTES))
-    # Real text may contain a stray escape or end-of-file mark, but no NUL nor 1 byte in 100.
+    # Real text may contain a stray escape or end-of-file mark, but no NUL and not 1 byte in 100.
     if controls and (b"\0" in chunk or controls > 1 + len(chunk) // 100):
         raise DataError(
             f"{path}: does not look like text ({controls} control bytes in {len(chunk)});"
