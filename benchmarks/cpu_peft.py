@@ -59,14 +59,14 @@ from peptrain.runs.build import plain_model
 
 CPU = torch.device("cpu")
 ROWS = ("lora", "lora:train_rest=false", "relora", "bpt", "loro", "full")
-BESIDE = {"rest": "Trainer + PEFT, the rest trains too", "adapters": "Trainer + PEFT, adapters",
-          "full": "Trainer, full"}  # fmt: skip
-HEADER = ("row", "thousand tokens/s (quartiles)", "per CPU second", "ratio", "CPU ratio", "beside",
-          "trainable")  # fmt: skip
+BASELINES = {"rest": "Trainer + PEFT, the rest trains too", "adapters": "Trainer + PEFT, adapters",
+             "full": "Trainer, full"}  # fmt: skip
+HEADER = ("row", "thousand tokens/s (quartiles)", "per CPU second", "ratio", "CPU ratio",
+          "compared with", "trainable")  # fmt: skip
 
 
-def beside(row: str) -> str:
-    """Return the key in BESIDE of the run that a row is compared with."""
+def baseline(row: str) -> str:
+    """Return the key in BASELINES of the run that a row is compared with."""
     name, own = split_row(row)
     if name == "full":
         return "full"
@@ -146,9 +146,9 @@ def trainer_run(config: RunConfig[Method], kind: str, marks: Marks) -> int:
 def measured(configs: dict[str, RunConfig[Method]], rounds: int) -> list[dict[str, Any]]:
     """Measure every row, the Trainer's and ours, in turns."""
     lora = next(c for row, c in configs.items() if split_row(row)[0] == "lora")
-    kinds = [kind for kind in BESIDE if kind in {beside(row) for row in configs}]
+    kinds = [kind for kind in BASELINES if kind in {baseline(row) for row in configs}]
     calls: dict[str, Callable[[Marks], int]] = {
-        BESIDE[kind]: partial(trainer_run, lora, kind) for kind in kinds
+        BASELINES[kind]: partial(trainer_run, lora, kind) for kind in kinds
     }
     calls |= {row: partial(peptrain_run, config) for row, config in configs.items()}
     tokens = lora.train.log_every * lora.train.batch_size * lora.train.seq_len
@@ -167,9 +167,9 @@ def measured(configs: dict[str, RunConfig[Method]], rounds: int) -> list[dict[st
 def cells(row: dict[str, Any], all_rows: dict[str, dict[str, Any]]) -> list[str]:
     rates = [spread([rate / 1e3 for rate in row[clock]]) for clock in CLOCKS]
     trainable = f"{row['trainable'] / 1e6:.2f}M"
-    if row["row"] in BESIDE.values():
+    if row["row"] in BASELINES.values():
         return [row["row"], *rates, "", "", "", trainable]
-    other = BESIDE[beside(row["row"])]
+    other = BASELINES[baseline(row["row"])]
     medians = {r: {c: statistics.median(all_rows[r][c]) for c in CLOCKS} for r in all_rows}
     ratios = [f"{medians[row['row']][c] / medians[other][c]:.2f}" for c in CLOCKS]
     return [row["row"], *rates, *ratios, other, trainable]

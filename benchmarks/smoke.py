@@ -156,7 +156,7 @@ class Running:
     check: Check
     file: Path
     env: Mapping[str, str] | None = None
-    begun: float = field(default_factory=time.perf_counter)
+    start: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self.output: IO[bytes] = self.file.open("wb")
@@ -171,7 +171,7 @@ class Running:
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.begun
+        return time.perf_counter() - self.start
 
     def over(self) -> bool:
         return self.process.poll() is not None or self.seconds > self.check.limit
@@ -255,7 +255,7 @@ def able(checks: Sequence[Check]) -> list[Check]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="peptrain-smoke-") as folder:
         checks = chosen(all_checks(args.device, Path(folder)), args.only)
         make_corpus(Path(folder))
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         failed = run(runnable, out, args.jobs, inherited(args.device))
     counts = f"{len(runnable) - len(failed)} ok, {len(failed)} failed"
     skipped = len(checks) - len(runnable)
-    print(f"\n{counts}, {skipped} skipped in {time.perf_counter() - begun:.0f} s")
+    print(f"\n{counts}, {skipped} skipped in {time.perf_counter() - start:.0f} s")
     if failed:
         print(f"what they printed: {', '.join(str(out / f'{name}.txt') for name in failed)}")
     elif args.out is None:

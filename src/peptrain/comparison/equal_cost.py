@@ -124,8 +124,8 @@ def count_flops(run: GridRun, file: Path) -> None:
     with quiet():
         phases = estimate(run.config).phases
     tokens = run.tokens // run.steps
-    beside = (sum(e.times * e.flops for e in p.events) / (p.last - p.first) for p in phases)
-    each = [tokens * p.flops_per_token + more for p, more in zip(phases, beside, strict=True)]
+    extra = (sum(e.times * e.flops for e in p.events) / (p.last - p.first) for p in phases)
+    each = [tokens * p.flops_per_token + more for p, more in zip(phases, extra, strict=True)]
     write_atomically(file, json.dumps({"flops": each}))
 
 

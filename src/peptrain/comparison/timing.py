@@ -68,10 +68,10 @@ def _of_phase(
 
 
 def _timed(state: TrainState, config: RunConfig[Method], corpus: Corpus, here: World) -> float:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     loss, _, _ = advance(state, config, corpus, here)
     loss.item()  # waits for the device
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def spread(seconds: Sequence[float], every: float) -> float:

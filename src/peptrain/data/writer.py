@@ -73,10 +73,10 @@ class Progress:
     def _reopen(cls, directory: Path, settings: dict[str, Any]) -> Progress:
         found = json.loads((directory / JOURNAL).read_bytes())
         progress = cls(**found | {"taken": [Taken(**taken) for taken in found["taken"]]})
-        for key, begun in progress.settings.items():
-            if begun != (now := settings.get(key)):
+        for key, before in progress.settings.items():
+            if before != (now := settings.get(key)):
                 raise ConfigError(
-                    f"{key}: {now!r}, but the unfinished preparation in {directory} has {begun!r};"
+                    f"{key}: {now!r}, but the unfinished preparation in {directory} has {before!r};"
                     " use the same settings to resume it, or delete it"
                 )
         return progress

@@ -168,8 +168,8 @@ class DryRun:
     @property
     def weights(self) -> list[Tensor]:
         """The parameters of the model and the buffers of the method's layers."""
-        beside = {b for layer in reparametrized(self.model) for b in layer.buffers()}
-        return [*self.model.parameters(), *beside]
+        buffers = {b for layer in reparametrized(self.model) for b in layer.buffers()}
+        return [*self.model.parameters(), *buffers]
 
     @property
     def state(self) -> list[Tensor]:

@@ -59,8 +59,8 @@ def compile_layers(model: PreTrainedModel, memory_budget: float = 1.0) -> None:
     name, layers = decoder_layers(model)
     for layer in layers:
         layer.compile(backend=inductor_with_passes(memory_budget))
-    beside = model.get_submodule(name.rpartition(".")[0]).children()
-    for module in beside:
+    siblings = model.get_submodule(name.rpartition(".")[0]).children()
+    for module in siblings:
         if "Norm" in type(module).__name__:
             module.compile()
 

@@ -116,17 +116,17 @@ def eigenvectors(H: Tensor, streams: int = STREAMS) -> Tensor:
         torch.linalg.eigh(H, out=(sigma, V))
         return V
     current = torch.cuda.current_stream(H.device)
-    beside = [torch.cuda.Stream(H.device) for _ in range(streams)]  # type: ignore[no-untyped-call]
+    side = [torch.cuda.Stream(H.device) for _ in range(streams)]  # type: ignore[no-untyped-call]
 
     def work(k: int) -> None:
-        beside[k].wait_stream(current)
-        with torch.cuda.stream(beside[k]):
+        side[k].wait_stream(current)
+        with torch.cuda.stream(side[k]):
             for i in range(k, len(H), streams):
                 torch.linalg.eigh(H[i], out=(sigma[i], V[i]))
 
     with ThreadPoolExecutor(streams) as pool:
         list(pool.map(work, range(streams)))
-    for stream in beside:
+    for stream in side:
         current.wait_stream(stream)
     return V
 

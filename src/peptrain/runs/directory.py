@@ -126,8 +126,8 @@ class RunDir:
 
     def rewind(self, step: int) -> None:
         """Drop the rows that a run resumed at `step` will write again."""
-        begun = [r for r in self.metrics() if r["step"] <= step and r["event"] not in LAST]
-        rows = [r for r in begun if r["event"] != "phase" or r["step"] < step]
+        started = [r for r in self.metrics() if r["step"] <= step and r["event"] not in LAST]
+        rows = [r for r in started if r["event"] != "phase" or r["step"] < step]
         write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -42,9 +42,9 @@ def mixed(
 def one_after_another(
     sources: Sequence[Source], taken: Sequence[Taken]
 ) -> Iterator[tuple[int, Piece]]:
-    """Yield (source index, piece) of all sources in order, resuming in the last one begun."""
+    """Yield (source index, piece) of all sources in order, resuming in the last one started."""
     positions = [t.position for t in taken]
-    begun = [number for number, position in enumerate(positions) if position is not None]
-    for number in range(begun[-1] if begun else 0, len(sources)):
+    started = [number for number, position in enumerate(positions) if position is not None]
+    for number in range(started[-1] if started else 0, len(sources)):
         for piece in sources[number].pieces(positions[number]):
             yield number, piece
