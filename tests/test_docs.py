@@ -35,6 +35,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCS]
 every_file = pytest.mark.parametrize("name", NAMES)
+LONG = {"docs/new-method.md", "docs/estimate.md"}
+"""Whose blocks take half a minute and more."""
 RUN = {"bash", "sh", "python", "toml"}
 FILE = re.compile(r"# ([\w./-]+\.(?:py|toml))\n")
 
@@ -105,7 +107,9 @@ def install_in_place(package: Path) -> None:
     (info / "entry_points.txt").write_text("".join(lines))
 
 
-@every_file
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in NAMES]
+)
 def test_the_blocks_of_a_file_run_in_order(
     name: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

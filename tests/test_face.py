@@ -14,6 +14,8 @@ from peptrain.methods import METHODS
 NAMES = {"train", "resume", "adapt", "estimate", "compare", "evaluate", "export"}
 NAMES |= {"load_factorised", "Corpus", "RunConfig", "TrainConfig", "METHODS"}
 CLASSES = {cls.__name__ for cls in METHODS.values()}
+SOME = {"train", "LORO", "METHODS"}
+"""One of each kind, for the default run."""
 LATER = {"analyze", "report", "tune", "generate"}
 """Functions of commands to come, whose names no room may take."""
 
@@ -59,7 +61,13 @@ def test_what_is_offered_is_exact() -> None:
     python("from peptrain import *; train, METHODS, LORO")
 
 
-@pytest.mark.parametrize("name", sorted(NAMES | CLASSES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in SOME else [pytest.mark.slow])
+        for name in sorted(NAMES | CLASSES)
+    ],
+)
 def test_a_name_is_there_in_a_new_process_twice(name: str) -> None:
     code = f"import peptrain; a = peptrain.{name}; assert a is peptrain.{name}; print(type(a))"
     said = python(code)

@@ -27,3 +27,15 @@ class Rng:
         """Return a 63-bit integer for this address."""
         address = f"{self.seed}|{site}|{step}|{purpose}".encode()
         return int.from_bytes(hashlib.blake2b(address, digest_size=8).digest(), "little") >> 1
+
+
+def seed_default(seed: int, device: torch.device | None = None) -> None:
+    """Seed what a module draws from by itself, such as dropout, on `device` or the default one.
+
+    On a CPU without torch.manual_seed, which keeps a stack trace for each kind of accelerator that
+    has not been used yet, at every call.
+    """
+    if (device or torch.get_default_device()).type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)

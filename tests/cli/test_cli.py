@@ -842,6 +842,7 @@ def test_a_dataset_that_cannot_be_reached_is_no_traceback(peptrain_: Command) ->
     assert "hf download --repo-type dataset some/texts" in error
 
 
+@pytest.mark.slow
 def test_the_readme_s_line_for_several_ranks(corpus: Path, tmp_path: Path) -> None:
     """`-m --` because torchrun takes --run for an abbreviation of a flag of its own."""
     tail = flags("full", corpus, train__steps=2)

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from peptrain.methods.base import Method
 from peptrain.models.hf import ModelConfig
 from peptrain.testing import MODEL
 
-WIDE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 168, "layers": 2, "heads": 4}
+WIDE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 168, "layers": 1, "heads": 4}
 
 
 def run_of(method: Method, model: dict[str, Any] = MODEL, **train: Any) -> RunConfig[Any]:
@@ -113,6 +114,9 @@ def test_a_step_that_accumulates_holds_the_gradients_of_the_first_micro_batch() 
 # What is said when nothing fits.
 
 
+estimated = cache(estimate)
+
+
 def told(config: RunConfig[Any], budget: int, ranks: int = 1) -> str:
     with pytest.raises(ConfigError) as error:
         estimate(config, gpu_memory=budget, ranks=ranks)
@@ -137,7 +141,12 @@ REPAIRS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("share", [0.3, 0.55, 0.9, 0.999])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "share", [0.3, pytest.param(0.55, marks=slow), pytest.param(0.9, marks=slow), 0.999]
+)
 @pytest.mark.parametrize(
     "method", [Full(), LowRank(rank=8), ReLoRA(rank=8, warm_start_steps=3)], ids=lambda m: m.name
 )
@@ -145,7 +154,7 @@ def test_what_is_advised_helps_and_what_is_not_does_not(method: Method, share: f
     """Each repair against an estimate of its own."""
     config = run_of(method, WIDE, seq_len=64, batch_size=2)
     small = least(config)
-    budget = int(share * estimate(small).peak_bytes)
+    budget = int(share * estimated(small).peak_bytes)
     said = told(config, budget)
     for name, (section, change) in REPAIRS.items():
         old = getattr(small, section)
@@ -153,7 +162,7 @@ def test_what_is_advised_helps_and_what_is_not_does_not(method: Method, share: f
             assert name not in said
             continue
         repaired = replace(small, **{section: replace(old, **change)})
-        assert (name in said) == (estimate(repaired).peak_bytes <= budget), (name, said)
+        assert (name in said) == (estimated(repaired).peak_bytes <= budget), (name, said)
     assert said.endswith("choose a smaller model or another method")
 
 

@@ -113,9 +113,21 @@ def test_the_counts_are_those_of_the_closed_form(
     assert count_parameters(one.model) == wanted.total
 
 
+SOME = {"full", "relora", "loro", Toy.name}
+"""For the default run: phases, merges, resets and an optimizer of its own."""
+
+
 @pytest.fixture(scope="module")
-def two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of every method under torchrun, and the weights that each rank ended with."""
+def two_ranks(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Path:
+    """The runs under torchrun of the methods that are asked for, and the weights that each rank
+    ended with."""
+    asked = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if getattr(item, "function", None) is test_two_ranks_are_one_process
+    ]
     out = tmp_path_factory.mktemp("two-ranks")
     for step in RESUMED_AFTER:
         config = tiny("relora", corpus, out / f"resume-{step}", train=KEPT)
@@ -124,7 +136,7 @@ def two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = Path(__file__).with_name("two_ranks.py")
     done = subprocess.run(
-        [*run, str(script), str(corpus), str(out)],
+        [*run, str(script), str(corpus), str(out), *sorted({"full", *asked})],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -134,7 +146,13 @@ def two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", [*METHODS, Toy.name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in SOME else [pytest.mark.slow])
+        for name in [*METHODS, Toy.name]
+    ],
+)
 def test_two_ranks_are_one_process(
     name: str, two_ranks: Path, corpus: Path, tmp_path: Path
 ) -> None:

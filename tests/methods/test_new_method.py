@@ -49,6 +49,7 @@ def run(copy: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_laws_and_documentation_hold_with_it(copy: Path) -> None:
     names = ("methods/test_laws", "settings/test_config", "test_docs", "test_architecture")
     files = [f"tests/{name}.py" for name in names]
@@ -58,6 +59,7 @@ def test_laws_and_documentation_hold_with_it(copy: Path) -> None:
     assert passed and int(passed[1]) > 100, said[-300:]
 
 
+@pytest.mark.slow
 def test_it_is_estimated_trained_exported_and_compared(
     copy: Path, corpus: Path, tmp_path: Path
 ) -> None:

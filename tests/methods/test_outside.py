@@ -136,6 +136,7 @@ def test_it_goes_through_every_command(
     assert measured == pytest.approx(end["held_out_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_table_of_them(
     outside: None, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

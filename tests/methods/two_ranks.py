@@ -1,7 +1,7 @@
-"""Run by torchrun from test_laws.py: train each method on two ranks, keep every rank's weights;
+"""Run by torchrun from test_laws.py: train methods on two ranks, keep every rank's weights;
 then go on with the runs named resume-* that lie in OUT.
 
-python -m torch.distributed.run --standalone --nproc_per_node 2 two_ranks.py CORPUS OUT
+python -m torch.distributed.run --standalone --nproc_per_node 2 two_ranks.py CORPUS OUT METHOD...
 """
 
 import os
@@ -14,13 +14,12 @@ from support import SPREAD, Toy, tiny
 
 import peptrain.training.loop as trainer
 from peptrain.errors import CheckpointError
-from peptrain.methods import METHODS
 
 
-def main(corpus: Path, out: Path) -> None:
+def main(corpus: Path, out: Path, names: list[str]) -> None:
     rank, evaluate = os.environ["RANK"], trainer._evaluate
-    for method in (*METHODS, Toy()):
-        name = method if isinstance(method, str) else method.name
+    for name in names:
+        method = Toy() if name == Toy.name else name
 
         def keeping(
             config: Any, train_state: Any, *rest: Any, name: str = name, **named: Any
@@ -41,4 +40,4 @@ def main(corpus: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

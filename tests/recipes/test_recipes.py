@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from oracles import algebra
 from support import arch_of, rows
+from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedModel
 
 from peptrain import recipes
@@ -84,9 +84,9 @@ def settled(name: str) -> RunConfig[Method]:
 
 @cache
 def model_of(name: str) -> PreTrainedModel:
-    """In the last phase, on the meta device: no number is ever drawn."""
+    """In the last phase, of fake tensors: no number is ever drawn."""
     config = settled(name)
-    with torch.device("meta"):
+    with FakeTensorMode():
         model = build_model(config.model, seq_len=config.train.seq_len, seed=0)
         last = len(config.method.phases(config.train.steps))
         config.method.install(model, find_sites(model), Rng(0), last)

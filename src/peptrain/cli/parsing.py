@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -78,6 +79,7 @@ def _default(field: Field[Any], given: Any) -> Any:
     return tyro.MISSING if field.default is MISSING else field.default
 
 
+@cache
 def _docstrings(cls: type) -> dict[str, str]:
     """What stands under each field of a class and of its bases, without line breaks."""
     found = {}

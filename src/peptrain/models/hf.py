@@ -13,6 +13,7 @@ from torch import nn
 
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.models.presets import DEFAULT_PRESET, PRESETS, Family, unknown_preset
+from peptrain.rng import seed_default
 from peptrain.settings.fields import check, essential
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def build_model(
 
     hf = hf_config(config, seq_len)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_default(seed)
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(hf, dtype=dtype_of(precision))
         except ValueError as error:

@@ -17,7 +17,7 @@ from peptrain.methods.base import Method
 from peptrain.models.dense import dense_state, load_dense
 from peptrain.models.hf import build_model
 from peptrain.models.sites import find_sites, has_effective_weight, reparametrized, warn_of_experts
-from peptrain.rng import Rng
+from peptrain.rng import Rng, seed_default
 from peptrain.runs.checkpoint import Checkpoint, latest, load_model
 from peptrain.runs.directory import RunDir
 
@@ -44,7 +44,7 @@ def build(
     sites = find_sites(model, fresh=dense is None)
     rng = Rng(config.train.seed)
     with torch.random.fork_rng(devices=[]):  # for modules that draw globally, like nn.Linear
-        torch.manual_seed(rng.integer("install", phase))
+        seed_default(rng.integer("install", phase))
         config.method.install(model, sites, rng, phase)
     _check_dense_weights(config, model, phase)
     return model

@@ -23,7 +23,7 @@ from peptrain.methods.base import Method, Metrics
 from peptrain.models.hf import config_file, count_parameters, save_tokenizer
 from peptrain.models.probe import check_causal
 from peptrain.optim.adamw import clip_gradients, learning_rates, set_lr, state_bytes
-from peptrain.rng import Rng
+from peptrain.rng import Rng, seed_default
 from peptrain.runs.build import run_config
 from peptrain.runs.directory import RunDir, first_free
 from peptrain.runs.environment import record_environment
@@ -181,7 +181,7 @@ def advance(
     t, rng = config.train, Rng(config.train.seed)
     model, optimizer = state.model, state.optimizer
     set_lr(optimizer, state.schedule(state.step))
-    torch.manual_seed(rng.integer(f"rank {here.rank}", state.step, "dropout"))
+    seed_default(rng.integer(f"rank {here.rank}", state.step, "dropout"), here.device)
     loss = _accumulate(state, corpus, config, here)
     wanted = config.optim.clip or _due(t.log_every, state.step + 1)
     norm = clip_gradients(model, config.optim.clip) if wanted else None
