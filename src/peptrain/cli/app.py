@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 DESCRIPTION = f"""Parameter-efficient pre-training of language models ({__version__}).
 
-Start with `peptrain demo` or `peptrain train bpt`: both run without further settings."""
+Start with `peptrain demo` or `peptrain train bpt`: neither needs settings."""
 
 
 def _set_up_output() -> None:
@@ -123,7 +123,7 @@ def _listed(summary: str) -> Callable[[], None]:
 
 
 TRAIN = "Train a model from scratch with one of the methods."
-ESTIMATE = "Estimate parameters, memory and FLOPs of a run without running it."
+ESTIMATE = "Estimate parameters, memory and FLOPs without running."
 SHORT_HELP = "These are the most used settings. --help-all shows all of them."
 
 
@@ -249,14 +249,13 @@ def _demo(run: Annotated[Path | None, UNSET] = None) -> None:
 def _compare(
     grid: Positional[Path], out: Path, workers: Annotated[int | None, UNSET] = None
 ) -> None:
-    """Train a grid of runs at equal tokens, FLOPs or time and tabulate them.
-
-    Calling it again with the same grid resumes what is unfinished.
+    """Train a grid of runs at equal cost and tabulate the results.
 
     Args:
         grid: TOML file: [base] holds the settings of all runs, each [[grid]] block a set of runs.
             Any value may be a list. equal = "tokens", "flops" or "time".
-        out: Directory for the runs and the table, as Markdown, CSV, LaTeX and JSON.
+        out: Directory for the runs and the table, as Markdown, CSV, LaTeX and JSON. With an
+            existing one the same command resumes unfinished runs and keeps finished ones.
         workers: Number of simultaneous runs. Unset: one per GPU, or one per CPU core.
     """
     from peptrain.cli.progress import comparing
@@ -308,7 +307,7 @@ def _eval(
 def _export(
     run: Positional[Path], out: Path, form: Literal["dense", "factorised"] = "dense"
 ) -> None:
-    """Export a run to the Hugging Face format and compare its logits.
+    """Export a run to the Hugging Face format, and check its logits.
 
     Args:
         run: Run directory.

@@ -28,8 +28,8 @@ class ModelConfig:
     """A preset or a config.json, and sizes that override it."""
 
     preset: str | None = essential(None)
-    """A named architecture (`peptrain methods` lists them). The sizes below override it, also those
-    from a recipe or a file. Unset: tiny, unless config or --init-from determines the model."""
+    """A named architecture (`peptrain methods` lists them). Sizes given by other settings, a
+    recipe or a file override it. Unset: tiny, unless config or --init-from determines the model."""
     config: Path | None = None
     """A Hugging Face config.json, or a directory that contains one, instead of a preset."""
     family: Family | None = None
