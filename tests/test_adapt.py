@@ -289,7 +289,10 @@ def test_the_numbers_of_a_step() -> None:
 
 @pytest.mark.parametrize(
     "file, short",
-    [("plain_loop.py", ("60, 16, 128", "8, 2, 32")), ("mlp.py", ("else 300", "else 4"))],
+    [
+        pytest.param("plain_loop.py", ("60, 16, 128", "8, 2, 32"), marks=pytest.mark.slow),
+        ("mlp.py", ("else 300", "else 4")),
+    ],
 )
 def test_the_examples_run(
     file: str, short: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -105,6 +105,7 @@ def test_budget(numbers: Any) -> None:
         assert abs(e["bias"]) < 5
 
 
+@pytest.mark.slow
 def test_estimate(numbers: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = numbers("estimate")
     assert all(r["predicted_peak"] > r["predicted_between"] > 0 for r in rows)
@@ -308,6 +309,7 @@ def test_a_spread_is_the_median_and_the_quartiles(script: Any) -> None:
     assert script("common").spread([5]) == "5.00"
 
 
+@pytest.mark.slow
 def test_no_gpu_benchmark_needs_the_command_lines_packages() -> None:
     code = """
 import sys

@@ -296,7 +296,7 @@ SLIM = "--recipe loro-130m-slim --model.vocab-size 64 --train.batch-size 2"
 @pytest.mark.parametrize(
     "flags, sizes",
     [
-        ("", None),
+        pytest.param("", None, marks=pytest.mark.slow),
         ("--model.layers 2", None),
         ("--model.preset llama-130m", None),  # the recipe's own
         ("--model.preset tiny", "hidden_size 640, intermediate_size 1450, heads 10"),

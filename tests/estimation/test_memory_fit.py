@@ -144,11 +144,18 @@ REPAIRS: dict[str, tuple[str, dict[str, Any]]] = {
 slow = pytest.mark.slow
 
 
+METHODS = [Full(), LowRank(rank=8), ReLoRA(rank=8, warm_start_steps=3)]
+USUAL = {("full", 0.999), ("lowrank", 0.3), ("relora", 0.999)}
+"""Of the cases below, those in the default run."""
+
+
 @pytest.mark.parametrize(
-    "share", [0.3, pytest.param(0.55, marks=slow), pytest.param(0.9, marks=slow), 0.999]
-)
-@pytest.mark.parametrize(
-    "method", [Full(), LowRank(rank=8), ReLoRA(rank=8, warm_start_steps=3)], ids=lambda m: m.name
+    "method, share",
+    [
+        pytest.param(m, s, id=f"{m.name}-{s}", marks=[] if (m.name, s) in USUAL else slow)
+        for m in METHODS
+        for s in (0.3, 0.55, 0.9, 0.999)
+    ],
 )
 def test_what_is_advised_helps_and_what_is_not_does_not(method: Method, share: float) -> None:
     """Each repair against an estimate of its own."""

@@ -91,9 +91,23 @@ def plain_mlp(x: Tensor, *parts: Tensor) -> Tensor:
     return linear.bpt_linear(torch.nn.functional.silu(g) * u, *parts[10:])
 
 
-@QUICK
-@given(T=Side, d=Side, f=Side, r=st.integers(1, 40), dtype=Dtype, seed=st.integers(0, 99))
-def test_bpt_mlp(T: int, d: int, f: int, r: int, dtype: torch.dtype, seed: int) -> None:
+any_mlp = given(T=Side, d=Side, f=Side, r=st.integers(1, 40), dtype=Dtype, seed=st.integers(0, 99))
+
+
+@settings(QUICK, max_examples=5)
+@any_mlp
+def test_bpt_mlp(**case: Any) -> None:
+    as_the_plain_mlp(**case)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=30)
+@any_mlp
+def test_bpt_mlp_of_more_shapes(**case: Any) -> None:
+    as_the_plain_mlp(**case)
+
+
+def as_the_plain_mlp(T: int, d: int, f: int, r: int, dtype: torch.dtype, seed: int) -> None:
     shapes = ((f, d), (f, d), (d, f))
     params = [p for i, s in enumerate(shapes) for p in weights(*s, r, seed + 100 * i)]
     params = [p.to(dtype).double() if p.ndim == 2 else p for p in params]

@@ -109,7 +109,10 @@ def test_galore_trains_all() -> None:
     assert len(list(reparametrized(model))) == 8 * 7
 
 
-@pytest.mark.parametrize("preset, name, rank", MEMORY)
+@pytest.mark.parametrize(
+    "preset, name, rank",
+    [pytest.param(*m, marks=[pytest.mark.slow] if m[0] == "llama-1b" else []) for m in MEMORY],
+)
 def test_the_papers_memory(preset: str, name: str, rank: int) -> None:
     """Of the real model and optimizer after a step, on tensors without numbers. The paper counts an
     index of S as 8 bytes; ours have 4."""

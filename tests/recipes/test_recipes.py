@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,13 @@ from peptrain.training.loop import train
 
 NAMES = recipes.names()
 every_recipe = pytest.mark.parametrize("name", NAMES)
+
+
+def large_ones_slow(names: Iterable[str]) -> list[Any]:
+    """Models of 1B and more are built in half a second each."""
+    large = re.compile(r"-(1|1\.3|1\.5)b-")
+    return [pytest.param(n, marks=[pytest.mark.slow] if large.search(n) else []) for n in names]
+
 
 SIZES = ("60m", "130m", "350m", "1b")
 TABLE_1 = {  # LORO's "Param", in millions; for LoRA and ReLoRA it prints the dense model's
@@ -93,7 +101,7 @@ def model_of(name: str) -> PreTrainedModel:
     return model
 
 
-@every_recipe
+@pytest.mark.parametrize("name", large_ones_slow(NAMES))
 def test_a_recipe_says_what_it_is_and_what_it_counts(name: str) -> None:
     about, config, model = recipes.about(name), recipes.load(name), model_of(name)
     assert all(str(getattr(about, key)) for key in about.__dataclass_fields__)
@@ -121,7 +129,7 @@ def test_a_recipe_leaves_nothing_of_consequence_to_a_default(name: str) -> None:
     assert fields <= given.keys()
 
 
-@pytest.mark.parametrize("name", PRINTED)
+@pytest.mark.parametrize("name", large_ones_slow(PRINTED))
 def test_the_counts_are_the_papers(name: str) -> None:
     millions, unit = PRINTED[name]
     trainable = count_parameters(model_of(name), trainable=True)

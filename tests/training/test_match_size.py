@@ -40,8 +40,9 @@ def count(model: ModelConfig) -> tuple[int, Any]:
 
 @pytest.mark.parametrize(
     "name",
-    ["relora-60m-relora", "relora-250m-relora", "relora-1.3b-relora", "pico-small-relora",
-     "bpt-qwen-0.5b-bpt", "loro-130m-loro"],
+    ["relora-60m-relora", "relora-250m-relora", "pico-small-relora", "loro-130m-loro",
+     pytest.param("relora-1.3b-relora", marks=pytest.mark.slow),
+     pytest.param("bpt-qwen-0.5b-bpt", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_the_total_is_what_the_run_trains(name: str, tmp_path: Path) -> None:
     run = run_of(recipes.load(name), tmp_path / "run")
