@@ -341,7 +341,7 @@ def test_a_warm_up_longer_than_the_warm_start_is_refused() -> None:
 def test_a_warm_start_as_long_as_the_run_is_refused_before_anything_is_written(
     cls: type[LoRA], warm: int, corpus: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"warm_start_steps: must be less than .* = {STEPS} \(got {warm}"):
+    with pytest.raises(ConfigError, match=rf"warm_start_steps: must .* = {STEPS} \(got {warm}"):
         train(tiny(cls(rank=2, warm_start_steps=warm), corpus, tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
 
