@@ -39,6 +39,7 @@ def test_a_row_of_the_table_is_what_was_measured(name: str) -> None:
     assert rows(ROOT / "README.md")[name] == [
         *(interval(ends), "" if name == "full" else interval(differences)),
         *(f"{trainable} / {total}", f"{run['state_bytes'] / 1e6:.0f} MB", *speeds),
+        f"{NUMBERS['speed'][1]['held_gib'][name]:.1f} GiB",
     ]
     assert run["tokens"][-1] == 39_321_600
 

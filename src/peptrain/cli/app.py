@@ -19,7 +19,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from peptrain import __version__, recipes
-from peptrain.cli.parsing import MARKERS, UNSET, check_names, paragraphs, registry
+from peptrain.cli.parsing import MARKERS, UNSET, check_command, check_names, paragraphs, registry
 from peptrain.errors import Interrupted, PeptrainError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(__version__, highlight=False)
         return 0
     try:
+        check_command(args[0])
         app, args = _app(args, essential_only)
         rules = registry(essential_only=essential_only)
         app.cli(prog="peptrain", description=DESCRIPTION, args=args, config=MARKERS, registry=rules)
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 DESCRIPTION = f"""Parameter-efficient pre-training of language models ({__version__}).
 
-Start with `peptrain demo` or `peptrain train bpt`: neither needs settings."""
+Start with `peptrain demo` or `peptrain train loro`: neither needs settings."""
 
 
 def _set_up_output() -> None:

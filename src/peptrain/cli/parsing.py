@@ -25,6 +25,7 @@ from tyro.constructors import (
 from peptrain import recipes
 from peptrain.errors import ConfigError
 from peptrain.models.presets import PRESETS, unknown_preset
+from peptrain.settings.fields import nearest
 
 MARKERS = (
     tyro.conf.FlagCreatePairsOff,
@@ -34,6 +35,8 @@ MARKERS = (
 UNSET = tyro.conf.arg(help_behavior_hint="")
 """For an argument whose text says what happens without it: do not print `(default: None)`."""
 TRUTHS = {"true": True, "false": False, "True": True, "False": False}
+COMMANDS = ("train", "resume", "estimate", "demo", "compare", "eval", "export", "data", "methods",
+            "recipes")  # fmt: skip
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -108,6 +111,13 @@ def _bool(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
         str_from_instance=lambda value: [str(value).lower()],
         choices=tuple(TRUTHS),
     )
+
+
+def check_command(name: str) -> None:
+    """Raise ConfigError for an unknown command, naming the nearest known one."""
+    if not name.startswith("-") and name not in COMMANDS:
+        hint = nearest(name, COMMANDS) or f"choose from {', '.join(COMMANDS)}; "
+        raise ConfigError(f"command {name!r}: unknown; {hint}see `peptrain --help`")
 
 
 def named(args: Sequence[str]) -> argparse.Namespace:

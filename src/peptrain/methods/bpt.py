@@ -116,7 +116,7 @@ class BPT(RankMethod):
 
     merge_every: int | None = essential(interval(0.25, most=2000))
     """Steps between merges; 0 is never. Unset: a quarter of the run, at most 2000. The paper gives
-    no number, it only says that rarer is better."""
+    no number, it only says that less often is better."""
     init: Init = "kaiming_uniform"
     """Initialisation of the frozen W, unless --init-from gives it. model: the model's own."""
     reset: ResetMode = "zero"

@@ -39,7 +39,7 @@ class TargetedMethod(Method):
     exclude: str = ""
     """Matrices to leave dense: kinds, blocks or patterns."""
     train_rest: bool = True
-    """Whether everything that is not adapted trains too, including embeddings and norms. Use False
+    """Whether everything that is not adapted trains too, including embeddings and norms. Use false
     to fine-tune a model given by --init-from."""
 
     def layer(self, site: Site, rng: Rng) -> ReparamLinear:

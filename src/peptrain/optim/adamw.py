@@ -21,17 +21,17 @@ class OptimConfig:
     """Settings of AdamW. An unset one takes the method's own default."""
 
     lr: float | None = essential(None)
-    """Peak learning rate. Unset: the method's own (`peptrain methods` lists them)."""
+    """Peak learning rate."""
     beta1: float | None = None
-    """Decay of the first moment. Unset: 0.9."""
+    """Decay of the first moment."""
     beta2: float | None = None
-    """Decay of the second moment. Unset: 0.999."""
+    """Decay of the second moment."""
     eps: float | None = None
-    """Added to the square root of the second moment. Unset: the method's own, mostly 1e-8."""
+    """Added to the square root of the second moment."""
     weight_decay: float | None = None
-    """Decoupled decay of matrices, never of embeddings, norms, biases or diagonals. Unset: 0."""
+    """Decoupled decay of matrices, never of embeddings, norms, biases or diagonals."""
     clip: float | None = None
-    """Maximum global norm of the gradient; 0 is off. Unset: the method's own, mostly 1."""
+    """Maximum global norm of the gradient; 0 is off."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):

@@ -20,7 +20,7 @@ class ScheduleConfig:
     """Settings of the learning-rate schedule. An unset one takes the method's own default."""
 
     kind: Curve | None = None
-    """constant | linear | cosine | wsd (warm-up, stable, decay). Unset: the method's own."""
+    """constant | linear | cosine | wsd (warm-up, stable, decay)."""
     warmup: int | None = length(0.1)
     """Linear warm-up from 0, in steps. Unset: a tenth of the run."""
     decay: int | None = length(0.2)
@@ -28,12 +28,12 @@ class ScheduleConfig:
     decay_shape: Literal["cosine", "linear"] | None = None
     """Shape of the final decay of wsd. Unset: cosine."""
     floor: float | None = None
-    """Learning-rate multiplier at the end of the run. Unset: the method's own, mostly 0.1."""
+    """Learning-rate multiplier at the end of the run."""
     restart_every: int | None = None
-    """Restart the learning rate from 0, with a warm-up, every this many steps; 0, the default, is
+    """Restart the learning rate from 0, with a warm-up, every N steps; 0, the default, is
     never."""
     restart_warmup: int | None = None
-    """Steps of warm-up after each restart. Unset: 50."""
+    """Steps of warm-up after each restart."""
 
     def __post_init__(self) -> None:
         for name in ("warmup", "decay", "restart_every", "restart_warmup"):
