@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,33 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 torch.set_num_threads(1)
+
+
+LONG = re.compile(
+    r"test_a_process_without_peptrain_computes"
+    r"|test_a_layer_is_one_graph"
+    r"|test_a_llama_of_low_rank_maps\[False"
+    r"|test_every_preset_has_its_closed_form\[(llama-(1b|7b|350m|250m)|qwen-1.5b)"
+    r"|test_a_recipe_says_what_it_is_and_what_it_counts\[.*(1b|1\.3b|1\.5b|350m|250m)"
+    r"|test_a_fused_run_has_the_plain_ones_losses\[(re)?lora"
+    r"|test_a_run_goes_on_bit_for_bit_wherever_it_stopped\[(bf16|fp32|fp64-rotate)"
+    r"|test_a_comparison_at_an_equal_budget"
+    r"|test_runs_resumes_and_exports_as_without\[(?!full|loro|bpt)"
+    r"|test_lora_and_relora\[(?!relora|lora\]|fresh, jagged|magnitude|online|scale\])"
+    r"|test_a_run_from_the_face"
+    r"|test_it_goes_through_every_command\[(?!silu)"
+    r"|test_counts_bytes_and_operations_are_those_of_arithmetic"
+)
+"""Cases for the marker `slow`, beside those that carry it: the longest of their kind, by
+`--durations`. What is left of a kind stays in the default run."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the long cases, before pytest chooses by markers."""
+    for item in items:
+        if LONG.match(item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

@@ -204,7 +204,7 @@ def test_the_extras_that_the_documents_install_exist() -> None:
 
 
 def test_there_is_something_to_run() -> None:
-    found = [block.language for block in blocks("README.md")]
+    found = [block.language for name in ("README.md", "docs/guide.md") for block in blocks(name)]
     assert {"bash", "python", "toml"} <= set(found)
 
 

@@ -209,7 +209,7 @@ def test_without_a_command_it_helps(peptrain_: Command) -> None:
 
 def test_a_misspelt_preset_is_answered_with_the_nearest(peptrain_: Command) -> None:
     for line in ("train bpt --model.preset llama-60", "estimate loro --model.preset=llama-60"):
-        said = "model.preset: 'llama-60' is unknown; did you mean 'llama-60m'? or give model.config"
+        said = "model.preset: 'llama-60' is unknown; did you mean 'llama-60m'? or set model.config"
         assert peptrain_(line).error.startswith(said)
 
 
@@ -751,7 +751,7 @@ def test_names_with_brackets_are_printed_as_they_are(corpus: Path, peptrain_: Co
     Path("a.txt").write_text("tea in a tin, rain on a rose")
     said = peptrain_(f"data prepare a.txt --out {long}/data --vocab-size 260")
     assert said.out.startswith(f"{long}/data: ") and said.out.count("\n") == 1
-    assert f"{long}/nothing: no run" in peptrain_(f"eval {long}/nothing").error
+    assert f"{long}/nothing: not a run" in peptrain_(f"eval {long}/nothing").error
 
 
 # The demo.

@@ -178,7 +178,7 @@ def test_a_failing_run_leaves_the_others_alone_and_is_tried_again(
     line = ["compare", str(grid), "--out", str(out), "--workers", "2"]
     assert main(line) == 1
     said = capsys.readouterr()
-    assert said.err.startswith("error: 1 of 4 runs failed, see ") and "Traceback" not in said.err
+    assert said.err.startswith("error: 1 of 4 runs failed (see ") and "Traceback" not in said.err
     kept = json.loads((out / "runs.json").read_text())
     assert [run["state"] for run in kept["runs"]].count("finished") == 3
     (failed,) = [run for run in kept["runs"] if run["state"] == "failed"]
@@ -407,7 +407,7 @@ def test_lines_tell_what_begins_and_ends(
     assert said[1].endswith(" min left)") and said[2] == f"started   {other}"
     assert said[3].startswith(f"failed    {other}  RuntimeError: out of memory  (1 done,")
     assert main(["compare", str(grid), "--out", str(out), "--workers", "1"]) == 1
-    assert capsys.readouterr().out.startswith("finished before: 1\nbegun ")
+    assert capsys.readouterr().out.startswith("finished before: 1\nstarted ")
 
 
 def test_what_all_runs_are_warned_of_is_said_once(

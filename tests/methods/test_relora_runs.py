@@ -349,7 +349,7 @@ def test_a_warm_start_as_long_as_the_run_is_refused_before_anything_is_written(
 def test_a_rank_too_large_is_refused_at_the_start_and_not_at_the_switch(
     corpus: Path, tmp_path: Path
 ) -> None:
-    wrong = {"rank: at 60": {"rank": 60}, "targets: 'x'": {"rank": 2, "targets": "x"}}
+    wrong = {"rank: rank 60 saves": {"rank": 60}, "targets: must": {"rank": 2, "targets": "x"}}
     for message, values in wrong.items():
         with pytest.raises(ConfigError, match=rf"^method\.{message}"):
             train(tiny(ReLoRA(warm_start_steps=4, **values), corpus, tmp_path / "run"))
@@ -360,7 +360,7 @@ def test_a_fresh_schedule_that_does_not_fit_is_refused_at_the_start(
     corpus: Path, tmp_path: Path
 ) -> None:
     method = ReLoRA(rank=2, warm_start_steps=5, warm_start_then="fresh")
-    with pytest.raises(ConfigError, match=r"schedule\.warmup: 4"):
+    with pytest.raises(ConfigError, match=r"schedule\.warmup: must .*got 4"):
         train(tiny(method, corpus, tmp_path / "run", schedule={"warmup": 4}))
     assert list(tmp_path.iterdir()) == []
 

@@ -243,5 +243,5 @@ def test_the_values_count_in_the_rule() -> None:
     """At 20 x 20 the factors of rank 9 are 360 of 400 numbers, and a tenth of them is 40 more."""
     site = Site("x", nn.ModuleDict({"x": nn.Linear(20, 20)}), 20)
     assert SLTrain(rank=9, density=0.09).chosen([site]) == [site]
-    with pytest.raises(ConfigError, match=r"at 9 .* model is 8$"):
+    with pytest.raises(ConfigError, match=r"rank 9 .* rank is 8$"):
         SLTrain(rank=9, density=0.1).chosen([site])
