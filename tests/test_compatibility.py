@@ -31,6 +31,7 @@ from peptrain.exporting.factorised import load_factorised
 from peptrain.testing import EVENT, MODEL, STEPS, TRAIN, same
 from peptrain.training.loop import resume
 
+pytestmark = pytest.mark.slow  # the old side is a process of its own
 ROOT = Path(__file__).parents[1]
 COMMIT = "d33fb5c4cbda3cb93a2b82565578a78d2f8b77c8"
 IDS = torch.arange(32).view(2, 16) * 7 % 300

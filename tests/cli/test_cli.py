@@ -298,7 +298,8 @@ SLIM = "--recipe loro-130m-slim --model.vocab-size 64 --train.batch-size 2"
     [
         pytest.param("", None, marks=pytest.mark.slow),
         ("--model.layers 2", None),
-        ("--model.preset llama-130m", None),  # the recipe's own
+        # the recipe's own
+        pytest.param("--model.preset llama-130m", None, marks=pytest.mark.slow),
         ("--model.preset tiny", "hidden_size 640, intermediate_size 1450, heads 10"),
         ("--model.preset tiny --model.hidden-size 320", "intermediate_size 1450, heads 10"),
     ],

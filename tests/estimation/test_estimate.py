@@ -205,7 +205,7 @@ def test_lora_s_memory_is_printed_with_the_embeddings_counted_twice(
     [
         pytest.param("full", "pico-tiny", None, 11_282_784, 11_282_784, 0, marks=slow),
         pytest.param("lowrank", "llama-130m", 256, 93_997_824, 93_997_824, None, marks=slow),
-        ("relora", "pico-tiny", 16, 11_682_144, 10_060_128, None),
+        pytest.param("relora", "pico-tiny", 16, 11_682_144, 10_060_128, None, marks=slow),
         ("bpt", "qwen-100m", 128, None, 88.894e6, 63.51),
         pytest.param("bpt", "qwen-1.5b", 256, None, 526.339e6, 77.64, marks=slow),
     ],

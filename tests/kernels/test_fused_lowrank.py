@@ -262,8 +262,15 @@ def test_a_llama_of_low_rank_maps(own: dict[str, Any], masks: bool, calls: list[
         assert torch.equal(p, written[name])
 
 
-@pytest.mark.parametrize("length", [8, LONGEST + 1])
-@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize(
+    "gradients, length",
+    [
+        pytest.param(True, 8, marks=pytest.mark.slow),
+        (True, LONGEST + 1),
+        (False, 8),
+        pytest.param(False, LONGEST + 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_layer_is_one_graph(length: int, gradients: bool) -> None:
     """Whatever the compiler can't follow, in the layer or in attention, would be an error."""
     model, method = llama().to(DEVICE), LowRank(rank=8)

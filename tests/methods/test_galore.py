@@ -299,7 +299,9 @@ def test_p_is_made_at_the_first_step_and_at_every_gap_th_after_it() -> None:
 
 
 @pytest.mark.parametrize("moments", ["keep", "rotate"])
-@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize(
+    "precision", ["fp64", pytest.param("fp32", marks=pytest.mark.slow), "bf16"]
+)
 def test_a_run_goes_on_bit_for_bit_wherever_it_stopped(
     moments: str, precision: str, corpus: Path, tmp_path: Path
 ) -> None:

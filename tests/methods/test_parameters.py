@@ -52,7 +52,14 @@ MEMORY = {  # GB as LORO's Table 1 has them: bf16 weights and moments, no gradie
     ("llama-1b", "galore", 512): 4.763,
     ("llama-1b", "sltrain", 512): 4.163,
 }
-CLOSED_FORMS = [name for name in PRESETS if PRESETS[name].family in ("llama", "qwen2")]
+slow = pytest.mark.slow
+USUAL = ("llama-60m", "llama-1b", "pico-tiny", "qwen-100m")
+"""For the default run: an odd width, fewer key heads than heads, biases, tied embeddings."""
+CLOSED_FORMS = [
+    pytest.param(name, marks=[] if name in USUAL else slow)
+    for name in PRESETS
+    if PRESETS[name].family in ("llama", "qwen2")
+]
 
 
 def method_of(name: str, rank: int) -> Method:
@@ -111,7 +118,7 @@ def test_galore_trains_all() -> None:
 
 @pytest.mark.parametrize(
     "preset, name, rank",
-    [pytest.param(*m, marks=[pytest.mark.slow] if m[0] == "llama-1b" else []) for m in MEMORY],
+    [pytest.param(*m, marks=slow if m[0] == "llama-1b" else []) for m in MEMORY],
 )
 def test_the_papers_memory(preset: str, name: str, rank: int) -> None:
     """Of the real model and optimizer after a step, on tensors without numbers. The paper counts an
@@ -143,7 +150,9 @@ def test_bpt_and_what_it_saves(preset: str) -> None:
     assert 100 * (1 - inside) == pytest.approx(saved_inside, abs=5e-3)
 
 
-@pytest.mark.parametrize("preset, rank", [("qwen-100m", 128), ("qwen-1.5b", 256)])
+@pytest.mark.parametrize(
+    "preset, rank", [("qwen-100m", 128), pytest.param("qwen-1.5b", 256, marks=slow)]
+)
 def test_bpt_leaves_k_and_v_dense_in_qwen(preset: str, rank: int) -> None:
     """Only so do the paper's counts come out: in 128 x 512, 128 (n + m) + n + m > n m."""
     model = model_of(preset, "bpt", rank)
@@ -154,7 +163,9 @@ def test_bpt_leaves_k_and_v_dense_in_qwen(preset: str, rank: int) -> None:
         assert parameters[f"model.layers.0.self_attn.{key}.weight"].requires_grad
 
 
-@pytest.mark.parametrize("name", TABLE_2)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("bpt", "vera") else slow) for n in TABLE_2]
+)
 def test_the_counts_of_bpts_table_2(name: str) -> None:
     model = model_of("qwen-0.5b", name, 128)
     assert round(count_parameters(model, trainable=True) / 1e6) == TABLE_2[name]

@@ -30,8 +30,8 @@ every_recipe = pytest.mark.parametrize("name", NAMES)
 
 
 def large_ones_slow(names: Iterable[str]) -> list[Any]:
-    """Models of 1B and more are built in half a second each."""
-    large = re.compile(r"-(1|1\.3|1\.5)b-")
+    """Deep models are built in half a second each."""
+    large = re.compile(r"-(250m|350m|0\.5b|1b|1\.3b|1\.5b)-")
     return [pytest.param(n, marks=[pytest.mark.slow] if large.search(n) else []) for n in names]
 
 

@@ -88,7 +88,9 @@ def fingerprint(run: Path) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("step", [EVENT - 1, EVENT, EVENT + 1])
+@pytest.mark.parametrize(
+    "step", [pytest.param(EVENT - 1, marks=pytest.mark.slow), EVENT, EVENT + 1]
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_kill_around_an_event_changes_no_bit(
     name: str,
