@@ -26,4 +26,12 @@ class Diverged(PeptrainError):
 
 
 class Interrupted(PeptrainError):
-    """Ctrl-C or SIGTERM ended the training, after a checkpoint was saved."""
+    """A signal such as Ctrl-C or SIGTERM ended the training, after a checkpoint was saved."""
+
+    def __init__(self, message: str, code: int = 130) -> None:
+        super().__init__(message, code)
+        self.code = code
+        """Exit code of the command (training/signals.py)."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])

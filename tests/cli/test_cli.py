@@ -652,6 +652,55 @@ def test_ctrl_c_elsewhere_is_no_traceback(
     assert said.code == 130 and said.out == "stopped\n" and not said.err
 
 
+# Nobody reads what is shown.
+
+
+def unwritable(how: str) -> Any:
+    if how == "full":
+        return open("/dev/full", "w")
+    if how == "closed":
+        return None
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("how", ["full", "closed", "pipe"])
+def test_a_training_outlives_its_display(
+    how: str, corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = unwritable(how)
+    monkeypatch.setattr(sys, "stdout", stream)
+    said = peptrain_("train bpt --run run", *flags("bpt", corpus))
+    reason = {"full": "No space left on device", "closed": "closed", "pipe": "Broken pipe"}[how]
+    assert (said.code, said.err) == (
+        0, f"standard output can't be written ({reason}); the command continues without it\n"
+    )  # fmt: skip
+    assert len(rows(Path("run"))) == STEPS and len(rows(Path("run"), "end")) == 1
+    if stream:
+        stream.close()  # what is buffered fails no more
+
+
+def test_a_command_that_only_prints_fails_with_its_output(
+    peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", unwritable("full"))
+    said = peptrain_("recipes")
+    assert said.code == 1 and said.err.count("\n") == 1
+    monkeypatch.undo()
+    assert peptrain_("recipes").code == 0
+
+
+@pytest.mark.parametrize("stderr", ["pipe", "closed"])
+def test_without_any_output_it_trains_too(
+    stderr: str, corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, unwritable(stderr))
+    assert peptrain_("train full --run run", *flags("full", corpus)).code == 0
+    assert len(rows(Path("run"), "end")) == 1
+
+
 # What is seen while training.
 
 NUMBERS = r"loss \d\.\d{3}  held-out \d\.\d{3}  lr \d\.\de-\d\d  [\d,]+ tok/s"

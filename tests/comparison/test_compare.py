@@ -24,6 +24,7 @@ from rich.console import Console
 from support import Killed, kill_at, rows, tiny, write_grid
 
 import peptrain.comparison.workers
+import peptrain.runs.lock
 from peptrain.cli.app import main
 from peptrain.cli.progress import comparing, standing
 from peptrain.comparison.compare import compare
@@ -63,6 +64,8 @@ elif what == "diverged":
     row("step", step=2, loss=9.0)
     row("diverged", step=3, error="step 3: the loss is nan; try less")
     sys.exit("error: step 3: the loss is nan; try less")
+elif what == "preempted":
+    sys.exit(os.EX_TEMPFAIL)
 elif what == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 elif what == "hang":
@@ -267,14 +270,27 @@ def test_a_signal_lets_runs_save_and_the_same_call_goes_on(
     grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
     fakes.does = {("full", lr, seed): "hang" for lr in RATES for seed in SEEDS}
     stop = after_a_row(2, lambda: [os.kill(os.getpid(), number) for number in numbers])
-    with pytest.raises(Interrupted, match=r"stopped and saved, 0 of 4 runs finished"):
+    with pytest.raises(Interrupted, match=r"stopped and saved, 0 of 4 runs finished") as stopped:
         compare(grid, out, 2, stop)
     assert len(fakes.started) == 2, "nothing is begun after the signal"
+    assert stopped.value.code == (130 if numbers[0] == signal.SIGINT else os.EX_TEMPFAIL)
     kept = json.loads((out / "runs.json").read_text())
     assert {run["state"] for run in kept["runs"]} == {"unfinished"}
     assert "| full | unfinished |" in (out / "table.md").read_text()
     fakes.does = {}
     assert compare(grid, out, 2).lines[0].finished == 4
+
+
+def test_a_run_that_others_stopped_has_not_failed(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    fakes.does = {("full", 1e-3, 0): "preempted"}
+    with pytest.raises(Interrupted, match=r"stopped and saved, 3 of 4 runs finished") as stopped:
+        compare(grid, out, 2)
+    assert stopped.value.code == os.EX_TEMPFAIL
+    states = [run["state"] for run in json.loads((out / "runs.json").read_text())["runs"]]
+    assert sorted(states) == ["finished"] * 3 + ["unfinished"]
 
 
 def test_runs_are_saved_when_nobody_reads_what_is_shown(
@@ -318,7 +334,7 @@ def test_a_second_ctrl_c_ends_all_at_once(fakes: Fakes, corpus: Path, tmp_path: 
 
 
 def test_a_run_that_outlives_its_parent_keeps_the_directory(
-    fakes: Fakes, corpus: Path, tmp_path: Path
+    fakes: Fakes, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resume of a run that is still being written would ruin it."""
     grid, out = write_grid(tmp_path, corpus, train__seed=[0], optim__lr=[1e-3]), tmp_path / "out"
@@ -334,7 +350,9 @@ def test_a_run_that_outlives_its_parent_keeps_the_directory(
             messages.append(str(error.value))
             status.running.clear()  # as if this process had been killed
 
-    compare(grid, out, 1, second)
+    with monkeypatch.context() as patch:
+        patch.setattr(peptrain.runs.lock, "_release", lambda path, descriptor: os.close(descriptor))
+        compare(grid, out, 1, second)
     with pytest.raises(CheckpointError) as error:
         compare(grid, out)
     messages.append(str(error.value))
@@ -343,6 +361,7 @@ def test_a_run_that_outlives_its_parent_keeps_the_directory(
     assert all("in use by another compare, or by a run that one left" in m for m in messages)
     fakes.does = {}
     assert compare(grid, out).lines[0].finished == 1
+    assert not (out / "lock").exists()
 
 
 # What is refused.

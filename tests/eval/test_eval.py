@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,10 @@ from peptrain.data import Corpus, PrepareConfig, prepare
 from peptrain.distributed.world import World
 from peptrain.errors import ConfigError, DataError
 from peptrain.eval.perplexity import Evaluation, held_out_loss, held_out_loss_legacy
-from peptrain.eval.run import evaluate
+from peptrain.eval.run import _record, evaluate
 from peptrain.methods import METHODS
 from peptrain.models.hf import build_model
+from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL, small_corpus
 from peptrain.training.loop import train
 
@@ -244,6 +246,23 @@ def test_results_are_kept_beside_the_run(runs: dict[str, Path], corpus: Path) ->
     assert (first["legacy"], second["legacy"]) == (False, True)
     assert second["loss"] == legacy.loss < plain.loss
     assert first["step"] == 8 and first["data"] == Corpus.open(corpus).fingerprint
+
+
+def test_evaluations_at_the_same_time_are_all_kept(runs: dict[str, Path], corpus: Path) -> None:
+    run, before, found = RunDir(runs["full"]), recorded(runs["full"]), Evaluation(1.0, 2)
+    opened = Corpus.open(corpus)
+    threads = [
+        threading.Thread(target=_record, args=(run, step, opened, found, False))
+        for step in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    after = recorded(run.path)
+    assert after[: len(before)] == before
+    assert sorted(row["step"] for row in after[len(before) :]) == list(range(6))
+    assert not list(run.path.glob("eval.json?*"))
 
 
 @pytest.mark.parametrize("in_the_way", ["a directory", "a damaged file"])

@@ -33,7 +33,7 @@ from peptrain.methods import METHODS
 from peptrain.ops.cross_entropy import linear_cross_entropy
 from peptrain.runs.build import open_run
 from peptrain.runs.checkpoint import available
-from peptrain.runs.directory import RunDir, first_free
+from peptrain.runs.directory import NEW, RunDir, first_free
 from peptrain.testing import MODEL, STEPS, TRAIN, differences, losses, newest, small_corpus
 from peptrain.training.loop import resume, train
 from peptrain.training.metrics import throughput
@@ -83,17 +83,20 @@ def test_a_free_name_is_taken_at_once(tmp_path: Path) -> None:
 def test_of_two_processes_that_make_one_run_the_first_has_it(tmp_path: Path) -> None:
     path = tmp_path / "run"
 
-    def quicker(run: RunDir) -> None:
-        run.config_file.write_text("quicker")
+    def second() -> None:
+        with RunDir.create(path, "slower", lambda run: None):
+            pass
 
-    def slower(run: RunDir) -> None:
-        run.config_file.write_text("slower")
-        RunDir.create(path, quicker)
+    def while_the_first_fills(run: RunDir) -> None:
+        with pytest.raises(CheckpointError, match=r"run: in use by process \d+ on .* since 20"):
+            second()
 
+    with RunDir.create(path, "quicker", while_the_first_fills):
+        pass
     with pytest.raises(CheckpointError, match=r"--run .*run: exists and is never overwritten"):
-        RunDir.create(path, slower)
+        second()
     assert (path / "config.toml").read_text() == "quicker"
-    assert list(tmp_path.iterdir()) == [path]
+    assert {p.name for p in path.iterdir()} == {"config.toml", "checkpoints"}
 
 
 def test_an_existing_directory_is_never_touched(corpus: Path, tmp_path: Path) -> None:
@@ -104,8 +107,60 @@ def test_an_existing_directory_is_never_touched(corpus: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="exists"):
         train(tiny("full", corpus, tmp_path / "mine.txt"))
     assert (tmp_path / "mine.txt").read_text() == "precious"
-    (tmp_path / "empty").mkdir()
-    train(tiny("full", corpus, tmp_path / "empty", train={"steps": 1}))
+
+
+@pytest.mark.parametrize("place", ["empty", "mounted", "link", "dangling"])
+def test_an_empty_directory_is_filled_in_place(place: str, corpus: Path, tmp_path: Path) -> None:
+    """A mount point can't be replaced, and ext4 puts lost+found into it."""
+    run, made = tmp_path / place, tmp_path / "made"
+    made.mkdir()
+    if place == "mounted":
+        (made / "lost+found").mkdir()
+    elif place == "dangling":
+        made.rmdir()
+    run.symlink_to(made) if place in ("link", "dangling") else made.rename(run)
+    before = run.stat().st_ino if run.exists() else None
+    train(tiny("full", corpus, run, train={"steps": 1}))
+    assert len(losses(run)) == 1 and before in (None, run.stat().st_ino)
+    assert run.is_symlink() == (place in ("link", "dangling"))
+    assert len(list(tmp_path.iterdir())) == 1 + run.is_symlink()
+
+
+@pytest.mark.parametrize("killed", ["start", "tokenizer", "the end"])
+def test_a_creation_that_was_killed_is_no_hindrance(
+    killed: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def struck(*_: Any) -> None:
+        raise Killed
+
+    def fill(made: RunDir) -> None:
+        if killed == "start":
+            raise Killed
+        made.tokenizer.mkdir()
+        if killed == "tokenizer":
+            raise Killed
+        made.model_file.touch()
+        monkeypatch.setattr(Path, "replace", struck)
+
+    with pytest.raises(Killed), RunDir.create(run, "[method]", fill):
+        pass
+    monkeypatch.undo()
+    (run / "lock").write_text("")
+    assert not (run / "config.toml").exists()
+    train(tiny("full", corpus, run, train={"steps": 1}))
+    assert len(losses(run)) == 1 and not list(run.glob(".*"))
+
+
+def test_what_is_not_ours_is_kept_after_a_killed_creation(corpus: Path, tmp_path: Path) -> None:
+    for name in (NEW, "mine.txt"):
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(CheckpointError, match="exists and is never overwritten"):
+        train(tiny("full", corpus, tmp_path))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(
+        (NEW, "mine.txt"), "precious"
+    )
 
 
 def test_a_directory_that_cannot_be_made_is_named(corpus: Path, tmp_path: Path) -> None:
@@ -229,14 +284,15 @@ def test_a_run_keeps_its_own_config_json(corpus: Path, tmp_path: Path) -> None:
         resume(run)
 
 
-def test_a_kill_while_a_run_directory_is_made_leaves_none(
+def test_a_kill_while_a_run_directory_is_made_leaves_no_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny("full", corpus, tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(trainer, "save_tokenizer", kill)
         train(config)
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        RunDir.open(tmp_path / "run")
     train(config)
     assert RunDir(tmp_path / "run").tokenizer.is_dir()
 
@@ -351,14 +407,15 @@ for run in runs:
     try:
         train(tiny("bpt", corpus, run, train={"checkpoint_every": 0}), observe)
     except Interrupted as stopped:
-        print(stopped, flush=True)
+        print(stopped, stopped.code, flush=True)
 """
 
 
-def test_sigterm_and_ctrl_c_save_first(corpus: Path, tmp_path: Path) -> None:
+def test_signals_save_first(corpus: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     train(tiny("bpt", corpus, whole, train={"checkpoint_every": 0}))
-    wishes = {signal.SIGTERM: tmp_path / "terminated", signal.SIGINT: tmp_path / "ctrl-c"}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    wishes = {number: tmp_path / number.name for number in numbers}
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(corpus), *map(str, wishes.values())],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -374,7 +431,8 @@ def test_sigterm_and_ctrl_c_save_first(corpus: Path, tmp_path: Path) -> None:
         step = newest(run).step
         assert 1 <= step < STEPS
         assert said.startswith(f"stopped and saved at step {step} of {STEPS}")
-        assert f"`peptrain resume {run}`" in said
+        code = 130 if number == signal.SIGINT else os.EX_TEMPFAIL
+        assert said.endswith(f"`peptrain resume {run}` {code}\n")
     assert process.wait(60) == 0
     for run in wishes.values():
         resume(run)
@@ -422,6 +480,48 @@ def test_the_handlers_come_back_and_a_second_ctrl_c_acts_at_once(
     with pytest.raises(Interrupted):
         train(tiny("full", corpus, tmp_path / "other"), once)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_that_is_ignored_or_used_by_others_is_left_alone(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """As under nohup, and in a program that has a handler."""
+    called: list[int] = []
+    before = [signal.signal(signal.SIGHUP, signal.SIG_IGN)]
+    before += [signal.signal(signal.SIGUSR1, lambda number, frame: called.append(number))]
+
+    def both() -> None:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGUSR1)
+
+    try:
+        train(tiny("full", corpus, tmp_path / "run"), at_step(3, both))
+    finally:
+        for number, handler in zip((signal.SIGHUP, signal.SIGUSR1), before, strict=True):
+            signal.signal(number, handler)
+    assert len(losses(tmp_path / "run")) == STEPS and called == [signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("where", ["_evaluate", "restore"])
+def test_a_signal_outside_of_the_steps_stops_at_once(
+    where: str, number: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(trainer, where)
+
+    def struck(*given: Any, **named: Any) -> Any:
+        signal.raise_signal(number)
+        return real(*given, **named)
+
+    monkeypatch.setattr(trainer, where, struck)
+    with pytest.raises(Interrupted, match="stopped before") as stopped:
+        train(tiny("full", corpus, tmp_path / "run", train={"steps": 1}))
+    assert stopped.value.code == os.EX_TEMPFAIL
+    monkeypatch.undo()
+    if where == "_evaluate":
+        assert newest(tmp_path / "run").step == 1
+        resume(tmp_path / "run")
+    assert len(rows(tmp_path / "run", "end")) == (where == "_evaluate")
 
 
 def test_a_training_runs_in_a_thread_too(corpus: Path, tmp_path: Path) -> None:

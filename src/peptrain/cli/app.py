@@ -19,6 +19,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from peptrain import __version__, recipes
+from peptrain.cli.console import make, stderr, stdout
 from peptrain.cli.parsing import MARKERS, UNSET, check_command, check_names, paragraphs, registry
 from peptrain.errors import Interrupted, PeptrainError
 
@@ -28,21 +29,33 @@ if TYPE_CHECKING:
     from peptrain.methods.base import Method
 
 log = logging.getLogger("peptrain")
-console = Console(quiet=os.environ.get("RANK", "0") != "0", emoji=False)
+console = make(stdout, quiet=os.environ.get("RANK", "0") != "0")
 """Only rank 0 prints. Errors are printed by every rank, to stderr."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Return 0 on success, 1 on an error, 130 after Ctrl-C or SIGTERM.
+    """Run one command. Return 0 on success, 1 on an error, 130 after Ctrl-C, and 75 (EX_TEMPFAIL)
+    when SIGTERM, SIGHUP or SIGUSR1 stopped a training, which is saved.
 
-    Raises SystemExit(2) for a command line that can't be parsed, SystemExit(0) after --help.
+    When standard output fails (a closed pipe, a full disk) the command continues. It returns 1 if
+    it has no other result. Raises SystemExit(2) for a command line that can't be parsed,
+    SystemExit(0) after --help.
     """
+    stdout.reopen()
+    stderr.reopen()
+    try:
+        return _run(argv)
+    finally:
+        stdout.flush()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     essential_only = args[0] in ("train", "estimate") and bool({"-h", "--help"} & {*args})
     args = ["--help" if arg == "--help-all" else arg for arg in args]
     _set_up_output()
     if "--json" in args:
-        _log_on(Console(stderr=True, emoji=False))
+        _log_on(make(stderr))
     if args == ["--version"]:
         console.print(__version__, highlight=False)
         return 0
@@ -53,17 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         app.cli(prog="peptrain", description=DESCRIPTION, args=args, config=MARKERS, registry=rules)
     except Interrupted as stop:
         console.print(f"[yellow]{escape(str(stop))}", highlight=False, soft_wrap=True)
-        return 130
+        return stop.code
     except KeyboardInterrupt:
         console.print("[yellow]stopped")
         return 130
     except (PeptrainError, OSError) as error:
         message = f"[bold red]error:[/] {escape(str(error))}"
-        Console(stderr=True, emoji=False).print(message, highlight=False, soft_wrap=True)
+        make(stderr).print(message, highlight=False, soft_wrap=True)
         return 1
-    return 0
+    stdout.flush()
+    return 1 if stdout.lost and args[0] in PRINTS_ONLY else 0
 
 
+PRINTS_ONLY = ("estimate", "eval", "methods", "recipes")
+"""Commands that have failed when nobody could read what they print."""
 DESCRIPTION = f"""Parameter-efficient pre-training of language models ({__version__}).
 
 Start with `peptrain demo` or `peptrain train loro`: neither needs settings."""
@@ -183,7 +199,7 @@ def _estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable
 
         say_what_a_preset_leaves(given, options)
         budget = None if gpu_memory is None else memory(gpu_memory)
-        with fitting(Console(stderr=True, emoji=False, quiet=json)) as watch:
+        with fitting(make(stderr, quiet=json)) as watch:
             made = estimate(options, ranks=ranks, gpu_memory=budget, watch=watch)
         _show(made, json)
 
@@ -207,7 +223,7 @@ def _show(made: Estimate, as_json: bool) -> None:
 
 def _print_wide(table: Table) -> None:
     """Print at the terminal's width; in a file or a pipe keep each row on one line."""
-    (console if console.is_terminal else Console(width=160, emoji=False)).print(table)
+    (console if console.is_terminal else make(stdout, width=160)).print(table)
 
 
 def _watched(training: Callable[[Any], Any]) -> Any:

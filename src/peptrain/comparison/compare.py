@@ -25,6 +25,7 @@ from peptrain.models.hf import config_file
 from peptrain.runs.directory import RunDir
 from peptrain.settings.fields import check, each_line_once
 from peptrain.training.init_from import contents, sha256
+from peptrain.training.signals import BY_SYSTEM
 
 
 @each_line_once()
@@ -49,8 +50,8 @@ def compare(
 
     Raises what `load_grid` and `allot` raise; DataError if the corpus is missing or shorter than
     one window; CheckpointError if another call is working in `out`, if `out` can't be created, or
-    if a run's config.toml was changed; PeptrainError if steps can't be timed; Interrupted after
-    Ctrl-C or SIGTERM, once the running runs are saved.
+    if a run's config.toml was changed; PeptrainError if steps can't be timed; Interrupted after a
+    signal such as Ctrl-C or SIGTERM, once the running runs are saved.
     """
     check(workers is None or workers >= 1, "--workers", workers, ">= 1")
     ranks = os.environ.get("WORLD_SIZE", "1")
@@ -72,11 +73,12 @@ def compare(
         outcomes = [outcome(o.planned, o.run, failed.get(o.run.path.name, "")) for o in before]
         made = Comparison(summarize(outcomes), asked.equal, epoch, unstated(planned))
         _write(out, made, outcomes)
-    if status.interrupted:
+    if code := status.interrupted or (BY_SYSTEM if status.saved else 0):
         done = sum(one.end is not None or one.diverged for one in outcomes)
         raise Interrupted(
             f"stopped and saved, {done} of {len(planned)} runs finished; run the same command to"
-            " continue"
+            " continue",
+            code,
         )
     return made
 

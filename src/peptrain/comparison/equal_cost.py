@@ -159,7 +159,8 @@ def clock(out: Path, gpus: Sequence[str], lock: int) -> Callable[[GridRun, Path]
         write_atomically(settings, dump(run.config))
         status = work([Timing(file.stem, file, settings, log_file, run.steps)], 1, gpus, lock)
         if status.interrupted:
-            raise Interrupted("stopped while steps were timed; run the same command to continue")
+            said = "stopped while steps were timed; run the same command to continue"
+            raise Interrupted(said, status.interrupted)
         if error := status.failed.get(file.stem):
             raise PeptrainError(
                 f"{run.label}: steps can't be timed: {error}; see {log_file}, and fix or remove"

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peptrain.errors import CheckpointError
-from peptrain.runs.directory import RunDir
-from peptrain.training.signals import stop_on_signals
+from peptrain.runs.directory import LOCK, RunDir
+from peptrain.runs.lock import lock
+from peptrain.training.signals import BY_SYSTEM, BY_USER, stop_on_signals
 
 POLL = 0.2
 """Seconds between two polls of the processes."""
@@ -90,7 +89,10 @@ class Status:
     """Result of each finished job, by name."""
     failed: dict[str, str] = field(default_factory=dict)
     """Error of each failed job, by name."""
-    interrupted: bool = False
+    interrupted: int = 0
+    """Exit code of the call once a signal has stopped it."""
+    saved: list[str] = field(default_factory=list)
+    """Names of jobs that a signal of others stopped. They are saved."""
     since: float = field(default_factory=time.monotonic)
     trained: float = 0.0
     """Runs trained in this call by processes that have ended, in fractions of full runs."""
@@ -103,22 +105,19 @@ class Status:
         return (time.monotonic() - self.since) / trained * rest if trained > 0 else None
 
 
-@contextlib.contextmanager
-def alone(directory: Path) -> Iterator[int]:
-    """Lock `directory` against other calls and yield the lock's file descriptor.
+def alone(directory: Path) -> AbstractContextManager[int]:
+    """Return the lock of `directory` against other calls, which yields its file descriptor.
 
     Worker processes inherit the descriptor, so a worker that outlives its parent keeps the lock.
     Raises CheckpointError if the lock is held.
     """
-    with (directory / "lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"--out {directory}: in use by another compare, or by a run that one left behind;"
-                " wait for it to end, or stop it"
-            ) from None
-        yield file.fileno()
+    return lock(
+        directory / LOCK,
+        lambda holder: (
+            f"--out {directory}: in use by another compare, or by a run that one left"
+            f" behind ({holder}); wait for it to end, or stop it"
+        ),
+    )
 
 
 def work(
@@ -131,15 +130,16 @@ def work(
 ) -> Status:
     """Run the jobs, at most `workers` at a time, spread over the GPUs. Each inherits the `lock`.
 
-    On Ctrl-C or SIGTERM every running job saves and stops. A second Ctrl-C kills them. The runs can
-    be resumed after both. Without a GPU a process uses one thread, unless OMP_NUM_THREADS is set.
+    On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 every running job saves and stops. A second Ctrl-C kills
+    them. The runs can be resumed after both. Without a GPU a process uses one thread, unless
+    OMP_NUM_THREADS is set.
     """
     status = Status(deque(jobs), before, {job.name: job.progress()[0] for job in jobs})
     with stop_on_signals() as stop:
         try:
             while status.waiting or status.running:
-                if stop.requested and not status.interrupted:
-                    status.interrupted = True
+                if stop.code and not status.interrupted:
+                    status.interrupted = stop.code
                     status.waiting.clear()
                     for working in status.running.values():
                         working.process.terminate()
@@ -203,7 +203,9 @@ def _end(status: Status, working: Working) -> None:
     result = job.result()
     if code == 0 and result is not None:
         status.finished[job.name] = result
-    elif not (status.interrupted and code in (130, -signal.SIGTERM)):
+    elif code == BY_SYSTEM:
+        status.saved.append(job.name)
+    elif not (status.interrupted and code in (BY_USER, -signal.SIGTERM)):
         status.failed[job.name] = _error(code, job.log, working.said)
 
 

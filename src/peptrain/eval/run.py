@@ -11,15 +11,18 @@ import torch
 
 from peptrain.data import Corpus, default_corpus
 from peptrain.data.tokenizer import load_tokenizer
-from peptrain.errors import DataError
+from peptrain.errors import CheckpointError, DataError
 from peptrain.eval.perplexity import Evaluation, held_out_loss, held_out_loss_legacy
 from peptrain.files import write_atomically
 from peptrain.models.hf import vocabulary_size
 from peptrain.runs.build import open_run
 from peptrain.runs.directory import RunDir
+from peptrain.runs.lock import lock
 from peptrain.settings.fields import check
 
 log = logging.getLogger("peptrain")
+WAIT = 30.0
+"""Seconds to wait for other evaluations to write to eval.json, which takes milliseconds."""
 
 
 def evaluate(
@@ -83,7 +86,8 @@ def _record(run: RunDir, step: int, corpus: Corpus, result: Evaluation, legacy: 
         "tokens": result.tokens,
     }
     try:
-        rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        write_atomically(file, json.dumps([*rows, row], indent=1) + "\n")
-    except (OSError, ValueError) as error:  # e.g. no write permission
+        with lock(file.with_name("eval.json.lock"), lambda holder: f"in use by {holder}", WAIT):
+            rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+            write_atomically(file, json.dumps([*rows, row], indent=1) + "\n")
+    except (OSError, ValueError, CheckpointError) as error:  # e.g. no write permission
         log.warning("%s: the result could not be saved: %s", file, error)

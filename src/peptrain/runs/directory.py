@@ -4,6 +4,7 @@ runs/NAME/config.toml      the resolved configuration
           env.json         versions and device of each start
           metrics.jsonl    a row every few steps
           checkpoints/     step-00000600/, ...
+          lock             names the process that trains it, while it does (runs/lock.py)
 """
 
 from __future__ import annotations
@@ -13,18 +14,24 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 from peptrain.errors import CheckpointError
 from peptrain.files import write_atomically
+from peptrain.runs.lock import lock
 
 NEWEST = 16_384  # bytes read from the end of the metrics: dozens of rows
 LAST = ("end", "diverged")
 """Events that end a run; a resumed run drops their rows."""
+LOCK = "lock"
+NEW = ".config.toml.new"
+"""Name of config.toml until the other first files of a run are written."""
+FOREIGN = "lost+found"
+"""What an empty mount point contains."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +61,72 @@ class RunDir:
         return self.path / "checkpoints"
 
     @classmethod
-    def create(cls, path: Path, fill: Callable[[RunDir], None]) -> RunDir:
-        """Create a run directory, which appears only after `fill` has written its first files.
+    @contextlib.contextmanager
+    def create(cls, path: Path, config: str, fill: Callable[[RunDir], None]) -> Iterator[RunDir]:
+        """Create a run in a new or empty directory and hold its lock.
+
+        The directory is filled in place, because a mount point cannot be replaced. `fill` writes
+        the files other than config.toml, which appears last and makes the directory a run. What a
+        killed creation left is replaced.
 
         Raises CheckpointError if the path is taken or cannot be written.
         """
-        _check_free(path)
-        # A random name, so that processes creating the same run do not collide: first rename wins.
-        name = f".{path.resolve().name}.{token_hex(4)}.tmp"
-        hidden = cls(path.resolve().with_name(name))
+        run = cls(path)
         try:
-            hidden.checkpoints.mkdir(parents=True)
-            fill(hidden)
-            hidden.path.replace(path)
+            run._check_free()
+            Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            shutil.rmtree(hidden.path, ignore_errors=True)
-            _check_free(path)
             raise _unwritable(path, error) from error
-        return cls(path)
+        with run.lock():
+            run._check_free()
+            try:
+                run._clear()
+                with (path / NEW).open("w", encoding="utf-8") as file:
+                    file.write(config)
+                    file.flush()
+                    os.fsync(file.fileno())
+                run.checkpoints.mkdir()
+                fill(run)
+                (path / NEW).replace(run.config_file)
+            except OSError as error:
+                run._clear()
+                raise _unwritable(path, error) from error
+            yield run
+
+    def lock(self) -> AbstractContextManager[int]:
+        """Lock the run for training. Raises CheckpointError, naming the holder, if it is held."""
+        return lock(
+            self.path / LOCK,
+            lambda holder: (
+                f"{self.path}: in use by {holder}; wait for it to end, or stop it, then"
+                f" continue with `peptrain resume {self.path}`"
+            ),
+        )
+
+    def _check_free(self) -> None:
+        """Raise CheckpointError unless the path is free, empty, or left by a killed creation."""
+        names = set()
+        if self.path.is_dir():
+            names = {entry.name for entry in self.path.iterdir()} - {LOCK, FOREIGN}
+        taken = self.path.exists() and not self.path.is_dir()
+        if taken or (names and not (NEW in names and names <= self._first_names)):
+            raise CheckpointError(
+                f"--run {self.path}: exists and is never overwritten; choose another, or resume it"
+                f" with `peptrain resume {self.path}`"
+            )
+
+    @property
+    def _first_names(self) -> set[str]:
+        """Names of what a creation writes before config.toml."""
+        return {NEW, self.checkpoints.name, self.tokenizer.name, self.model_file.name}
+
+    def _clear(self) -> None:
+        for name in self._first_names - {NEW}:
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            else:
+                (self.path / name).unlink(missing_ok=True)
+        (self.path / NEW).unlink(missing_ok=True)  # last: it marks the others as ours
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
@@ -146,14 +201,6 @@ def first_free(parent: Path, stem: str) -> Path:
         except OSError as error:
             raise _unwritable(path, error) from error
     return path
-
-
-def _check_free(path: Path) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(
-            f"--run {path}: exists and is never overwritten; choose another, or resume it"
-            f" with `peptrain resume {path}`"
-        )
 
 
 def _unwritable(path: Path, error: OSError) -> CheckpointError:

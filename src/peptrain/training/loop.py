@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shutil
@@ -18,7 +19,6 @@ from peptrain.data import Corpus, default_corpus
 from peptrain.distributed.world import World, world
 from peptrain.errors import Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, held_out_loss
-from peptrain.files import write_atomically
 from peptrain.methods.base import Method, Metrics
 from peptrain.models.hf import config_file, count_parameters, save_tokenizer
 from peptrain.models.probe import check_causal
@@ -29,7 +29,7 @@ from peptrain.runs.directory import RunDir, first_free
 from peptrain.runs.environment import record_environment
 from peptrain.training.init_from import compare_tokenizers, with_inherited_model
 from peptrain.training.metrics import MetricsLog, Observer, silent
-from peptrain.training.signals import Stop, stop_on_signals
+from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
 from peptrain.training.state import (
     TrainState,
     check_corpus,
@@ -66,27 +66,38 @@ def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
     Raises ConfigError, DataError or Unsupported before anything is written. Two cases of
     Unsupported appear only during training: a CUDA graph that cannot be captured, and metrics of
     the method that cannot be logged. Raises CheckpointError when the run directory exists or the
-    disk is full, Diverged when the loss is not finite, Interrupted after Ctrl-C or SIGTERM.
+    disk is full, Diverged when the loss is not finite, Interrupted after a
+    signal (`stop_on_signals`).
     """
-    with world(config.train.device) as here:
+    with world(config.train.device) as here, contextlib.ExitStack() as held:
         config = resolved(
             with_inherited_model(config), world_size=here.size, on_gpu=here.device.type == "cuda"
         )
-        return _train(config, None, here, observe)
+        return _train(config, None, here, observe, held)
 
 
 def resume(path: Path, observe: Observer = silent) -> Result:
     """Resume the run in `path` from its latest complete checkpoint, or from step 0 without one.
 
-    On a CPU the result is bit for bit that of an uninterrupted run.
+    On a CPU the result is bit for bit that of an uninterrupted run. Raises CheckpointError while
+    another process trains the run, and otherwise what `train` raises.
     """
     run = RunDir.open(path)
     config = run_config(run)
-    with world(config.train.device) as here:
-        return _train(config, run, here, observe)
+    with world(config.train.device) as here, contextlib.ExitStack() as held:
+        here.on_main(lambda: held.enter_context(run.lock()))
+        return _train(config, run, here, observe, held)
 
 
-def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: Observer) -> Result:
+def _train(
+    config: RunConfig[Method],
+    run: RunDir | None,
+    here: World,
+    observe: Observer,
+    held: contextlib.ExitStack,
+) -> Result:
+    stop = held.enter_context(stop_on_signals())
+    stop.at_once = "stopped before the first step"
     corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
     check_corpus(corpus, config)
     identity = identity_of(config, corpus)
@@ -99,7 +110,7 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
             log.warning("%s has no dense equivalent: eval runs the model itself, and `peptrain"
                         " export` needs --form factorised", config.method.name)  # fmt: skip
         compare_tokenizers(config, corpus)
-        run = _create(config, corpus, here)
+        run = _create(config, corpus, here, held)
     tokens_per_step = config.train.batch_size * config.train.seq_len
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -110,18 +121,20 @@ def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: 
         observe(_start(config, run, state, corpus))
     _announce(state, metrics_log)
     try:
-        with stop_on_signals() as stop:
+        stop.at_once = None
+        _loop(config, state, corpus, run, metrics_log, stop, identity)
+        while state.step < config.train.steps:
+            del state  # so that the moments of both phases are never in memory at once
+            state = restore(config, run, here, identity)
+            _announce(state, metrics_log)
+            metrics_log.pause()
             _loop(config, state, corpus, run, metrics_log, stop, identity)
-            while state.step < config.train.steps:
-                del state  # so that the moments of both phases are never in memory at once
-                state = restore(config, run, here, identity)
-                _announce(state, metrics_log)
-                metrics_log.pause()
-                _loop(config, state, corpus, run, metrics_log, stop, identity)
+        stop.at_once = f"stopped before the end of the last evaluation; {_again(run)}"
         held_out = _evaluate(config, state, corpus, run, here, limit=0)
     except Diverged as error:
         metrics_log.write("diverged", step=state.step, error=str(error))
         raise
+    stop.at_once = None
     result = _result(run, state, held_out, metrics_log)
     sizes = {"parameters": result.parameters, "trainable": result.trainable}
     metrics_log.end(state.step, held_out, **sizes, state_bytes=result.state_bytes)
@@ -164,10 +177,12 @@ def _loop(
         if saving or evaluating:
             metrics_log.pause()
         if stopping and state.step < t.steps:
-            raise Interrupted(
-                f"stopped and saved at step {state.step} of {t.steps}; resume with"
-                f" `peptrain resume {run.path}`"
-            )
+            said = f"stopped and saved at step {state.step} of {t.steps}; {_again(run)}"
+            raise Interrupted(said, stopping)
+
+
+def _again(run: RunDir) -> str:
+    return f"resume with `peptrain resume {run.path}`"
 
 
 def advance(
@@ -214,15 +229,17 @@ def _accumulate(
     return state.forward_backward(torch.split(windows, t.micro_batch))
 
 
-def _agreed(stop: Stop, here: World, at_boundary: bool) -> bool:
-    """Return whether to stop.
+def _agreed(stop: Stop, here: World, at_boundary: bool) -> int:
+    """Return the exit code to stop with, or 0 to continue.
 
     A single process stops at once. Several stop together, at the next row of metrics.
     """
     if here.size == 1:
-        return stop.requested
-    asked = torch.tensor(float(stop.requested), device=here.device)
-    return at_boundary and here.sum(asked).item() > 0
+        return stop.code
+    codes = (BY_SYSTEM, BY_USER)
+    asked = torch.tensor([float(stop.code == code) for code in codes], device=here.device)
+    agreed = here.sum(asked).tolist()
+    return next((code for code, n in zip(codes, agreed, strict=True) if at_boundary and n), 0)
 
 
 def _flush(metrics_log: MetricsLog, run: RunDir) -> None:
@@ -259,13 +276,17 @@ def _evaluate(
     return held_out
 
 
-def _create(config: RunConfig[Method], corpus: Corpus, here: World) -> RunDir:
+def _create(
+    config: RunConfig[Method], corpus: Corpus, here: World, held: contextlib.ExitStack
+) -> RunDir:
+    """Create the run directory. Its lock is released when `held` is closed."""
     path = config.run
 
     def make() -> None:
         nonlocal path
         path = path or first_free(Path("runs"), config.method.name)
-        RunDir.create(path, lambda run: _first_files(run, config, corpus))
+        text = dump(config)
+        held.enter_context(RunDir.create(path, text, lambda run: _first_files(run, config, corpus)))
 
     here.on_main(make)
     path = here.agree(path)
@@ -274,8 +295,7 @@ def _create(config: RunConfig[Method], corpus: Corpus, here: World) -> RunDir:
 
 
 def _first_files(run: RunDir, config: RunConfig[Method], corpus: Corpus) -> None:
-    """Write what resume, eval and export need in addition to the checkpoints and the corpus."""
-    write_atomically(run.config_file, dump(config))
+    """Write what else resume, eval and export need besides checkpoints and corpus."""
     save_tokenizer(corpus.tokenizer_file, corpus.eos_id, run.tokenizer)
     if file := config_file(config.model):
         shutil.copyfile(file, run.model_file)

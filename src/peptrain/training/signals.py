@@ -1,40 +1,60 @@
-"""Turn Ctrl-C and SIGTERM into a request to stop, so that training can save first."""
+"""Turn signals such as Ctrl-C and SIGTERM into a request to stop, so that training saves first."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from peptrain.errors import Interrupted
+
+BY_USER, BY_SYSTEM = 128 + signal.SIGINT, os.EX_TEMPFAIL
+"""Exit codes after Ctrl-C and after the other signals, on which a job scheduler can requeue."""
+
 
 @dataclass
 class Stop:
     """Whether the user or the system asked the training to stop."""
 
-    requested: bool = False
+    code: int = 0
+    """BY_USER or BY_SYSTEM once it was asked to stop."""
+    at_once: str | None = None
+    """If set, a signal raises Interrupted with this message: there is nothing to save first."""
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Yield a `Stop` whose `requested` is set by the first SIGINT or SIGTERM.
+    """Yield a `Stop` whose `code` is set by the first SIGINT, SIGTERM, SIGHUP or SIGUSR1.
 
     After that SIGINT has its usual effect again, so a second Ctrl-C interrupts at once. Further
-    SIGTERMs are ignored, because a job scheduler may send one to each process and to their parent.
+    signals of the other kinds are ignored, because a job scheduler may send one to each process and
+    to their parent.
 
-    Outside the main thread, where Python allows no signal handlers, nothing is caught.
+    SIGHUP and SIGUSR1 are caught only where they would end the process: not under nohup, and not in
+    a program that has its own use for them. Outside the main thread, where Python allows no signal
+    handlers, nothing is caught.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for s in (signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(s) is signal.SIG_DFL:
+            before[s] = signal.SIG_DFL
+    before = {s: handler for s, handler in before.items() if handler is not None}  # C code's own
 
     def request(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        first = not stop.code
+        stop.code = stop.code or (BY_USER if number == signal.SIGINT else BY_SYSTEM)
+        if signal.SIGINT in before:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if first and stop.at_once is not None:
+            raise Interrupted(stop.at_once, stop.code)
 
     for s in before:
         signal.signal(s, request)

@@ -1,0 +1,89 @@
+"""The terminal: what the command prints, and what happens when nobody can read it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from typing import TextIO
+
+from rich.console import Console
+
+
+class Display(io.TextIOBase):
+    """Standard output or error, until a write fails. Then what follows is discarded.
+
+    A closed pipe (`| head -1`), a full disk or a terminal that hung up must not end a training. The
+    loss of standard output is reported once, on standard error.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.lost: OSError | None = None
+
+    @property
+    def _stream(self) -> TextIO | None:
+        stream = getattr(sys, self._name)  # tests and rich replace it
+        found: TextIO | None = getattr(stream, "rich_proxied_file", stream)
+        return found
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise OSError(f"{self._name} is closed")
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write `text` unless an earlier write failed."""
+        if self._stream is not None and self.lost is None:
+            try:
+                return self._stream.write(text)
+            except OSError as error:
+                self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, also when Python has buffered what was printed by other libraries."""
+        if self._stream is not None and self.lost is None:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self._lose(error)
+
+    def reopen(self) -> None:
+        """Begin a command. Where the descriptor is closed, open it to /dev/null.
+
+        Otherwise the next file that is opened, such as metrics.jsonl, would get its number.
+        """
+        self.lost = None
+        if getattr(sys, self._name) is None:
+            setattr(sys, self._name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            self._lose(OSError("closed"))
+
+    def _lose(self, error: OSError) -> None:
+        self.lost = error
+        with contextlib.suppress(OSError, ValueError):  # ValueError: not a file, as in a notebook
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # so that what is buffered does not fail at exit
+            os.close(nowhere)
+        if self is stdout:
+            stderr.write(
+                f"standard output can't be written ({error.strerror or error}); the command"
+                " continues without it\n"
+            )
+            stderr.flush()
+
+
+stdout, stderr = Display("stdout"), Display("stderr")
+
+
+def make(display: Display, *, quiet: bool = False, width: int | None = None) -> Console:
+    """Return a console on `display`."""
+    return Console(file=display, emoji=False, quiet=quiet, width=width)  # type: ignore[arg-type]

@@ -1,0 +1,224 @@
+"""Lock a directory or file for one process at a time, on any file system.
+
+A lock is a file that names its holder. It is created exclusively, which every file system supports,
+and removed by the holder. A lock that was left behind is taken over. Whether its holder is dead is
+decided by flock, which the kernel releases with the last process that has the file open. flock is
+missing on some file systems, and on others it does not reach other machines. There a holder of this
+machine is dead when its process is gone, and any other when the file's modification time, which a
+holder renews every `BEAT` seconds, stays the same for `PATIENCE` seconds. No clocks are compared,
+because those of two machines may differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from secrets import token_hex
+
+from peptrain.errors import CheckpointError
+
+log = logging.getLogger("peptrain")
+BEAT = 5.0
+PATIENCE = 60.0
+"""Longer than a holder may be too busy to renew its lock."""
+SETTLE = 1.0
+"""Seconds in which a process that has created or overwritten a lock writes its name."""
+POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process named in a lock."""
+
+    host: str
+    pid: int
+    since: str
+    machine: str
+    """The boot of the machine, and the namespace in which `pid` is valid."""
+    token: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+    @property
+    def line(self) -> str:
+        """The content of the lock file."""
+        return f"{self.host} {self.pid} {self.since} {self.machine} {self.token}\n"
+
+    @property
+    def boot(self) -> str:
+        return self.machine.partition("/")[0]
+
+
+@contextlib.contextmanager
+def lock(path: Path, busy: Callable[[str], str], wait: float = 0.0) -> Iterator[int]:
+    """Hold the lock file `path` and yield its descriptor.
+
+    A process that inherits the descriptor keeps the lock, where flock works. `busy` returns the
+    error message for a description of the holder. wait: seconds to wait for a holder.
+
+    Raises CheckpointError if the lock is held, or if it can't be written.
+    """
+    me, deadline = _me(), time.monotonic() + wait
+    try:
+        while (descriptor := _take(path, me)) is None:
+            if time.monotonic() >= deadline:
+                raise CheckpointError(busy(str(_holder(path) or "another process")))
+            time.sleep(POLL)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be written: {error.strerror}") from error
+    done = threading.Event()
+    beat = threading.Thread(target=_renew, args=(descriptor, done), daemon=True)
+    beat.start()
+    try:
+        yield descriptor
+    finally:
+        done.set()
+        beat.join()
+        _release(path, descriptor)
+
+
+def _take(path: Path, me: Holder) -> int | None:
+    """Return the descriptor of the lock, now ours, or None if it is held."""
+    while True:
+        descriptor, new = _open(path)
+        taken = False
+        try:
+            flocked = _flock(descriptor)
+            if flocked is False:
+                return None
+            if not _is(path, descriptor):
+                continue  # removed by its holder in the meantime
+            before = None if new else _holder(path)
+            if not new and not _dead(path, before, bool(flocked)):
+                return None
+            if not _is(path, descriptor):
+                continue
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, me.line.encode(), 0)
+            if not new and not (flocked and before and before.boot == me.boot):
+                time.sleep(SETTLE)  # another process may be taking it over, where flock fails
+            taken = _holder(path) == me
+            return descriptor if taken else None
+        finally:
+            if not taken:
+                os.close(descriptor)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """Open `path`, never through a link; return (descriptor, whether it was created)."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), True
+        with contextlib.suppress(FileNotFoundError):  # removed by its holder since
+            return os.open(path, flags), False
+
+
+def _flock(descriptor: int) -> bool | None:
+    """Return whether the lock was acquired; None where the file system has no flock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _dead(path: Path, holder: Holder | None, flocked: bool) -> bool:
+    """Return whether the holder named in the lock is gone.
+
+    flocked: this process has acquired the file's flock.
+    """
+    if holder is None:  # killed before it wrote its name, or a lock of version 0.1.0
+        return not _renewed(path, SETTLE)
+    here = _me()
+    if flocked and holder.boot == here.boot:
+        return True
+    if holder.machine == here.machine and not _runs(holder.pid):
+        return True
+    log.warning("%s: left by %s; waiting up to %.0f s for a sign of it", path, holder, PATIENCE)
+    return not _renewed(path, PATIENCE)
+
+
+def _renewed(path: Path, seconds: float) -> bool:
+    """Return whether the file changes within `seconds`. A removed file does not."""
+    first = now = _state(path)
+    deadline = time.monotonic() + seconds
+    while now is not None and now == first and time.monotonic() < deadline:
+        time.sleep(POLL)
+        now = _state(path)
+    return now is not None and now != first
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes with the file. Opening it makes NFS ask its server."""
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _holder(path: Path) -> Holder | None:
+    """Read the holder's name; None if there is none."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(1000).decode("ascii", errors="replace")
+    except FileNotFoundError:
+        return None
+    found = re.fullmatch(r"([!-~]+) (\d{1,9}) ([!-~]+) ([!-~]+) ([!-~]+)\n", text)
+    return Holder(found[1], int(found[2]), *found.groups()[2:]) if found else None
+
+
+def _me() -> Holder:
+    since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    host = re.sub(r"[^!-~]", "?", socket.gethostname()) or "?"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        machine = f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        machine = host
+    return Holder(host, os.getpid(), since, machine, token_hex(4))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    """Return whether `path` still names the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _renew(descriptor: int, done: threading.Event) -> None:
+    while not done.wait(BEAT):
+        with contextlib.suppress(OSError):  # the next one may succeed
+            os.utime(descriptor)
+
+
+def _release(path: Path, descriptor: int) -> None:
+    if _is(path, descriptor):
+        path.unlink(missing_ok=True)
+    os.close(descriptor)
