@@ -1,6 +1,7 @@
 """Who forgets what and when: resets, weight decay, and LORO's optimizer and its clocks."""
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.linalg import svdvals
 from torch.optim import AdamW
 
+from peptrain.errors import ConfigError
 from peptrain.methods import METHODS
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.loro import LORO
@@ -353,6 +355,52 @@ def test_every_k_th_step_is_exact_without_c(direction: str) -> None:
             torch.testing.assert_close(svdvals(B.detach()).square(), sigma, rtol=0, atol=1e-12)
             torch.testing.assert_close(svdvals(A.detach()).square(), sigma, rtol=0, atol=1e-12)
     assert int(optimizer.damped) == 0
+
+
+@pytest.mark.parametrize("cap", [None, 0.3])
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_an_exact_step_reports_how_far_it_moves_and_may_be_limited(
+    precision: str, cap: float | None
+) -> None:
+    """The ratio is the worst pair's, those above a half are counted for a warning, and nothing is
+    reported of other steps or of the ablation without an exact step."""
+    given = {"refresh": "none", "exact_every": 1, "rank": 15, "include": "q,k"}
+    model, optimizer, config = made(
+        loro(exact_cap=cap, **given), train={"precision": precision}, optim={"lr": 0.1}
+    )
+    back(model, 0)
+    before = snapshot(model)
+    grads = {name: gradient(p).double() for name, p in model.named_parameters()}
+    optimizer.step()
+    ratios = []
+    for site, B, A in pairs(model):
+        b, a = f"{site}.B", f"{site}.A"
+        D_B, D_A = (
+            algebra.loro_direction(0.1 * grads[x], 0.001 * grads[x] ** 2, 1e-6) for x in (b, a)
+        )
+        old = before[b].double(), before[a].double(), D_B, D_A
+        W, rate = old[0] @ old[1], algebra.loro_rate(0.1, 1, BETAS)
+        if cap:
+            rate = algebra.loro_capped_rate(*old, rate, cap)
+        new = algebra.loro_exact_directions(*old, rate)
+        found = B.detach().double() @ A.detach().double()
+        torch.testing.assert_close(found, new, rtol=1e-5, atol=1e-6)
+        ratios.append(float(torch.linalg.norm(new - W) / torch.linalg.norm(W)))
+    metrics = config.method.after_step(model, optimizer, 1, Rng(0))
+    assert float(metrics["exact_step_ratio"]) == pytest.approx(max(ratios), rel=1e-5)
+    large = sum(ratio > 0.5 for ratio in ratios)
+    assert int(metrics["pairs_with_exact_step_ratio_above_half_warning"]) == large
+    assert large if cap is None else max(ratios) == pytest.approx(cap, rel=0.01)
+    for other in (loro(exact_every=2), loro(exact_every=1, retraction="svd")):
+        model, optimizer, config = made(other)
+        walk(model, optimizer, 1)
+        assert "exact_step_ratio" not in config.method.after_step(model, optimizer, 1, Rng(0))
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, math.inf, math.nan])
+def test_a_cap_is_a_finite_number_above_0(cap: float) -> None:
+    with pytest.raises(ConfigError, match=r"method\.exact_cap: must be a finite number > 0 \(got"):
+        LORO(rank=2, exact_cap=cap)
 
 
 @pytest.mark.parametrize("refresh", ["all", "factors", "none"])

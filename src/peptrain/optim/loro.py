@@ -28,6 +28,7 @@ class LORORule:
     update: Literal["adam", "precond"]
     precond_eps: float
     refresh: Literal["all", "factors", "none"]
+    exact_cap: float | None = None
 
 
 class LOROOptimizer(GroupwiseOptimizer):
@@ -44,6 +45,8 @@ class LOROOptimizer(GroupwiseOptimizer):
         self.rule = rule
         self.damped: Tensor | int = 0
         """Number of pairs B, A with a singular factor at the last exact step."""
+        self.ratios: Tensor = torch.zeros(1)
+        """|dW| / |W| (Frobenius) of the pairs at the last exact step, in any order, and zeros."""
         super().__init__(groups, **adam, factors=False, scales=[], clock=0, age=0)
 
     def step_group(self, group: dict[str, Any]) -> None:
@@ -111,6 +114,7 @@ class LOROOptimizer(GroupwiseOptimizer):
     def _exact(self, params: list[Tensor], group: dict[str, Any]) -> None:
         lr_p = group["lr"] * _correction(group)
         damped = [torch.zeros((), dtype=torch.bool, device=params[0].device)]
+        ratios: list[Tensor] = []
 
         def direction(p: Tensor) -> Tensor:
             if self.rule.direction == "raw":
@@ -123,15 +127,18 @@ class LOROOptimizer(GroupwiseOptimizer):
             given = widened(B, A, direction(B), direction(A))
             whole = _finite(given)
             B, A, D_B, D_A = (torch.where(whole, t, 0.0) for t in given)
-            B, A, singular = riemannian_step(B, A, D_B, D_A, lr_p)
+            B, A, singular, ratio = riemannian_step(B, A, D_B, D_A, lr_p, self.rule.exact_cap)
             damped.append(singular)
+            ratios.append(torch.where(whole, ratio, torch.nan).double()[None])
             return torch.where(whole, B, torch.nan), torch.where(whole, A, torch.nan)
 
         pairs = _pairs(params)
         if params[0].dtype != torch.float64:  # Gram matrices of float64 would need more precision
-            pairs = [pairs[i] for i in gram_steps_(pairs, direction, lr_p)]
+            left, of_others = gram_steps_(pairs, direction, lr_p, self.rule.exact_cap)
+            pairs = [pairs[i] for i in left]
+            ratios.append(of_others)
         _assign(pairs, reference)
-        self.damped = torch.stack(damped).sum()
+        self.damped, self.ratios = torch.stack(damped).sum(), torch.cat(ratios)
 
     def _precondition(self, params: list[Tensor], lr: float) -> None:
         def step(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
