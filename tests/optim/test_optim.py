@@ -113,6 +113,53 @@ def test_pruning_is_not_limited_to_what_quantile_can_take() -> None:
     assert int((mask == 0).sum()) == 2**22 + 2
 
 
+@pytest.mark.parametrize("mode", ["magnitude", "random", "zero"])
+def test_the_step_count_restarts_or_is_kept_with_the_moments(mode: str) -> None:
+    """At a constant gradient kept moments with their count move by the learning rate, and with a
+    restarted one by 0.32, 0.15, 0.22 and 0.43 of it. Zeroed ones are right after a restart."""
+    one = torch.ones((), dtype=torch.float64)
+    for step, right in (("restart", [0.32, 0.15, 0.22, 0.43]), ("keep", [1.0] * 4)):
+        p, optimizer = one_parameter(5, 8)
+        state = optimizer.state[p]
+        state["step"].fill_(10_000)
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key].fill_(1.0)
+        reset_moments(optimizer, p, mode, 0.5, seeded(), step=step)  # type: ignore[arg-type]
+        kept, count = state["exp_avg"] != 0, 10_000 if step == "keep" else 0
+        assert torch.equal(kept, state["exp_avg_sq"] != 0)
+        assert int(kept.sum()) == (0 if mode == "zero" else 20)
+        assert float(state["step"]) == count
+        moments = {True: (one, one), False: (0 * one, 0 * one)}
+        for k in range(1, 201):
+            before = p.detach().clone()
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            moved = before - p.detach()
+            for is_kept, (m, v) in moments.items():
+                update, *moments[is_kept] = algebra.adam_update(
+                    0 * one, one, m, v, count + k, 0.01, BETAS, 1e-8
+                )
+                assert torch.allclose(moved[kept == is_kept], -update.to(p.dtype), rtol=1e-4)
+            if mode != "zero" and k in (1, 12, 50, 200):
+                found = float(moved[kept].mean()) / 0.01
+                assert found == pytest.approx(right[(1, 12, 50, 200).index(k)], abs=0.01)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 0.99, 0.999, 1.0])
+@pytest.mark.parametrize("n", [1, 10, 101, 2000])
+def test_pico_compat_prunes_what_is_not_above_the_quantile(n: int, fraction: float) -> None:
+    p, optimizer = one_parameter(n)
+    state = optimizer.state[p]
+    m, v = torch.randperm(n, generator=seeded(1)) + 1.0, torch.randperm(n, generator=seeded(2)) + 1
+    state["exp_avg"].copy_(-m)
+    state["exp_avg_sq"].copy_(v)
+    reset_moments(optimizer, p, "magnitude", fraction, seeded(), pico_compat=True)
+    for given, left in ((m, state["exp_avg"]), (v.double(), state["exp_avg_sq"])):
+        threshold = torch.quantile(given.double(), fraction)
+        assert torch.equal(left != 0, given > threshold)
+        assert int((left == 0).sum()) == math.floor(fraction * (n - 1)) + 1
+
+
 def test_keep_leaves_everything_and_a_reset_before_the_first_step_is_nothing() -> None:
     p, optimizer = one_parameter(3, 4)
     before = {k: t.clone() for k, t in optimizer.state[p].items()}

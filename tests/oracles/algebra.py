@@ -178,6 +178,11 @@ def smallest(x: Tensor, p: float) -> Tensor:
     return torch.tensor([i in chosen for i in range(len(flat))]).reshape(x.shape)
 
 
+def up_to_quantile(x: Tensor, p: float) -> Tensor:
+    """A mask, true where |x| is not above its quantile p, interpolated linearly."""
+    return x.abs() <= torch.quantile(x.abs().double().flatten(), p)
+
+
 def reset_masked(m: Tensor, v: Tensor, pruned: Tensor) -> Moments:
     """Zero m and v where pruned is true, the same elements of both; no steps (random pruning)."""
     return m.masked_fill(pruned, 0.0), v.masked_fill(pruned, 0.0), 0
