@@ -239,6 +239,28 @@ def test_a_cap_limits_the_step_of_each_pair(
         assert float(ratio) < 1.001 * cap
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n, m, r", [(9, 7, 12), (8, 30, 12), (30, 8, 12), (5, 5, 30), (1, 9, 2)])
+def test_columns_beyond_the_rank_of_the_product_are_0(
+    n: int, m: int, r: int, dtype: torch.dtype
+) -> None:
+    """After a first step and after others from there."""
+    k, wide = min(n, m), (draw(n, r, seed=1), draw(r, m, seed=2))
+    B, A = (x.to(dtype) for x in wide)
+    for seed in range(3):
+        D_B, D_A = draw(n, r, seed=seed + 3).sign(), draw(r, m, seed=seed + 4).sign()
+        if seed:  # a zero column has no direction
+            D_B[:, k:], D_A[k:] = 0, 0
+        expected = algebra.loro_exact_directions(B.double(), A.double(), D_B, D_A, 0.1)
+        old = B.double() @ A.double()
+        B, A, _, ratio = riemannian_step(B, A, D_B.to(dtype), D_A.to(dtype), 0.1)
+        assert B.shape == (n, r) and A.shape == (r, m)
+        assert not B[:, k:].any() and not A[k:].any()
+        at = 2e4 * torch.finfo(dtype).eps
+        assert error(B.double(), A.double(), expected, expected) < at
+        assert float(ratio) == pytest.approx(float(norm(expected - old) / norm(old)), rel=at)
+
+
 def test_a_cap_leaves_a_zero_product_and_no_nan() -> None:
     B, A = torch.zeros(6, 2), draw(2, 5, seed=1).float()
     for D in (0.0, 1.0):

@@ -404,6 +404,28 @@ def test_every_k_th_step_is_exact_without_c(direction: str) -> None:
     assert int(optimizer.damped) == 0
 
 
+@pytest.mark.parametrize("refresh", ["all", "none"])
+@pytest.mark.parametrize("retraction", ["riemannian", "svd"])
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
+def test_columns_beyond_the_rank_of_the_product_become_0_and_stay(
+    precision: str, retraction: str, refresh: str
+) -> None:
+    """Also if the moments from before the exact step are kept."""
+    model, optimizer, _ = made(
+        loro(exact_every=3, refresh=refresh, retraction=retraction, rank=20, include="q,k,v,o"),
+        train={"precision": precision}, optim={"lr": 0.01},
+    )  # fmt: skip
+    ranks = {site: min(B.shape[0], A.shape[1]) for site, B, A in pairs(model)}
+    assert min(ranks.values()) < 20
+    for step in range(1, 9):
+        walk(model, optimizer, 1, start=step)
+        for site, B, A in pairs(model):
+            k = ranks[site]
+            surplus = torch.cat([B[:, k:].flatten(), A[k:].flatten()])
+            assert not surplus.any() if step >= 3 else surplus.numel() == 0 or surplus.any()
+            assert bool(B.detach()[:, :k].any(0).all())
+
+
 @pytest.mark.parametrize("cap", [None, 0.3])
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_an_exact_step_reports_how_far_it_moves_and_may_be_limited(

@@ -33,7 +33,7 @@ def riemannian_step(
     code. Returns (B', A', damped, ratio). ratio is |W' - W|_F / |W|_F. With `cap`, lr is multiplied
     by `share_below` it. damped is true if a factor was singular. In that case R⁺ replaces R⁻¹, and
     the part of X along columns of Q_B outside the range of B is added to the first block, because
-    P_B does not contain it.
+    P_B does not contain it. If r > min(n, m), the surplus columns of B' and rows of A' are zero.
     """
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
@@ -53,10 +53,14 @@ def riemannian_step(
     rate: float | Tensor = lr
     if cap is not None:
         rate = lr * share_below(cap, lr * torch.linalg.norm(tangent), torch.linalg.norm(W))
-    new_B, new_A = best_factors(W - rate * tangent, rank=B.shape[1])
+    rank = min(*B.shape, A.shape[1])  # W' has no more; further singular values are rounding noise
+    new_B, new_A = best_factors(W - rate * tangent, rank)
     ratio = relative(torch.linalg.norm(new_B @ new_A - W), torch.linalg.norm(W))
     left, right = torch.cat([Q_B, P_B], dim=1), torch.cat([Q_A, P_A], dim=1)
-    return left @ new_B, new_A @ right.mT, singular_B | singular_A, ratio
+    pad = torch.nn.functional.pad
+    new_B = pad(left @ new_B, (0, B.shape[1] - rank))
+    new_A = pad(new_A @ right.mT, (0, 0, 0, B.shape[1] - rank))
+    return new_B, new_A, singular_B | singular_A, ratio
 
 
 def share_below(cap: float, step: Tensor, W: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class LOROOptimizer(GroupwiseOptimizer):
         if due and self.rule.retraction == "riemannian":
             self._moments(params, group)
             self._exact(params, group)
+            self._forget_surplus(params)
             return
         if self.rule.update == "precond":
             self._moments(params, group)
@@ -81,6 +82,16 @@ class LOROOptimizer(GroupwiseOptimizer):
                 self._adam([p for p, scale in chosen if scale == c], group, c)
         if due:
             _assign(_pairs(params), lambda *pair: balanced(*widened(*pair)))
+            self._forget_surplus(params)
+
+    def _forget_surplus(self, params: list[Tensor]) -> None:
+        """Zero the moments of the columns of B and rows of A beyond min(n, m), which an exact step
+        or a balanced SVD set to 0. There they have no gradients, so only old moments move them."""
+        for B, A in _pairs(params):
+            rank = min(*B.shape, A.shape[1])
+            for key in ("exp_avg", "exp_avg_sq") if rank < B.shape[1] else ():
+                self.state[B][key][:, rank:].zero_()
+                self.state[A][key][rank:].zero_()
 
     def _adam(self, params: list[Tensor], group: dict[str, Any], c: float) -> None:
         """Set p = (1 - lr decay) p - lr_p c D and update the moments, in one kernel.
