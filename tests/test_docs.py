@@ -240,6 +240,8 @@ def as_text(section: Any, key: str) -> str:
         return f"`{value}`" if value != "" else "none"
     if key == "warm_start_warmup":
         return "as `--schedule.warmup`"
+    if key == "exact_cap":
+        return "no limit"
     if "same_as" in rule:
         return f"as `--method.{rule['same_as'].replace('_', '-')}`"
     part = {0.25: "a quarter", 0.2: "a fifth", 0.1: "a tenth", 0.025: "a fortieth",

@@ -174,6 +174,9 @@ RELORA: dict[str, tuple[LoRA, Any]] = {
     "keep": (ReLoRA(reset="keep", restart_warmup=2, **MERGING, **WARM), {}),
     "A": (ReLoRA(reset_factors="A", **MERGING, **WARM), {}),
     "magnitude": (ReLoRA(reset="magnitude", reset_fraction=0.7, **MERGING, **WARM), {}),
+    "magnitude, step kept": (
+        ReLoRA(reset="magnitude", reset_fraction=0.7, reset_step="keep", **MERGING, **WARM), {}
+    ),
     "random, A": (ReLoRA(reset="random", reset_factors="A", **MERGING, **WARM), {}),
     "pico_compat": (
         ReLoRA(reset="magnitude", reset_fraction=0.7, pico_compat=True, **MERGING, **WARM), {}
@@ -233,9 +236,11 @@ def forgetting(method: ReLoRA) -> Any:
     def reset(name: str, done: int, m: Tensor, v: Tensor, k: int) -> algebra.Moments:
         p = method.reset_fraction
         if method.pico_compat:
-            return algebra.reset_pico(m, v, k, algebra.smallest(m, p), algebra.smallest(v, p))
+            pruned = algebra.up_to_quantile(m, p), algebra.up_to_quantile(v, p)
+            return algebra.reset_pico(m, v, k, *pruned)
         if method.reset == "magnitude":
-            return algebra.reset_magnitude(m, v, p)
+            zeroed = *algebra.reset_magnitude(m, v, p)[:2], k if method.reset_step == "keep" else 0
+            return zeroed
         site, _, letter = name.rpartition(".")
         draw = torch.rand(m.numel(), generator=Rng(0)(site, done, f"reset {letter}"))
         return algebra.reset_masked(m, v, algebra.smallest(draw.view_as(m), p))

@@ -70,7 +70,7 @@ def test_raw_gradients_give_the_truncated_riemannian_step(
     G = draw(B.shape[0], A.shape[1], seed=seed + 4)
     W, r = B @ A, B.shape[1]
     lr = step_of_half_its_norm(W, algebra.riemannian_gradient(B, A, G), r)
-    new_B, new_A, damped = riemannian_step(B, A, G @ A.T, B.T @ G, lr)
+    new_B, new_A, damped, _ = riemannian_step(B, A, G @ A.T, B.T @ G, lr)
     # Measured: 2e-13 at condition 1e3, and proportional to it from there to 1e6.
     expected = algebra.loro_exact_raw(B, A, G, lr)
     assert error(new_B, new_A, expected, W) < 1e-12 * max(1, condition / 1e3)
@@ -89,9 +89,10 @@ def test_any_directions_give_the_truncated_step_along_them(
     outside = torch.eye(B.shape[0], dtype=B.dtype) - B @ torch.linalg.pinv(B)
     tangent = torch.linalg.pinv(B).T @ D_A + outside @ D_B @ torch.linalg.pinv(A).T
     lr = step_of_half_its_norm(W, tangent, r)
-    new_B, new_A, damped = riemannian_step(B, A, D_B, D_A, lr)
+    new_B, new_A, damped, _ = riemannian_step(B, A, D_B, D_A, lr)
     expected = algebra.loro_exact_directions(B, A, D_B, D_A, lr)
-    assert error(new_B, new_A, expected, W) < 1e-12 * max(1, condition / 1e3)
+    # Both factors have the condition, so W has its square: 2.5e-12 was seen at 100.
+    assert error(new_B, new_A, expected, W) < 1e-11 * max(1, condition / 1e3)
     assert_balanced(new_B, new_A)
     assert not damped
 
@@ -99,7 +100,7 @@ def test_any_directions_give_the_truncated_step_along_them(
 @pytest.mark.parametrize("n, m, r", [*SINGULAR_SHAPES, (1, 1, 1)])
 def test_no_learning_rate_leaves_the_product(n: int, m: int, r: int) -> None:
     B, A = draw(n, r, seed=0), draw(r, m, seed=1)
-    new_B, new_A, _ = riemannian_step(B, A, draw(n, r, seed=2), draw(r, m, seed=3), 0.0)
+    new_B, new_A, *_ = riemannian_step(B, A, draw(n, r, seed=2), draw(r, m, seed=3), 0.0)
     assert new_B.shape == B.shape and new_A.shape == A.shape
     assert error(new_B, new_A, B @ A, B @ A) < 1e-14
     assert_balanced(new_B, new_A)
@@ -140,7 +141,7 @@ def test_singular_factors_take_the_step_of_the_pseudo_inverse(
             (raw, algebra.loro_exact_directions(B, A, *raw, 0.1)),
             (adam, algebra.loro_exact_directions(B, A, *adam, 0.1)),
         ):
-            new_B, new_A, damped = riemannian_step(B, A, G_B, G_A, 0.1)
+            new_B, new_A, damped, _ = riemannian_step(B, A, G_B, G_A, 0.1)
             scale = float(norm(B @ A) + norm(expected)) + 1e-300
             assert float(norm(new_B @ new_A - expected)) < 3e-13 * scale
             assert_balanced(new_B, new_A)
@@ -154,7 +155,7 @@ def test_damped_is_said_exactly_when_a_direction_is_lost(dtype: torch.dtype) -> 
     def damped(condition: float, n: int = 20, m: int = 15, r: int = 5) -> bool:
         B = with_condition(n, r, condition, 0).to(dtype)
         A, D_B = (draw(*shape, seed=7).to(dtype) for shape in ((r, m), (n, r)))
-        new_B, new_A, said = riemannian_step(B, A, D_B, A, 0.1)
+        new_B, new_A, said, _ = riemannian_step(B, A, D_B, A, 0.1)
         assert bool(new_B.isfinite().all() and new_A.isfinite().all())
         return bool(said)
 
@@ -193,7 +194,7 @@ def test_single_precision_is_as_good_as_single_precision_can_be() -> None:
         A, G = with_condition(30, 6, 100, seed + 2).T, draw(40, 30, seed=seed + 4)
         lr = 0.5 * float(norm(B @ A) / norm(algebra.riemannian_gradient(B, A, G)))
         low = [x.float() for x in (B, A, G @ A.T, B.T @ G)]
-        new_B, new_A, damped = riemannian_step(*low, lr)
+        new_B, new_A, damped, _ = riemannian_step(*low, lr)
         assert new_B.dtype == new_A.dtype == torch.float32 and not damped
         sigma = svdvals(B @ A - lr * algebra.riemannian_gradient(B, A, G))
         gap = float(1 - sigma[6] / sigma[5])
@@ -208,11 +209,63 @@ def test_single_precision_survives_singular_factors_and_extreme_scales() -> None
             D_B, D_A = draw(12, 4, seed=3).sign(), draw(4, 9, seed=4).sign()
             low = [x.float() for x in (B, A, D_B, D_A)]
             lr = 0.01 * scale
-            new_B, new_A, damped = riemannian_step(*low, lr)
+            new_B, new_A, damped, _ = riemannian_step(*low, lr)
             assert damped and bool(new_B.isfinite().all() and new_A.isfinite().all())
             # Only D_A is divided by B: with B of norm `scale` it moves W by lr / scale.
             moved = float(norm(new_B.double() @ new_A.double() - B @ A))
             assert moved < 10 * max(1.0, scale * float(norm(A)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("condition", [1.0, 100.0])
+@pytest.mark.parametrize("n, m, r", [(12, 9, 3), (9, 30, 9), (16, 40, 15), (30, 8, 8), (1, 5, 1)])
+def test_a_cap_limits_the_step_of_each_pair(
+    n: int, m: int, r: int, condition: float, dtype: torch.dtype
+) -> None:
+    """And the ratio is |W' - W| / |W| of the step that was made, in both forms."""
+    B, A = with_condition(n, r, condition, 1), with_condition(m, r, 1.0, 3).T
+    W, D_B, D_A = B @ A, draw(n, r, seed=5).sign(), draw(r, m, seed=6).sign()
+    wide = (B, A, D_B, D_A)
+    for lr, cap in ((1e-4, 0.5), (0.1, 0.5), (0.1, 0.02), (10.0, 0.5), (0.0, 0.5)):
+        rate = algebra.loro_capped_rate(*wide, lr, cap)
+        expected = algebra.loro_exact_directions(*wide, rate)
+        low_B, low_A, _, of_one = riemannian_step(*(x.to(dtype) for x in wide), lr, cap)
+        (new_B,), (new_A,), sound, of_many = gram_step(*(x[None] for x in wide), lr, cap)
+        assert sound
+        ratio, at = norm(expected - W) / norm(W), 1e3 * torch.finfo(dtype).eps
+        for found in ((low_B.double(), low_A.double(), of_one), (new_B, new_A, of_many[0])):
+            assert error(found[0], found[1], expected, W) < at * condition
+            assert abs(float(found[2] - ratio)) < at * condition
+        assert float(ratio) < 1.001 * cap
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n, m, r", [(9, 7, 12), (8, 30, 12), (30, 8, 12), (5, 5, 30), (1, 9, 2)])
+def test_columns_beyond_the_rank_of_the_product_are_0(
+    n: int, m: int, r: int, dtype: torch.dtype
+) -> None:
+    """After a first step and after others from there."""
+    k, wide = min(n, m), (draw(n, r, seed=1), draw(r, m, seed=2))
+    B, A = (x.to(dtype) for x in wide)
+    for seed in range(3):
+        D_B, D_A = draw(n, r, seed=seed + 3).sign(), draw(r, m, seed=seed + 4).sign()
+        if seed:  # a zero column has no direction
+            D_B[:, k:], D_A[k:] = 0, 0
+        expected = algebra.loro_exact_directions(B.double(), A.double(), D_B, D_A, 0.1)
+        old = B.double() @ A.double()
+        B, A, _, ratio = riemannian_step(B, A, D_B.to(dtype), D_A.to(dtype), 0.1)
+        assert B.shape == (n, r) and A.shape == (r, m)
+        assert not B[:, k:].any() and not A[k:].any()
+        at = 2e4 * torch.finfo(dtype).eps
+        assert error(B.double(), A.double(), expected, expected) < at
+        assert float(ratio) == pytest.approx(float(norm(expected - old) / norm(old)), rel=at)
+
+
+def test_a_cap_leaves_a_zero_product_and_no_nan() -> None:
+    B, A = torch.zeros(6, 2), draw(2, 5, seed=1).float()
+    for D in (0.0, 1.0):
+        new_B, new_A, _, ratio = riemannian_step(B, A, B + D, A * D, 0.1, 0.5)
+        assert not (new_B @ new_A).any() and bool(new_A.isfinite().all()) and ratio == 0
 
 
 # --- the same step from Gram matrices
@@ -238,11 +291,12 @@ def test_the_gram_form_is_more_exact_than_the_reference_in_single_precision(
     tangent = torch.linalg.pinv(B).T @ D_A + outside @ D_B @ torch.linalg.pinv(A).T
     lr = step_of_half_its_norm(B @ A, tangent, r) if kind != "zero" else 0.1
     expected = algebra.loro_exact_directions(B, A, D_B, D_A, lr)
-    low_B, low_A, _ = riemannian_step(B.float(), A.float(), D_B.float(), D_A.float(), lr)
-    (new_B,), (new_A,), sound = gram_step(*(x[None] for x in (B, A, D_B, D_A)), lr)
+    low_B, low_A, *_ = riemannian_step(B.float(), A.float(), D_B.float(), D_A.float(), lr)
+    (new_B,), (new_A,), sound, ratio = gram_step(*(x[None] for x in (B, A, D_B, D_A)), lr)
     of_reference = error(low_B.double(), low_A.double(), expected, B @ A)
     assert error(new_B, new_A, expected, B @ A) < max(of_reference, 1e-7)
     assert sound
+    assert abs(float(ratio) - error(new_B, new_A, B @ A, B @ A)) < 1e-7
     # The paper's basis: B' = U Σ^½ and A' = Σ^½ Vᵀ, sigma in descending order.
     W, norms = new_B @ new_A, norm(new_B, dim=0)
     near = (1e-7 + 1e-15 * condition**2) * float(norm(W)) + 1e-300
@@ -281,7 +335,9 @@ def test_all_pairs_step_in_place_but_the_singular_ones(
         pairs.append((pair[0].to(dtype), pair[1].to(dtype)))
     pairs[1][0].zero_()
     before = [(B.clone(), A.clone()) for B, A in pairs]
-    assert set(riemannian_gram.gram_steps_(pairs, torch.sin, 0.1)) == singular
+    left, ratios = riemannian_gram.gram_steps_(pairs, torch.sin, 0.1)
+    assert set(left) == singular and ratios.sort()[0][:3].tolist() == [0.0] * 3
+    moved = []
     for i, ((B, A), (old_B, old_A)) in enumerate(zip(pairs, before, strict=True)):
         if i in singular:
             assert torch.equal(B, old_B) and torch.equal(A, old_A)
@@ -291,6 +347,9 @@ def test_all_pairs_step_in_place_but_the_singular_ones(
         rounding = 2 * torch.finfo(dtype).eps
         assert B.dtype == A.dtype == dtype
         assert error(B.double(), A.double(), expected, expected) < rounding
+        W = wide[0] @ wide[1]
+        moved.append(norm(expected - W) / norm(W))
+    torch.testing.assert_close(ratios.sort()[0][3:], torch.stack(moved).sort()[0])
 
 
 @pytest.mark.parametrize("n, m, r", [(12, 9, 3), (9, 12, 3), (7, 9, 7), (9, 7, 12), (1, 5, 1)])

@@ -1,6 +1,7 @@
 """Who forgets what and when: resets, weight decay, and LORO's optimizer and its clocks."""
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.linalg import svdvals
 from torch.optim import AdamW
 
+from peptrain.errors import ConfigError
 from peptrain.methods import METHODS
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.loro import LORO
@@ -109,6 +111,53 @@ def test_pruning_is_not_limited_to_what_quantile_can_take() -> None:
     m = torch.ones(2**24 + 8, dtype=torch.bfloat16)
     mask = keep_mask(m, "magnitude", 0.25, seeded())
     assert int((mask == 0).sum()) == 2**22 + 2
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "random", "zero"])
+def test_the_step_count_restarts_or_is_kept_with_the_moments(mode: str) -> None:
+    """At a constant gradient kept moments with their count move by the learning rate, and with a
+    restarted one by 0.32, 0.15, 0.22 and 0.43 of it. Zeroed ones are right after a restart."""
+    one = torch.ones((), dtype=torch.float64)
+    for step, right in (("restart", [0.32, 0.15, 0.22, 0.43]), ("keep", [1.0] * 4)):
+        p, optimizer = one_parameter(5, 8)
+        state = optimizer.state[p]
+        state["step"].fill_(10_000)
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key].fill_(1.0)
+        reset_moments(optimizer, p, mode, 0.5, seeded(), step=step)  # type: ignore[arg-type]
+        kept, count = state["exp_avg"] != 0, 10_000 if step == "keep" else 0
+        assert torch.equal(kept, state["exp_avg_sq"] != 0)
+        assert int(kept.sum()) == (0 if mode == "zero" else 20)
+        assert float(state["step"]) == count
+        moments = {True: (one, one), False: (0 * one, 0 * one)}
+        for k in range(1, 201):
+            before = p.detach().clone()
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            moved = before - p.detach()
+            for is_kept, (m, v) in moments.items():
+                update, *moments[is_kept] = algebra.adam_update(
+                    0 * one, one, m, v, count + k, 0.01, BETAS, 1e-8
+                )
+                assert torch.allclose(moved[kept == is_kept], -update.to(p.dtype), rtol=1e-4)
+            if mode != "zero" and k in (1, 12, 50, 200):
+                found = float(moved[kept].mean()) / 0.01
+                assert found == pytest.approx(right[(1, 12, 50, 200).index(k)], abs=0.01)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 0.99, 0.999, 1.0])
+@pytest.mark.parametrize("n", [1, 10, 101, 2000])
+def test_pico_compat_prunes_what_is_not_above_the_quantile(n: int, fraction: float) -> None:
+    p, optimizer = one_parameter(n)
+    state = optimizer.state[p]
+    m, v = torch.randperm(n, generator=seeded(1)) + 1.0, torch.randperm(n, generator=seeded(2)) + 1
+    state["exp_avg"].copy_(-m)
+    state["exp_avg_sq"].copy_(v)
+    reset_moments(optimizer, p, "magnitude", fraction, seeded(), pico_compat=True)
+    for given, left in ((m, state["exp_avg"]), (v.double(), state["exp_avg_sq"])):
+        threshold = torch.quantile(given.double(), fraction)
+        assert torch.equal(left != 0, given > threshold)
+        assert int((left == 0).sum()) == math.floor(fraction * (n - 1)) + 1
 
 
 def test_keep_leaves_everything_and_a_reset_before_the_first_step_is_nothing() -> None:
@@ -353,6 +402,74 @@ def test_every_k_th_step_is_exact_without_c(direction: str) -> None:
             torch.testing.assert_close(svdvals(B.detach()).square(), sigma, rtol=0, atol=1e-12)
             torch.testing.assert_close(svdvals(A.detach()).square(), sigma, rtol=0, atol=1e-12)
     assert int(optimizer.damped) == 0
+
+
+@pytest.mark.parametrize("refresh", ["all", "none"])
+@pytest.mark.parametrize("retraction", ["riemannian", "svd"])
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
+def test_columns_beyond_the_rank_of_the_product_become_0_and_stay(
+    precision: str, retraction: str, refresh: str
+) -> None:
+    """Also if the moments from before the exact step are kept."""
+    model, optimizer, _ = made(
+        loro(exact_every=3, refresh=refresh, retraction=retraction, rank=20, include="q,k,v,o"),
+        train={"precision": precision}, optim={"lr": 0.01},
+    )  # fmt: skip
+    ranks = {site: min(B.shape[0], A.shape[1]) for site, B, A in pairs(model)}
+    assert min(ranks.values()) < 20
+    for step in range(1, 9):
+        walk(model, optimizer, 1, start=step)
+        for site, B, A in pairs(model):
+            k = ranks[site]
+            surplus = torch.cat([B[:, k:].flatten(), A[k:].flatten()])
+            assert not surplus.any() if step >= 3 else surplus.numel() == 0 or surplus.any()
+            assert bool(B.detach()[:, :k].any(0).all())
+
+
+@pytest.mark.parametrize("cap", [None, 0.3])
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_an_exact_step_reports_how_far_it_moves_and_may_be_limited(
+    precision: str, cap: float | None
+) -> None:
+    """The ratio is the worst pair's, those above a half are counted for a warning, and nothing is
+    reported of other steps or of the ablation without an exact step."""
+    given = {"refresh": "none", "exact_every": 1, "rank": 15, "include": "q,k"}
+    model, optimizer, config = made(
+        loro(exact_cap=cap, **given), train={"precision": precision}, optim={"lr": 0.1}
+    )
+    back(model, 0)
+    before = snapshot(model)
+    grads = {name: gradient(p).double() for name, p in model.named_parameters()}
+    optimizer.step()
+    ratios = []
+    for site, B, A in pairs(model):
+        b, a = f"{site}.B", f"{site}.A"
+        D_B, D_A = (
+            algebra.loro_direction(0.1 * grads[x], 0.001 * grads[x] ** 2, 1e-6) for x in (b, a)
+        )
+        old = before[b].double(), before[a].double(), D_B, D_A
+        W, rate = old[0] @ old[1], algebra.loro_rate(0.1, 1, BETAS)
+        if cap:
+            rate = algebra.loro_capped_rate(*old, rate, cap)
+        new = algebra.loro_exact_directions(*old, rate)
+        found = B.detach().double() @ A.detach().double()
+        torch.testing.assert_close(found, new, rtol=1e-5, atol=1e-6)
+        ratios.append(float(torch.linalg.norm(new - W) / torch.linalg.norm(W)))
+    metrics = config.method.after_step(model, optimizer, 1, Rng(0))
+    assert float(metrics["exact_step_ratio"]) == pytest.approx(max(ratios), rel=1e-5)
+    large = sum(ratio > 0.5 for ratio in ratios)
+    assert int(metrics["pairs_with_exact_step_ratio_above_half_warning"]) == large
+    assert large if cap is None else max(ratios) == pytest.approx(cap, rel=0.01)
+    for other in (loro(exact_every=2), loro(exact_every=1, retraction="svd")):
+        model, optimizer, config = made(other)
+        walk(model, optimizer, 1)
+        assert "exact_step_ratio" not in config.method.after_step(model, optimizer, 1, Rng(0))
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, math.inf, math.nan])
+def test_a_cap_is_a_finite_number_above_0(cap: float) -> None:
+    with pytest.raises(ConfigError, match=r"method\.exact_cap: must be a finite number > 0 \(got"):
+        LORO(rank=2, exact_cap=cap)
 
 
 @pytest.mark.parametrize("refresh", ["all", "factors", "none"])

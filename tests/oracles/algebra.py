@@ -11,7 +11,7 @@ from typing import NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
-from torch.linalg import pinv, svd
+from torch.linalg import norm, pinv, svd
 
 Number = TypeVar("Number", float, Tensor)
 Multiplier = Callable[[int], float]  # of the learning rate, from the 0-based step
@@ -56,9 +56,21 @@ def loro_exact_directions(B: Tensor, A: Tensor, D_B: Tensor, D_A: Tensor, lr: fl
     P cannot be orthogonal to Q in all its columns; the spare ones meet zero rows of T.)
     D_B = GAᵀ, D_A = BᵀG give back loro_exact_raw.
     """
+    return truncated(B @ A - lr * loro_tangent(B, A, D_B, D_A), B.shape[1])
+
+
+def loro_tangent(B: Tensor, A: Tensor, D_B: Tensor, D_A: Tensor) -> Tensor:
+    """The bracket of loro_exact_directions."""
     outside = torch.eye(B.shape[0], dtype=B.dtype) - B @ pinv(B)
-    tangent = pinv(B).T @ D_A + outside @ D_B @ pinv(A).T
-    return truncated(B @ A - lr * tangent, B.shape[1])
+    return pinv(B).T @ D_A + outside @ D_B @ pinv(A).T
+
+
+def loro_capped_rate(
+    B: Tensor, A: Tensor, D_B: Tensor, D_A: Tensor, lr: float, cap: float
+) -> float:
+    """lr min(1, cap / q), q = ‖lr T‖ / ‖BA‖ (Frobenius), T the bracket."""
+    q = float(norm(lr * loro_tangent(B, A, D_B, D_A)) / norm(B @ A))
+    return lr * min(1.0, cap / q) if q else lr
 
 
 def precond_step(
@@ -164,6 +176,11 @@ def smallest(x: Tensor, p: float) -> Tensor:
     order = sorted(range(len(flat)), key=lambda i: (abs(flat[i]), i))
     chosen = set(order[: round(p * len(flat))])
     return torch.tensor([i in chosen for i in range(len(flat))]).reshape(x.shape)
+
+
+def up_to_quantile(x: Tensor, p: float) -> Tensor:
+    """A mask, true where |x| is not above its quantile p, interpolated linearly."""
+    return x.abs() <= torch.quantile(x.abs().double().flatten(), p)
 
 
 def reset_masked(m: Tensor, v: Tensor, pruned: Tensor) -> Moments:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from peptrain import recipes
+from peptrain.methods.relora import ReLoRA
 from peptrain.models.hf import hf_config
 
 Settings = dict[str, Any]
@@ -241,6 +242,17 @@ WARM_UPS = {  # without and with a warm start
     "350m": ("not printed: the released code's default", "Both warm-ups are those at 250M: the"),
     "1.3b": ("not printed: the released code's default", "after the switch is section 4.1's; the"),
 }
+
+
+def test_resets_by_magnitude_keep_the_step_count() -> None:
+    """As the released code does."""
+    methods = {name: recipes.load(name).method for name in recipes.names()}
+    steps = {
+        name: method.reset_step
+        for name, method in methods.items()
+        if isinstance(method, ReLoRA) and method.reset == "magnitude"
+    }
+    assert len(steps) == 13 and set(steps.values()) == {"keep"}
 
 
 # The small-model study.

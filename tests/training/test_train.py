@@ -37,6 +37,7 @@ from peptrain.runs.directory import NEW, RunDir, first_free
 from peptrain.testing import MODEL, STEPS, TRAIN, differences, losses, newest, small_corpus
 from peptrain.training.loop import resume, train
 from peptrain.training.metrics import throughput
+from peptrain.training.state import all_finite
 
 EACH = {"checkpoint_every": 1, "keep": 99}
 
@@ -373,6 +374,38 @@ def test_divergence_names_the_step_the_rate_and_the_last_good_checkpoint(
     monkeypatch.undo()
     resume(run)
     assert [step for step, _ in losses(run)][-1] == STEPS
+
+
+def steep(loss: Tensor) -> Tensor:
+    """The same loss with 1e25 times its gradient, whose square is infinite in fp32."""
+    return loss.detach() + 1e25 * (loss - loss.detach())
+
+
+@pytest.mark.parametrize("name", ["full", "galore"])
+def test_moments_that_are_not_finite_are_never_saved(
+    name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between rows and without clipping, loss and weights stay finite: v is infinite, m / sqrt(v)
+    is 0, and the elements of v never move again."""
+    monkeypatch.setattr(peptrain.execution.loss, "linear_cross_entropy", spoiled(6, steep))
+    run, rarely = tmp_path / "run", {"checkpoint_every": 4, "log_every": 100, "precision": "fp32"}
+    with pytest.raises(Diverged, match=r"step 8: a moment is not finite at a learning rate of \d"):
+        train(tiny(name, corpus, run, train=rarely, optim={"clip": 0.0}))
+    assert newest(run).step == 4
+    assert_all_finite(run)
+    assert [row["step"] for row in rows(run, "diverged")] == [8]
+
+
+def test_finite_is_told_for_every_dtype() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        good = [torch.full((3, 2), torch.finfo(dtype).max, dtype=dtype), torch.zeros(0), 3, "text"]
+        assert all_finite([*good, torch.tensor([7]), torch.ones((), dtype=torch.bool)])
+        for bad in (math.nan, math.inf, -math.inf):
+            for where in range(6):
+                spoilt = good[0].clone()
+                spoilt.view(-1)[where] = bad
+                assert not all_finite([*good, spoilt])
+    assert all_finite([])
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -21,7 +21,7 @@ from peptrain.ops.spectral import semi_orthogonal
 from peptrain.optim.adamw import ResetMode, reset_moments
 from peptrain.optim.schedule import Schedule, ScheduleConfig, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import changeable, check, essential, fill, interval
+from peptrain.settings.fields import added, changeable, check, essential, fill, interval
 
 log = logging.getLogger("peptrain")
 Init = Literal["kaiming_uniform", "kaiming_normal", "model"]
@@ -123,6 +123,9 @@ class BPT(RankMethod):
     """How a merge resets the Adam moments of U and V; keep leaves them."""
     reset_fraction: float = 0.99
     """Fraction of the moments that magnitude and random resets set to zero."""
+    reset_step: Literal["restart", "keep"] = added("restart", before="restart")
+    """Adam's step count at a reset: restart is right for moments that are zeroed, keep for those
+    that are kept. ReLoRA's released code keeps it."""
     restart_warmup: int = changeable(0)
     """Steps of learning-rate warm-up from 0 after each merge; 0 is none."""
 
@@ -161,5 +164,6 @@ class BPT(RankMethod):
             layer.merge(step, rng)
             for factor, name in ((layer.U, "U"), (layer.V, "V")):
                 generator = rng(layer.site, step, f"reset {name}")
-                reset_moments(optimizer, factor, self.reset, self.reset_fraction, generator)
+                reset_moments(optimizer, factor, self.reset, self.reset_fraction, generator,
+                              step=self.reset_step)  # fmt: skip
         return {"merges": step // self.merge_every}

@@ -18,9 +18,12 @@ from peptrain.optim.adamw import OptimConfig, groups_around
 from peptrain.optim.loro import LOROOptimizer, LORORule
 from peptrain.optim.schedule import Schedule, cosine, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import check, essential, interval, length, same_as
+from peptrain.settings.fields import added, check, essential, interval, length, same_as
 
 log = logging.getLogger("peptrain")
+
+LARGE = 0.5
+"""Largest |dW| / |W| of an exact step that is not reported as a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,9 @@ class LORO(LowRank):
     number."""
     direction: Literal["adam", "raw"] = "adam"
     """Direction of the exact step: Adam's, or the raw gradient (the Riemannian step)."""
+    exact_cap: float | None = added(None, before=None)
+    """c: the rate of a pair's exact step is multiplied by min(1, c / ratio), where ratio is
+    |lr P(G)| / |W|, the step before truncation. Unset: no limit, as in the paper."""
     retraction: Literal["riemannian", "svd"] = "riemannian"
     """svd replaces the exact step by an approximate one and a balanced SVD of B A (ablation)."""
     update: Literal["adam", "precond"] = "adam"
@@ -59,6 +65,9 @@ class LORO(LowRank):
         super().__post_init__()
         for key in ("exact_every", "refresh_every", "restart_warmup", "precond_eps"):
             check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), ">= 0")
+        cap = self.exact_cap
+        wanted = "a finite number > 0"
+        check(cap is None or 0 < cap < math.inf, "method.exact_cap", cap, wanted)
         if self.scale not in ("hidden", "rows", "min"):
             self._number()
 
@@ -89,9 +98,15 @@ class LORO(LowRank):
         assert isinstance(optimizer, LOROOptimizer)
         if not self.exact_every or step % self.exact_every:
             return {}
+        ratios = optimizer.ratios
+        moved = {} if self.retraction == "svd" else {
+            "exact_step_ratio": ratios.max(),
+            "pairs_with_exact_step_ratio_above_half_warning": (ratios > LARGE).sum(),
+        }  # fmt: skip
         return {
             "exact_steps": step // self.exact_every,
             "singular_factor_pairs_warning": optimizer.damped,
+            **moved,
         }
 
     def _rule(self) -> LORORule:
@@ -104,6 +119,7 @@ class LORO(LowRank):
             update=self.update,
             precond_eps=self.precond_eps,
             refresh=self.refresh,
+            exact_cap=self.exact_cap,
         )
 
     def _scale(self, layer: LowRankLinear) -> float:

@@ -15,7 +15,7 @@ from peptrain.models.sites import Site, reparametrized
 from peptrain.optim.adamw import ResetMode, reset_moments
 from peptrain.optim.schedule import Schedule
 from peptrain.rng import Rng
-from peptrain.settings.fields import check, essential, interval, length, same_as
+from peptrain.settings.fields import added, check, essential, interval, length, same_as
 
 log = logging.getLogger("peptrain")
 
@@ -46,6 +46,9 @@ class ReLoRA(LoRA):
     reset_fraction, or (keep) none."""
     reset_fraction: float = 0.99
     """Fraction that magnitude (paper: 0.99) and random (released code: 0.999) resets zero."""
+    reset_step: Literal["restart", "keep"] = added("restart", before="restart")
+    """Adam's step count at a reset: restart is right for moments that are zeroed, keep for those
+    that are kept. ReLoRA's released code keeps it."""
     reset_factors: Literal["both", "A"] = "both"
     """Factors whose moments are reset. Only A: the paper's Algorithm 1 as printed."""
     pico_compat: bool = False
@@ -112,4 +115,4 @@ class ReLoRA(LoRA):
             if (p := getattr(layer, name)) is not None:
                 generator = rng(layer.site, step, f"reset {name}")
                 reset_moments(optimizer, p, self.reset, self.reset_fraction, generator,
-                              pico_compat=self.pico_compat)  # fmt: skip
+                              step=self.reset_step, pico_compat=self.pico_compat)  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peptrain.ops.spectral import from_core
+from peptrain.ops.spectral import best_factors
 
 TOLERANCE = 8
 """Singular values of a factor below 8 sqrt(r) eps times the largest one count as zero. Rounding
@@ -18,8 +18,8 @@ turns an exact zero of a factor with r columns into 0 to 1.4 sqrt(r) eps, worst 
 
 
 def riemannian_step(
-    B: Tensor, A: Tensor, G_B: Tensor, G_A: Tensor, lr: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    B: Tensor, A: Tensor, G_B: Tensor, G_A: Tensor, lr: float, cap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the exact step SVD_r(W - lr P(G)) as balanced factors, in O((n + m) r^2).
 
     With Q_B R_B = B, Q_A R_A = Aᵀ, X = G_B R_A⁻¹, Y = G_Aᵀ R_B⁻¹, and P_B T_B, P_A T_A the QR
@@ -30,9 +30,10 @@ def riemannian_step(
 
     With raw gradients this is the truncated SVD of the Riemannian step. With Adam's directions
     the two expressions for the first block differ, and the one with A is used, as in the authors'
-    code. Returns (B', A', damped), where damped is true if a factor was singular. In that case R⁺
-    replaces R⁻¹, and the part of X along columns of Q_B outside the range of B is added to the
-    first block, because P_B does not contain it.
+    code. Returns (B', A', damped, ratio). ratio is |W' - W|_F / |W|_F. With `cap`, lr is multiplied
+    by `share_below` it. damped is true if a factor was singular. In that case R⁺ replaces R⁻¹, and
+    the part of X along columns of Q_B outside the range of B is added to the first block, because
+    P_B does not contain it. If r > min(n, m), the surplus columns of B' and rows of A' are zero.
     """
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
@@ -41,16 +42,40 @@ def riemannian_step(
     X, Y = G_B @ inverse_A, G_A.mT @ inverse_B
     P_B, T_B = torch.linalg.qr(X - Q_B @ (Q_B.mT @ X))
     P_A, T_A = torch.linalg.qr(Y - Q_A @ (Q_A.mT @ Y))
-    S = R_B @ R_A.mT - lr * (Y.mT @ Q_A + lost_B @ (Q_B.mT @ X))
-    core = torch.cat(
+    tangent = torch.cat(
         [
-            torch.cat([S, -lr * T_A.mT], dim=1),
-            torch.cat([-lr * T_B, T_B.new_zeros(T_B.shape[0], T_A.shape[0])], dim=1),
+            torch.cat([Y.mT @ Q_A + lost_B @ (Q_B.mT @ X), T_A.mT], dim=1),
+            torch.cat([T_B, T_B.new_zeros(T_B.shape[0], T_A.shape[0])], dim=1),
         ]
     )
+    W = torch.zeros_like(tangent)
+    W[: R_B.shape[0], : R_A.shape[0]] = R_B @ R_A.mT
+    rate: float | Tensor = lr
+    if cap is not None:
+        rate = lr * share_below(cap, lr * torch.linalg.norm(tangent), torch.linalg.norm(W))
+    rank = min(*B.shape, A.shape[1])  # W' has no more; further singular values are rounding noise
+    new_B, new_A = best_factors(W - rate * tangent, rank)
+    ratio = relative(torch.linalg.norm(new_B @ new_A - W), torch.linalg.norm(W))
     left, right = torch.cat([Q_B, P_B], dim=1), torch.cat([Q_A, P_A], dim=1)
-    new_B, new_A = from_core(left, core, right, rank=B.shape[1])
-    return new_B, new_A, singular_B | singular_A
+    pad = torch.nn.functional.pad
+    new_B = pad(left @ new_B, (0, B.shape[1] - rank))
+    new_A = pad(new_A @ right.mT, (0, 0, 0, B.shape[1] - rank))
+    return new_B, new_A, singular_B | singular_A, ratio
+
+
+def share_below(cap: float, step: Tensor, W: Tensor) -> Tensor:
+    """Return min(1, cap / ratio), ratio = step / W, for the norm of lr P(G) and that of W.
+
+    The ratio is that of the step before truncation, which is proportional to lr. So the step after
+    it has the ratio `cap`, and truncation to rank r changes that little. It is 0 for W = 0.
+    """
+    over = step > cap * W
+    return torch.where(over, cap * W / torch.where(over, step, 1.0), 1.0)
+
+
+def relative(moved: Tensor, W: Tensor) -> Tensor:
+    """Return moved / W for two norms, and 0 where both are 0."""
+    return moved / W.clamp_min(torch.finfo(W.dtype).tiny)
 
 
 def pseudo_inverse(R: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from peptrain.ops.riemannian import TOLERANCE
+from peptrain.ops.riemannian import TOLERANCE, relative, share_below
 
 BATCH_BYTES = 2**30
 """Approximate limit for the float64 temporaries of one batch of pairs."""
@@ -24,38 +24,47 @@ STREAMS = 4
 
 
 def gram_steps_(
-    pairs: Sequence[tuple[Tensor, Tensor]], direction: Callable[[Tensor], Tensor], lr: float
-) -> list[int]:
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    direction: Callable[[Tensor], Tensor],
+    lr: float,
+    cap: float | None = None,
+) -> tuple[list[int], Tensor]:
     """Replace every pair (B, A) in place by its exact step along (direction(B), direction(A)).
 
-    Returns the indices of pairs with a singular or nearly singular factor. They are unchanged and
-    left to the reference. There is one device-to-host copy for all pairs, at the end.
+    Returns the indices of pairs with a singular or nearly singular factor, and |W' - W| / |W| of
+    the others in any order, with a 0 for each of these. They are unchanged and left to the
+    reference. There is one device-to-host copy for all pairs, at the end.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, (B, A) in enumerate(pairs):
         alike.setdefault((B.shape, A.shape, B.dtype, A.dtype), []).append(i)
     order: list[int] = []
-    sound: list[Tensor] = []
+    results: list[tuple[Tensor, Tensor]] = []
     for indices in alike.values():
         size = _batch_size(*pairs[indices[0]])
         for start in range(0, len(indices), size):
             batch = indices[start : start + size]
             order += batch
-            sound.append(_replace([pairs[i] for i in batch], direction, lr))
-    return sorted(i for i, fine in zip(order, torch.cat(sound).tolist(), strict=True) if not fine)
+            results.append(_replace([pairs[i] for i in batch], direction, lr, cap))
+    sound, ratios = (torch.cat(parts) for parts in zip(*results, strict=True))
+    singular = sorted(i for i, fine in zip(order, sound.tolist(), strict=True) if not fine)
+    return singular, ratios
 
 
 def _replace(
-    pairs: list[tuple[Tensor, Tensor]], direction: Callable[[Tensor], Tensor], lr: float
-) -> Tensor:
-    """Do gram_steps_ for pairs of one shape; return which of them were replaced."""
+    pairs: list[tuple[Tensor, Tensor]],
+    direction: Callable[[Tensor], Tensor],
+    lr: float,
+    cap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Do gram_steps_ for pairs of one shape; return which were replaced, and their ratios."""
     B, A = [B for B, _ in pairs], [A for _, A in pairs]
     D_B, D_A = [direction(p) for p in B], [direction(p) for p in A]
     b, a, d_b, d_a = (torch.stack(x).double() for x in (B, A, D_B, D_A))
-    new_B, new_A, sound = gram_step(b, a, d_b, d_a, lr)
+    new_B, new_A, sound, ratio = gram_step(b, a, d_b, d_a, lr, cap)
     for old, new, ok in zip([*B, *A], [*new_B, *new_A], [*sound, *sound], strict=True):
         old.copy_(torch.where(ok, new, old))
-    return sound
+    return sound, torch.where(sound, ratio, 0.0)
 
 
 def _batch_size(B: Tensor, A: Tensor) -> int:
@@ -68,20 +77,20 @@ def _batch_size(B: Tensor, A: Tensor) -> int:
 
 
 def gram_step(
-    B: Tensor, A: Tensor, D_B: Tensor, D_A: Tensor, lr: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (B', A', sound): riemannian_step of each pair in float64, valid where `sound` is true.
+    B: Tensor, A: Tensor, D_B: Tensor, D_A: Tensor, lr: float, cap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (B', A', sound, ratio): riemannian_step of each pair in float64, valid where `sound`.
 
     With Q_B R_B = B, Q_A R_A = Aᵀ, Z_A = Q_AᵀD_Aᵀ, C_B = D_B - Q_B Q_BᵀD_B and C_A the same for
     D_Aᵀ, the right basis is [Q_A P_A], P_A T_A = C_A. In this basis W' before truncation is
 
         Q_B [R_B R_Aᵀ - lr R_B⁻ᵀ Z_Aᵀ, -lr R_B⁻ᵀ T_Aᵀ] + C_B [-lr R_A⁻¹, 0],
 
-    where the first bracket is `top`. The left side needs no basis, only a Gram matrix: V Σ² Vᵀ =
-    H = topᵀ top + lr² [R_A⁻ᵀ C_BᵀC_B R_A⁻¹, 0; 0, 0]. The columns of V with the r largest sigma
-    give A', and W' times these columns gives B'. So B'A' is the projection of W' on the rows of A',
-    and the columns of B' and rows of A' have equal norms even if the root of a small sigma² is
-    inexact.
+    where the first bracket is `top` = W - row. The left side needs no basis, only a Gram matrix:
+    V Σ² Vᵀ = H = topᵀ top + [rest, 0; 0, 0], rest = lr² R_A⁻ᵀ C_BᵀC_B R_A⁻¹. The columns of V with
+    the r largest sigma give A', and W' times these columns gives B'. So B'A' is the projection of
+    W' on the rows of A', and the columns of B' and rows of A' have equal norms even if the root of
+    a small sigma² is inexact. The ratio comes from the same r x 2r and r x r matrices.
     """
     r = B.shape[-1]
     Q_B, R_B, inverse_B, sound_B = cholesky_qr(B)
@@ -90,19 +99,35 @@ def gram_step(
     C_B, C_A = D_B - Q_B @ Z_B, D_A.mT - Q_A @ Z_A
     T_A, inverse_T, positive = cholesky(shifted(C_A.mT @ C_A, D_A))
 
-    top = torch.cat([R_B @ R_A.mT, torch.zeros_like(R_B)], dim=-1)
-    top -= lr * inverse_B.mT @ torch.cat([Z_A.mT, T_A.mT], dim=-1)
+    W = torch.cat([R_B @ R_A.mT, torch.zeros_like(R_B)], dim=-1)
+    row = lr * inverse_B.mT @ torch.cat([Z_A.mT, T_A.mT], dim=-1)
+    rest = lr**2 * inverse_A.mT @ (C_B.mT @ C_B) @ inverse_A
+    size = torch.linalg.matrix_norm(W)
+    rate: float | Tensor = lr
+    if cap is not None:
+        step = (torch.linalg.matrix_norm(row).square() + trace(rest)).sqrt()
+        share = share_below(cap, step, size)[:, None, None]
+        row, rest, rate = share * row, share**2 * rest, share * lr
+    top = W - row
     H = top.mT @ top
-    H[..., :r, :r] += lr**2 * inverse_A.mT @ (C_B.mT @ C_B) @ inverse_A
+    H[..., :r, :r] += rest
     sound = sound_B & sound_A & positive & H.isfinite().flatten(1).all(1)
     eye = torch.eye(2 * r, dtype=H.dtype, device=H.device)
     V = eigenvectors(torch.where(sound[:, None, None], H, eye))[..., -r:].flip(-1)
 
     V_Q, V_P = V[..., :r, :], V[..., r:, :]
-    new_B = Q_B @ (top @ V) - lr * C_B @ (inverse_A @ V_Q)
+    top_V = top @ V
+    new_B = Q_B @ top_V - rate * C_B @ (inverse_A @ V_Q)
     new_A = Q_A @ V_Q + C_A @ (inverse_T @ V_P)
     root = torch.linalg.vector_norm(new_B, dim=-2, keepdim=True).sqrt()
-    return new_B / torch.where(root > 0, root, 1.0), (new_A * root).mT, sound
+    moved = torch.linalg.matrix_norm(top_V @ V.mT - W).square() + trace(V_Q.mT @ rest @ V_Q)
+    balanced_B, balanced_A = new_B / torch.where(root > 0, root, 1.0), (new_A * root).mT
+    return balanced_B, balanced_A, sound, relative(moved.sqrt(), size)
+
+
+def trace(M: Tensor) -> Tensor:
+    """Return the trace of every M[i] = XᵀX, which rounding may not make negative."""
+    return M.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0.0)
 
 
 def eigenvectors(H: Tensor, streams: int = STREAMS) -> Tensor:

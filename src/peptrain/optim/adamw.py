@@ -134,14 +134,21 @@ def reset_moments(
     fraction: float,
     rng: torch.Generator,
     *,
+    step: Literal["restart", "keep"] = "restart",
     pico_compat: bool = False,
 ) -> None:
-    """Zero the Adam moments of one parameter in place and restart its bias correction.
+    """Zero the Adam moments of one parameter in place and, unless `step` is keep, restart its bias
+    correction.
 
     mode zero: all elements. magnitude: the `fraction` of elements with the smallest |m|. random: a
     random `fraction`. keep: leave moments and step count unchanged. Both moments share one mask,
     because an m kept without its v would be divided by nearly zero. The state is changed in place,
     because a removed state would be missing from a checkpoint taken at the merge.
+
+    The bias correction is right for zeroed moments after a restart, and for kept moments if the
+    count is kept too. In a partial reset and at a constant gradient (betas 0.9 and 0.999), restart
+    moves elements with kept moments by 0.15 to 0.4 times the learning rate, and keep moves zeroed
+    ones by up to 6.57 times it.
 
     pico_compat reproduces ReLoRA's released code and its forks: a separate mask for each moment (by
     its own magnitudes), and the step count is kept.
@@ -150,24 +157,33 @@ def reset_moments(
     if mode == "keep" or not state:
         return
     m, v = state["exp_avg"], state["exp_avg_sq"]
-    if not pico_compat:
+    if step == "restart" and not pico_compat:
         state["step"].zero_()
     if mode == "zero":
         m.zero_()
         v.zero_()
         return
-    kept = keep_mask(m, mode, fraction, rng)
+    kept = keep_mask(m, mode, fraction, rng, pico_compat=pico_compat)
     m.mul_(kept)
-    v.mul_(keep_mask(v, mode, fraction, rng) if pico_compat else kept)
+    v.mul_(keep_mask(v, mode, fraction, rng, pico_compat=True) if pico_compat else kept)
 
 
-def keep_mask(m: Tensor, mode: ResetMode, fraction: float, rng: torch.Generator) -> Tensor:
-    """Return a 0/1 mask like m with exactly round(fraction * size) zeros, ties broken by index."""
+def keep_mask(
+    m: Tensor, mode: ResetMode, fraction: float, rng: torch.Generator, *, pico_compat: bool = False
+) -> Tensor:
+    """Return a 0/1 mask like m with exactly round(fraction * size) zeros, ties broken by index.
+
+    pico_compat: by magnitude floor(fraction * (size - 1)) + 1 zeros, as many as are not above the
+    released code's quantile.
+    """
+    zeros = round(fraction * m.numel())
+    if pico_compat and mode == "magnitude":
+        zeros = math.floor(fraction * (m.numel() - 1)) + 1
     if mode == "magnitude":
         score = m.abs().flatten()
     else:
         score = torch.rand(m.numel(), generator=rng, device="cpu").to(m.device)
-    pruned = torch.argsort(score, stable=True)[: round(fraction * m.numel())]
+    pruned = torch.argsort(score, stable=True)[:zeros]
     mask = torch.ones(m.numel(), dtype=m.dtype, device=m.device)
     mask[pruned] = 0
     return mask.view_as(m)

@@ -28,6 +28,7 @@ class LORORule:
     update: Literal["adam", "precond"]
     precond_eps: float
     refresh: Literal["all", "factors", "none"]
+    exact_cap: float | None = None
 
 
 class LOROOptimizer(GroupwiseOptimizer):
@@ -44,6 +45,8 @@ class LOROOptimizer(GroupwiseOptimizer):
         self.rule = rule
         self.damped: Tensor | int = 0
         """Number of pairs B, A with a singular factor at the last exact step."""
+        self.ratios: Tensor = torch.zeros(1)
+        """|dW| / |W| (Frobenius) of the pairs at the last exact step, in any order, and zeros."""
         super().__init__(groups, **adam, factors=False, scales=[], clock=0, age=0)
 
     def step_group(self, group: dict[str, Any]) -> None:
@@ -68,6 +71,7 @@ class LOROOptimizer(GroupwiseOptimizer):
         if due and self.rule.retraction == "riemannian":
             self._moments(params, group)
             self._exact(params, group)
+            self._forget_surplus(params)
             return
         if self.rule.update == "precond":
             self._moments(params, group)
@@ -78,6 +82,16 @@ class LOROOptimizer(GroupwiseOptimizer):
                 self._adam([p for p, scale in chosen if scale == c], group, c)
         if due:
             _assign(_pairs(params), lambda *pair: balanced(*widened(*pair)))
+            self._forget_surplus(params)
+
+    def _forget_surplus(self, params: list[Tensor]) -> None:
+        """Zero the moments of the columns of B and rows of A beyond min(n, m), which an exact step
+        or a balanced SVD set to 0. There they have no gradients, so only old moments move them."""
+        for B, A in _pairs(params):
+            rank = min(*B.shape, A.shape[1])
+            for key in ("exp_avg", "exp_avg_sq") if rank < B.shape[1] else ():
+                self.state[B][key][:, rank:].zero_()
+                self.state[A][key][rank:].zero_()
 
     def _adam(self, params: list[Tensor], group: dict[str, Any], c: float) -> None:
         """Set p = (1 - lr decay) p - lr_p c D and update the moments, in one kernel.
@@ -111,6 +125,7 @@ class LOROOptimizer(GroupwiseOptimizer):
     def _exact(self, params: list[Tensor], group: dict[str, Any]) -> None:
         lr_p = group["lr"] * _correction(group)
         damped = [torch.zeros((), dtype=torch.bool, device=params[0].device)]
+        ratios: list[Tensor] = []
 
         def direction(p: Tensor) -> Tensor:
             if self.rule.direction == "raw":
@@ -123,15 +138,18 @@ class LOROOptimizer(GroupwiseOptimizer):
             given = widened(B, A, direction(B), direction(A))
             whole = _finite(given)
             B, A, D_B, D_A = (torch.where(whole, t, 0.0) for t in given)
-            B, A, singular = riemannian_step(B, A, D_B, D_A, lr_p)
+            B, A, singular, ratio = riemannian_step(B, A, D_B, D_A, lr_p, self.rule.exact_cap)
             damped.append(singular)
+            ratios.append(torch.where(whole, ratio, torch.nan).double()[None])
             return torch.where(whole, B, torch.nan), torch.where(whole, A, torch.nan)
 
         pairs = _pairs(params)
         if params[0].dtype != torch.float64:  # Gram matrices of float64 would need more precision
-            pairs = [pairs[i] for i in gram_steps_(pairs, direction, lr_p)]
+            left, of_others = gram_steps_(pairs, direction, lr_p, self.rule.exact_cap)
+            pairs = [pairs[i] for i in left]
+            ratios.append(of_others)
         _assign(pairs, reference)
-        self.damped = torch.stack(damped).sum()
+        self.damped, self.ratios = torch.stack(damped).sum(), torch.cat(ratios)
 
     def _precondition(self, params: list[Tensor], lr: float) -> None:
         def step(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -133,14 +135,18 @@ def check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
 def save(
     state: TrainState, run: RunDir, here: World, identity: Mapping[str, Any], keep: int
 ) -> None:
-    """Write a checkpoint from rank 0. Raises Diverged instead if a parameter is not finite."""
+    """Write a checkpoint from rank 0.
+
+    Raises Diverged instead if a parameter, or a moment of the optimizer, is not finite.
+    """
 
     def write() -> None:
-        finite = torch.stack([p.isfinite().all() for p in state.model.parameters()])
-        if not finite.all():
-            lr = state.optimizer.param_groups[0]["lr"]
-            what = f"step {state.step}: a weight is not finite at a learning rate of {lr:.3g}"
-            raise diverged(what, run)
+        moments = [t for s in state.optimizer.state.values() for t in s.values()]
+        for kind, values in (("weight", state.model.parameters()), ("moment", moments)):
+            if not all_finite(values):
+                lr = state.optimizer.param_groups[0]["lr"]
+                what = f"step {state.step}: a {kind} is not finite at a learning rate of {lr:.3g}"
+                raise diverged(what, run)
         captured = checkpoint.capture(
             state.model,
             state.optimizer,
@@ -152,6 +158,18 @@ def save(
         checkpoint.save(run.checkpoints, captured, keep)
 
     here.on_main(write)
+
+
+@torch.no_grad()
+def all_finite(values: Iterable[Any]) -> bool:
+    """Return whether every number in the floating-point tensors among `values` is finite."""
+    given = (t for t in values if isinstance(t, Tensor))
+    tensors = [t for t in given if t.is_floating_point() and t.numel()]
+    if not tensors:
+        return True
+    # The maximum of |t| is NaN or infinite if a number is, and needs no temporary the size of t.
+    largest = torch._foreach_norm(tensors, math.inf)
+    return bool(torch.stack([x.double().to(tensors[0].device) for x in largest]).isfinite().all())
 
 
 def diverged(what: str, run: RunDir) -> Diverged:
