@@ -87,7 +87,8 @@ def resume(path: Path, observe: Observer = silent) -> Result:
 
 
 def _train(config: RunConfig[Method], run: RunDir | None, here: World, observe: Observer) -> Result:
-    corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
+    path, again = config.data.path, run is not None  # a resume verifies the shards again
+    corpus = Corpus.open(path, verify_again=again) if path else default_corpus(verify_again=again)
     check_corpus(corpus, config)
     identity = identity_of(config, corpus)
     state = restore(config, run, here, identity)
