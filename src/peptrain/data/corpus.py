@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peptrain.data.index import HELD_OUT, TOKENIZER, Index, TokenFile
+from peptrain.data.index import HELD_OUT, TOKENIZER, Index, TokenFile, check_inside, damaged
+from peptrain.data.verify import verify, verify_shards
 from peptrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -41,11 +42,19 @@ class Corpus:
     _names: tuple[str, ...]
 
     @classmethod
-    def open(cls, path: Path) -> Corpus:
-        """Memory-map a directory made by `prepare`. Raise DataError if it is incomplete."""
+    def open(cls, path: Path, *, verify_again: bool = False) -> Corpus:
+        """Memory-map a directory made by `prepare`. Raise DataError if it is incomplete or damaged.
+
+        All files are compared with their checksums. Of the shards that is remembered in the cache
+        directory, and only repeated after they changed, or if `verify_again` is given.
+        """
         path = Path(path)
         index = Index.load(path)
         dtype = np.dtype(index.dtype)
+        for file in (*index.train, index.held_out):
+            _check_file(path / file.name, file.tokens * dtype.itemsize)
+        verify(path / index.held_out.name, index.held_out.sha256)
+        verify_shards(path, index.train, again=verify_again)
         return cls(
             path=path,
             vocab_size=index.vocab_size,
@@ -116,10 +125,8 @@ class Corpus:
 
     def _check(self, ids: Ids, name: str) -> None:
         if len(ids) and ids.max() > self.max_id:
-            raise DataError(
-                f"{self.path / name}: damaged: it contains id {ids.max()}, but the largest"
-                f" should be {self.max_id}; delete {self.path} and prepare it again"
-            )
+            what = f"damaged: it contains id {ids.max()}, but the largest should be {self.max_id}"
+            raise damaged(self.path / name, what)
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
@@ -139,21 +146,21 @@ def _tokenizer(directory: Path, index: Index) -> Path:
     It defines what the ids mean, and runs and exports copy it.
     """
     path = directory / TOKENIZER
+    check_inside(path)
     if not path.is_file() or sha256(path.read_bytes()).hexdigest() != index.tokenizer_sha256:
-        raise DataError(
-            f"{path}: missing, or not the tokenizer of this corpus;"
-            f" delete {directory} and prepare it again"
-        )
+        raise damaged(path, "missing, or not the tokenizer of this corpus")
     return path
 
 
+def _check_file(path: Path, wanted: int) -> None:
+    """Raise DataError unless it is a file of the corpus with `wanted` bytes."""
+    check_inside(path)
+    size = path.stat().st_size if path.is_file() else 0
+    if size != wanted or not path.is_file():
+        raise damaged(path, f"truncated or missing ({size} bytes, {wanted} expected)")
+
+
 def _mapped(directory: Path, file: TokenFile, dtype: np.dtype[Any]) -> Ids:
-    path = directory / file.name
-    size, wanted = path.stat().st_size if path.exists() else 0, file.tokens * dtype.itemsize
-    if size != wanted or not path.exists():
-        raise DataError(
-            f"{path}: truncated or missing ({size} bytes, {wanted} expected);"
-            f" delete {directory} and prepare it again"
-        )
     # A plain array: slicing it is three times faster than slicing numpy's memmap class.
-    return np.asarray(np.memmap(path, dtype, "r")) if wanted else np.empty(0, dtype)
+    mapped = np.memmap(directory / file.name, dtype, "r") if file.tokens else np.empty(0, dtype)
+    return np.asarray(mapped)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import platform
 import sysconfig
 import tempfile
@@ -18,6 +17,7 @@ from peptrain.data.config import PrepareConfig
 from peptrain.data.corpus import Corpus
 from peptrain.data.index import FORMAT, INDEX
 from peptrain.data.prepare import prepare
+from peptrain.data.verify import cache_directory
 from peptrain.errors import DataError
 
 HELD_OUT = 0.05  # 1% of 249 documents would be too few for a held-out loss
@@ -25,13 +25,17 @@ UNREAD_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dis
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def default_corpus(vocab_size: int = 4096) -> Corpus:
+def default_corpus(vocab_size: int = 4096, *, verify_again: bool = False) -> Corpus:
     """Return the default corpus, with a byte-level BPE of `vocab_size`, prepared once and cached.
 
     The cache is $PEPTRAIN_CACHE, else $XDG_CACHE_HOME/peptrain, else ~/.cache/peptrain. Several
     processes may prepare it at the same time: all of them use the result of the first to finish.
+    `verify_again` is that of `Corpus.open`.
     """
-    cache = _cache_directory()
+    try:
+        cache = cache_directory()
+    except OSError as error:
+        raise DataError(f"PEPTRAIN_CACHE: unset, and {error}; set it to a directory") from error
     target = cache / f"{_embedded_name()}-bpe{vocab_size}-format{FORMAT}"
     if not (target / INDEX).exists():
         try:
@@ -43,7 +47,7 @@ def default_corpus(vocab_size: int = 4096) -> Corpus:
                 f"{cache}: can't write the default corpus there ({error});"
                 " choose another directory with the environment variable PEPTRAIN_CACHE"
             ) from error
-    return Corpus.open(target)
+    return Corpus.open(target, verify_again=verify_again)
 
 
 def _prepared(private: Path, vocab_size: int) -> Path:
@@ -65,13 +69,6 @@ def _install(prepared: Path, target: Path) -> None:
     except OSError:
         if not (target / INDEX).exists():
             raise
-
-
-def _cache_directory() -> Path:
-    if chosen := os.environ.get("PEPTRAIN_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "peptrain"
 
 
 def embedded_documents() -> tuple[str, list[str]]:

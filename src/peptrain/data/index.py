@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,11 @@ from peptrain.files import write_atomically
 FORMAT = 1
 INDEX, JOURNAL = "index.json", "journal.json"
 TOKENIZER, HELD_OUT = "tokenizer.json", "held-out.bin"
+DTYPES = ("<u2", "<u4")
+CHECKSUM = "checksum"
+MOST = 1 << 60  # no count is larger
+MOST_BYTES = 64 << 20
+SHOWN = 80  # characters of a wrong value
 
 
 def shard_name(number: int) -> str:
@@ -62,27 +69,66 @@ class Index:
         return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
     def save(self, directory: Path) -> None:
-        write_json(directory / INDEX, asdict(self))
+        write_checked(directory / INDEX, asdict(self))
 
     @classmethod
     def load(cls, directory: Path) -> Index:
         """Read and check index.json. Raise DataError if the directory isn't a finished corpus."""
-        if not (directory / INDEX).exists():
+        path = directory / INDEX
+        if not path.is_file():
             raise _not_prepared(directory)
-        try:
-            found = json.loads((directory / INDEX).read_bytes())
-            if found["format"] == FORMAT:
-                held_out = TokenFile(**found.pop("held_out"))
-                train = tuple(TokenFile(**file) for file in found.pop("train"))
-                return cls(**found, train=train, held_out=held_out)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        check_inside(path)
+        found = read_checked(path)
+        if (version := found.get("format", FORMAT)) != FORMAT:
             raise DataError(
-                f"{directory / INDEX}: damaged ({error}); delete {directory} and prepare it again"
-            ) from error
-        raise DataError(
-            f"{directory}: prepared in format {found['format']}, but this version reads format"
-            f" {FORMAT}; prepare it again"
-        )
+                f"{directory}: prepared in format {_shown(version)}, but this version reads format"
+                f" {FORMAT}; prepare it again"
+            )
+        try:
+            held_out = TokenFile(**found.pop("held_out"))
+            train = tuple(TokenFile(**file) for file in found.pop("train"))
+            index = cls(**found, train=train, held_out=held_out)
+        except (KeyError, TypeError) as error:
+            raise damaged(path, f"damaged ({error})") from error
+        for key, value, valid, wanted in index._rules():
+            if not valid:
+                raise damaged(path, f"damaged ({key}: must be {wanted}, got {_shown(value)})")
+        return index
+
+    def _rules(self) -> Iterator[tuple[str, Any, bool, str]]:
+        """Yield (key, value, whether it is valid, what is valid). Stop at the first invalid one."""
+        yield "dtype", self.dtype, self.dtype in DTYPES, " or ".join(DTYPES)
+        ids = 1 << 8 * int(self.dtype[-1])
+        yield _count("vocab_size", self.vocab_size, 1, ids)
+        yield _count("eos_id", self.eos_id, 0, self.vocab_size - 1)
+        yield _count("max_id", self.max_id, 0, self.vocab_size - 1)
+        yield _count("documents", self.documents)
+        yield _count("held_out_documents", self.held_out_documents, 0, self.documents)
+        yield _count("text_bytes", self.text_bytes)
+        yield _hash("tokenizer_sha256", self.tokenizer_sha256)
+        yield "settings", self.settings, isinstance(self.settings, dict), "an object"
+        yield "sources", self.sources, isinstance(self.sources, list), "a list"
+        yield "train", "none", len(self.train) > 0, "one file or more"
+        names = [*map(shard_name, range(len(self.train))), HELD_OUT]
+        for name, file in zip(names, (*self.train, self.held_out), strict=True):
+            yield "name", file.name, file.name == name, name
+            yield _count(f"tokens of {name}", file.tokens)
+            yield _hash(f"sha256 of {name}", file.sha256)
+
+
+def _count(key: str, value: Any, least: int = 0, most: int = MOST) -> tuple[str, Any, bool, str]:
+    valid = type(value) is int and least <= value <= most  # True is no count
+    return key, value, valid, f"an integer from {least} to {most}"
+
+
+def _hash(key: str, value: Any) -> tuple[str, Any, bool, str]:
+    valid = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+    return key, value, valid, "64 hex digits"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _not_prepared(directory: Path) -> DataError:
@@ -96,6 +142,52 @@ def _not_prepared(directory: Path) -> DataError:
     )
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as JSON, atomically."""
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+def damaged(path: Path, what: str) -> DataError:
+    """Return the error for a file of a corpus that can't be used."""
+    return DataError(
+        f"{path}: {what}; delete {path.parent} and prepare it again with `peptrain data prepare`"
+    )
+
+
+def check_inside(path: Path) -> None:
+    """Raise DataError if `path` links to a file outside its directory."""
+    if path.resolve().parent != path.parent.resolve():
+        raise DataError(f"{path}: links to a file outside the corpus; copy that file here instead")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raise ValueError if the file can't be read or is anything else."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"larger than {MOST_BYTES >> 20} MiB")
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"a JSON {type(found).__name__}, not an object")
+    return found
+
+
+def write_checked(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as JSON, atomically, with its SHA-256 among its settings."""
+    settings = content["settings"] | {CHECKSUM: _checksum(content)}
+    write_atomically(path, json.dumps(content | {"settings": settings}, indent=1) + "\n")
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """Read what `write_checked` wrote, or 0.1.0, without a checksum. Raise DataError if damaged."""
+    try:
+        found = read_object(path)
+    except ValueError as error:
+        raise damaged(path, f"damaged ({error})") from error
+    settings = found.get("settings")
+    expected = settings.pop(CHECKSUM, None) if isinstance(settings, dict) else None
+    if expected not in (None, _checksum(found)):
+        raise damaged(path, "damaged (its content differs from what was written)")
+    return found
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,6 @@ progress counts: what a killed process wrote after it is written again, with the
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,11 +22,13 @@ from peptrain.data.index import (
     INDEX,
     JOURNAL,
     TokenFile,
+    damaged,
+    read_checked,
     shard_name,
-    write_json,
+    write_checked,
 )
 from peptrain.data.sources.base import Taken
-from peptrain.errors import ConfigError, DataError
+from peptrain.errors import ConfigError
 from peptrain.files import write_atomically
 from peptrain.settings.fields import check
 
@@ -48,7 +49,7 @@ class Progress:
     """Tokens of each finished shard."""
 
     def save(self, directory: Path) -> None:
-        write_json(directory / JOURNAL, asdict(self))
+        write_checked(directory / JOURNAL, asdict(self))
 
     @classmethod
     def open(cls, directory: Path, settings: dict[str, Any], sources: int) -> Progress:
@@ -71,8 +72,11 @@ class Progress:
 
     @classmethod
     def _reopen(cls, directory: Path, settings: dict[str, Any]) -> Progress:
-        found = json.loads((directory / JOURNAL).read_bytes())
-        progress = cls(**found | {"taken": [Taken(**taken) for taken in found["taken"]]})
+        found = read_checked(directory / JOURNAL)
+        try:
+            progress = cls(**found | {"taken": [Taken(**taken) for taken in found["taken"]]})
+        except (KeyError, TypeError) as error:
+            raise damaged(directory / JOURNAL, f"damaged ({error})") from error
         for key, before in progress.settings.items():
             if before != (now := settings.get(key)):
                 raise ConfigError(
@@ -133,7 +137,7 @@ class Writer:
         path = self.directory / HELD_OUT
         with path.open("ab") as file:
             if file.tell() < start:
-                raise _changed(path)
+                raise damaged(path, "changed since it was written")
             file.truncate(start)  # drop what a killed process appended last
             for ids in self._held_out:
                 file.write(ids.data)
@@ -173,16 +177,10 @@ class Writer:
         for name, tokens in zip([*names, HELD_OUT], sizes, strict=True):
             path = self.directory / name
             if not path.exists() or path.stat().st_size != tokens * self.dtype.itemsize:
-                raise _changed(path)
+                raise damaged(path, "changed since it was written")
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if tokens:
                 largest = max(largest, int(np.memmap(path, self.dtype, "r").max()))
             files.append(TokenFile(name, tokens, digest))
         return tuple(files[:-1]), files[-1], largest
-
-
-def _changed(path: Path) -> DataError:
-    return DataError(
-        f"{path}: changed since it was written; delete {path.parent} and prepare it again"
-    )

@@ -98,7 +98,8 @@ def _train(
 ) -> Result:
     stop = held.enter_context(stop_on_signals())
     stop.at_once = "stopped before the first step"
-    corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
+    path, again = config.data.path, run is not None  # a resume verifies the shards again
+    corpus = Corpus.open(path, verify_again=again) if path else default_corpus(verify_again=again)
     check_corpus(corpus, config)
     identity = identity_of(config, corpus)
     state = restore(config, run, here, identity)
