@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
@@ -20,6 +19,7 @@ from tyro.conf import Positional, arg
 
 from peptrain import __version__, recipes
 from peptrain.cli.parsing import MARKERS, UNSET, check_names, paragraphs, registry
+from peptrain.cli.terminal import Console, OneLine, one_line
 from peptrain.errors import Interrupted, PeptrainError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print("[yellow]stopped")
         return 130
     except (PeptrainError, OSError) as error:
-        message = f"[bold red]error:[/] {escape(str(error))}"
+        message = f"[bold red]error:[/] {escape(one_line(str(error)))}"
         Console(stderr=True, emoji=False).print(message, highlight=False, soft_wrap=True)
         return 1
     return 0
@@ -77,7 +77,9 @@ def _set_up_output() -> None:
 
 
 def _log_on(console: Console) -> None:
-    log.handlers[:] = [RichHandler(console=console, show_time=False, show_path=False)]
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.setFormatter(OneLine())
+    log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
 
 
