@@ -1,22 +1,150 @@
-"""Write files atomically."""
+"""Write files and directories atomically, and keep to the directory that was named."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Iterable
+import re
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from secrets import token_hex
+
+SUFFIX = ".peptrain-tmp"
+SCRATCH = re.compile(r"\..+\.[0-9a-f]{16}" + re.escape(SUFFIX), re.DOTALL)
+"""Names of unfinished files and directories. Random, so that nobody can put a link there first."""
+LONGEST = 50  # characters kept of a name, so that the rest fits into the 255 bytes of a file name
 
 
 def write_atomically(path: Path, content: str | Iterable[bytes | memoryview]) -> None:
-    """Write `path` so that a kill or a full disk leaves the complete old or new file."""
+    """Write `path` so that a kill or a full disk leaves the complete old or new file.
+
+    If `path` is a link, the link is replaced, and not the file it leads to.
+    """
     chunks = [content.encode()] if isinstance(content, str) else content
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary, descriptor = _create(path, directory=False)
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(descriptor)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(descriptor)
     except OSError as error:  # when the disk is full, it lacks the file name
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Yield a new hidden directory next to `path`, to be filled and renamed.
+
+    It is deleted at the end unless it was renamed. Raises OSError if it can't be created.
+    """
+    made, descriptor = _create(path, directory=True)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        os.close(descriptor)
+
+
+def is_scratch(path: Path) -> bool:
+    """Return whether `path` has the name of an unfinished file or directory."""
+    return SCRATCH.fullmatch(path.name) is not None
+
+
+def _create(path: Path, *, directory: bool) -> tuple[Path, int]:
+    """Create a hidden file or directory next to `path`; return it with a descriptor that locks it.
+
+    What killed processes left there is deleted first.
+    """
+    _remove_strays(path.parent)
+    while True:
+        made = path.with_name(f".{path.name[:LONGEST]}.{token_hex(8)}{SUFFIX}")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        if directory:
+            made.mkdir()
+            flags = os.O_RDONLY | os.O_DIRECTORY
+        with contextlib.suppress(FileNotFoundError):  # another process took it for a stray
+            descriptor = os.open(made, flags | os.O_NOFOLLOW, 0o666)
+            if _flock(descriptor) is not False and _is(made, descriptor):
+                return made, descriptor
+            os.close(descriptor)
+
+
+def _remove_strays(directory: Path) -> None:
+    """Delete what killed processes left unfinished in `directory`.
+
+    The kernel releases a lock with its process. What can't be locked or deleted is left there, so
+    also everything on a file system without locks.
+    """
+    with os.scandir(directory) as entries:
+        found = [Path(entry.path) for entry in entries if SCRATCH.fullmatch(entry.name)]
+    for stray in found:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(stray, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if _flock(descriptor):
+                    shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _flock(descriptor: int) -> bool | None:
+    """Return whether the lock was acquired; None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    """Return whether `path` is the open file."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def open_up(directory: Path) -> None:
+    """Give the files in a new directory the permissions that its own were created with.
+
+    safetensors creates files that only their owner can read.
+    """
+    mode = directory.stat().st_mode & 0o666
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def no_links(path: str, flags: int) -> int:
+    """Open a file, as an `opener` of `open`, unless it is a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def leading_out(root: Path, names: Iterable[str]) -> Path | None:
+    """Return a path in `root` that leads out of it through a link, or is no file or directory.
+
+    Only the entries of `root` in `names` are searched, and what is in them. None if all are inside.
+    """
+    inside = os.path.realpath(root)
+    todo, seen = [root / name for name in names], set()
+    while todo:
+        path = todo.pop()
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(inside):
+            return path
+        if target.is_dir():
+            todo += [] if target in seen else (path / entry.name for entry in target.iterdir())
+            seen.add(target)
+        elif target.exists() and not target.is_file():
+            return path
+    return None

@@ -4,6 +4,7 @@ Most tests put a script of a few lines in the place of a training, for speed.
 """
 
 import csv
+import errno
 import json
 import os
 import re
@@ -392,10 +393,14 @@ def test_a_place_that_can_not_be_made_is_named(fakes: Fakes, corpus: Path, tmp_p
         compare(write_grid(tmp_path, corpus), tmp_path / "file")
 
 
-def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
-    (tmp_path / "table.md.tmp").symlink_to("/dev/full")
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*/table.md'"):
         write_atomically(tmp_path / "table.md", "text")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_whose_settings_were_changed_by_hand_is_refused(

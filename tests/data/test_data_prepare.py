@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from peptrain.data import Corpus, PrepareConfig, prepare
 from peptrain.data.documents import is_held_out
 from peptrain.data.tokenizer import train_tokenizer
+from peptrain.data.writer import Progress
 from peptrain.errors import ConfigError, DataError
 
 TOKENIZER = train_tokenizer(iter(["the cat sat on the mat. " * 5]), 265)
@@ -371,3 +372,23 @@ def test_a_trained_tokenizer_takes_the_named_end_token(config):
     corpus = Corpus.open(config.out)
     trained = Tokenizer.from_file(str(corpus.tokenizer_file))
     assert trained.id_to_token(corpus.eos_id) == "<end>"
+
+
+def test_a_preparation_is_not_resumed_through_a_link(tmp_path):
+    """Which resuming would truncate, or append to."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    Progress.open(out, {}, 1)
+    elsewhere.write_text("precious")
+    (out / "train-00000.bin").symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match=r"^out: must be a file in --out, .*train-00000\.bin"):
+        Progress.open(out, {}, 1)
+    assert elsewhere.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "name", ["journal.json.tmp", ".journal.json.0123456789abcdef.peptrain-tmp"]
+)
+def test_what_a_kill_left_before_the_first_progress_is_no_obstacle(tmp_path, name):
+    (tmp_path / name).touch()
+    Progress.open(tmp_path, {}, 1)
+    assert (tmp_path / "journal.json").exists()

@@ -17,6 +17,7 @@ from support import tiny, tiny_method
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
+import peptrain.exporting.export
 from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import CheckpointError, ConfigError, Unsupported
@@ -358,10 +359,48 @@ def test_a_place_that_cannot_be_written_is_named(exports: Exports, tmp_path: Pat
 
 
 def test_what_a_killed_export_left_is_not_taken_over(exports: Exports, tmp_path: Path) -> None:
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp" / "junk").touch()
+    (tmp_path / ".out.0123456789abcdef.peptrain-tmp").mkdir()
+    (tmp_path / ".out.0123456789abcdef.peptrain-tmp" / "junk").touch()
     out = export(exports.run("full"), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and not (out / "junk").exists()
+
+
+def test_only_the_tokenizer_s_own_files_are_exported(exports: Exports, tmp_path: Path) -> None:
+    """Not code, weights or an adapter's settings that a stranger put beside them."""
+    run = tmp_path / "run"
+    shutil.copytree(exports.run("full"), run)
+    for name in ("own.py", "adapter_config.json", "pytorch_model.bin", "model.safetensors.bak"):
+        (run / "tokenizer" / name).write_text("{}")
+    (run / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
+    names = {p.name for p in export(run, tmp_path / "out").iterdir()}
+    assert names == {p.name for p in exports.dense("full").iterdir()} | {"chat_template.jinja"}
+
+
+def test_an_exported_file_is_readable_as_the_umask_says(exports: Exports) -> None:
+    for folder in (exports.dense("full"), exports.factorised("loro")):
+        (folder.parent / "new").touch()
+        modes = {file.stat().st_mode for file in folder.iterdir()}
+        assert modes == {(folder.parent / "new").stat().st_mode}
+
+
+def test_of_two_exports_to_one_place_one_is_complete(exports: Exports, tmp_path: Path) -> None:
+    """A second export is made whole while the first one is checked."""
+    run, out = exports.run("full"), tmp_path / "out"
+    compared = peptrain.exporting.export._compare
+
+    def second(*models: PreTrainedModel) -> None:
+        compared(*models)
+        with pytest.MonkeyPatch.context() as undo:
+            undo.setattr(peptrain.exporting.export, "_compare", compared)
+            export(run, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peptrain.exporting.export, "_compare", second)
+        with pytest.raises(ConfigError, match="exists and is never overwritten"):
+            export(run, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert {p.name for p in out.iterdir()} == {p.name for p in exports.dense("full").iterdir()}
+    load(out)
 
 
 def bpt_fold(layer: Any, without: str) -> Tensor:

@@ -18,6 +18,7 @@ import peptrain.runs.checkpoint
 from peptrain.config import load
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError
+from peptrain.files import no_links
 from peptrain.methods import METHODS
 from peptrain.runs.checkpoint import (
     Checkpoint,
@@ -156,16 +157,16 @@ def test_a_training_goes_on_after_room_was_made(
 def test_a_disk_too_full_for_a_row_of_metrics_is_an_error_for_the_user(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, real = tmp_path / "run", Path.open
+    run = tmp_path / "run"
 
-    def opened(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
-        if path.name == "metrics.jsonl" and mode == "a" and newest_step(run) >= 2:
+    def opened(path: str, flags: int) -> int:
+        if newest_step(run) >= 2:
             full()
-        return real(path, mode, *rest, **named)
+        return no_links(path, flags)
 
     config = tiny("bpt", corpus, run, train={"checkpoint_every": 1})
     with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
-        patch.setattr(Path, "open", opened)
+        patch.setattr("peptrain.runs.directory.no_links", opened)
         train(config)
     assert "metrics.jsonl" in str(caught.value) and "No space left" in str(caught.value)
     assert f"`peptrain resume {run}`" in str(caught.value)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
@@ -21,6 +20,7 @@ from tyro.conf import Positional, arg
 from peptrain import __version__, recipes
 from peptrain.cli.console import make, stderr, stdout
 from peptrain.cli.parsing import MARKERS, UNSET, check_command, check_names, paragraphs, registry
+from peptrain.cli.terminal import Console, OneLine, one_line
 from peptrain.errors import Interrupted, PeptrainError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _run(argv: Sequence[str] | None) -> int:
         console.print("[yellow]stopped")
         return 130
     except (PeptrainError, OSError) as error:
-        message = f"[bold red]error:[/] {escape(str(error))}"
+        message = f"[bold red]error:[/] {escape(one_line(str(error)))}"
         make(stderr).print(message, highlight=False, soft_wrap=True)
         return 1
     stdout.flush()
@@ -94,7 +94,9 @@ def _set_up_output() -> None:
 
 
 def _log_on(console: Console) -> None:
-    log.handlers[:] = [RichHandler(console=console, show_time=False, show_path=False)]
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.setFormatter(OneLine())
+    log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
 
 

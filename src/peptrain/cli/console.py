@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TextIO
 
-from rich.console import Console
+from peptrain.cli.terminal import Console
 
 
 class Display(io.TextIOBase):

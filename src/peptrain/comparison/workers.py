@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peptrain.files import no_links
 from peptrain.runs.directory import LOCK, RunDir
 from peptrain.runs.lock import lock
 from peptrain.training.signals import BY_SYSTEM, BY_USER, stop_on_signals
@@ -181,7 +182,7 @@ def _start(status: Status, slot: int, gpus: Sequence[str], lock: int) -> Working
     else:
         environment.setdefault("OMP_NUM_THREADS", "1")
     begun = status.begun[job.name]
-    with job.log.open("ab") as log:
+    with open(job.log, "ab", opener=no_links) as log:
         said = log.tell()  # before the process writes
         # In its own process group, so that it gets only our signal and not the terminal's Ctrl-C.
         process = subprocess.Popen(

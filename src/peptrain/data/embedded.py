@@ -6,7 +6,6 @@ import ast
 import json
 import platform
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, PackagePath, files, version
@@ -19,6 +18,7 @@ from peptrain.data.index import FORMAT, INDEX
 from peptrain.data.prepare import prepare
 from peptrain.data.verify import cache_directory
 from peptrain.errors import DataError
+from peptrain.files import scratch
 
 HELD_OUT = 0.05  # 1% of 249 documents would be too few for a held-out loss
 UNREAD_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages"}
@@ -40,8 +40,8 @@ def default_corpus(vocab_size: int = 4096, *, verify_again: bool = False) -> Cor
     if not (target / INDEX).exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix="unfinished-") as private:
-                _install(_prepared(Path(private), vocab_size), target)
+            with scratch(target) as private:
+                _install(_prepared(private, vocab_size), target)
         except OSError as error:
             raise DataError(
                 f"{cache}: can't write the default corpus there ({error});"

@@ -29,7 +29,7 @@ from peptrain.data.index import (
 )
 from peptrain.data.sources.base import Taken
 from peptrain.errors import ConfigError
-from peptrain.files import write_atomically
+from peptrain.files import is_scratch, leading_out, no_links, write_atomically
 from peptrain.settings.fields import check
 
 Ids = NDArray[np.unsignedinteger]
@@ -62,9 +62,12 @@ class Progress:
         finished = (directory / INDEX).exists()
         check(not finished, "out", str(directory), f"{new}, not a finished corpus")
         directory.mkdir(parents=True, exist_ok=True)
+        entries = [p for p in directory.iterdir() if not is_scratch(p)]
         if (directory / JOURNAL).exists():
+            outside = leading_out(directory, [p.name for p in entries])
+            check(outside is None, "out", str(outside), "a file in --out, not a link to elsewhere")
             return cls._reopen(directory, settings)
-        found = sorted(p.name for p in directory.iterdir() if p.name != f"{JOURNAL}.tmp")
+        found = sorted(p.name for p in entries if p.name != f"{JOURNAL}.tmp")  # of version 0.1.0
         check(not found, "out", str(directory), f"{new}, but it contains {found[:1]}")
         progress = cls(settings, [Taken() for _ in range(sources)])
         progress.save(directory)
@@ -135,7 +138,7 @@ class Writer:
     def _append_held_out(self) -> None:
         start = self.progress.held_out_tokens * self.dtype.itemsize
         path = self.directory / HELD_OUT
-        with path.open("ab") as file:
+        with open(path, "ab", opener=no_links) as file:
             if file.tell() < start:
                 raise damaged(path, "changed since it was written")
             file.truncate(start)  # drop what a killed process appended last

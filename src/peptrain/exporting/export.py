@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from peptrain.errors import CheckpointError, ConfigError, Unsupported
 from peptrain.exporting.factorised import write_factorised
+from peptrain.files import open_up, scratch
+from peptrain.models.auto import load_model, load_tokenizer
 from peptrain.models.dense import dense_state
+from peptrain.models.hf import TOKENIZER_FILES
 from peptrain.models.sites import reparametrized
 from peptrain.ops.precision import at_least_fp32
 from peptrain.runs.build import Opened, open_run
@@ -39,8 +43,7 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
     and CheckpointError for a run without its tokenizer or when the written model's weights or
     logits differ from the run's.
     """
-    if out.exists():
-        raise ConfigError(f"--out {out}: exists and is never overwritten; choose another path")
+    _check_free(out)
     opened, tokenizer = open_run(run), RunDir(run).tokenizer
     method = opened.config.method
     if form == "dense" and not method.has_dense_equivalent:
@@ -50,34 +53,41 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
         )
     if not tokenizer.is_dir():
         raise CheckpointError(f"{tokenizer}: missing; copy it from a run on the same corpus")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
-        _name_end_token(opened.model, temporary)
-        written = (_dense if form == "dense" else write_factorised)(opened, temporary)
-        _compare(opened.model, written)
-        temporary.replace(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with scratch(out) as temporary:
+            for name in TOKENIZER_FILES:
+                if (tokenizer / name).is_file():
+                    shutil.copyfile(tokenizer / name, temporary / name)
+            _name_end_token(opened.model, temporary)
+            written = (_dense if form == "dense" else write_factorised)(opened, temporary)
+            _compare(opened.model, written)
+            open_up(temporary)
+            _check_free(out)
+            temporary.replace(out)
     except OSError as error:
         raise CheckpointError(f"--out {out}: can't be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+def _check_free(out: Path) -> None:
+    """Raise ConfigError if `out` exists, maybe since another export has finished."""
+    if os.path.lexists(out):
+        raise ConfigError(f"--out {out}: exists and is never overwritten; choose another path")
 
 
 def _dense(opened: Opened, out: Path) -> PreTrainedModel:
     twin = opened.dense_twin()
     _name_end_token(twin, out)
     twin.save_pretrained(out)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(out)
+    model, _ = load_model(out)
     model.eval()
     return model
 
 
 def _name_end_token(model: PreTrainedModel, tokenizer: Path) -> None:
     """Set the end-of-document token, at which `generate` stops."""
-    end = AutoTokenizer.from_pretrained(tokenizer).eos_token_id
+    end = load_tokenizer(tokenizer).eos_token_id
     model.config.eos_token_id = end
     if model.generation_config is not None:
         model.generation_config.eos_token_id = end

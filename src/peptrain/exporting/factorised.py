@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from peptrain import __version__
 from peptrain.errors import CheckpointError, Unsupported
@@ -18,6 +18,7 @@ from peptrain.execution.padding import widen_mlps
 from peptrain.methods import methods
 from peptrain.methods.base import Method
 from peptrain.methods.lowrank import LowRankLinear
+from peptrain.models.auto import load_config, new_model
 from peptrain.models.sites import find_sites, reparametrized
 from peptrain.rng import Rng
 from peptrain.runs.build import Opened
@@ -89,8 +90,7 @@ def _read_factorised(path: Path) -> tuple[PreTrainedModel, Method]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: can't be read: {error}; export it again") from error
     dtype = next(iter(tensors.values())).dtype
-    config = AutoConfig.from_pretrained(path)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = new_model(load_config(path), dtype)
     rng, phase = Rng(recipe.get("seed", 0)), recipe.get("phase", 0)  # missing in files of 0.1.0
     method.install(model, find_sites(model), rng, phase)
     load_model(model, tensors)

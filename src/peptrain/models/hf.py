@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peptrain.errors import ConfigError, Unsupported
+from peptrain.models.auto import load_config, new_model
 from peptrain.models.presets import DEFAULT_PRESET, PRESETS, Family, unknown_preset
 from peptrain.rng import seed_default
 from peptrain.settings.fields import check, essential
@@ -126,17 +127,16 @@ def _family(name: Family) -> type[PretrainedConfig]:
 
 def _from_file(path: Path, wanted: dict[str, Any]) -> PretrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
 
     if not path.exists():
         raise ConfigError(
             f"model.config: {path} does not exist; give a config.json or its directory"
         )
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, **wanted)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"model.config: {path} is not a usable config.json: {error}") from error
-    return config
+        return load_config(path, **wanted)
+    except (OSError, ValueError, KeyError, StrictDataclassError, Unsupported) as error:
+        said = " ".join(str(error).split())  # transformers writes several lines
+        raise ConfigError(f"model.config: {path} is not a usable config.json: {said}") from error
 
 
 def build_model(
@@ -146,16 +146,14 @@ def build_model(
 
     Raises Unsupported for an architecture without a causal LM in Hugging Face.
     """
-    from transformers import AutoModelForCausalLM
-
     hf = hf_config(config, seq_len)
     with torch.random.fork_rng(devices=[]):
         seed_default(seed)
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(hf, dtype=dtype_of(precision))
+            return new_model(hf, dtype_of(precision))
         except ValueError as error:
-            raise Unsupported(f"model: no causal LM for {hf.model_type!r}: {error}") from error
-    return model
+            said = str(error).splitlines()[0]  # the next one lists every model of transformers
+            raise Unsupported(f"model: no causal LM for {hf.model_type!r}: {said}") from error
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -180,6 +178,13 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Count the parameters of the model, shared ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
+"""Files of a tokenizer. Anything else in its directory is not exported."""
 
 
 def save_tokenizer(file: Path, end_id: int, out: Path) -> None:

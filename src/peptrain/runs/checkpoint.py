@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peptrain.errors import CheckpointError
+from peptrain.files import open_up, scratch
 
 log = logging.getLogger("peptrain")
 FORMAT = 2
@@ -141,20 +142,22 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write `checkpoint`, then delete all but the latest `keep`.
 
     A hidden directory is filled, synced and renamed, so that an interruption leaves earlier
-    checkpoints intact. Raises CheckpointError, for example on a full disk, with the path of the
+    checkpoints intact. What earlier interruptions left is deleted: only one process trains a run.
+
+    Raises CheckpointError, for example on a full disk, with the path of the
     latest good checkpoint.
     """
     final = directory / f"step-{checkpoint.step:08d}"
-    temporary = directory / f".{final.name}.tmp"
+    for stray in directory.glob(".step-*"):
+        shutil.rmtree(stray, ignore_errors=True)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write(temporary, checkpoint)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
+        directory.mkdir(parents=True, exist_ok=True)
+        with scratch(final) as temporary:
+            _write(temporary, checkpoint)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.replace(final)
         _sync(directory)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{final}: could not be written: {error}; {last_good(directory)}"
         ) from error
@@ -187,6 +190,7 @@ def _write(directory: Path, checkpoint: Checkpoint) -> None:
     }
     (directory / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     (directory / SUMS).write_text(_sums(directory), encoding="utf-8")
+    open_up(directory)
     for file in directory.iterdir():
         _sync(file)
     _sync(directory)

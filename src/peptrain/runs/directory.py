@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from peptrain.errors import CheckpointError
-from peptrain.files import write_atomically
+from peptrain.files import leading_out, no_links, write_atomically
 from peptrain.runs.lock import lock
 
 NEWEST = 16_384  # bytes read from the end of the metrics: dozens of rows
+CONTENTS = ("config.toml", "env.json", "metrics.jsonl", "eval.json", "model.json", "tokenizer",
+            "checkpoints")  # fmt: skip
 LAST = ("end", "diverged")
 """Events that end a run; a resumed run drops their rows."""
 LOCK = "lock"
@@ -81,7 +83,7 @@ class RunDir:
             run._check_free()
             try:
                 run._clear()
-                with (path / NEW).open("w", encoding="utf-8") as file:
+                with open(path / NEW, "w", encoding="utf-8", opener=no_links) as file:
                     file.write(config)
                     file.flush()
                     os.fsync(file.fileno())
@@ -130,16 +132,24 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        """Open an existing run directory. Raises CheckpointError if `path` is not one."""
+        """Open an existing run directory.
+
+        Raises CheckpointError if `path` is not one, or if links in it lead elsewhere.
+        """
         run = cls(path)
         if not run.config_file.is_file():
             raise CheckpointError(f"{path}: not a run directory (config.toml is missing)")
+        if (outside := leading_out(path, CONTENTS)) is not None:
+            raise CheckpointError(
+                f"{outside}: a link out of the run, or not a regular file, which is never followed;"
+                f" if you trust the run, copy it with `cp -rL {path} COPY`"
+            )
         return run
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
         try:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
+            with open(self.metrics_file, "a", encoding="utf-8", opener=no_links) as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
             raise CheckpointError(

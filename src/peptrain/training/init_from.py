@@ -15,9 +15,10 @@ from torch import Tensor
 from peptrain.config import RunConfig
 from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
-from peptrain.errors import ConfigError
+from peptrain.errors import ConfigError, Unsupported
 from peptrain.methods.base import Method
 from peptrain.methods.targets import TargetedMethod
+from peptrain.models.auto import load_model
 from peptrain.models.dense import dense_state
 from peptrain.models.hf import ModelConfig, dtype_of, hf_config
 from peptrain.runs import checkpoint
@@ -93,7 +94,7 @@ def sha256(file: Path) -> str:
 
 
 def _model_of(path: Path) -> ModelConfig:
-    return run_config(RunDir(path)).model if _is_run(path) else ModelConfig(config=path)
+    return run_config(RunDir.open(path)).model if _is_run(path) else ModelConfig(config=path)
 
 
 def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
@@ -123,20 +124,10 @@ def _is_run(path: Path) -> bool:
 
 
 def _pretrained(path: Path, config: RunConfig[Method]) -> dict[str, Tensor]:
-    from transformers import AutoModelForCausalLM
-
     assert config.train.precision is not None
-    load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, report = load(
-            path,
-            dtype=dtype_of(config.train.precision),
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        model, report = load_model(path, dtype_of(config.train.precision))
+    except (OSError, ValueError, RuntimeError, SafetensorError, Unsupported) as error:
         raise ConfigError(f"init_from: {path} can't be read: {error}") from error
     _check_whole(report, path)
     return dense_state(model)

@@ -1,0 +1,63 @@
+"""Names and texts of strangers on the terminal: nothing in them is obeyed."""
+
+import io
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from peptrain.cli.app import _log_on, main
+from peptrain.cli.terminal import UNSAFE, Console, escaped, one_line
+
+BAD = "a\x1b[2Jb\x9b1mc\x85d\u202ee\udcfff\x1b]0;title\x1b\\"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_control_characters_are_escaped_wherever_text_is_printed(terminal: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=300, color_system=None)
+    console.print(escape(BAD), highlight=False)
+    console.print(BAD, markup=False, highlight=False, soft_wrap=True)
+    console.print(Text(BAD))
+    table = Table("name", box=None)
+    table.add_row(Text(f"{BAD} \x1b[31m"))
+    console.print(table)
+    with Live(console=console, auto_refresh=False) as live:
+        live.update(Text(BAD), refresh=True)
+    before = logging.getLogger("peptrain").handlers[:]
+    try:
+        _log_on(console)
+        logging.getLogger("peptrain").warning("%s\nerror: forged", BAD)
+    finally:
+        logging.getLogger("peptrain").handlers[:] = before
+    said = out.getvalue()
+    assert said.count(r"a\x1b[2Jb\x9b1mc\x85d\u202ee\udcfff\x1b]0;title\x1b") >= 5
+    assert "\x1b[2J" not in said and not UNSAFE.search(said.replace("\x1b", "").replace("\r", ""))
+    assert r"\nerror: forged" in said
+    assert terminal or "\x1b" not in said
+
+
+def test_other_text_is_printed_as_it_is() -> None:
+    text = "tab\tumlaut ä 漢字 👩‍🚀 [brackets] back\\slash\n"
+    assert escaped(text) == text and one_line("a\nb") == r"a\nb"
+
+
+def test_the_name_of_a_stranger_s_file_is_escaped_in_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "a\x1b[31m\nerror: b"
+    assert main(["eval", str(odd)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and r"a\x1b[31m\nerror: b: not a run" in said
+
+
+def test_a_name_that_is_not_utf_8_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b")]) == 1
+    assert r"/\udcff\x1b: not a run" in capsys.readouterr().err
