@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import peptrain
 from peptrain.cli.app import main
-from peptrain.config import dump, load
+from peptrain.config import essence, load
 from peptrain.eval.run import evaluate
 from peptrain.exporting.export import export
 from peptrain.exporting.factorised import load_factorised
@@ -251,13 +251,14 @@ def test_a_run_from_the_start_comes_to_the_same_bytes(name: str, old: Old, tmp_p
     run = tmp_path / "run"
     assert main(old.training(name, run)) == 0
     assert differences(run, old.run(name)) == []
-    assert (run / "config.toml").read_text() == (old.run(name) / "config.toml").read_text()
+    assert essence(load(run / "config.toml")) == (old.run(name) / "config.toml").read_text()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_configuration_of_an_old_run_is_read_and_written_unchanged(name: str, old: Old) -> None:
+    """But for settings added since, which have the value of that time."""
     file = old.run(name) / "config.toml"
-    assert dump(load(file)) == file.read_text()
+    assert essence(load(file)) == file.read_text()
 
 
 @pytest.mark.parametrize("name, form", EXPORTS)
