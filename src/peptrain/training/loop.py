@@ -277,7 +277,7 @@ def _create(config: RunConfig[Method], corpus: Corpus, here: World) -> RunDir:
 def _first_files(run: RunDir, config: RunConfig[Method], corpus: Corpus) -> None:
     """Write what resume, eval and export need in addition to the checkpoints and the corpus."""
     write_atomically(run.config_file, dump(config))
-    save_tokenizer(corpus.tokenizer_file, corpus.eos_id, run.tokenizer)
+    save_tokenizer(corpus.tokenizer_file, corpus.eos_id, corpus.special_tokens, run.tokenizer)
     if file := config_file(config.model):
         shutil.copyfile(file, run.model_file)
 
