@@ -1,6 +1,8 @@
 """Tokenizers: loaded from every form, trained to the same bytes, and blind to special tokens."""
 
+import json
 import lzma
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from peptrain.data import Corpus, PrepareConfig, prepare
 from peptrain.data.tokenizer import encode, end_id, load_tokenizer, train_tokenizer, vocabulary
 from peptrain.errors import ConfigError, DataError
+from peptrain.models.hf import save_tokenizer
 
 TEXTS = ["the cat sat on the mat, the dog on the log. " * 5, "def f(x):\n    return x\n" * 5]
 TRAINED = train_tokenizer(iter(TEXTS), 280)
@@ -88,3 +92,81 @@ def test_a_named_end_token_is_taken_before_the_usual_ones():
 
 def test_the_vocabulary_counts_gaps():
     assert vocabulary(Tokenizer(models.WordLevel({"a": 0, "b": 9}, "a"))) == 10
+
+
+def with_ends(folder: Path, **files: object) -> Path:
+    """A tokenizer of several usual end tokens, and what is configured beside it."""
+    word_level("a", "<s>", "</s>", "<eos>", "<pad>").save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "in.txt").write_text("a")
+    return folder
+
+
+def prepared(folder: Path, **options: object) -> Corpus:
+    given = {"inputs": (folder / "in.txt",), "out": folder / "out", "tokenizer": folder, **options}
+    return Corpus.open(prepare(PrepareConfig(**given)).path)
+
+
+@pytest.mark.parametrize("at", [".", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"eos_token": "<eos>"}},
+        {"tokenizer_config": {"eos_token": {"content": "<eos>"}}},
+        {"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": "<eos>"}},
+        {"tokenizer_config": {"eos_token": "<eos>"}, "special_tokens_map": {"eos_token": "</s>"}},
+    ],
+)
+def test_the_end_token_is_the_one_that_is_configured(tmp_path, caplog, files, at):
+    with_ends(tmp_path, **files)
+    assert prepared(tmp_path, tokenizer=tmp_path / at).eos_id == 3
+    assert "eos_token" not in caplog.text
+    named = prepared(tmp_path, out=tmp_path / "named", eos_token="<pad>")
+    assert named.eos_id == 4
+
+
+def test_a_guess_among_several_end_tokens_is_said(tmp_path, caplog):
+    assert prepared(with_ends(tmp_path)).eos_id == 2
+    assert "eos_token: </s> is taken, but the tokenizer also has <eos>; give --eos" in caplog.text
+
+
+def test_configured_tokens_that_cannot_be_used_are_named(tmp_path):
+    with_ends(tmp_path, tokenizer_config={"eos_token": "<end>"})
+    with pytest.raises(ConfigError, match=r"eos_token: '<end>' is not .*--eos-token"):
+        prepared(tmp_path)
+    for content in ("[", "[]", "[" * 100_000, "\xff"):
+        (tmp_path / "tokenizer_config.json").write_text(content, encoding="latin-1")
+        with pytest.raises(DataError, match=r"tokenizer: .*tokenizer_config\.json: "):
+            prepared(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_special_tokens_and_the_chat_template_reach_a_run(tmp_path):
+    from transformers import AutoTokenizer
+
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    own = {"bos_token": "<s>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<new>"}
+    with_ends(tmp_path, tokenizer_config=own | {"chat_template": template, "auto_map": {"a": "b"}})
+    corpus = prepared(tmp_path)
+    run = tmp_path / "run"
+    save_tokenizer(corpus.tokenizer_file, corpus.eos_id, corpus.special_tokens, run)
+    saved = AutoTokenizer.from_pretrained(run)
+    assert (saved.bos_token, saved.eos_token, saved.pad_token) == ("<s>", "<eos>", "<pad>")
+    assert saved.chat_template == template and len(saved) == 5 and not saved.unk_token
+    assert (
+        saved("a a").input_ids == Tokenizer.from_file(str(corpus.tokenizer_file)).encode("a a").ids
+    )
+
+
+def test_text_that_a_tokenizer_cannot_encode_is_an_error(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, "<unk>"))
+    with pytest.raises(DataError, match=r"tokenizer: can't encode .* unknown token"):
+        encode(tokenizer, ["b"], UINT16)
+
+
+def test_a_tokenizer_of_a_newer_library_says_to_upgrade(tmp_path):
+    content = json.loads(TRAINED.to_str()) | {"pre_tokenizer": {"type": "Future"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"newer version, upgrade: pip install -U tokenizers"):
+        load_tokenizer(tmp_path)

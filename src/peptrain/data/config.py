@@ -31,7 +31,8 @@ class PrepareConfig:
     text_field: str = "text"
     """Name of the JSON Lines field or table column that contains the text."""
     eos_token: str | None = None
-    """The token appended to each document. Unset: </s> or another usual name."""
+    """The token appended to each document. Unset: that of the tokenizer's
+    tokenizer_config.json, or else </s> or another usual name."""
     held_out: float = 0.01
     """Fraction of documents to hold out, chosen by a hash of the document's index within its
     input."""

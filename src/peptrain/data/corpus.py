@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -31,6 +32,8 @@ class Corpus:
     """The largest id in the corpus. A larger one means that a file is damaged."""
     eos_id: int
     """The id of the token that ends each document."""
+    special_tokens: Mapping[str, str]
+    """The tokenizer's other special tokens, and its chat template, for exports."""
     train_tokens: int
     fingerprint: str
     """16 hex digits that identify the data in checkpoints."""
@@ -60,6 +63,7 @@ class Corpus:
             vocab_size=index.vocab_size,
             max_id=index.max_id,
             eos_id=index.eos_id,
+            special_tokens=index.special_tokens,
             train_tokens=index.train_tokens,
             fingerprint=index.fingerprint,
             tokenizer_file=_tokenizer(path, index),

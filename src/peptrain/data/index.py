@@ -16,6 +16,7 @@ from peptrain.files import write_atomically
 FORMAT = 1
 INDEX, JOURNAL = "index.json", "journal.json"
 TOKENIZER, HELD_OUT = "tokenizer.json", "held-out.bin"
+SPECIAL = ("bos_token", "pad_token", "unk_token", "chat_template")
 DTYPES = ("<u2", "<u4")
 CHECKSUM = "checksum"
 MOST = 1 << 60  # no count is larger
@@ -63,6 +64,12 @@ class Index:
         return sum(file.tokens for file in self.train)
 
     @property
+    def special_tokens(self) -> dict[str, str]:
+        """What the tokenizer's directory configured, by SPECIAL, besides the end token."""
+        found: dict[str, str] = self.settings.get("special_tokens", {})
+        return found
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits that change with any token, its position, and the tokenizer."""
         hashes = [self.tokenizer_sha256, *(f.sha256 for f in (*self.train, self.held_out))]
@@ -107,6 +114,9 @@ class Index:
         yield _count("text_bytes", self.text_bytes)
         yield _hash("tokenizer_sha256", self.tokenizer_sha256)
         yield "settings", self.settings, isinstance(self.settings, dict), "an object"
+        tokens = self.special_tokens
+        known = isinstance(tokens, dict) and all(type(v) is str for v in tokens.values())
+        yield "special_tokens", tokens, known and set(tokens) <= set(SPECIAL), "strings"
         yield "sources", self.sources, isinstance(self.sources, list), "a list"
         yield "train", "none", len(self.train) > 0, "one file or more"
         names = [*map(shard_name, range(len(self.train))), HELD_OUT]

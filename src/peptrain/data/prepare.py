@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,14 @@ from peptrain.data.index import JOURNAL, TOKENIZER, Index
 from peptrain.data.sources.base import Source, Taken
 from peptrain.data.tokenizer import (
     TRAINED_END,
+    configured,
     encode,
     end_id,
     load_tokenizer,
+    special_tokens,
     train_tokenizer,
     vocabulary,
+    warn_of_other_ends,
 )
 from peptrain.data.writer import LEAST_HELD_OUT, Progress, Writer
 from peptrain.errors import DataError
@@ -90,11 +93,18 @@ def prepare(
     """
     inputs = Inputs(config)
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    if given:
+    special: dict[str, str] = {}
+    if given and config.tokenizer:
+        found = configured(config.tokenizer)
+        config = replace(config, eos_token=config.eos_token or found.get("eos_token"))
         end_id(given, config.eos_token)  # raise for a wrong name before writing
+        if config.eos_token is None:
+            warn_of_other_ends(given)
+        special = special_tokens(given, found)
     with _disk_errors_explained(config.out):
         sources = [*inputs.train, *inputs.held_out]
-        progress = Progress.open(config.out, _settings(config, inputs, given), len(sources))
+        settings = _settings(config, inputs, given) | {"special_tokens": special}
+        progress = Progress.open(config.out, settings, len(sources))
         resumed = any(taken.position is not None for taken in progress.taken)
         tokenizer = _tokenizer_in(config, inputs, given)
         writer = Writer(config.out, _id_type(tokenizer), progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,10 +188,13 @@ TOKENIZER_FILES = (
 """Files of a tokenizer. Anything else in its directory is not exported."""
 
 
-def save_tokenizer(file: Path, end_id: int, out: Path) -> None:
-    """Save a tokenizer.json and its end token in the form that `AutoTokenizer` loads."""
+def save_tokenizer(file: Path, end_id: int, special: Mapping[str, str], out: Path) -> None:
+    """Save a tokenizer.json and its end token in the form that `AutoTokenizer` loads.
+
+    special: other special tokens and the chat template, by their name in `AutoTokenizer`.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_id)
     tokenizer.save_pretrained(out)

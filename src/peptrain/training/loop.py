@@ -297,7 +297,7 @@ def _create(
 
 def _first_files(run: RunDir, config: RunConfig[Method], corpus: Corpus) -> None:
     """Write what else resume, eval and export need besides checkpoints and corpus."""
-    save_tokenizer(corpus.tokenizer_file, corpus.eos_id, run.tokenizer)
+    save_tokenizer(corpus.tokenizer_file, corpus.eos_id, corpus.special_tokens, run.tokenizer)
     if file := config_file(config.model):
         shutil.copyfile(file, run.model_file)
 
