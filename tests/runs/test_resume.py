@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Killed, kill_at, rows, tiny
+from support import Killed, kill_at, rows, tiny, tiny_method
 
 import peptrain.runs.checkpoint
 import peptrain.training.loop as trainer
@@ -23,6 +23,7 @@ from peptrain.runs.checkpoint import Checkpoint, available, save
 from peptrain.runs.directory import RunDir
 from peptrain.testing import EVENT, MODEL, STEPS, differences, losses, newest
 from peptrain.training.loop import resume, train
+from peptrain.training.state import TrainState
 
 EACH = {"checkpoint_every": 1, "keep": 99, "micro_batch": 2}
 
@@ -202,12 +203,66 @@ def test_a_last_line_that_a_kill_cut_off_is_passed_over(
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
 
 
-def test_a_damaged_line_of_metrics_is_named(whole: Callable[[str], Path], tmp_path: Path) -> None:
-    run = rewound(whole("bpt"), tmp_path / "run", 5)
-    metrics = RunDir(run).metrics_file
-    metrics.write_text("{}{\n" + metrics.read_text())
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1: damaged"):
-        resume(run)
+DAMAGES = [b"\x0b", b"\x0c", b"\x1c", b"\x85", b"\0\0", b"[" * 10**5, b"9" * 5000]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_of_metrics_is_kept_aside_and_later_rows_stay(
+    damage: bytes,
+    whole: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = RunDir(tmp_path)
+    shutil.copyfile(RunDir(whole("bpt")).metrics_file, run.metrics_file)
+    rows = list(run.metrics())
+    lines = run.metrics_file.read_bytes().split(b"\n")
+    lines[1] = lines[1].replace(b' "', b" " + damage + b'"', 1)  # before the event's name
+    run.metrics_file.write_bytes(b"\n".join(lines))
+    assert list(run.metrics()) == [rows[0], *rows[2:]]
+    assert "metrics.jsonl:2: damaged, skipped" in caplog.text
+    run.rewind(STEPS)
+    assert list(run.metrics()) == [row for row in [rows[0], *rows[2:]] if row["event"] != "end"]
+    assert (tmp_path / "metrics.damaged").read_bytes() == lines[1] + b"\n"
+    assert "lines 2 are damaged; moved to" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["null", "[]", "7", "{}", '{"event": "step", "step": 3}', '{"event": 1, "step": 3}',
+     '{"event": "step", "step": "3", "loss": 1.0}',
+     '{"event": "end", "step": 8, "held_out_loss": NaN}', '{"event": "diverged", "step": 3}'],
+)  # fmt: skip
+def test_a_row_that_lacks_what_is_read_is_damaged(line: str, tmp_path: Path) -> None:
+    run, row = RunDir(tmp_path), {"event": "eval", "step": 4}
+    run.metrics_file.write_text(f"{line}\n\n{json.dumps(row)}\n")
+    assert list(run.metrics()) == [row] and run.newest("end") is run.newest("diverged") is None
+
+
+def test_a_kill_between_a_checkpoint_and_its_row_loses_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not the size of the optimizer's state in the warm start, which is the largest."""
+    method = tiny_method("relora", warm_start_steps=4)
+    settings = {"eval_every": 2, "checkpoint_every": 2}
+    whole, run, real = tmp_path / "whole", tmp_path / "run", trainer.save
+    result = train(tiny(method, corpus, whole, train=settings))
+
+    def killed(state: TrainState, *rest: Any) -> None:
+        real(state, *rest)
+        raise Killed
+
+    for step in (2, 4, 6, 8):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(trainer, "save", killed)
+            train(tiny(method, corpus, run, train=settings)) if step == 2 else resume(run)
+        assert newest(run).step == step
+    last = rows(run, "checkpoint")[-1]["state_bytes"]
+    assert resume(run).state_bytes == result.state_bytes > last
+    timed = "tokens_per_second"
+    ours, theirs = ([{k: v for k, v in row.items() if k != timed} for row in RunDir(path).metrics()]
+                    for path in (run, whole))  # fmt: skip
+    assert ours == theirs
 
 
 def test_resuming_a_finished_run_evaluates_it_again_and_changes_nothing(

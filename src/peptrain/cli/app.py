@@ -18,9 +18,10 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from peptrain import __version__, recipes
-from peptrain.cli.console import make, stderr, stdout
+from peptrain.cli.console import make, may_be_lost, print_wide, stderr, stdout
 from peptrain.cli.parsing import MARKERS, UNSET, check_command, check_names, paragraphs, registry
 from peptrain.cli.terminal import Console, OneLine, one_line
+from peptrain.distributed.launch import speaks
 from peptrain.errors import Interrupted, PeptrainError
 
 if TYPE_CHECKING:
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
     from peptrain.methods.base import Method
 
 log = logging.getLogger("peptrain")
-console = make(stdout, quiet=os.environ.get("RANK", "0") != "0")
+console = make(stdout, quiet=not speaks())
 """Only rank 0 prints. Errors are printed by every rank, to stderr."""
 
 
+@may_be_lost()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Return 0 on success, 1 on an error, 130 after Ctrl-C, and 75 (EX_TEMPFAIL)
     when SIGTERM, SIGHUP or SIGUSR1 stopped a training, which is saved.
@@ -41,15 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     it has no other result. Raises SystemExit(2) for a command line that can't be parsed,
     SystemExit(0) after --help.
     """
-    stdout.reopen()
-    stderr.reopen()
-    try:
-        return _run(argv)
-    finally:
-        stdout.flush()
-
-
-def _run(argv: Sequence[str] | None) -> int:
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     essential_only = args[0] in ("train", "estimate") and bool({"-h", "--help"} & {*args})
     args = ["--help" if arg == "--help-all" else arg for arg in args]
@@ -223,11 +216,6 @@ def _show(made: Estimate, as_json: bool) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_wide(table: Table) -> None:
-    """Print at the terminal's width; in a file or a pipe keep each row on one line."""
-    (console if console.is_terminal else make(stdout, width=160)).print(table)
-
-
 def _watched(training: Callable[[Any], Any]) -> Any:
     """Train with a progress display, and close it whatever happens."""
     from peptrain.cli.progress import TrainingProgress
@@ -283,7 +271,7 @@ def _compare(
 
     with comparing(console) as watch:
         made = compare(grid, out, workers, watch)
-    _print_wide(terminal(made))
+    print_wide(console, terminal(made))
     text = "\n".join(["", made.caption, *made.notes, f"Written to {out}/table.md, .csv, .tex"])
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     if failed := sum(len(line.errors) for line in made.lines):
@@ -407,5 +395,5 @@ def _recipes(name: Annotated[Positional[str | None], UNSET] = None) -> None:
         counts = (f"{n / 1e6:,.1f}M" for n in (about.parameters, about.trainable))
         tokens = f"{about.tokens / 1e9:.1f}B"
         table.add_row(known, method, *counts, tokens, about.expected)
-    _print_wide(table)
+    print_wide(console, table)
     console.print("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")

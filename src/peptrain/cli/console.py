@@ -6,7 +6,10 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import TextIO
+
+from rich.table import Table
 
 from peptrain.cli.terminal import Console
 
@@ -84,6 +87,22 @@ class Display(io.TextIOBase):
 stdout, stderr = Display("stdout"), Display("stderr")
 
 
+@contextlib.contextmanager
+def may_be_lost() -> Iterator[None]:
+    """Let a command begin with working outputs and end without an error of what is buffered."""
+    stdout.reopen()
+    stderr.reopen()
+    try:
+        yield
+    finally:
+        stdout.flush()
+
+
 def make(display: Display, *, quiet: bool = False, width: int | None = None) -> Console:
     """Return a console on `display`."""
     return Console(file=display, emoji=False, quiet=quiet, width=width)  # type: ignore[arg-type]
+
+
+def print_wide(console: Console, table: Table) -> None:
+    """Print at the terminal's width; in a file or a pipe keep each row on one line."""
+    (console if console.is_terminal else make(stdout, width=160)).print(table)

@@ -19,6 +19,7 @@ from peptrain.comparison.table import Comparison, as_csv, latex, markdown
 from peptrain.comparison.workers import Job, Status, alone, visible_gpus, work
 from peptrain.config import RunConfig, dump, load
 from peptrain.data import Corpus, default_corpus
+from peptrain.distributed.launch import launch
 from peptrain.errors import CheckpointError, Interrupted
 from peptrain.files import write_atomically
 from peptrain.models.hf import config_file
@@ -54,8 +55,8 @@ def compare(
     signal such as Ctrl-C or SIGTERM, once the running runs are saved.
     """
     check(workers is None or workers >= 1, "--workers", workers, ">= 1")
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    check(ranks == "1", "WORLD_SIZE", ranks, "unset: compare starts its own processes")
+    ranks = launch().size
+    check(ranks == 1, "WORLD_SIZE", ranks, "unset: compare starts its own processes")
     asked = load_grid(grid)
     path, seq_len = asked.baseline.config.data.path, asked.baseline.config.train.seq_len
     corpus = Corpus.open(path) if path else default_corpus()  # prepared once, before any run

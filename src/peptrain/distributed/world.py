@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -16,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from peptrain.distributed.launch import TORCHRUN, launch
 from peptrain.errors import PeptrainError, Unsupported
 
+log = logging.getLogger("peptrain")
 T = TypeVar("T")
 
 
@@ -102,7 +105,8 @@ def world(device: str = "auto") -> Iterator[World]:
 
     The group is created once per process and destroyed at exit, because a second rendezvous under
     torchrun would find the addresses of the first. device: auto (a GPU if there is one), cpu or
-    cuda. Raises Unsupported for a GPU that is absent.
+    cuda. Raises Unsupported for a GPU that is absent, and when the variables of `torchrun` are
+    incomplete or the processes don't meet.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise Unsupported(f"train.device: must be auto, cpu or cuda (got {device!r})")
@@ -110,16 +114,32 @@ def world(device: str = "auto") -> Iterator[World]:
         raise Unsupported(
             "train.device: cuda was requested, but PyTorch sees no GPU; use cpu or auto"
         )
+    place = launch()
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else None
-    if local is not None:
-        torch.cuda.set_device(local)
-    here = local or torch.device("cpu")
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if on_gpu and place.local >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise Unsupported(f"LOCAL_RANK: there are {gpus} GPUs (got {place.local}); {TORCHRUN}")
+    here = torch.device("cuda", place.local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(here)
+    if place.size == 1:
         yield World(0, 1, here)
         return
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-        atexit.register(_leave)
-    yield World(dist.get_rank(), size, here)
+        _meet("nccl" if on_gpu else "gloo", place.size)
+    yield World(dist.get_rank(), place.size, here)
+
+
+def _meet(backend: str, size: int) -> None:
+    """Join the process group. Raises Unsupported if the processes don't meet."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # perhaps left behind by another launcher
+        log.warning("WORLD_SIZE: waiting for %d processes at %s; %s", size, address, TORCHRUN)
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise Unsupported(
+            f"WORLD_SIZE: {size} processes did not meet at {address} ({reason}); {TORCHRUN}"
+        ) from error
+    atexit.register(_leave)

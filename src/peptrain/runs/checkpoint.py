@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Checkpoint:
     """Settings in which a run that continues must agree: method, model, data, precision, ..."""
     end: int = 0
     """The step at which the phase was to end. `after_step` is not called at that step."""
+    state_bytes: tuple[int, ...] = ()
+    """Bytes of the optimizer's moments, by phase, up to this one; 0 where an older version ran."""
 
 
 def capture(
@@ -58,6 +60,7 @@ def capture(
     phase: int,
     identity: Mapping[str, Any],
     end: int = 0,
+    state_bytes: Sequence[int] = (),
 ) -> Checkpoint:
     """Return the state of training after `step` steps. Shared parameters are stored once."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
@@ -68,7 +71,8 @@ def capture(
     )
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     clocks = [{k: v for k, v in g.items() if type(v) is int} for g in optimizer.param_groups]
-    return Checkpoint(step, phase, tensors, moments, clocks, dict(identity), end)
+    sizes = tuple(state_bytes)
+    return Checkpoint(step, phase, tensors, moments, clocks, dict(identity), end, sizes)
 
 
 def _kept(key: str, value: object) -> tuple[str, Tensor]:
@@ -185,6 +189,7 @@ def _write(directory: Path, checkpoint: Checkpoint) -> None:
         "step": checkpoint.step,
         "phase": checkpoint.phase,
         "end": checkpoint.end,
+        "state_bytes": checkpoint.state_bytes,
         "groups": checkpoint.groups,
         "identity": checkpoint.identity,
     }
@@ -253,7 +258,8 @@ def read(path: Path) -> Checkpoint:
             if then != now:
                 raise _Damaged(f"{now.split()[-1]} does not match its checksum")
         model, moments = (load_file(path / name) for name in FILES)
-        keys = ("groups", "identity", "end")
-        return Checkpoint(state["step"], state["phase"], model, moments, *(state[k] for k in keys))
+        rest = [state[key] for key in ("groups", "identity", "end")]
+        sizes = tuple(state.get("state_bytes", ()))  # absent in 0.1.0
+        return Checkpoint(state["step"], state["phase"], model, moments, *rest, sizes)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _Damaged(str(error)) from error

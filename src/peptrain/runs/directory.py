@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from peptrain.errors import CheckpointError
 from peptrain.files import leading_out, no_links, write_atomically
 from peptrain.runs.lock import lock
 
+log = logging.getLogger("peptrain")
 NEWEST = 16_384  # bytes read from the end of the metrics: dozens of rows
 CONTENTS = ("config.toml", "env.json", "metrics.jsonl", "eval.json", "model.json", "tokenizer",
             "checkpoints")  # fmt: skip
@@ -160,20 +162,25 @@ class RunDir:
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of metrics.jsonl, skipping a last line that a kill cut off.
 
-        Raises CheckpointError for a damaged line before that.
+        Damaged lines before that are skipped with a warning.
         """
+        for number, line, row in self._lines():
+            if row is None:
+                log.warning("%s:%d: damaged, skipped: %.60r", self.metrics_file, number, line)
+            else:
+                yield row
+
+    def _lines(self) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+        """Yield (number, line, its row) for each line, with None for the row of a damaged one."""
         if not self.metrics_file.exists():
             return
-        text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
-        for number, line in enumerate(text.splitlines(keepends=True), 1):
-            if not line.endswith("\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{self.metrics_file}:{number}: damaged ({error}); delete that line"
-                ) from error
+        # Only at \n: str.splitlines would also split at a damaged byte such as 0x0b or 0x85.
+        *complete, last = self.metrics_file.read_bytes().split(b"\n")
+        for number, line in enumerate(complete, 1):
+            if line.strip():
+                yield number, line, _row(line)
+        if (row := _row(last)) is not None:
+            yield len(complete) + 1, last, row
 
     def newest(self, event: str) -> dict[str, Any] | None:
         """Return the last row of an event, read cheaply from the end of the file, or None."""
@@ -181,19 +188,50 @@ class RunDir:
             return None
         with self.metrics_file.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - NEWEST))
-            tail = file.read().decode(errors="replace")
-        whole = [line for line in tail.splitlines(keepends=True) if line.endswith("\n")]
-        for line in reversed(whole):
-            with contextlib.suppress(ValueError):  # the first may be cut off
-                if (row := json.loads(line))["event"] == event:
-                    return dict(row)
-        return None
+            lines = file.read().split(b"\n")
+        rows = map(_row, reversed(lines))  # the first line may be cut off
+        return next((row for row in rows if row is not None and row["event"] == event), None)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows that a run resumed at `step` will write again."""
-        started = [r for r in self.metrics() if r["step"] <= step and r["event"] not in LAST]
+        """Drop the rows that a run resumed at `step` will write again.
+
+        Damaged lines are moved to metrics.damaged, with a warning.
+        """
+        read = list(self._lines())
+        if damaged := [line for _, line, row in read if row is None]:
+            aside = self.metrics_file.with_suffix(".damaged")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in damaged)
+            log.warning("%s: lines %s are damaged; moved to %s", self.metrics_file,
+                        ", ".join(str(n) for n, _, row in read if row is None), aside)  # fmt: skip
+        every = [row for _, _, row in read if row is not None]
+        started = [r for r in every if r["step"] <= step and r["event"] not in LAST]
         rows = [r for r in started if r["event"] != "phase" or r["step"] < step]
         write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+REQUIRED = {
+    "step": ("loss",),
+    "end": ("held_out_loss", "trainable", "state_bytes", "tokens_per_second"),
+}
+"""Values of rows that are read again, all of them numbers."""
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Parse a line of metrics.jsonl. Return None if it is damaged."""
+    try:
+        row = json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(event := row.get("event"), str):
+        return None
+    values = [row.get(key) for key in REQUIRED.get(event, ())]
+    sound = type(row.get("step")) is int and all(type(v) in (int, float) for v in values)
+    return row if sound and (event != "diverged" or type(row.get("error")) is str) else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def first_free(parent: Path, stem: str) -> Path:

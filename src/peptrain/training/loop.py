@@ -118,6 +118,7 @@ def _train(
     metrics_log = MetricsLog(run, here, observe, tokens_per_step)
     if here.main:
         run.rewind(state.step)
+        _write_missing_row(run, state)
         record_environment(run, here)
         observe(_start(config, run, state, corpus))
     _announce(state, metrics_log)
@@ -140,6 +141,17 @@ def _train(
     sizes = {"parameters": result.parameters, "trainable": result.trainable}
     metrics_log.end(state.step, held_out, **sizes, state_bytes=result.state_bytes)
     return result
+
+
+def _checkpoint_row(state: TrainState) -> dict[str, int]:
+    return {"step": state.step, "state_bytes": state.state_bytes[-1]}
+
+
+def _write_missing_row(run: RunDir, state: TrainState) -> None:
+    """Write the row of the latest checkpoint if the process was killed before it did."""
+    written = (row["step"] for row in run.metrics() if row["event"] == "checkpoint")
+    if state.state_bytes and state.step not in written:
+        run.record({"event": "checkpoint", **_checkpoint_row(state)})
 
 
 def _announce(state: TrainState, metrics_log: MetricsLog) -> None:
@@ -173,8 +185,7 @@ def _loop(
             metrics_log.evaluation(state.step, held_out)
         if saving:
             save(state, run, here, identity, t.keep)
-            held = state_bytes(optimizer)
-            metrics_log.write("checkpoint", step=state.step, state_bytes=held)
+            metrics_log.write("checkpoint", **_checkpoint_row(state))
         if saving or evaluating:
             metrics_log.pause()
         if stopping and state.step < t.steps:
@@ -330,13 +341,13 @@ def _result(
     run: RunDir, state: TrainState, held_out: Evaluation, metrics_log: MetricsLog
 ) -> Result:
     on_gpu = metrics_log.world.device.type == "cuda"
-    # Every phase ends with a checkpoint row in metrics.jsonl, also if an earlier process ran it.
+    # Checkpoints of 0.1.0 do not contain the sizes, but every phase ends with a row that does.
     held = [row.get("state_bytes", 0) for row in run.metrics() if row["event"] == "checkpoint"]
     return Result(
         run=run.path,
         held_out=held_out,
         **_sizes(state),
-        state_bytes=max([state_bytes(state.optimizer), *held]),
+        state_bytes=max([state_bytes(state.optimizer), *state.state_bytes, *held]),
         tokens_per_second=metrics_log.median_throughput(),
         peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else 0,
     )

@@ -129,7 +129,8 @@ class MetricsLog:
 
     def median_throughput(self) -> float:
         """Return the median tokens per second of all rows, which a slow first one cannot shift."""
-        rates = [row["tokens_per_second"] for row in self.run.metrics() if row["event"] == "step"]
+        steps = (row for row in self.run.metrics() if row["event"] == "step")
+        rates = [row["tokens_per_second"] for row in steps if "tokens_per_second" in row]
         return statistics.median(rates) if rates else 0.0
 
     def write(self, event: str, **row: Any) -> None:

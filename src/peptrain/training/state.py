@@ -31,6 +31,7 @@ from peptrain.methods.base import Method
 from peptrain.models.hf import config_file, vocabulary_size
 from peptrain.models.sites import find_sites
 from peptrain.optim import schedule
+from peptrain.optim.adamw import state_bytes
 from peptrain.optim.schedule import Schedule
 from peptrain.rng import Rng
 from peptrain.runs import checkpoint
@@ -56,6 +57,8 @@ class TrainState:
     """The step at which the phase ends."""
     entered: bool = False
     """Whether this state was built at a phase boundary, from a checkpoint of an earlier phase."""
+    state_bytes: tuple[int, ...] = ()
+    """Bytes of the optimizer's moments in each phase, as of the latest checkpoint."""
 
 
 def restore(
@@ -83,7 +86,8 @@ def restore(
             config.method.after_step(model, optimizer, step, Rng(config.train.seed))
     base = schedule.build(config.schedule, config.train.steps)
     moves = config.method.schedule(base)
-    return TrainState(model, forward_backward, optimizer, moves, phase, step, end, entered)
+    sizes = saved.state_bytes if saved else ()
+    return TrainState(model, forward_backward, optimizer, moves, phase, step, end, entered, sizes)
 
 
 def prepare(
@@ -139,6 +143,8 @@ def save(
 
     Raises Diverged instead if a parameter, or a moment of the optimizer, is not finite.
     """
+    earlier = (*state.state_bytes, *[0] * state.phase)[: state.phase]
+    state.state_bytes = (*earlier, state_bytes(state.optimizer))
 
     def write() -> None:
         moments = [t for s in state.optimizer.state.values() for t in s.values()]
@@ -154,6 +160,7 @@ def save(
             phase=state.phase,
             end=state.end,
             identity=identity,
+            state_bytes=state.state_bytes,
         )
         checkpoint.save(run.checkpoints, captured, keep)
 

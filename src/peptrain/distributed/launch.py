@@ -1,0 +1,63 @@
+"""Environment variables by which `torchrun` tells a process its place. Read without PyTorch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from peptrain.errors import Unsupported
+
+TORCHRUN = (
+    "start several processes with `torchrun --nproc-per-node N -m -- peptrain ...`, or unset"
+    " WORLD_SIZE to use one"
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The place of this process among those that were started together."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+    """Rank on this machine, and so the number of its GPU."""
+
+
+def launch() -> Launch:
+    """Read the place of this process. WORLD_SIZE alone decides whether there are several.
+
+    Launchers and containers leave variables behind, so that one process ignores the others, and an
+    empty variable counts as unset. Raises Unsupported if WORLD_SIZE promises several processes and
+    a variable that they need to meet is missing or impossible.
+    """
+    size = _number("WORLD_SIZE", 1, least=1)
+    if size == 1:
+        return Launch()
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not _given(name):
+            raise Unsupported(f"{name}: not set, but WORLD_SIZE is {size}; {TORCHRUN}")
+    _number("MASTER_PORT", 0, least=1, most=65535)
+    local = _number("LOCAL_RANK", 0, least=0, most=size - 1)
+    return Launch(_number("RANK", 0, least=0, most=size - 1), size, local)
+
+
+def speaks() -> bool:
+    """Return whether this process prints: all but the later ones of several."""
+    try:
+        return launch().rank == 0
+    except Unsupported:
+        return True
+
+
+def _given(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
+def _number(name: str, unset: int, least: int, most: int = 10**6) -> int:
+    value = _given(name)
+    if not value:
+        return unset
+    if not (value.isascii() and value.isdigit() and len(value) < 8 and least <= int(value) <= most):
+        raise Unsupported(f"{name}: must be an integer from {least} to {most} (got {value!r});"
+                          f" {TORCHRUN}")  # fmt: skip
+    return int(value)

@@ -1,0 +1,83 @@
+"""Variables that launchers leave behind: one process is one process, or one line names them."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from peptrain.distributed.launch import Launch, launch, speaks
+from peptrain.distributed.world import World, world
+from peptrain.errors import Unsupported
+
+NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+COMPLETE = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "29501"}  # fmt: skip
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def give(**values: str) -> None:
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return give
+
+
+@pytest.mark.parametrize(
+    "left",
+    [{}, dict.fromkeys(NAMES, ""), {"RANK": "3"}, {"LOCAL_RANK": "7"}, {"RANK": "x"},
+     COMPLETE | {"WORLD_SIZE": "1"}, COMPLETE | {"WORLD_SIZE": ""}, {"WORLD_SIZE": " 1 "},
+     {"MASTER_ADDR": "nowhere", "MASTER_PORT": "0"}],
+)  # fmt: skip
+def test_one_process_is_one_process(left: dict[str, str], given: Any) -> None:
+    given(**left)
+    assert launch() == Launch(0, 1, 0) and speaks()
+    with world("cpu") as here:
+        assert here == World(0, 1, torch.device("cpu"))
+
+
+def test_several_processes_have_their_places(given: Any) -> None:
+    given(**COMPLETE)
+    assert launch() == Launch(2, 4, 1) and not speaks()
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [({"RANK": ""}, "RANK: not set"), ({"MASTER_ADDR": ""}, "MASTER_ADDR: not set"),
+     ({"MASTER_PORT": ""}, "MASTER_PORT: not set"), ({"RANK": "4"}, "RANK: must be .*got '4'"),
+     ({"WORLD_SIZE": "two"}, "WORLD_SIZE: must be .*'two'"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
+     ({"WORLD_SIZE": "-1"}, "WORLD_SIZE"), ({"RANK": "-1"}, "RANK"), ({"RANK": "1.0"}, "RANK"),
+     ({"LOCAL_RANK": "9"}, "LOCAL_RANK"), ({"MASTER_PORT": "99999"}, "MASTER_PORT")],
+)  # fmt: skip
+def test_what_is_missing_or_impossible_is_named(
+    changed: dict[str, str], named: str, given: Any
+) -> None:
+    given(**COMPLETE | changed)
+    with pytest.raises(Unsupported, match=f"^{named}.*torchrun.*unset WORLD_SIZE"), world("cpu"):
+        pass
+
+
+def test_processes_that_do_not_meet_are_an_error(
+    given: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def alone(backend: str) -> None:
+        raise dist.DistStoreError("timed out\nand so on")
+
+    given(**COMPLETE)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(dist, "init_process_group", alone)
+    told = r"WORLD_SIZE: 4 processes did not meet at localhost:29501 \(timed out\); start"
+    with pytest.raises(Unsupported, match=told), world("cpu"):
+        pass
+    assert "waiting for 4 processes at localhost:29501" in caplog.text
+
+
+def test_a_command_with_a_rank_left_behind_prints(given: Any, importable: None) -> None:
+    given(RANK="1", LOCAL_RANK="1")
+    line = [sys.executable, "-m", "peptrain", "--version"]
+    assert subprocess.run(line, capture_output=True).stdout
