@@ -155,6 +155,23 @@ def test_a_second_call_starts_nothing_and_a_changed_grid_only_adds(
     assert len(fakes.started) == 10 and len(list((out / "runs").iterdir())) == 10
 
 
+def test_at_an_equal_budget_each_run_is_started_with_its_own_steps(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    grid, out = write_grid(
+        tmp_path, corpus, {}, {"method.name": "lowrank", "method.rank": 2},
+        train__seed=0, optim__lr=1e-3,
+    ), tmp_path / "out"  # fmt: skip
+    grid.write_text(f'equal = "flops"\n{grid.read_text()}')
+    made = compare(grid, out)
+    full, low = made.lines
+    assert made.equal == "flops" and full.steps == 8 < low.steps
+    assert full.cost and low.cost and low.cost <= full.cost * (1 + 1e-9)
+    for run in json.loads((out / "runs.json").read_text())["runs"]:
+        assert load(out / run["run"] / "config.toml").train.steps == run["steps"]
+    assert compare(grid, out) == made and len(fakes.started) == 2
+
+
 def test_another_corpus_in_the_same_place_is_another_run(
     fakes: Fakes, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

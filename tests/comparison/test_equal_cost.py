@@ -294,7 +294,8 @@ def test_a_timing_that_ends_early_is_told(
 # In earnest.
 
 
-@pytest.mark.parametrize("equal", ["flops", pytest.param("time", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("equal", ["flops", "time"])
 def test_a_comparison_at_an_equal_budget(
     equal: str, corpus: Path, tmp_path: Path, importable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

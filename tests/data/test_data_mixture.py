@@ -256,7 +256,7 @@ def test_inputs_that_hold_fewer_tokens_than_wanted_are_warned_of(config, caplog)
 
 @pytest.mark.parametrize("weights", [(), (0.6, 0.3, 0.1)])
 @pytest.mark.parametrize("max_tokens", [None, 500])
-@pytest.mark.parametrize("held_out", [0, 0.2])
+@pytest.mark.parametrize("held_out", [pytest.param(0, marks=pytest.mark.slow), 0.2])
 def test_killed_after_any_commit_it_ends_with_the_same_bytes(
     config, tmp_path, monkeypatch, weights, max_tokens, held_out
 ):

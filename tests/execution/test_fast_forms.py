@@ -40,7 +40,7 @@ def installed(name: str, **config: Any) -> nn.Module:
     return model
 
 
-@fused_methods
+@pytest.mark.parametrize("name", ["bpt", pytest.param("lora", marks=pytest.mark.slow), "relora"])
 def test_a_fused_run_has_the_plain_ones_losses(name: str, corpus: Path, tmp_path: Path) -> None:
     """In two micro-batches, with a merge, in relora's case after a warm start."""
     pytest.importorskip("triton")

@@ -189,7 +189,13 @@ RELORA: dict[str, tuple[LoRA, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RELORA)
+RARER = {"lora, warm", "warm", "fresh", "switch at a multiple", "random, A", "scale"}
+"""What another case has too, of those in the slow run alone."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] if c in RARER else []) for c in RELORA]
+)
 def test_lora_and_relora(corpus: Path, run: Path, case: str) -> None:
     method, model = RELORA[case]
     config = config_of(method, corpus, run, model)

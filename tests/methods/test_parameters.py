@@ -95,7 +95,9 @@ def test_a_preset_knows_how_many_parameters_it_has(preset: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lowrank", "loro"])
-@pytest.mark.parametrize("preset", LOWRANK)
+@pytest.mark.parametrize(
+    "preset", ["llama-60m", "llama-130m", pytest.param("llama-1b", marks=slow)]
+)
 def test_low_rank_training(preset: str, name: str) -> None:
     rank, count = LOWRANK[preset]
     model = model_of(preset, name, rank)
@@ -139,7 +141,7 @@ def test_the_papers_memory(preset: str, name: str, rank: int) -> None:
     assert total / 1e9 == pytest.approx(MEMORY[preset, name, rank], abs=5.1e-4)
 
 
-@pytest.mark.parametrize("preset", BPT)
+@pytest.mark.parametrize("preset", ["qwen-100m", pytest.param("qwen-1.5b", marks=slow)])
 def test_bpt_and_what_it_saves(preset: str) -> None:
     rank, millions, saved, saved_inside = BPT[preset]
     model = model_of(preset, "bpt", rank)
