@@ -258,8 +258,9 @@ def read(path: Path) -> Checkpoint:
             if then != now:
                 raise _Damaged(f"{now.split()[-1]} does not match its checksum")
         model, moments = (load_file(path / name) for name in FILES)
-        rest = [state[key] for key in ("groups", "identity", "end")]
+        groups, identity, end = (state[key] for key in ("groups", "identity", "end"))
         sizes = tuple(state.get("state_bytes", ()))  # absent in 0.1.0
-        return Checkpoint(state["step"], state["phase"], model, moments, *rest, sizes)
+        step, phase = state["step"], state["phase"]
+        return Checkpoint(step, phase, model, moments, groups, identity, end, sizes)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _Damaged(str(error)) from error
