@@ -398,8 +398,10 @@ def test_what_can_not_be_compared_is_named(
     (tmp_path / "empty.toml").touch()
     with pytest.raises(ConfigError, match="grid: empty"):
         compare(tmp_path / "empty.toml", out)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"WORLD_SIZE: must be unset.*got '2'"):
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (launched | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE: must be unset.*got 2"):
         compare(grid, out)
     assert not out.exists() and not fakes.started
 

@@ -76,9 +76,11 @@ def _stamp(directory: Path, shards: Sequence[TokenFile]) -> Path | None:
         folder = cache_directory() / STAMPS
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        log.info("%s: verified at each start, because the cache can't be written (%s)", path, error)
+        log.debug(
+            "%s: verified at each start, because the cache can't be written (%s)", path, error
+        )
         return None
     if not os.access(folder, os.W_OK):
-        log.info("%s: verified at each start, because %s can't be written", path, folder)
+        log.debug("%s: verified at each start, because %s can't be written", path, folder)
         return None
     return folder / name

@@ -22,9 +22,6 @@ from peptrain.settings.fields import added, check, essential, interval, length, 
 
 log = logging.getLogger("peptrain")
 
-LARGE = 0.5
-"""Largest |dW| / |W| of an exact step that is not reported as a warning."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LORO(LowRank):
@@ -98,10 +95,9 @@ class LORO(LowRank):
         assert isinstance(optimizer, LOROOptimizer)
         if not self.exact_every or step % self.exact_every:
             return {}
-        ratios = optimizer.ratios
         moved = {} if self.retraction == "svd" else {
-            "exact_step_ratio": ratios.max(),
-            "pairs_with_exact_step_ratio_above_half_warning": (ratios > LARGE).sum(),
+            "exact_step_ratio": optimizer.largest_ratio,
+            "pairs_with_exact_step_ratio_above_half_warning": optimizer.large_ratios,
         }  # fmt: skip
         return {
             "exact_steps": step // self.exact_every,

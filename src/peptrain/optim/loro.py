@@ -16,6 +16,9 @@ from peptrain.ops.riemannian_gram import gram_steps_
 from peptrain.ops.spectral import balanced
 from peptrain.optim.base import GroupwiseOptimizer, fused_adamw, gradients
 
+LARGE = 0.5
+"""Largest |dW| / |W| of an exact step that is not reported as a warning."""
+
 
 @dataclass(frozen=True)
 class LORORule:
@@ -45,8 +48,10 @@ class LOROOptimizer(GroupwiseOptimizer):
         self.rule = rule
         self.damped: Tensor | int = 0
         """Number of pairs B, A with a singular factor at the last exact step."""
-        self.ratios: Tensor = torch.zeros(1)
-        """|dW| / |W| (Frobenius) of the pairs at the last exact step, in any order, and zeros."""
+        self.largest_ratio: Tensor | float = 0.0
+        """Largest |dW| / |W| (Frobenius) of a pair at the last exact step."""
+        self.large_ratios: Tensor | int = 0
+        """Number of pairs whose |dW| / |W| was above `LARGE` at the last exact step."""
         super().__init__(groups, **adam, factors=False, scales=[], clock=0, age=0)
 
     def step_group(self, group: dict[str, Any]) -> None:
@@ -149,7 +154,9 @@ class LOROOptimizer(GroupwiseOptimizer):
             pairs = [pairs[i] for i in left]
             ratios.append(of_others)
         _assign(pairs, reference)
-        self.damped, self.ratios = torch.stack(damped).sum(), torch.cat(ratios)
+        all_ratios = torch.cat(ratios)
+        self.damped, self.largest_ratio = torch.stack(damped).sum(), all_ratios.max()
+        self.large_ratios = (all_ratios > LARGE).sum()
 
     def _precondition(self, params: list[Tensor], lr: float) -> None:
         def step(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
