@@ -52,7 +52,7 @@ def verify_shards(directory: Path, shards: Sequence[TokenFile], *, again: bool) 
     if stamp and stamp.exists():
         if not again:
             return
-        stamp.unlink()
+        stamp.unlink(missing_ok=True)  # another process may do the same
     size = sum((directory / shard.name).stat().st_size for shard in shards)
     if size > ANNOUNCED_BYTES:
         log.info("%s: verifying %.1f GB of shards", directory, size / 1e9)
