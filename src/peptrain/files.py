@@ -1,19 +1,23 @@
-"""Write files and directories atomically, and keep to the directory that was named."""
+"""Write atomically, lock files, read JSON of strangers, stay in the named directory."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from secrets import token_hex
+from typing import Any
 
 SUFFIX = ".peptrain-tmp"
 SCRATCH = re.compile(r"\..+\.[0-9a-f]{16}" + re.escape(SUFFIX), re.DOTALL)
 """Names of unfinished files and directories. Random, so that nobody can put a link there first."""
+LARGEST_JSON = 64 << 20
+"""Bytes. The weight index of a model of 10^5 matrices has 10^7."""
 LONGEST = 50  # characters kept of a name, so that the rest fits into the 255 bytes of a file name
 
 
@@ -72,7 +76,7 @@ def _create(path: Path, *, directory: bool) -> tuple[Path, int]:
             flags = os.O_RDONLY | os.O_DIRECTORY
         with contextlib.suppress(FileNotFoundError):  # another process took it for a stray
             descriptor = os.open(made, flags | os.O_NOFOLLOW, 0o666)
-            if _flock(descriptor) is not False and _is(made, descriptor):
+            if try_flock(descriptor) is not False and is_open_file(made, descriptor):
                 return made, descriptor
             os.close(descriptor)
 
@@ -89,14 +93,14 @@ def _remove_strays(directory: Path) -> None:
         with contextlib.suppress(OSError):
             descriptor = os.open(stray, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                if _flock(descriptor):
+                if try_flock(descriptor):
                     shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
             finally:
                 os.close(descriptor)
 
 
-def _flock(descriptor: int) -> bool | None:
-    """Return whether the lock was acquired; None where the file system has no locks."""
+def try_flock(descriptor: int) -> bool | None:
+    """Return whether the lock was acquired; None where the file system has no flock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -106,12 +110,29 @@ def _flock(descriptor: int) -> bool | None:
     return True
 
 
-def _is(path: Path, descriptor: int) -> bool:
-    """Return whether `path` is the open file."""
+def is_open_file(path: Path, descriptor: int) -> bool:
+    """Return whether `path` still names the open file."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ValueError if the file can't be read or contains anything else."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"larger than {LARGEST_JSON >> 20} MiB")
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON {type(found).__name__}, not an object")
+    except OSError as error:
+        raise ValueError(f"{path.name}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path.name}: nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    return found
 
 
 def open_up(directory: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peptrain.errors import ConfigError, Unsupported
-from peptrain.models.auto import LARGEST, load_model, load_tokenizer
+from peptrain.files import LARGEST_JSON
+from peptrain.models.auto import load_model, load_tokenizer
 from peptrain.models.hf import ModelConfig, build_model, hf_config
 
 SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8}
@@ -78,7 +79,7 @@ def test_a_kernel_of_the_hub_is_refused(key: str, value: object, tmp_path: Path)
         hf_config(ModelConfig(config=path), seq_len=4)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "null", "{", " " * (LARGEST + 1)])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "null", "{", " " * (LARGEST_JSON + 1)])
 def test_what_is_no_configuration_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"^model\.config: .* is not a usable config\.json: .+$"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peptrain.errors import DataError
-from peptrain.files import write_atomically
+from peptrain.files import read_json_object, write_atomically
 
 FORMAT = 1
 INDEX, JOURNAL = "index.json", "journal.json"
@@ -20,7 +20,6 @@ SPECIAL = ("bos_token", "pad_token", "unk_token", "chat_template")
 DTYPES = ("<u2", "<u4")
 CHECKSUM = "checksum"
 MOST = 1 << 60  # no count is larger
-MOST_BYTES = 64 << 20
 SHOWN = 80  # characters of a wrong value
 
 
@@ -165,21 +164,6 @@ def check_inside(path: Path) -> None:
         raise DataError(f"{path}: links to a file outside the corpus; copy that file here instead")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raise ValueError if the file can't be read or is anything else."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"larger than {MOST_BYTES >> 20} MiB")
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(error.strerror) from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"a JSON {type(found).__name__}, not an object")
-    return found
-
-
 def write_checked(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as JSON, atomically, with its SHA-256 among its settings."""
     settings = content["settings"] | {CHECKSUM: _checksum(content)}
@@ -189,7 +173,7 @@ def write_checked(path: Path, content: dict[str, Any]) -> None:
 def read_checked(path: Path) -> dict[str, Any]:
     """Read what `write_checked` wrote, or 0.1.0, without a checksum. Raise DataError if damaged."""
     try:
-        found = read_object(path)
+        found = read_json_object(path)
     except ValueError as error:
         raise damaged(path, f"damaged ({error})") from error
     settings = found.get("settings")

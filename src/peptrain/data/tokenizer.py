@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from peptrain.data.index import SPECIAL, read_object
+from peptrain.data.index import SPECIAL
 from peptrain.data.sources.text import read_bytes
 from peptrain.errors import ConfigError, DataError
+from peptrain.files import read_json_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,7 +62,7 @@ def configured(path: Path) -> dict[str, str]:
         return found
     for file in filter(Path.is_file, (directory / name for name in CONFIG_FILES)):
         try:
-            content = read_object(file)
+            content = read_json_object(file)
         except ValueError as error:
             raise DataError(f"tokenizer: {file}: {error}; fix it or remove it") from error
         for key in ("eos_token", *SPECIAL):

@@ -5,7 +5,6 @@ transformers is called through these functions alone.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -15,13 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from peptrain.errors import Unsupported
+from peptrain.files import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger("peptrain")
-LARGEST = 64 * 2**20
-"""Bytes of a JSON file. The index of a model of 10^5 matrices has 10^7."""
 WEIGHTS, PICKLED = ".safetensors", ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 HUB_CODE = ("attn_implementation", "experts_implementation")
 """Keys of a config.json whose value may be the name of a kernel on the hub, such as "user/name"."""
@@ -42,7 +40,7 @@ def load_config(path: Path, **overrides: Any) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     file = path / "config.json" if path.is_dir() else path
-    found = read_object(file)
+    found = read_json_object(file)
     for key, value in _kernels(found):
         raise Unsupported(f"{file}: {key} {value!r} is code from elsewhere, and {NEVER}; remove it")
     own = found.get("auto_map")
@@ -102,22 +100,9 @@ def load_tokenizer(directory: Path) -> Any:
 
     for name in ("tokenizer_config.json", "config.json"):
         file = directory / name
-        if file.is_file() and (own := read_object(file).get("auto_map")):
+        if file.is_file() and (own := read_json_object(file).get("auto_map")):
             raise _needs_code(file, own, "a tokenizer.json needs none")
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in `file`. Raises OSError or ValueError for anything else."""
-    if (size := file.stat().st_size) > LARGEST:
-        raise ValueError(f"{file} has {size:,} bytes, more than any such file needs")
-    try:
-        found = json.loads(file.read_bytes())
-    except RecursionError as error:
-        raise ValueError(f"{file} is nested too deeply") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} contains a JSON {type(found).__name__}, not an object")
-    return found
 
 
 def _needs_code(file: Path, own: object, why: str) -> Unsupported:
@@ -153,11 +138,11 @@ def _check_weights(directory: Path) -> None:
     if (adapter := directory / "adapter_config.json").exists():
         raise Unsupported(f"{adapter}: an adapter to another model; merge it and save the model")
     for index in sorted(directory.glob(f"*{WEIGHTS}.index.json")):
-        weight_map = read_object(index).get("weight_map")
+        weight_map = read_json_object(index).get("weight_map")
         shards = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
         for shard in {str(name) for name in shards}:
             _check_shard(index, shard)
-    named = read_object(directory / "config.json").get("transformers_weights")
+    named = read_json_object(directory / "config.json").get("transformers_weights")
     if named is not None:
         _check_shard(directory / "config.json", str(named).removesuffix(".index.json"))
 

@@ -12,7 +12,6 @@ because those of two machines may differ.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -26,6 +25,7 @@ from pathlib import Path
 from secrets import token_hex
 
 from peptrain.errors import CheckpointError
+from peptrain.files import is_open_file, try_flock
 
 log = logging.getLogger("peptrain")
 BEAT = 5.0
@@ -94,15 +94,15 @@ def _take(path: Path, me: Holder) -> int | None:
         descriptor, new = _open(path)
         taken = False
         try:
-            flocked = _flock(descriptor)
+            flocked = try_flock(descriptor)
             if flocked is False:
                 return None
-            if not _is(path, descriptor):
+            if not is_open_file(path, descriptor):
                 continue  # removed by its holder in the meantime
             before = None if new else _holder(path)
             if not new and not _dead(path, before, bool(flocked)):
                 return None
-            if not _is(path, descriptor):
+            if not is_open_file(path, descriptor):
                 continue
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, me.line.encode(), 0)
@@ -123,17 +123,6 @@ def _open(path: Path) -> tuple[int, bool]:
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), True
         with contextlib.suppress(FileNotFoundError):  # removed by its holder since
             return os.open(path, flags), False
-
-
-def _flock(descriptor: int) -> bool | None:
-    """Return whether the lock was acquired; None where the file system has no flock."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
 
 
 def _dead(path: Path, holder: Holder | None, flocked: bool) -> bool:
@@ -204,14 +193,6 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _is(path: Path, descriptor: int) -> bool:
-    """Return whether `path` still names the open file."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
 def _renew(descriptor: int, done: threading.Event) -> None:
     while not done.wait(BEAT):
         with contextlib.suppress(OSError):  # the next one may succeed
@@ -219,6 +200,6 @@ def _renew(descriptor: int, done: threading.Event) -> None:
 
 
 def _release(path: Path, descriptor: int) -> None:
-    if _is(path, descriptor):
+    if is_open_file(path, descriptor):
         path.unlink(missing_ok=True)
     os.close(descriptor)

@@ -97,7 +97,7 @@ def _train(
     held: contextlib.ExitStack,
 ) -> Result:
     stop = held.enter_context(stop_on_signals())
-    stop.at_once = "stopped before the first step"
+    stop.at_once = "stopped before the first step" + (f"; {_again(run)}" if run else "")
     path, again = config.data.path, run is not None  # a resume verifies the shards again
     corpus = Corpus.open(path, verify_again=again) if path else default_corpus(verify_again=again)
     check_corpus(corpus, config)
