@@ -265,6 +265,25 @@ def test_a_kill_between_a_checkpoint_and_its_row_loses_nothing(
     assert ours == theirs
 
 
+def test_a_kill_before_older_checkpoints_were_deleted_leaves_no_more_than_asked_for(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at the last step, after which nothing is saved."""
+    config = tiny("full", corpus, tmp_path / "run", train={"checkpoint_every": 2, "keep": 2})
+
+    def killed(directory: Path, step: int, keep: int) -> None:
+        if step == STEPS:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(peptrain.runs.checkpoint, "delete_old", killed)
+        train(config)
+    kept = RunDir(config.run).checkpoints  # type: ignore[arg-type]
+    assert len(available(kept)) == 4
+    resume(kept.parent)
+    assert [path.name for path in available(kept)] == ["step-00000006", "step-00000008"]
+
+
 def test_resuming_a_finished_run_evaluates_it_again_and_changes_nothing(
     whole: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -151,7 +151,7 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     Raises CheckpointError, for example on a full disk, with the path of the
     latest good checkpoint.
     """
-    final = directory / f"step-{checkpoint.step:08d}"
+    final = _path(directory, checkpoint.step)
     for stray in directory.glob(".step-*"):
         shutil.rmtree(stray, ignore_errors=True)
     try:
@@ -165,11 +165,21 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         raise CheckpointError(
             f"{final}: could not be written: {error}; {last_good(directory)}"
         ) from error
-    done = available(directory)
-    whole = [path for path in done if path <= final]  # any later one is damaged: it was skipped
-    for path in {*done} - {*whole[-keep:]}:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in available(directory):
+        if path > final:  # it is damaged, and was skipped
+            shutil.rmtree(path, ignore_errors=True)
+    delete_old(directory, checkpoint.step, keep)
     return final
+
+
+def delete_old(directory: Path, step: int, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints up to that of `step`."""
+    for path in [p for p in available(directory) if p <= _path(directory, step)][:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
 
 
 def last_good(directory: Path) -> str:

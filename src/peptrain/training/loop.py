@@ -24,6 +24,7 @@ from peptrain.models.hf import config_file, count_parameters, save_tokenizer
 from peptrain.models.probe import check_causal
 from peptrain.optim.adamw import clip_gradients, learning_rates, set_lr, state_bytes
 from peptrain.rng import Rng, seed_default
+from peptrain.runs import checkpoint
 from peptrain.runs.build import run_config
 from peptrain.runs.directory import RunDir, first_free
 from peptrain.runs.environment import record_environment
@@ -118,6 +119,7 @@ def _train(
     metrics_log = MetricsLog(run, here, observe, tokens_per_step)
     if here.main:
         run.rewind(state.step)
+        checkpoint.delete_old(run.checkpoints, state.step, config.train.keep)  # a kill left them
         _write_missing_row(run, state)
         record_environment(run, here)
         observe(_start(config, run, state, corpus))
