@@ -28,6 +28,18 @@ def out(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.parametrize(
+    "case, named", [("longer", "train.steps: 9 on rank 1, 8 on rank 0"),
+                    ("seeded", "train.seed: 1 on rank 1, 0 on rank 0")]
+)  # fmt: skip
+def test_a_rank_with_other_settings_ends_all_before_anything_is_written(
+    case: str, named: str, out: Path
+) -> None:
+    said = {(out / f"{case}-rank{rank}").read_text() for rank in (0, 1)}
+    assert len(said) == 1 and said.pop().startswith(f"ConfigError: {named}; start")
+    assert not (out / case).exists()
+
+
 def test_a_replica_that_differs_is_named_on_every_rank_and_not_saved(out: Path) -> None:
     """Adam's first moment of it stays the same, since the gradients are."""
     for rank in (0, 1):

@@ -15,6 +15,7 @@ import peptrain.training.loop as trainer
 from peptrain.errors import PeptrainError
 
 AT = 5
+OTHERWISE: dict[str, dict[str, Any]] = {"longer": {"steps": 9}, "seeded": {"seed": 1}}
 KEPT = {"checkpoint_every": 2, "micro_batch": 1}
 
 
@@ -30,6 +31,11 @@ def main(corpus: Path, out: Path) -> None:
             weight.data[3, 1] += 0.5
         return done
 
+    for case, differs in OTHERWISE.items():
+        try:
+            trainer.train(tiny("full", corpus, out / case, train=differs if rank else {}))
+        except PeptrainError as error:
+            (out / f"{case}-rank{rank}").write_text(f"{type(error).__name__}: {error}")
     trainer.advance = struck
     for case in ("differs", "killed"):
         try:

@@ -57,11 +57,17 @@ class World:
             dist.broadcast_object_list(values)
         return values[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def differing(self, values: Sequence[int]) -> list[int]:
         """Return, on every rank, the indices at which some rank's values differ from rank 0's."""
-        pairs = zip(values, self.agree(values), strict=True)
-        differs = torch.tensor([float(own != first) for own, first in pairs], device=self.device)
-        return self.sum(differs).nonzero().flatten().tolist()
+        first, *others = self.gather(list(values))
+        return [i for i, value in enumerate(first) if any(other[i] != value for other in others)]
 
     def exchange(self, module: nn.Module, now: bool) -> AbstractContextManager[object]:
         """Return the context of a backward pass that reduces gradients over ranks only if `now`."""

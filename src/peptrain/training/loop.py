@@ -34,6 +34,7 @@ from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
 from peptrain.training.state import (
     TrainState,
     check_corpus,
+    check_ranks,
     check_vocabulary,
     diverged,
     identity_of,
@@ -103,6 +104,7 @@ def _train(
     corpus = Corpus.open(path, verify_again=again) if path else default_corpus(verify_again=again)
     check_corpus(corpus, config)
     identity = identity_of(config, corpus)
+    check_ranks(config, identity, here)
     state = restore(config, run, here, identity)
     check_vocabulary(state.model, corpus)
     if config.model.config is not None:

@@ -116,6 +116,25 @@ def prepare(
     return optimizer, make_forward_backward(loss, t.precision, here, recorded=recorded)
 
 
+def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: World) -> None:
+    """Raise ConfigError, on every rank, unless all have the same settings and the same corpus."""
+    sections = ("train", "optim", "schedule")
+    own = {f"{s}.{k}": v for s in sections for k, v in asdict(getattr(config, s)).items()}
+    own |= identity
+    first = here.agree(own)
+    steps_first = sorted(own.keys() | first.keys(), key=lambda key: (key != "train.steps", key))
+    unlike = [
+        f"{key}: {own.get(key)!r} on rank {here.rank}, {first.get(key)!r} on rank 0"
+        for key in steps_first  # intervals follow from the steps
+        if own.get(key) != first.get(key)
+    ]
+    found = [line for line in here.gather(unlike[0] if unlike else None) if line]
+    if found:
+        raise ConfigError(
+            f"{found[0]}; start every process with the same command, on the same prepared corpus"
+        )
+
+
 def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
     """Raise DataError early for a corpus that would make the training fail later."""
     corpus.windows(config.train.seq_len)
