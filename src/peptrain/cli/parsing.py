@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from tyro.constructors import (
 )
 
 from peptrain import recipes
+from peptrain.cli.terminal import UNSAFE
 from peptrain.errors import ConfigError
 from peptrain.models.presets import PRESETS, unknown_preset
 from peptrain.settings.fields import nearest
@@ -118,6 +120,25 @@ def check_command(name: str) -> None:
     if not name.startswith("-") and name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f"choose from {', '.join(COMMANDS)}; "
         raise ConfigError(f"command {name!r}: unknown; {hint}see `peptrain --help`")
+
+
+@contextlib.contextmanager
+def refusing_control_characters(args: Sequence[str]) -> Iterator[bool]:
+    """Yield whether tyro may print its messages, which repeat the arguments as they are.
+
+    It may not if an argument contains control characters, as the name of a file may. Then an error
+    of tyro's raises ConfigError, which names that argument.
+    """
+    odd = next((arg for arg in args if UNSAFE.search(arg)), None)
+    try:
+        yield odd is None
+    except SystemExit as left:
+        if odd is None or not left.code:
+            raise
+        raise ConfigError(
+            f"argument {odd!r}: the command can't be parsed, and its message would repeat control"
+            " characters; remove them to see the message"
+        ) from None
 
 
 def named(args: Sequence[str]) -> argparse.Namespace:
