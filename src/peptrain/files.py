@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, TypeVar
 
+J = TypeVar("J", dict[str, Any], list[Any])
 SUFFIX = ".peptrain-tmp"
 SCRATCH = re.compile(r"\..+\.[0-9a-f]{16}" + re.escape(SUFFIX), re.DOTALL)
 """Names of unfinished files and directories. Random, so that nobody can put a link there first."""
@@ -120,12 +121,18 @@ def is_open_file(path: Path, descriptor: int) -> bool:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ValueError if the file can't be read or contains anything else."""
+    return read_json(path, dict)
+
+
+def read_json(path: Path, kind: type[J]) -> J:
+    """Read a JSON file that must contain a `kind`, dict or list. Raises ValueError otherwise."""
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"larger than {LARGEST_JSON >> 20} MiB")
         found = json.loads(path.read_bytes())
-        if not isinstance(found, dict):
-            raise ValueError(f"a JSON {type(found).__name__}, not an object")
+        if not isinstance(found, kind):
+            wanted = "an object" if kind is dict else "a list"
+            raise ValueError(f"a JSON {type(found).__name__}, not {wanted}")
     except OSError as error:
         raise ValueError(f"{path.name}: {error.strerror}") from error
     except RecursionError as error:

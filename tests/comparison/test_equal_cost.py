@@ -16,7 +16,7 @@ from support import rows, tiny, write_grid
 
 from peptrain.comparison import timing
 from peptrain.comparison.compare import compare
-from peptrain.comparison.equal_cost import Timing, allot, clock, count_flops, kept
+from peptrain.comparison.equal_cost import Timing, allot, clock, count_flops, kept, write_costs
 from peptrain.comparison.grid import Grid, GridRun, expand
 from peptrain.comparison.workers import Job, alone
 from peptrain.config import resolved
@@ -205,12 +205,23 @@ def test_costs_are_measured_once(tmp_path: Path) -> None:
     assert measured == ["full", "lowrank rank=2", "lowrank rank=3"]
 
 
-def test_a_damaged_cost_is_named(tmp_path: Path) -> None:
-    costs = kept(tmp_path, "flops", lambda run, file: None)
+DAMAGES = [
+    "", "null", "[1.0]", "{}", "[" * 10**5, "9" * 5000, '{"flops": 2.0}', '{"flops": [2.0, 2.0]}',
+    '{"flops": [-2.0]}', '{"flops": [1e999]}', '{"flops": ["2.0"]}', '{"seconds": [2.0]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "a digit"])
+def test_a_damaged_cost_is_named(damage: str, tmp_path: Path) -> None:
+    costs = kept(tmp_path, "flops", lambda run, file: write_costs(file, "flops", [2.0]))
     (run,) = grid_of({"method.name": "full"}).runs
-    (tmp_path / f"flops-{run.costs_name}.json").touch()
+    assert costs(run) == [2.0]
+    file = tmp_path / f"flops-{run.costs_name}.json"
+    file.write_text(file.read_text().replace("2.0", "3.0") if damage == "a digit" else damage)
     with pytest.raises(CheckpointError, match=r"flops-full-\w+\.json: damaged .*; delete it"):
         costs(run)
+    file.write_text('{"flops": [2.0]}')  # as 0.1.0 wrote it
+    assert costs(run) == [2.0]
 
 
 # Time.

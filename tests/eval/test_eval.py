@@ -1,7 +1,9 @@
 """Perplexity against a count by hand, and the evaluation of a run."""
 
+import errno
 import json
 import math
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -265,23 +267,49 @@ def test_evaluations_at_the_same_time_are_all_kept(runs: dict[str, Path], corpus
     assert not list(run.path.glob("eval.json?*"))
 
 
-@pytest.mark.parametrize("in_the_way", ["a directory", "a damaged file"])
-def test_a_result_that_cannot_be_kept_is_not_lost(
-    in_the_way: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damage", ["a directory", "[{", "null", "{}", "[" * 10**5, "9" * 5000])
+def test_a_damaged_eval_json_is_kept_aside(
+    damage: str, runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    run, row = RunDir(tmp_path), {"step": 3}
+    for number in ("", "-2"):
+        (tmp_path / "eval.json").unlink(missing_ok=True)
+        if damage == "a directory":
+            (tmp_path / "eval.json").mkdir()
+        else:
+            (tmp_path / "eval.json").write_text(damage)
+        run.append("eval.json", row)
+        run.append("eval.json", row)
+        assert json.loads((tmp_path / "eval.json").read_text()) == [row, row]
+        aside = tmp_path / f"eval.damaged{number}"
+        assert aside.is_dir() or aside.read_text() == damage
+        assert f"eval.json: damaged (" in caplog.text and f"moved to {aside}" in caplog.text
+
+
+def test_a_run_that_can_not_be_written_is_evaluated(
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A resume of it is refused in one line."""
+
+    def refused(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
     run = tmp_path / "run"
     shutil.copytree(runs["full"], run)
-    (run / "eval.json").unlink(missing_ok=True)
-    if in_the_way == "a directory":
-        (run / "eval.json").mkdir()
-    else:
-        (run / "eval.json").write_text("[{")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    monkeypatch.setattr("peptrain.runs.lock._open", refused)
     assert main(["eval", str(run)]) == 0
     said = "".join(capsys.readouterr().out.split())  # a warning is wrapped
     (end,) = rows(run, "end")
     assert f"loss{end['held_out_loss']:.4f}over" in said
-    assert "eval.json:theresultcouldnotbesaved:" in said
-    assert (run / "eval.json").is_dir() or (run / "eval.json").read_text() == "[{"
+    assert "eval.json:theresultcouldnotbesaved:" in said and "Read-only" in said
+    assert main(["resume", str(run)]) == 1
+    error = capsys.readouterr().err
+    assert error == f"error: {run}/lock: can't be written: Read-only file system\n"
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def test_the_command_says_that_the_older_evaluator_flatters(

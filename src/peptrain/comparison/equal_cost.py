@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -15,13 +16,17 @@ from peptrain.comparison.workers import Job, work
 from peptrain.config import dump
 from peptrain.errors import CheckpointError, ConfigError, Interrupted, PeptrainError
 from peptrain.estimation.estimate import estimate
-from peptrain.files import write_atomically
+from peptrain.files import read_json_object, write_atomically
 from peptrain.runs.build import bounds
 from peptrain.settings.fields import quiet
 
 log = logging.getLogger("peptrain")
 Costs = Callable[[GridRun], Sequence[float]]
 """Returns the cost of a step of a run in each of its phases."""
+KINDS = {"flops": "flops", "time": "seconds"}
+"""What is measured, by what is equal."""
+CHECKSUM = "sha256"
+LARGEST = 1e30
 ROUNDING = 1e-9  # relative; equal costs may be summed in different orders
 
 
@@ -104,14 +109,35 @@ def kept(directory: Path, equal: str, measure: Callable[[GridRun, Path], None]) 
             directory.mkdir(exist_ok=True)
             measure(run, file)
         try:
-            (found,) = json.loads(file.read_text(encoding="utf-8")).values()
+            return _read_costs(file, equal, len(bounds(run.config)) - 1)
         except ValueError as error:
             raise CheckpointError(
                 f"{file}: damaged ({error}); delete it to have it measured again"
             ) from error
-        return list(found)
 
     return costs
+
+
+def write_costs(file: Path, kind: str, costs: Sequence[float]) -> None:
+    """Write the costs of a step in each phase, with their checksum. kind: "flops" or "seconds"."""
+    write_atomically(file, json.dumps({kind: list(costs), CHECKSUM: _checksum(costs)}))
+
+
+def _read_costs(file: Path, equal: str, phases: int) -> list[float]:
+    """Read what `write_costs` wrote, or 0.1.0, without a checksum. Raise ValueError if damaged."""
+    content = read_json_object(file)
+    costs, expected = content.get(KINDS[equal]), content.get(CHECKSUM)
+    if not isinstance(costs, list) or len(costs) != phases:
+        raise ValueError(f"{KINDS[equal]}: must be a list of {phases} numbers")
+    if not all(type(cost) in (int, float) and 0 < cost < LARGEST for cost in costs):
+        raise ValueError(f"{KINDS[equal]}: must be positive numbers")
+    if expected not in (None, _checksum(costs)):
+        raise ValueError("its content differs from what was written")
+    return costs
+
+
+def _checksum(costs: Sequence[float]) -> str:
+    return hashlib.sha256(json.dumps(list(costs)).encode()).hexdigest()
 
 
 def count_flops(run: GridRun, file: Path) -> None:
@@ -126,7 +152,7 @@ def count_flops(run: GridRun, file: Path) -> None:
     tokens = run.tokens // run.steps
     extra = (sum(e.times * e.flops for e in p.events) / (p.last - p.first) for p in phases)
     each = [tokens * p.flops_per_token + more for p, more in zip(phases, extra, strict=True)]
-    write_atomically(file, json.dumps({"flops": each}))
+    write_costs(file, "flops", each)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Usage: python -m peptrain.comparison.timing SETTINGS FILE
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -14,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from peptrain.comparison.equal_cost import write_costs
 from peptrain.config import RunConfig, load
 from peptrain.data import Corpus, default_corpus
 from peptrain.distributed.world import World, world
 from peptrain.errors import PeptrainError
-from peptrain.files import write_atomically
 from peptrain.methods.base import Method
 from peptrain.optim import schedule
 from peptrain.runs.build import bounds, build
@@ -88,6 +87,6 @@ def spread(seconds: Sequence[float], every: float) -> float:
 if __name__ == "__main__":
     settings, file = map(Path, sys.argv[1:])
     try:
-        write_atomically(file, json.dumps({"seconds": step_seconds(load(settings))}))
+        write_costs(file, "seconds", step_seconds(load(settings)))
     except PeptrainError as error:
         sys.exit(f"error: {error}")

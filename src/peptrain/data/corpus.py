@@ -78,8 +78,8 @@ class Corpus:
         windows = (self.train_tokens - 1) // seq_len
         if windows < 1:
             raise DataError(
-                f"{self.path}: {self.train_tokens} training tokens don't fill one window of"
-                f" {seq_len} + 1; choose a smaller seq_len or prepare more text"
+                f"train.seq_len: {self.path}: {self.train_tokens} training tokens don't fill one"
+                f" window of {seq_len} + 1; choose a smaller value or prepare more text"
             )
         return windows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -13,7 +12,6 @@ from peptrain.data import Corpus, default_corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import CheckpointError, DataError
 from peptrain.eval.perplexity import Evaluation, held_out_loss, held_out_loss_legacy
-from peptrain.files import write_atomically
 from peptrain.models.hf import vocabulary_size
 from peptrain.runs.build import open_run
 from peptrain.runs.directory import RunDir
@@ -48,6 +46,11 @@ def evaluate(
     source = data or config.data.path
     corpus = Corpus.open(source) if source else default_corpus()
     _check_ids(RunDir(path), vocabulary_size(opened.model), corpus)
+    if data is None and corpus.fingerprint != opened.saved.identity.get("data"):
+        raise DataError(
+            f"data.path: {corpus.path} is not the corpus that the run was trained on; to evaluate"
+            f" on it, give --data {corpus.path}"
+        )
     assert config.train.precision is not None
     measure = held_out_loss_legacy if legacy else held_out_loss
     result = measure(
@@ -87,7 +90,6 @@ def _record(run: RunDir, step: int, corpus: Corpus, result: Evaluation, legacy: 
     }
     try:
         with lock(file.with_name("eval.json.lock"), lambda holder: f"in use by {holder}", WAIT):
-            rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-            write_atomically(file, json.dumps([*rows, row], indent=1) + "\n")
-    except (OSError, ValueError, CheckpointError) as error:  # e.g. no write permission
+            run.append(file.name, row)
+    except (OSError, CheckpointError) as error:  # for example no write permission
         log.warning("%s: the result could not be saved: %s", file, error)

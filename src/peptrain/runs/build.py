@@ -20,6 +20,7 @@ from peptrain.models.sites import find_sites, has_effective_weight, reparametriz
 from peptrain.rng import Rng, seed_default
 from peptrain.runs.checkpoint import Checkpoint, latest, load_model
 from peptrain.runs.directory import RunDir
+from peptrain.runs.identity import check_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,18 +113,27 @@ class Opened:
 def run_config(run: RunDir) -> RunConfig[Method]:
     """Load the configuration of a run. A model's config.json is read from the run's own copy."""
     config = load(run.config_file)
+    for key in ("precision", "micro_batch", "eval_tokens"):  # whichever version wrote the file
+        if getattr(config.train, key) is None:
+            raise CheckpointError(
+                f"{run.config_file}: incomplete (train.{key} is missing); restore the original file"
+            )
     if not run.model_file.exists():
         return config
     return replace(config, model=replace(config.model, config=run.model_file))
 
 
 def open_run(path: Path) -> Opened:
-    """Open a run at its latest complete checkpoint. Raises CheckpointError if it has none."""
+    """Open a run at its latest complete checkpoint.
+
+    Raises CheckpointError if it has none, or if the configuration is not that of the checkpoint.
+    """
     run = RunDir.open(path)
     config = run_config(run)
     saved = latest(run.checkpoints)
     if saved is None:
         raise CheckpointError(f"{path}: contains no checkpoint yet")
+    check_settings(saved, config)
     model = rebuild(config, saved, saved.phase)
     model.eval()
     return Opened(config, saved, model)

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peptrain.errors import CheckpointError
-from peptrain.files import open_up, scratch
+from peptrain.files import open_up, read_json_object, scratch
 
 log = logging.getLogger("peptrain")
 FORMAT = 2
@@ -50,6 +50,10 @@ class Checkpoint:
     """The step at which the phase was to end. `after_step` is not called at that step."""
     state_bytes: tuple[int, ...] = ()
     """Bytes of the optimizer's moments, by phase, up to this one; 0 where an older version ran."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The other settings of the run, such as rates; empty where an older version ran."""
+    rows: int | None = None
+    """Rows of metrics written before this checkpoint; None where an older version ran."""
 
 
 def capture(
@@ -61,6 +65,8 @@ def capture(
     identity: Mapping[str, Any],
     end: int = 0,
     state_bytes: Sequence[int] = (),
+    settings: Mapping[str, Any] | None = None,
+    rows: int | None = None,
 ) -> Checkpoint:
     """Return the state of training after `step` steps. Shared parameters are stored once."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
@@ -72,7 +78,10 @@ def capture(
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     clocks = [{k: v for k, v in g.items() if type(v) is int} for g in optimizer.param_groups]
     sizes = tuple(state_bytes)
-    return Checkpoint(step, phase, tensors, moments, clocks, dict(identity), end, sizes)
+    given = dict(settings or {})
+    return Checkpoint(
+        step, phase, tensors, moments, clocks, dict(identity), end, sizes, given, rows
+    )
 
 
 def _kept(key: str, value: object) -> tuple[str, Tensor]:
@@ -135,10 +144,11 @@ def agrees(
     keys = then_all.keys() | identity.keys()
     for key in sorted(keys, key=lambda key: (key != "method.name", key)):
         then, now = then_all.get(key), identity.get(key)
+        file = "model.json" if key == "model.config" else "config.toml"
         if then != now:
             raise CheckpointError(
                 f"{key}: the checkpoint of step {saved.step} was written with {then!r}, but the"
-                f" configuration has {now!r}; resume with the run's original config.toml"
+                f" configuration has {now!r}; restore the run's original {file}"
             )
 
 
@@ -202,6 +212,8 @@ def _write(directory: Path, checkpoint: Checkpoint) -> None:
         "state_bytes": checkpoint.state_bytes,
         "groups": checkpoint.groups,
         "identity": checkpoint.identity,
+        "settings": checkpoint.settings,
+        "rows": checkpoint.rows,
     }
     (directory / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     (directory / SUMS).write_text(_sums(directory), encoding="utf-8")
@@ -257,7 +269,7 @@ class _Damaged(Exception):
 def read(path: Path) -> Checkpoint:
     """Read one checkpoint and verify its checksums."""
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = read_json_object(path / STATE)
         if state["format"] != FORMAT:
             raise CheckpointError(
                 f"{path}: written in format {state['format']}, but this version reads format"
@@ -269,8 +281,9 @@ def read(path: Path) -> Checkpoint:
                 raise _Damaged(f"{now.split()[-1]} does not match its checksum")
         model, moments = (load_file(path / name) for name in FILES)
         groups, identity, end = (state[key] for key in ("groups", "identity", "end"))
-        sizes = tuple(state.get("state_bytes", ()))  # absent in 0.1.0
+        sizes = tuple(state.get("state_bytes", ()))  # this and what follows is absent in 0.1.0
+        settings, rows = state.get("settings", {}), state.get("rows")
         step, phase = state["step"], state["phase"]
-        return Checkpoint(step, phase, model, moments, groups, identity, end, sizes)
+        return Checkpoint(step, phase, model, moments, groups, identity, end, sizes, settings, rows)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _Damaged(str(error)) from error

@@ -2,7 +2,7 @@
 
 runs/NAME/config.toml      the resolved configuration
           env.json         versions and device of each start
-          metrics.jsonl    a row every few steps
+          metrics.jsonl    a row every few steps, with a checksum
           checkpoints/     step-00000600/, ...
           lock             names the process that trains it, while it does (runs/lock.py)
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +21,10 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from peptrain.errors import CheckpointError
-from peptrain.files import leading_out, no_links, write_atomically
+from peptrain.files import leading_out, no_links, read_json, write_atomically
 from peptrain.runs.lock import lock
 
 log = logging.getLogger("peptrain")
@@ -34,6 +36,9 @@ LAST = ("end", "diverged")
 LOCK = "lock"
 NEW = ".config.toml.new"
 """Name of config.toml until the other first files of a run are written."""
+CHECKSUM = "crc32"
+"""Key of the checksum of a row, its last."""
+LARGEST = 1 << 63
 FOREIGN = "lost+found"
 """What an empty mount point contains."""
 
@@ -152,7 +157,7 @@ class RunDir:
         """Append one row to metrics.jsonl."""
         try:
             with open(self.metrics_file, "a", encoding="utf-8", opener=no_links) as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.write(_line(row))
         except OSError as error:
             raise CheckpointError(
                 f"{self.metrics_file}: can't be written: {error.strerror}; free some space and"
@@ -175,11 +180,13 @@ class RunDir:
         if not self.metrics_file.exists():
             return
         # Only at \n: str.splitlines would also split at a damaged byte such as 0x0b or 0x85.
-        *complete, last = self.metrics_file.read_bytes().split(b"\n")
+        content = self.metrics_file.read_bytes()
+        *complete, last = content.split(b"\n")
+        checked = f'"{CHECKSUM}": "'.encode() in content
         for number, line in enumerate(complete, 1):
             if line.strip():
-                yield number, line, _row(line)
-        if (row := _row(last)) is not None:
+                yield number, line, _row(line, checked)
+        if (row := _row(last, checked)) is not None:
             yield len(complete) + 1, last, row
 
     def newest(self, event: str) -> dict[str, Any] | None:
@@ -192,22 +199,52 @@ class RunDir:
         rows = map(_row, reversed(lines))  # the first line may be cut off
         return next((row for row in rows if row is not None and row["event"] == event), None)
 
-    def rewind(self, step: int) -> None:
+    def count(self) -> int:
+        """Return the number of rows, without parsing them."""
+        return self.metrics_file.read_bytes().count(b"\n") if self.metrics_file.exists() else 0
+
+    def rewind(self, step: int, written: int | None = None) -> None:
         """Drop the rows that a run resumed at `step` will write again.
 
-        Damaged lines are moved to metrics.damaged, with a warning.
+        Damaged lines are moved to metrics.damaged, with a warning. Another warning says how many
+        rows are missing of those `written` before the checkpoint of `step`, if that is known.
         """
         read = list(self._lines())
         if damaged := [line for _, line, row in read if row is None]:
             aside = self.metrics_file.with_suffix(".damaged")
-            with aside.open("ab") as file:
+            with open(aside, "ab", opener=no_links) as file:
                 file.writelines(line + b"\n" for line in damaged)
             log.warning("%s: lines %s are damaged; moved to %s", self.metrics_file,
                         ", ".join(str(n) for n, _, row in read if row is None), aside)  # fmt: skip
         every = [row for _, _, row in read if row is not None]
         started = [r for r in every if r["step"] <= step and r["event"] not in LAST]
         rows = [r for r in started if r["event"] != "phase" or r["step"] < step]
-        write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+        kept = sum(r["event"] != "checkpoint" or r["step"] < step for r in rows)
+        if written is not None and kept < written:
+            log.warning("%s: %d of %d rows up to step %d are missing", self.metrics_file,
+                        written - kept, written, step)  # fmt: skip
+        write_atomically(self.metrics_file, "".join(map(_line, rows)))
+
+    def append(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Append an entry to a JSON list of the run, such as env.json.
+
+        A damaged file is moved to NAME.damaged, with a warning. Raises OSError.
+        """
+        file, entries = self.path / name, []
+        if os.path.lexists(file):
+            try:
+                entries = read_json(file, list)
+            except ValueError as error:
+                aside = next(p for p in _asides(file) if not os.path.lexists(p))
+                file.replace(aside)
+                why = str(error).removeprefix(f"{name}: ")
+                log.warning("%s: damaged (%s); moved to %s", file, why, aside)
+        write_atomically(file, json.dumps([*entries, entry], indent=1) + "\n")
+
+
+def _asides(file: Path) -> Iterator[Path]:
+    yield file.with_suffix(".damaged")
+    yield from (file.with_suffix(f".damaged-{n}") for n in count(2))
 
 
 REQUIRED = {
@@ -217,21 +254,39 @@ REQUIRED = {
 """Values of rows that are read again, all of them numbers."""
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    """Parse a line of metrics.jsonl. Return None if it is damaged."""
+def _line(row: Mapping[str, Any]) -> str:
+    """Return the line of a row, with the checksum of the row without it."""
+    text = json.dumps(row, allow_nan=False)
+    return f'{text[:-1]}, "{CHECKSUM}": "{crc32(text.encode()):08x}"}}\n'
+
+
+def _row(line: bytes, checked: bool = False) -> dict[str, Any] | None:
+    """Parse a line of metrics.jsonl. Return None if it is damaged.
+
+    checked: whether it must have a checksum, as all rows of a file or, of 0.1.0, none have.
+    """
     try:
-        row = json.loads(line, parse_constant=_refuse)
+        row = json.loads(line, parse_constant=_finite, parse_float=_finite)
+        if not isinstance(row, dict) or not isinstance(event := row.get("event"), str):
+            return None
+        expected = row.pop(CHECKSUM, None)
+        if (checked or expected) and not _line(row).endswith(f' "{expected}"}}\n'):
+            return None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or not isinstance(event := row.get("event"), str):
-        return None
     values = [row.get(key) for key in REQUIRED.get(event, ())]
-    sound = type(row.get("step")) is int and all(type(v) in (int, float) for v in values)
+    sound = type(row.get("step")) is int and all(_is_number(v) for v in values)
     return row if sound and (event != "diverged" or type(row.get("error")) is str) else None
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not JSON")
+    return number
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < LARGEST)
 
 
 def first_free(parent: Path, stem: str) -> Path:

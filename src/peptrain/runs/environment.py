@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from importlib.metadata import version
 
@@ -10,7 +9,6 @@ import torch
 
 from peptrain import __version__
 from peptrain.distributed.world import World
-from peptrain.files import write_atomically
 from peptrain.runs.directory import RunDir
 
 
@@ -30,6 +28,4 @@ def environment(here: World) -> dict[str, object]:
 
 def record_environment(run: RunDir, here: World) -> None:
     """Append an entry to env.json for this start, since a run may be resumed elsewhere."""
-    file = run.path / "env.json"
-    starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    write_atomically(file, json.dumps([*starts, environment(here)], indent=1) + "\n")
+    run.append("env.json", environment(here))

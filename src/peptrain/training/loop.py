@@ -28,6 +28,7 @@ from peptrain.runs import checkpoint
 from peptrain.runs.build import run_config
 from peptrain.runs.directory import RunDir, first_free
 from peptrain.runs.environment import record_environment
+from peptrain.runs.identity import identity_of
 from peptrain.training.init_from import compare_tokenizers, with_inherited_model
 from peptrain.training.metrics import MetricsLog, Observer, silent
 from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
@@ -37,7 +38,6 @@ from peptrain.training.state import (
     check_ranks,
     check_vocabulary,
     diverged,
-    identity_of,
     restore,
     save,
 )
@@ -103,7 +103,7 @@ def _train(
     path, again = config.data.path, run is not None  # a resume verifies the shards again
     corpus = Corpus.open(path, verify_again=again) if path else default_corpus(verify_again=again)
     check_corpus(corpus, config)
-    identity = identity_of(config, corpus)
+    identity = identity_of(config, corpus.fingerprint)
     check_ranks(config, identity, here)
     state = restore(config, run, here, identity)
     check_vocabulary(state.model, corpus)
@@ -120,7 +120,7 @@ def _train(
         torch.cuda.reset_peak_memory_stats()
     metrics_log = MetricsLog(run, here, observe, tokens_per_step)
     if here.main:
-        run.rewind(state.step)
+        run.rewind(state.step, state.rows)
         checkpoint.delete_old(run.checkpoints, state.step, config.train.keep)  # a kill left them
         _write_missing_row(run, state)
         record_environment(run, here)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from peptrain.execution.forward_backward import (
 from peptrain.execution.loss import NextTokenLoss
 from peptrain.execution.padding import pad_mlps
 from peptrain.methods.base import Method
-from peptrain.models.hf import config_file, vocabulary_size
+from peptrain.models.hf import vocabulary_size
 from peptrain.models.sites import find_sites
 from peptrain.ops.checksum import checksum
 from peptrain.optim import schedule
@@ -38,7 +37,7 @@ from peptrain.rng import Rng
 from peptrain.runs import checkpoint
 from peptrain.runs.build import build, phase_at, rebuild
 from peptrain.runs.directory import RunDir
-from peptrain.settings.fields import before
+from peptrain.runs.identity import check_settings, other_settings
 from peptrain.training.init_from import initial_weights
 
 
@@ -60,6 +59,10 @@ class TrainState:
     """Whether this state was built at a phase boundary, from a checkpoint of an earlier phase."""
     state_bytes: tuple[int, ...] = ()
     """Bytes of the optimizer's moments in each phase, as of the latest checkpoint."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Those to record in checkpoints besides the identity."""
+    rows: int | None = None
+    """Rows of metrics when the latest checkpoint was written, if it is known."""
 
 
 def restore(
@@ -74,7 +77,7 @@ def restore(
     phase, end = phase_at(config, step)
     entered = saved is not None and phase != saved.phase
     if saved:
-        checkpoint.agrees(saved, identity, _before(config, identity))
+        check_settings(saved, config, identity)
         model = rebuild(config, saved, phase)
     else:
         model = build(config, phase, initial_weights(config))
@@ -88,7 +91,11 @@ def restore(
     base = schedule.build(config.schedule, config.train.steps)
     moves = config.method.schedule(base)
     sizes = saved.state_bytes if saved else ()
-    return TrainState(model, forward_backward, optimizer, moves, phase, step, end, entered, sizes)
+    known = saved.rows if saved else None
+    return TrainState(
+        model, forward_backward, optimizer, moves, phase, step, end, entered, sizes,
+        other_settings(config), known,
+    )  # fmt: skip
 
 
 def prepare(
@@ -118,9 +125,7 @@ def prepare(
 
 def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: World) -> None:
     """Raise ConfigError, on every rank, unless all have the same settings and the same corpus."""
-    sections = ("train", "optim", "schedule")
-    own = {f"{s}.{k}": v for s in sections for k, v in asdict(getattr(config, s)).items()}
-    own |= identity
+    own = {**other_settings(config), **identity}
     first = here.agree(own)
     steps_first = sorted(own.keys() | first.keys(), key=lambda key: (key != "train.steps", key))
     unlike = [
@@ -183,6 +188,8 @@ def save(
             end=state.end,
             identity=identity,
             state_bytes=state.state_bytes,
+            settings=state.settings,
+            rows=run.count(),
         )
         checkpoint.save(run.checkpoints, captured, keep)
 
@@ -230,32 +237,3 @@ def diverged(what: str, run: RunDir) -> Diverged:
     rate = "optim.lr (or, in a warm start, the method's own learning rate)"
     advice = f"nothing was saved since; try a lower {rate} in the run's config.toml"
     return Diverged(f"{what}; {checkpoint.last_good(run.checkpoints)}; {advice}")
-
-
-def _before(config: RunConfig[Method], identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that settings of the identity had before a version introduced them."""
-    sections = {name: before(getattr(config, name)) for name in ("method", "model", "train")}
-    flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
-    return {key: value for key, value in flat.items() if key in identity}
-
-
-def identity_of(config: RunConfig[Method], corpus: Corpus) -> dict[str, Any]:
-    """Return the settings in which a checkpoint and a run that continues it must agree.
-
-    The learning rates, the schedule and the number of steps may change.
-    """
-    method = asdict(config.method)
-    for item in fields(config.method):
-        if item.metadata.get("changeable"):
-            del method[item.name]
-    model = asdict(config.model)
-    if file := config_file(config.model):
-        model["config"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    train = {k: getattr(config.train, k) for k in ("precision", "seed", "batch_size", "seq_len")}
-    sections = {
-        "method": {"name": config.method.name, **method},
-        "model": model,
-        "train": train,
-    }
-    flat = {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
-    return {**flat, "data": corpus.fingerprint}
