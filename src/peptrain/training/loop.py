@@ -122,8 +122,9 @@ def _train(
     if here.main:
         run.rewind(state.step, state.rows)
         checkpoint.delete_old(run.checkpoints, state.step, config.train.keep)  # a kill left them
-        _write_missing_row(run, state)
-        record_environment(run, here)
+        metrics_log.continue_clocks()
+        _write_missing_row(run, state, metrics_log)
+        record_environment(run, here, corpus.fingerprint)
         observe(_start(config, run, state, corpus))
     _announce(state, metrics_log)
     try:
@@ -151,11 +152,11 @@ def _checkpoint_row(state: TrainState) -> dict[str, int]:
     return {"step": state.step, "state_bytes": state.state_bytes[-1]}
 
 
-def _write_missing_row(run: RunDir, state: TrainState) -> None:
+def _write_missing_row(run: RunDir, state: TrainState, metrics_log: MetricsLog) -> None:
     """Write the row of the latest checkpoint if the process was killed before it did."""
     written = (row["step"] for row in run.metrics() if row["event"] == "checkpoint")
     if state.state_bytes and state.step not in written:
-        run.record({"event": "checkpoint", **_checkpoint_row(state)})
+        metrics_log.record("checkpoint", **_checkpoint_row(state))
 
 
 def _announce(state: TrainState, metrics_log: MetricsLog) -> None:
