@@ -117,3 +117,17 @@ def test_a_path_that_is_not_utf_8_is_named(
         assert main(line) == 1
         said = capsys.readouterr().err
         assert r"/\udcff" in said and said.count("\n") == 1 and "bug" not in said
+
+
+def test_home_is_expanded_in_every_path_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for line in ("train full --data.path=~/x", "train full --init-from=~/x", "resume ~/x",
+                 "train --config=~/x", "eval ~/x", "compare ~/x --out=y"):  # fmt: skip
+        assert main(line.split()) == 1
+        said = capsys.readouterr().err
+        assert f"{tmp_path}/x" in said and said.count("\n") == 1
+    for line in (["train", "full", "--run="], ["train", "--config="], ["eval", "~nobody-at-all"]):
+        assert main(line) == 1
+        assert capsys.readouterr().err.startswith("error: path: ")

@@ -28,6 +28,7 @@ from peptrain.cli.terminal import UNSAFE
 from peptrain.errors import ConfigError
 from peptrain.models.presets import PRESETS, unknown_preset
 from peptrain.settings.fields import nearest
+from peptrain.settings.toml import as_path
 
 MARKERS = (
     tyro.conf.FlagCreatePairsOff,
@@ -50,6 +51,7 @@ def registry(*, essential_only: bool) -> ConstructorRegistry:
 
     made = ConstructorRegistry()
     made.primitive_rule(_bool)
+    made.primitive_rule(_path)
     made.struct_rule(settings)
     return made
 
@@ -115,6 +117,19 @@ def _bool(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
     )
 
 
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """Read paths as configuration files do."""
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda given: as_path(given[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 def check_command(name: str) -> None:
     """Raise ConfigError for an unknown command, naming the nearest known one."""
     if not name.startswith("-") and name not in COMMANDS:
@@ -145,7 +160,7 @@ def named(args: Sequence[str]) -> argparse.Namespace:
     """Return the values of --config, --recipe, --model.config and --model.preset."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for path in ("--config", "--model.config"):
-        parser.add_argument(path, type=Path, nargs="?")  # tyro reports a missing value
+        parser.add_argument(path, type=as_path, nargs="?")  # tyro reports a missing value
     for name in ("--recipe", "--model.preset"):
         parser.add_argument(name, nargs="?")
     return parser.parse_known_args(args)[0]

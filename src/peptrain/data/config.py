@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from peptrain.errors import ConfigError
-from peptrain.settings.fields import check
+from peptrain.settings.fields import check, check_whole
 
 DEFAULT_VOCAB = 8192
 WEIGHTS_TOLERANCE = 1e-6  # the weights that the error suggests have nine digits
@@ -50,9 +50,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         check(bool(self.inputs), "inputs", self.inputs, "at least one file or directory")
         check(0 <= self.held_out < 1, "held_out", self.held_out, "in [0, 1)")
-        check(self.shard_tokens > 0, "shard_tokens", self.shard_tokens, ">= 1")
-        if self.max_tokens is not None:
-            check(self.max_tokens > 0, "max_tokens", self.max_tokens, ">= 1")
+        for key in ("shard_tokens", "max_tokens"):
+            check_whole(key, getattr(self, key), 1, 2**63 - 1)
         if self.weights:
             self._check_weights()
         if self.vocab_size is None:

@@ -16,13 +16,22 @@ from peptrain.errors import ConfigError, Unsupported
 from peptrain.models.auto import load_config, new_model
 from peptrain.models.presets import DEFAULT_PRESET, PRESETS, Family, unknown_preset
 from peptrain.rng import seed_default
-from peptrain.settings.fields import check, essential
+from peptrain.settings.fields import check, check_whole, essential
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger("peptrain")
 Precision = Literal["fp32", "bf16-mixed", "bf16", "fp64"]
+LARGEST_SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "layers": 10_000,
+    "heads": 1 << 16,
+    "kv_heads": 1 << 16,
+}
+"""Far above any model. A slip of a few digits is refused here, before it takes hours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +61,8 @@ class ModelConfig:
     """Whether the output head shares the embedding's matrix."""
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads"):
-            value = getattr(self, key)
-            check(value is None or value >= 1, f"model.{key}", value, ">= 1")
+        for key, most in LARGEST_SIZES.items():
+            check_whole(f"model.{key}", getattr(self, key), 1, most)
         if self.config is None and (self.preset or DEFAULT_PRESET) not in PRESETS:
             raise ConfigError(unknown_preset(self.preset or DEFAULT_PRESET))
         if self.config is not None and self.family is not None:
