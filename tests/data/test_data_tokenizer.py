@@ -75,6 +75,74 @@ def test_truncation_padding_and_special_tokens_of_a_file_are_not_used(tmp_path):
         assert loaded.decode(ids.tolist(), skip_special_tokens=False) == text
 
 
+@pytest.mark.parametrize("model", [models.BPE, models.Unigram])
+def test_what_varies_is_switched_off_and_said(tmp_path, caplog, model):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    content = json.loads(TRAINED.to_str())
+    if model is models.BPE:
+        content["model"]["dropout"] = 0.9
+    else:
+        content = json.loads(Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0)], 0)).to_str())
+        content["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_id": 0}
+        content["padding"] |= {"pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": "</s>"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "in.txt").write_text("a aa " * 50)
+    corpus = prepared(folder)
+    kept = json.loads(corpus.tokenizer_file.read_text())
+    assert kept["model"].get("dropout") is None and kept["padding"] is None
+    what = "dropout" if model is models.BPE else "padding"
+    assert caplog.text.count(f"tokenizer: its {what} is switched off") == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["tokenizer.model"],
+            r"tokenizer\.model can't be read: convert it .*save_pretrained\(OUT\)",
+        ),
+        (["vocab.json", "merges.txt"], r"vocab\.json and merges\.txt can't be read: convert it"),
+        ([], r"no such file; give a tokenizer\.json or its directory"),
+    ],
+)
+def test_other_forms_of_a_tokenizer_are_to_be_converted(tmp_path, names, said):
+    for name in names:
+        (tmp_path / name).write_text('{"a": 0}')
+        with pytest.raises(DataError, match=rf"{name} is not a tokenizer\.json .*convert it"):
+            load_tokenizer(tmp_path / name)
+    with pytest.raises(DataError, match=rf"tokenizer: .*{said}"):
+        load_tokenizer(tmp_path)
+
+
+PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "null", "[]", "{}", "[" * 100_000, "9" * 5000, TRAINED.to_str()[:-9]),
+        json.dumps(json.loads(TRAINED.to_str()) | {"normalizer": PANICS}),
+        json.dumps(json.loads(TRAINED.to_str()) | {"model": {"vocab": {"a": 2**32}}}),
+    ],
+    ids=lambda content: content[:9],
+)
+def test_any_damage_of_a_tokenizer_is_one_line(tmp_path, content):
+    """Also what makes the Rust code panic, which is not even an Exception."""
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer: .* is not a tokenizer\.json") as raised:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tokenizer_that_panics_at_a_text_is_one_line(tmp_path):
+    content = json.loads(TRAINED.to_str())
+    content["normalizer"] = PANICS | {"precompiled_charsmap": "CAAAAAAAAAD/////"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"tokenizer: can't encode the text \(.*give a tokenizer"):
+        encode(load_tokenizer(tmp_path), ["abc"], UINT16)
+
+
 def test_files_that_are_no_tokenizer_are_named(tmp_path):
     with pytest.raises(DataError, match=r"tokenizer: .*tokenizer\.json: no such file"):
         load_tokenizer(tmp_path)
