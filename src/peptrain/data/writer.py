@@ -28,6 +28,7 @@ from peptrain.data.index import (
     write_checked,
 )
 from peptrain.data.sources.base import Taken
+from peptrain.data.tokenizer import Losses
 from peptrain.errors import ConfigError
 from peptrain.files import is_scratch, leading_out, no_links, write_atomically
 from peptrain.settings.fields import check
@@ -117,10 +118,10 @@ class Writer:
         """Return whether there are `tokens` or more training tokens and no unfinished document."""
         return self.train_tokens >= tokens and not any(t.inside for t in self.progress.taken)
 
-    def add(self, part: Part, ids: Ids) -> None:
+    def add(self, part: Part, ids: Ids, losses: Losses) -> None:
         (self._held_out if part.held_out else self._train).append(ids)
         self._tokens[part.held_out] += len(ids)
-        self.progress.taken[part.source].add(part.piece, len(ids))
+        self.progress.taken[part.source].add(part.piece, len(ids), losses.unknown, losses.lost)
         self.progress.held_out_documents += part.piece.ends and part.held_out
 
     def commit(self) -> None:

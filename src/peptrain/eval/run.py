@@ -16,6 +16,7 @@ from peptrain.models.hf import vocabulary_size
 from peptrain.runs.build import open_run
 from peptrain.runs.directory import RunDir
 from peptrain.runs.lock import lock
+from peptrain.runs.tokenizer import load_run_tokenizer
 from peptrain.settings.fields import check_whole
 
 log = logging.getLogger("peptrain")
@@ -65,8 +66,8 @@ def evaluate(
 
 
 def _check_ids(run: RunDir, vocabulary: int, corpus: Corpus) -> None:
-    ours, theirs = (load_tokenizer(p).get_vocab() for p in (run.tokenizer, corpus.tokenizer_file))
-    if ours != theirs:
+    ours, _ = load_run_tokenizer(run)
+    if ours.get_vocab() != load_tokenizer(corpus.tokenizer_file).get_vocab():
         raise DataError(
             f"--data {corpus.path}: prepared with another tokenizer than the run's;"
             f" prepare that text again with --tokenizer {run.tokenizer}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from peptrain.errors import Unsupported
+from peptrain.errors import DataError, Unsupported
 from peptrain.files import read_json_object
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ WEIGHTS, PICKLED = ".safetensors", ("*.bin", "*.bin.index.json", "*.pt", "*.pth"
 HUB_CODE = ("attn_implementation", "experts_implementation")
 """Keys of a config.json whose value may be the name of a kernel on the hub, such as "user/name"."""
 NEVER = "peptrain never runs code from a directory"
+SHOWN = 300  # characters of an error
 CONVERT = (
     "convert them, on a machine where a pickle may run code: `AutoModelForCausalLM"
     ".from_pretrained(DIR).save_pretrained(OUT)`"
@@ -95,14 +96,23 @@ def load_model(
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Return the tokenizer of a directory. Raises Unsupported if it needs code of its own."""
+    """Return the tokenizer of a directory.
+
+    Raises Unsupported if it needs code of its own, and DataError if transformers can't load it.
+    """
     from transformers import AutoTokenizer
 
     for name in ("tokenizer_config.json", "config.json"):
         file = directory / name
         if file.is_file() and (own := read_json_object(file).get("auto_map")):
             raise _needs_code(file, own, "a tokenizer.json needs none")
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # of many types, where a value is not as transformers expects it
+        said = " ".join(str(error).split())
+        raise DataError(f"tokenizer: transformers can't load it: {said[:SHOWN]}") from error
 
 
 def _needs_code(file: Path, own: object, why: str) -> Unsupported:

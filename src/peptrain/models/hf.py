@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from peptrain.errors import ConfigError, Unsupported
+from peptrain.files import write_atomically
 from peptrain.models.auto import load_config, new_model
 from peptrain.models.presets import DEFAULT_PRESET, PRESETS, Family, unknown_preset
 from peptrain.rng import seed_default
@@ -199,10 +201,46 @@ TOKENIZER_FILES = (
 def save_tokenizer(file: Path, end_id: int, special: Mapping[str, str], out: Path) -> None:
     """Save a tokenizer.json and its end token in the form that `AutoTokenizer` loads.
 
-    special: other special tokens and the chat template, by their name in `AutoTokenizer`.
+    As in training, it adds no special tokens to a text. special: other special tokens and the chat
+    template, by their name in `AutoTokenizer`. Raises OSError if a file can't be written.
     """
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_id)
-    tokenizer.save_pretrained(out)
+    tokenizer = Tokenizer.from_buffer(file.read_bytes())
+    end = tokenizer.id_to_token(end_id)
+    assert end is not None
+    named = {**special, "eos_token": end}
+    named.pop("chat_template", None)
+    tokenizer.add_special_tokens([*named.values()])  # all are in the vocabulary
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "tokenizer.json", tokenizer.to_str())
+    write_atomically(out / "tokenizer_config.json", json.dumps(config | named, indent=1) + "\n")
+    if "chat_template" in special:
+        write_atomically(out / "chat_template.jinja", special["chat_template"])
+    add_nothing(out)
+
+
+def add_nothing(directory: Path) -> None:
+    """Change the tokenizer in `directory` such that it adds no special tokens to a text.
+
+    A document of the training data is the tokens of its text, followed by the end token. What a
+    post-processor adds, such as <s> before or </s> after a prompt, no batch contained or continued.
+    """
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_bytes())
+    content["post_processor"] = _adding_nothing(content.get("post_processor"))
+    write_atomically(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    file = directory / "tokenizer_config.json"
+    config = json.loads(file.read_bytes()) | {"add_bos_token": False, "add_eos_token": False}
+    write_atomically(file, json.dumps(config, ensure_ascii=False, indent=1) + "\n")
+
+
+def _adding_nothing(processor: Any) -> Any:
+    """Return the parts of a post-processor that add no tokens: ByteLevel, which trims offsets."""
+    if not isinstance(processor, dict):
+        return None
+    if processor.get("type") == "Sequence":
+        kept = [part for part in map(_adding_nothing, processor.get("processors", [])) if part]
+        return {"type": "Sequence", "processors": kept} if kept else None
+    return processor if processor.get("type") == "ByteLevel" else None

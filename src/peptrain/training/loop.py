@@ -20,7 +20,7 @@ from peptrain.distributed.world import World, world
 from peptrain.errors import Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, held_out_loss
 from peptrain.methods.base import Method, Metrics
-from peptrain.models.hf import config_file, count_parameters, save_tokenizer
+from peptrain.models.hf import config_file, count_parameters
 from peptrain.models.probe import check_causal
 from peptrain.optim.adamw import clip_gradients, learning_rates, set_lr, state_bytes
 from peptrain.rng import Rng, seed_default
@@ -29,6 +29,7 @@ from peptrain.runs.build import run_config
 from peptrain.runs.directory import RunDir, first_free
 from peptrain.runs.environment import record_environment
 from peptrain.runs.identity import identity_of
+from peptrain.runs.tokenizer import restore_run_tokenizer, write_run_tokenizer
 from peptrain.training.init_from import compare_tokenizers, with_inherited_model
 from peptrain.training.metrics import MetricsLog, Observer, silent
 from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
@@ -115,6 +116,8 @@ def _train(
                         " export` needs --form factorised", config.method.name)  # fmt: skip
         compare_tokenizers(config, corpus)
         run = _create(config, corpus, here, held)
+    elif here.main:
+        restore_run_tokenizer(run, corpus)
     tokens_per_step = config.train.batch_size * config.train.seq_len
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -313,7 +316,7 @@ def _create(
 
 def _first_files(run: RunDir, config: RunConfig[Method], corpus: Corpus) -> None:
     """Write what else resume, eval and export need besides checkpoints and corpus."""
-    save_tokenizer(corpus.tokenizer_file, corpus.eos_id, corpus.special_tokens, run.tokenizer)
+    write_run_tokenizer(run, corpus)
     if file := config_file(config.model):
         shutil.copyfile(file, run.model_file)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from peptrain.config import RunConfig
 from peptrain.data import Corpus
+from peptrain.data.tokenizer import load_tokenizer
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError, ConfigError, DataError, Diverged
 from peptrain.execution.attention import attend_without_masks
@@ -143,6 +144,7 @@ def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: Wo
 def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
     """Raise DataError early for a corpus that would make the training fail later."""
     corpus.windows(config.train.seq_len)
+    load_tokenizer(corpus.tokenizer_file)
     if len(corpus.held_out()) < 2:
         raise DataError(
             f"{corpus.path}: the held-out set has fewer than 2 tokens, so there is nothing to"

@@ -59,14 +59,22 @@ class Taken:
     documents: int = 0
     text_bytes: int = 0
     tokens: int = 0
+    unknown: int = 0
+    """Unknown tokens among them."""
+    characters: int = 0
+    lost: int = 0
+    """Characters that the tokens don't contain (data/tokenizer.py: `Losses`)."""
 
-    def add(self, piece: Piece, tokens: int) -> None:
-        """Add a piece and the number of its tokens."""
+    def add(self, piece: Piece, tokens: int, unknown: int = 0, lost: int = 0) -> None:
+        """Add a piece, the number of its tokens, and what they don't contain of it."""
         self.position, self.inside = piece.position, not piece.ends
         self.bytes_read = piece.bytes_read
         self.documents += piece.ends
         self.text_bytes += len(piece.text.encode())
         self.tokens += tokens
+        self.unknown += unknown
+        self.characters += len(piece.text)
+        self.lost += lost
 
 
 def first_characters(pieces: Iterator[Piece], characters: int) -> Iterator[str]:
