@@ -142,7 +142,7 @@ def leave_dense(model: PreTrainedModel) -> None:
         for site in sites:
             _put(site, watched[site.name].linear)
         model.train(was_training)
-    why = {"reads the weight of": [], "never calls": []}
+    why: dict[str, list[str]] = {"reads the weight of": [], "never calls": []}
     for site in sites:
         seen, in_layer = watched[site.name], site.name.split(".layers.")[-1].split(".")[1:]
         unused = not seen.called and not any(part.isdigit() for part in in_layer)
