@@ -127,6 +127,9 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
     Raises ConfigError for settings that contradict each other.
     """
     method, steps = config.method, config.train.steps
+    path = str(config.run or "")
+    utf8 = not any("\ud800" <= c <= "\udfff" for c in path)
+    check(utf8, "run", path, "UTF-8, which tokenizers and safetensors need")
     width = hf_config(config.model, config.train.seq_len).get_text_config().hidden_size
     method, optim, schedule = settled(method, config.optim, config.schedule, steps, width)
     return replace(

@@ -50,7 +50,7 @@ def raising(error: BaseException) -> None:
 def test_every_error_is_one_line_and_debug_adds_the_traceback(
     cause: object, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(peptrain.cli.app, "check_command", lambda name: cause())  # type: ignore[operator]
+    monkeypatch.setattr(peptrain.cli.app, "check_command", lambda args: cause())  # type: ignore[operator]
     assert main(["methods"]) == 1
     said = capsys.readouterr()
     assert not said.out and said.err.count("\n") == 1 and said.err.startswith(f"error: {line}")
@@ -72,7 +72,7 @@ def test_ctrl_c_is_not_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        peptrain.cli.app, "check_command", lambda name: raising(KeyboardInterrupt())
+        peptrain.cli.app, "check_command", lambda args: raising(KeyboardInterrupt())
     )
     assert main(["methods"]) == 130
     assert capsys.readouterr() == ("stopped\n", "")
@@ -131,3 +131,9 @@ def test_home_is_expanded_in_every_path_of_the_command_line(
     for line in (["train", "full", "--run="], ["train", "--config="], ["eval", "~nobody-at-all"]):
         assert main(line) == 1
         assert capsys.readouterr().err.startswith("error: path: ")
+
+
+def test_an_unknown_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tyro-print-completion", "ve"]) == 1
+    wanted = "error: --tyro-print-completion: must be one of bash, zsh, fish (got 've')\n"
+    assert capsys.readouterr().err == wanted

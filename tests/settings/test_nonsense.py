@@ -148,3 +148,9 @@ def test_the_largest_batch_is_divided_in_no_time() -> None:
     config = RunConfig(method=Full(), train=TrainConfig(batch_size=(1 << 24) - 3))
     assert resolved(config, world_size=1, on_gpu=False).train.micro_batch == 1
     assert toml.DEEPEST > 4
+
+
+def test_a_run_directory_that_libraries_can_not_write_to_is_refused() -> None:
+    config = tiny("full", Path("data"), Path(os.fsdecode(b"x\xff")))
+    with pytest.raises(ConfigError, match=r"^run: must be UTF-8, which .* \(got 'x\\udcff'\)"):
+        resolved(config, world_size=1, on_gpu=False)

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(__version__, highlight=False)
         return 0
     try:
-        check_command(args[0])
+        check_command(args)
         app, args = _app(args, essential_only)
         with refusing_control_characters(args) as printed:
             app.cli(prog="peptrain", description=DESCRIPTION, args=args, console_outputs=printed,

@@ -27,7 +27,7 @@ from peptrain import recipes
 from peptrain.cli.terminal import UNSAFE
 from peptrain.errors import ConfigError
 from peptrain.models.presets import PRESETS, unknown_preset
-from peptrain.settings.fields import nearest
+from peptrain.settings.fields import check, nearest
 from peptrain.settings.toml import as_path
 
 MARKERS = (
@@ -40,6 +40,8 @@ UNSET = tyro.conf.arg(help_behavior_hint="")
 TRUTHS = {"true": True, "false": False, "True": True, "False": False}
 COMMANDS = ("train", "resume", "estimate", "demo", "compare", "eval", "export", "data", "methods",
             "recipes")  # fmt: skip
+COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
+SHELLS = ("bash", "zsh", "fish")
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -130,8 +132,14 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
     )
 
 
-def check_command(name: str) -> None:
-    """Raise ConfigError for an unknown command, naming the nearest known one."""
+def check_command(args: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown command, naming the nearest known one.
+
+    Also for an unknown shell after tyro's flags that print a completion script.
+    """
+    name = args[0]
+    if name.replace("_", "-") in COMPLETION and args[1:]:
+        check(args[1] in SHELLS, name, args[1], f"one of {', '.join(SHELLS)}")
     if not name.startswith("-") and name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f"choose from {', '.join(COMMANDS)}; "
         raise ConfigError(f"command {name!r}: unknown; {hint}see `peptrain --help`")

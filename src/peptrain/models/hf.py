@@ -15,7 +15,7 @@ from torch import nn
 
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.files import write_atomically
-from peptrain.models.auto import load_config, new_model
+from peptrain.models.auto import load_config, new_model, of_strangers
 from peptrain.models.presets import DEFAULT_PRESET, PRESETS, Family, unknown_preset
 from peptrain.rng import seed_default
 from peptrain.settings.fields import check, check_whole, essential
@@ -91,10 +91,9 @@ def hf_config(config: ModelConfig, seq_len: int) -> PretrainedConfig:
     heads, kv = (getattr(made, f"num_{k}_heads", None) for k in ("attention", "key_value"))
     fits = not heads or kv is None or (kv >= 1 and heads % kv == 0)
     check(fits, "model.kv_heads", kv, f"a divisor of the {heads} attention heads")
-    positions = getattr(made, "max_position_embeddings", None) or seq_len
-    check(
-        seq_len <= positions, "train.seq_len", seq_len, f"at most the model's {positions} positions"
-    )
+    positions = getattr(made, "max_position_embeddings", None) or -1  # no limit
+    wanted = f"at most the model's {positions} positions"
+    check(seq_len <= positions or positions == -1, "train.seq_len", seq_len, wanted)
     return made
 
 
@@ -137,17 +136,28 @@ def _family(name: Family) -> type[PretrainedConfig]:
 
 
 def _from_file(path: Path, wanted: dict[str, Any]) -> PretrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
-
     if not path.exists():
         raise ConfigError(
             f"model.config: {path} does not exist; give a config.json or its directory"
         )
+    what = f"model.config: {path} is not a usable config.json"
     try:
-        return load_config(path, **wanted)
-    except (OSError, ValueError, KeyError, StrictDataclassError, Unsupported) as error:
-        said = " ".join(str(error).split())  # transformers writes several lines
-        raise ConfigError(f"model.config: {path} is not a usable config.json: {said}") from error
+        with of_strangers(what):
+            made = load_config(path, **wanted)
+            _check_file_sizes(made.get_text_config())
+    except Unsupported as error:
+        said = str(error)
+        raise ConfigError(said if said.startswith(what) else f"{what}: {said}") from error
+    return made
+
+
+def _check_file_sizes(made: PretrainedConfig) -> None:
+    for key, name in HF_NAMES.items():
+        value = getattr(made, name, None)
+        if isinstance(value, int | float | str) and key in LARGEST_SIZES:
+            check(type(value) is int, name, value, "a whole number")
+            check_whole(name, int(value), 1, LARGEST_SIZES[key])
+    check(isinstance(getattr(made, "hidden_size", None), int), "hidden_size", None, "set")
 
 
 def build_model(
@@ -155,16 +165,13 @@ def build_model(
 ) -> PreTrainedModel:
     """Return a newly initialised causal LM on the CPU. Its weights depend only on the seed.
 
-    Raises Unsupported for an architecture without a causal LM in Hugging Face.
+    Raises Unsupported for an architecture without a causal LM in Hugging Face, and for a
+    config.json whose values do not fit together.
     """
     hf = hf_config(config, seq_len)
     with torch.random.fork_rng(devices=[]):
         seed_default(seed)
-        try:
-            return new_model(hf, dtype_of(precision))
-        except ValueError as error:
-            said = str(error).splitlines()[0]  # the next one lists every model of transformers
-            raise Unsupported(f"model: no causal LM for {hf.model_type!r}: {said}") from error
+        return new_model(hf, dtype_of(precision))
 
 
 def dtype_of(precision: Precision) -> torch.dtype:

@@ -62,14 +62,13 @@ def _check_dots(text: str) -> None:
         raise RecursionError
 
 
-def _check_depth(table: object) -> None:
-    inner, depth = [table], 0
-    while inner:
-        if depth > DEEPEST:
-            raise RecursionError
+def _check_depth(table: dict[str, Any]) -> None:
+    inner: list[Any] = [table]
+    for _ in range(DEEPEST + 1):
         children = [v.values() if isinstance(v, dict) else v for v in inner]
         inner = [v for each in children for v in each if isinstance(v, dict | list)]
-        depth += 1
+    if inner:
+        raise RecursionError
 
 
 def as_path(text: str, key: str = "path") -> Path:
