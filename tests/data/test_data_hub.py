@@ -253,8 +253,10 @@ def test_rows_without_text_are_left_out_and_foreign_ones_named(hub):
     assert texts(HubStream("hf:some/texts", "inputs", "text")) == ["a", "b"]
     with pytest.raises(DataError, match=r"hf:x: no field 'body' \(fields: 'text', 'n'\)"):
         texts(HubStream("hf:x", "inputs", "body"))
-    with pytest.raises(DataError, match=r"hf:x: 'n' is int, not a string; choose another"):
+    with pytest.raises(DataError, match=r"hf:x: 'n' is int, not a string \(got 1\); choose"):
         texts(HubStream("hf:x", "inputs", "n"))
+    skipped = list(HubStream("hf:x", "inputs", "n", skip_bad=True).pieces(None))
+    assert len([piece for piece in skipped if piece.bad]) == 4
 
 
 def test_an_id_that_cannot_be_reached_says_what_to_do_offline(config):

@@ -46,6 +46,9 @@ class PrepareConfig:
     """Tokens per shard, or a little more: shards end with a document (or with 1 MB of one)."""
     on_bad_utf8: Literal["error", "replace"] = "error"
     """How to handle invalid UTF-8: stop with an error, or replace it by U+FFFD."""
+    skip_bad: bool = False
+    """Skip records that can't be used (invalid JSON or UTF-8, no text field, a number as text)
+    instead of stopping with an error. They are counted."""
 
     def __post_init__(self) -> None:
         check(bool(self.inputs), "inputs", self.inputs, "at least one file or directory")

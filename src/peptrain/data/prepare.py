@@ -65,6 +65,8 @@ class Prepared:
     vocab_size: int
     max_id: int
     shards: int
+    skipped: int
+    """Bad records that were left out (`skip_bad`)."""
     resumed: bool
     """Whether this call continued an earlier one that was interrupted."""
 
@@ -121,11 +123,12 @@ def prepare(
         vocab_size=index.vocab_size,
         max_id=index.max_id,
         shards=len(index.train),
+        skipped=sum(taken.skipped for taken in progress.taken),
         resumed=resumed,
     )
 
 
-KEPT = ("text_field", "eos_token", "shard_tokens", "max_tokens")
+KEPT = ("text_field", "eos_token", "shard_tokens", "max_tokens", "skip_bad")
 """Settings that are recorded by their value."""
 
 
@@ -133,8 +136,9 @@ def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) ->
     """Return what determines the files' content; only the same settings resume a preparation.
 
     on_bad_utf8 is left out: after an invalid byte a user may resume with "replace", since all text
-    before that byte is read alike.
+    before that byte is read alike. With skip_bad it matters, as it decides what is skipped.
     """
+    skipping = {"on_bad_utf8": config.on_bad_utf8} if config.skip_bad else {}
     return {
         "inputs": describe(inputs.train),
         "held_out_inputs": describe(inputs.held_out),
@@ -143,6 +147,7 @@ def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) ->
         "vocab_size": None if given else config.vocab_size or DEFAULT_VOCAB,
         "weights": list(config.weights),
         **{key: getattr(config, key) for key in KEPT},
+        **skipping,
     }
 
 
@@ -179,6 +184,8 @@ def _pack(
             for part, ids in zip(batch, encoded, strict=True):
                 if writer.reached(room):
                     break
+                if part.piece.bad and not any(t.skipped for t in taken):
+                    log.warning("skip_bad: %s; skipped, like all bad records", part.piece.bad)
                 writer.add(part, np.concatenate([ids, eos]) if part.piece.ends else ids)
                 if writer.pending >= config.shard_tokens:
                     writer.commit()
@@ -202,7 +209,7 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
     characters = 0
     for part in parts:
         batch.append(part)
-        characters += len(part.piece.text)
+        characters += len(part.piece.text or part.piece.bad)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -262,7 +269,7 @@ def _finish(
         train=train,
         held_out=held_out,
         tokenizer_sha256=sha256((config.out / TOKENIZER).read_bytes()).hexdigest(),
-        settings={**progress.settings, "on_bad_utf8": config.on_bad_utf8},
+        settings=progress.settings | {"on_bad_utf8": config.on_bad_utf8},
         sources=[_counts(*both) for both in zip(sources, progress.taken, strict=True)],
     )
     index.save(config.out)
@@ -271,7 +278,7 @@ def _finish(
 
 
 def _counts(source: Source, taken: Taken) -> dict[str, Any]:
-    counts = ("documents", "text_bytes", "tokens")
+    counts = ("documents", "text_bytes", "tokens", "skipped")
     return {"source": source.describe(), **{key: getattr(taken, key) for key in counts}}
 
 
@@ -282,7 +289,12 @@ def _disk_errors_explained(out: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else str(error)
+        begun = (out / JOURNAL).exists()
+        repair = (
+            "fix this and run the same command again to resume"
+            if begun
+            else "fix this, or give another directory"
+        )
         raise DataError(
-            f"out: {out}: {reason}; finished shards are kept: fix this and run the same command"
-            " again to resume"
+            f"out: {out}: {reason}; {'finished shards are kept: ' * begun}{repair}"
         ) from error

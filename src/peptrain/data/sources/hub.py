@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from time import sleep
 from typing import Any
 
-from peptrain.data.sources.base import Piece, field_of, first_characters, imported, not_a_string
+from peptrain.data.sources.base import (
+    BadRecord,
+    Piece,
+    bad_position,
+    first_characters,
+    imported,
+    not_a_string,
+    text_in,
+    type_of,
+)
 from peptrain.data.sources.files import describe_files
 from peptrain.data.sources.text import unreadable
 from peptrain.errors import ConfigError, DataError
@@ -30,8 +38,8 @@ class HubStream:
 
     size = None
 
-    def __init__(self, name: str, key: str, text_field: str):
-        self.name, self._text_field = name, text_field
+    def __init__(self, name: str, key: str, text_field: str, skip_bad: bool = False):
+        self.name, self._text_field, self._skip_bad = name, text_field, skip_bad
         self._id, revision, self._config, self._split = parse(name, key)
         datasets, hub = imported("datasets", name), imported("huggingface_hub", name)
         refused = (
@@ -68,6 +76,8 @@ class HubStream:
         A stream that breaks is reopened at its position, after increasing waits.
         """
         position, failures = position or self._start, 0
+        if not isinstance(position, dict):
+            raise bad_position(self.name, position)
         rows = self._rows(position)
         while True:
             try:
@@ -80,11 +90,13 @@ class HubStream:
             if row is None:
                 return
             position, failures = self._stream.state_dict(), 0
-            text = field_of(row, self._text_field, self.name)
-            if not isinstance(text, str | None):
-                raise not_a_string(self.name, self._text_field, type(text).__name__)
-            if text:
-                yield Piece(text, True, position=position)
+            try:
+                if text := text_in(row, self._text_field, self.name):
+                    yield Piece(text, True, position=position)
+            except BadRecord as error:
+                if not self._skip_bad:
+                    raise
+                yield error.piece._replace(position=position)
 
     def sample(self, characters: int) -> Iterator[str]:
         """Yield the beginning of the stream."""
@@ -139,10 +151,12 @@ class SavedDataset:
     def pieces(self, position: int | None) -> Iterator[Piece]:
         """Yield one document per row, without rows that are null or empty."""
         field = self._text_field
-        kind = field_of(self._rows.features, field, self.name)
+        kind = type_of(self._rows.features, field, self.name)
         if getattr(kind, "dtype", None) not in ("string", "large_string"):
             raise not_a_string(self.name, field, str(kind))
         column = self._rows.select_columns([field])
+        if not (position is None or (isinstance(position, int) and 0 <= position <= len(column))):
+            raise bad_position(self.name, position)
         for start in range(position or 0, len(column), ROWS_AT_ONCE):
             texts = column[start : start + ROWS_AT_ONCE][field]
             for row, text in enumerate(texts, start=start + 1):
@@ -156,8 +170,11 @@ class SavedDataset:
 
 def is_saved_dataset(directory: Path, key: str) -> bool:
     """Return whether `save_to_disk` made it. Raise DataError if it contains several splits."""
-    if (directory / SAVED_SPLITS).is_file():
-        splits = json.loads((directory / SAVED_SPLITS).read_bytes())["splits"]
-        choices = " or ".join(str(directory / split) for split in splits)
+    splits = sorted(path.parent for path in directory.glob(f"*/{SAVED_DATASET}"))
+    if (directory / SAVED_SPLITS).is_file() and splits:
+        choices = " or ".join(map(str, splits))
         raise DataError(f"{key}: {directory} contains several splits; give {choices}")
-    return (directory / SAVED_DATASET).is_file() and (directory / "dataset_info.json").is_file()
+    described = (directory / SAVED_DATASET).is_file() and (
+        directory / "dataset_info.json"
+    ).is_file()
+    return described and any(directory.glob("*.arrow"))
