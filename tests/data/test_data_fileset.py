@@ -137,7 +137,7 @@ def test_plain_text_that_looks_like_records_is_warned_of_once_a_format(tmp_path,
     warn_of_formats(sorted(tmp_path.iterdir()))
     assert [message.partition(", but")[0] for message in caplog.messages] == [
         f"inputs: {tmp_path}/a.csv and 1 more: CSV",
-        f"inputs: {tmp_path}/export and 1 more: JSON Lines",
+        f"inputs: {tmp_path}/export and 1 more: JSON",
         f"inputs: {tmp_path}/page: HTML",
     ]
 
@@ -168,7 +168,7 @@ def test_missing_foreign_and_empty_inputs_are_named(tmp_path):
             DataError, match=rf"held_out_inputs: .*{name} has an unsupported format"
         ):
             find_files(write(tmp_path / name), "held_out_inputs")
-    with pytest.raises(DataError, match=r"it contains 1 \.gz \(a\.tar\.gz\), 1 \.zip \(a\.zip\)$"):
+    with pytest.raises(DataError, match=r"it contains 1 \.tar \(a\.tar\.gz\), 1 \.zip \(a\.zip\)$"):
         (tmp_path / "a.parquet.gz").unlink()
         find_files(tmp_path, "inputs")
 

@@ -185,7 +185,9 @@ def test_a_bad_json_line_is_named_or_skipped(tmp_path, line):
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_json_over_several_lines_is_refused_as_a_whole(tmp_path, content, skip_bad):
     path = write(tmp_path / "a.json", b"\n" + content.encode())
-    with pytest.raises(DataError, match=r"a\.json:2: an (array|object) .*: jq -c '\.(\[\])?' OLD"):
+    with pytest.raises(
+        DataError, match=r"a\.json:2: a JSON (array|object) ?.*: jq -c '\.(\[\])?' OLD"
+    ):
         list(read_pieces(path, "text", "strict", skip_bad))
 
 

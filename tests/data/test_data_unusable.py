@@ -226,3 +226,9 @@ def test_an_impossible_output_directory_is_named(config, tmp_path, name):
     (tmp_path / "nowhere-link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(PeptrainError, match=r"^out: "):
         prepare(replace(config, out=tmp_path / name))
+
+
+@pytest.mark.parametrize("change", [{"inputs": ("",)}, {"eos_token": ""}, {"eos_token": "\udcff"}])
+def test_names_that_a_shell_left_empty_or_garbled_are_refused(config, change):
+    with pytest.raises(ConfigError, match=f"^{next(iter(change))}: must be "):
+        replace(config, **change)

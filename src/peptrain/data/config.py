@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -13,6 +14,7 @@ from peptrain.settings.fields import check
 DEFAULT_VOCAB = 8192
 WEIGHTS_TOLERANCE = 1e-6  # the weights that the error suggests have nine digits
 SMALLEST_VOCAB = 257  # 256 bytes and an end token
+SURROGATE = re.compile("[\ud800-\udfff]")  # in an argument that is not UTF-8
 LARGEST_VOCAB = 1 << 24  # the trainer reserves 64 bytes each; 20 M characters yield fewer
 
 
@@ -52,6 +54,9 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.inputs), "inputs", self.inputs, "at least one file or directory")
+        check(all(map(str, self.inputs)), "inputs", self.inputs, "names of files or directories")
+        named = self.eos_token is None or (self.eos_token and not SURROGATE.search(self.eos_token))
+        check(bool(named), "eos_token", self.eos_token, "Unicode text")
         check(0 <= self.held_out < 1, "held_out", self.held_out, "in [0, 1)")
         check(self.shard_tokens > 0, "shard_tokens", self.shard_tokens, ">= 1")
         if self.max_tokens is not None:

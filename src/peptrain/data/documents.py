@@ -135,7 +135,7 @@ def open_source(
         return HubStream(str(given), key, config.text_field, config.skip_bad)
     path = Path(given)
     if path.is_dir() and is_saved_dataset(path, key):
-        return SavedDataset(path, config.text_field)
+        return SavedDataset(path, config.text_field, config.decoding_errors, config.skip_bad)
     files = find_files(path, key, apart)
     if not files:
         return None

@@ -31,7 +31,7 @@ from peptrain.errors import DataError
 NAMED = 5  # folders or kinds of files in a message
 CHECKED = 1000  # text files whose first line is looked at
 LEVELS = 32  # of subdirectories
-HIDDEN, DESCRIPTION = "hidden", "describing the data"
+HIDDEN, DESCRIPTION, FOLDER = "hidden", "describing the data", "subdirectory"
 FORMATTED = (*JSON_SUFFIXES, PARQUET_SUFFIX)
 MARKUP = {".csv": "CSV", ".tsv": "TSV", ".html": "HTML", ".htm": "HTML", ".xml": "XML"}
 log = logging.getLogger("peptrain")
@@ -181,7 +181,7 @@ class _Search:
             inside = [path for path in folders if levels and not path.is_symlink()]
             files = [file for folder in inside for file in self._files(folder, levels - 1)]
             folders = [path for path in folders if path not in inside]
-        self._pass("subdirectory", folders)
+        self._pass(FOLDER, folders)
         if all(content_suffix(path) == ".md" for path in files):
             return sorted([*files, *cards])
         self._pass(DESCRIPTION, cards)
@@ -202,7 +202,7 @@ class _Search:
             elif content_suffix(path) in KNOWN_SUFFIXES:
                 known.append(path)
             else:
-                self._pass(path.suffix.lower() or "without a suffix", [path])
+                self._pass(content_suffix(path) or path.suffix or "without a suffix", [path])
         return known, folders
 
     def _pass(self, kind: str, paths: Iterable[Path]) -> None:
@@ -220,6 +220,8 @@ class _Search:
         paths = self._passed[kind]
         names = [str(path.relative_to(self._root)) for path in paths[:NAMED]]
         more = ", ..." if len(paths) > NAMED else ""
+        if kind == FOLDER and len(paths) > 1:
+            kind = "subdirectories"
         return f"{len(paths)} {kind} ({', '.join(names)}{more})"
 
 
@@ -235,7 +237,9 @@ def warn_of_formats(files: Iterable[Path]) -> None:
             found.setdefault(kind, []).append(path)
     for kind, paths in found.items():
         more = f" and {len(paths) - 1} more" if paths[1:] else ""
-        repair = "rename it to .jsonl" if kind == "JSON Lines" else "convert it to JSON Lines"
+        repair = (
+            "name it .jsonl, one object per line" if kind == "JSON" else "convert it to JSON Lines"
+        )
         log.warning(
             "inputs: %s%s: %s, but read as plain text, a file as one document; for a document per"
             " record, %s",

@@ -33,13 +33,19 @@ def read_rows(path: Path, text_field: str, errors: str, skip_bad: bool = False) 
     try:
         # The defaults would buffer a complete row group, which may be the complete file.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=PIECE_BYTES) as file:
-            _check_column(pyarrow, file.schema_arrow, text_field, str(path))
-            yield from _pieces(file, text_field, path, errors, skip_bad)
+            check_column(pyarrow, file.schema_arrow, text_field, str(path))
+            size, rows, done = path.stat().st_size, max(file.metadata.num_rows, 1), 0
+            for batch in file.iter_batches(BATCH_ROWS, columns=[text_field]):
+                column = batch.column(text_field)
+                for row, piece in documents(column, done, str(path), errors, skip_bad):
+                    yield piece._replace(bytes_read=size * row // rows)
+                done += len(column)
     except (OSError, pyarrow.ArrowException) as error:
         raise unreadable(path, error) from error
 
 
-def _check_column(pyarrow: Any, schema: Any, field: str, where: str) -> None:
+def check_column(pyarrow: Any, schema: Any, field: str, where: str) -> None:
+    """Raise DataError unless an Arrow schema has one column `field`, of strings."""
     kind = type_of({column.name: column.type for column in schema}, field, where)
     values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if str(values) not in STRINGS:
@@ -50,22 +56,23 @@ def _check_column(pyarrow: Any, schema: Any, field: str, where: str) -> None:
         )
 
 
-def _pieces(file: Any, field: str, path: Path, errors: str, skip_bad: bool) -> Iterator[Piece]:
-    """Yield the rows, read as bytes because pyarrow doesn't check that a string is UTF-8."""
-    size, rows, number = path.stat().st_size, max(file.metadata.num_rows, 1), 0
-    for batch in file.iter_batches(BATCH_ROWS, columns=[field]):
-        for content in batch.column(field).cast("large_binary").to_pylist():
-            number += 1
-            if not content:
-                continue
-            bytes_read = size * number // rows
-            try:
-                text = _decoded(content, f"{path}: row {number}", errors)
-                yield Piece(text, True, bytes_read)
-            except BadRecord as error:
-                if not skip_bad:
-                    raise
-                yield error.piece._replace(bytes_read=bytes_read)
+def documents(
+    column: Any, done: int, where: str, errors: str, skip_bad: bool
+) -> Iterator[tuple[int, Piece]]:
+    """Yield (row, document or bad record) of an Arrow column after `done` rows, counted from 1.
+
+    Read as bytes, because pyarrow doesn't check that a string is UTF-8. Raises BadRecord unless
+    `skip_bad`.
+    """
+    for row, content in enumerate(column.cast("large_binary").to_pylist(), start=done + 1):
+        if not content:
+            continue
+        try:
+            yield row, Piece(_decoded(content, f"{where}: row {row}", errors), True)
+        except BadRecord as error:
+            if not skip_bad:
+                raise
+            yield row, error.piece
 
 
 def _decoded(content: bytes, where: str, errors: str) -> str:

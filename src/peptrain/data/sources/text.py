@@ -37,7 +37,7 @@ ENCODINGS = {
     **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16"),
 }
 BEGINNINGS = {
-    "JSON Lines": rb'\s*\[?\s*\{\s*"[^"\n]*"\s*:',
+    "JSON": rb'\s*\[?\s*\{\s*"[^"\n]*"\s*:',
     "HTML": rb"\s*<(!doctype html|html)\b",
     "XML": rb"\s*<\?xml\b",
 }
@@ -190,9 +190,11 @@ def _check_is_lines(line: bytes, where: str) -> None:
     """Raise DataError if a file begins with an array, or with an object in several lines."""
     start = line.removeprefix(codecs.BOM_UTF8).strip()
     if start.startswith(b"[") or start == b"{":
-        kind, query = ("an array", ".[]") if start.startswith(b"[") else ("an object", ".")
+        kind, query = (
+            ("array", ".[]") if start.startswith(b"[") else ("object in several lines", ".")
+        )
         raise DataError(
-            f"{where}: {kind} over the file's lines, but each line must be one object; convert it:"
+            f"{where}: a JSON {kind}, but each line must be one object; convert it:"
             f" jq -c '{query}' OLD > NEW"
         )
 
