@@ -165,6 +165,15 @@ def test_a_damaged_journal_is_named_and_nothing_else_prepared(config, damage, ca
     assert tokens(config.out) == before
 
 
+def test_a_tokenizer_that_changed_meanwhile_is_named(config, tmp_path):
+    """Its ids would not be those in the finished shards."""
+    with killed_after(2):
+        prepare(config)
+    train_tokenizer(iter(["other words entirely"]), 265).save(str(config.out / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"out/tokenizer\.json: changed since it was written"):
+        prepare(config)
+
+
 FIELDS = (
     *("settings", "taken", "held_out_documents", "held_out_tokens", "shards", "more"),
     *("taken.position", "taken.inside", "taken.documents", "taken.skipped", "taken.more"),

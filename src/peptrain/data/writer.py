@@ -54,6 +54,17 @@ class Progress:
     held_out_tokens: int = 0
     shards: list[int] = field(default_factory=list)
     """Tokens of each finished shard."""
+    tokenizer_sha256: str | None = None
+    """Of the tokenizer.json in the directory, whose ids are in the shards; None in 0.1.0."""
+
+    def bind(self, directory: Path) -> None:
+        """Save the checksum of the tokenizer. Raise DataError if it isn't the one from before."""
+        found = hashlib.sha256((directory / TOKENIZER).read_bytes()).hexdigest()
+        if self.tokenizer_sha256 not in (None, found):
+            raise damaged(directory / TOKENIZER, "changed since it was written")
+        if self.tokenizer_sha256 is None:
+            self.tokenizer_sha256 = found
+            self.save(directory)
 
     def save(self, directory: Path) -> None:
         write_checked(directory / JOURNAL, asdict(self))
