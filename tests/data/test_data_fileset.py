@@ -89,7 +89,7 @@ def test_a_directory_means_its_known_files_sorted_and_says_what_it_passes_over(t
     [
         (["README.md", "a.jsonl", "LICENSE.txt", "dataset_infos.json"], ["a.jsonl"]),
         (["README.md", "a.parquet", "data/b.parquet"], ["a.parquet"]),
-        (["README.md", "data/b.parquet", "data/a/x.txt", "more/c.jsonl"], None),
+        (["README.md", "data/b.parquet", "data/a/x.txt", "more/c.jsonl", "x/README.md"], None),
         (["README.md", "guide.md", "state.json"], ["README.md", "guide.md"]),
         (["README.md", "figures/a.svg"], ["README.md"]),
         (["b/1.txt", "a/9.txt", "a-/5.txt", ".cache/2.txt"], ["a/9.txt", "a-/5.txt", "b/1.txt"]),

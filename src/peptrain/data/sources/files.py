@@ -155,7 +155,11 @@ class _Search:
         self._passed: dict[str, list[Path]] = {}
 
     def files(self) -> list[Path]:
-        files = self._files(self._root, LEVELS)
+        files = sorted(self._files(self._root, LEVELS))
+        data = [path for path in files if not is_card(path)]
+        if any(content_suffix(path) != ".md" for path in data):  # else a README is one of them
+            self._pass(DESCRIPTION, filter(is_card, files))
+            files = data
         if not files:
             known, packers = ", ".join(KNOWN_SUFFIXES), ", ".join(PACKERS)
             raise DataError(
@@ -173,18 +177,13 @@ class _Search:
 
     def _files(self, directory: Path, levels: int) -> list[Path]:
         known, folders = self._entries(directory)
-        metadata = [path for path in known if is_metadata(path)]
-        cards = [path for path in known if is_card(path)]
-        files = [path for path in known if path not in metadata and path not in cards]
-        self._pass(DESCRIPTION, metadata)
-        if not files:
+        self._pass(DESCRIPTION, filter(is_metadata, known))
+        files = [path for path in known if not is_metadata(path)]
+        if all(map(is_card, files)):
             inside = [path for path in folders if levels and not path.is_symlink()]
-            files = [file for folder in inside for file in self._files(folder, levels - 1)]
+            files += [file for folder in inside for file in self._files(folder, levels - 1)]
             folders = [path for path in folders if path not in inside]
         self._pass(FOLDER, folders)
-        if all(content_suffix(path) == ".md" for path in files):
-            return sorted([*files, *cards])
-        self._pass(DESCRIPTION, cards)
         return files
 
     def _entries(self, directory: Path) -> tuple[list[Path], list[Path]]:
