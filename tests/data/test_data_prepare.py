@@ -299,7 +299,7 @@ def test_a_full_disk_says_how_to_go_on(config, tmp_path):
     prepare(config)
     struck = replace(config, out=tmp_path / "struck")
     with pytest.MonkeyPatch.context() as patch:
-        strike_disk_operation(12, OSError(errno.ENOSPC, "No space left on device"), patch)
+        strike_disk_operation(15, OSError(errno.ENOSPC, "No space left on device"), patch)
         with pytest.raises(DataError, match=r"struck: the disk is full; .* same command again"):
             prepare(struck)
     assert prepare(struck).resumed

@@ -336,11 +336,12 @@ def _prepare_command() -> Callable[..., None]:
         """Tokenize text into shards for training."""
         with preparing(console) as on_progress:
             made = prepare(config, on_progress)
+        skipped = f", {made.skipped:,} bad records skipped" if made.skipped else ""
         console.print(
             f"{made.path}: {made.documents:,} documents, {made.train_tokens:,} training and"
             f" {made.held_out_tokens:,} held-out tokens, {made.bytes_per_token:.2f} bytes a token,"
             f" vocabulary {made.vocab_size:,} (largest id {made.max_id:,}),"
-            f" {made.losses}, {made.shards} shards{', resumed' if made.resumed else ''}",
+            f" {made.losses}, {made.shards} shards{skipped}{', resumed' if made.resumed else ''}",
             markup=False,
             highlight=False,
             soft_wrap=True,

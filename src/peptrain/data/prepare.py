@@ -72,6 +72,8 @@ class Prepared:
     """Share of the tokens that are the unknown token."""
     lost: float
     """Share of the text's characters that don't come back when the tokens are decoded."""
+    skipped: int
+    """Bad records that were left out (`skip_bad`)."""
     resumed: bool
     """Whether this call continued an earlier one that was interrupted."""
 
@@ -120,6 +122,7 @@ def prepare(
         progress = Progress.open(config.out, settings, len(sources))
         resumed = any(taken.position is not None for taken in progress.taken)
         tokenizer = _tokenizer_in(config, inputs, given)
+        progress.bind(config.out)
         writer = Writer(config.out, _id_type(tokenizer), progress)
         _pack(config, inputs, tokenizer, writer, on_progress)
         _warn_of_an_early_end(config, inputs, writer)
@@ -137,11 +140,12 @@ def prepare(
         shards=len(index.train),
         unknown=unknown,
         lost=lost,
+        skipped=sum(taken.skipped for taken in progress.taken),
         resumed=resumed,
     )
 
 
-KEPT = ("text_field", "eos_token", "shard_tokens", "max_tokens")
+KEPT = ("text_field", "eos_token", "shard_tokens", "max_tokens", "skip_bad")
 """Settings that are recorded by their value."""
 
 
@@ -149,8 +153,9 @@ def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) ->
     """Return what determines the files' content; only the same settings resume a preparation.
 
     on_bad_utf8 is left out: after an invalid byte a user may resume with "replace", since all text
-    before that byte is read alike.
+    before that byte is read alike. With skip_bad it matters, as it decides what is skipped.
     """
+    skipping = {"on_bad_utf8": config.on_bad_utf8} if config.skip_bad else {}
     return {
         "inputs": describe(inputs.train),
         "held_out_inputs": describe(inputs.held_out),
@@ -159,6 +164,7 @@ def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) ->
         "vocab_size": None if given else config.vocab_size or DEFAULT_VOCAB,
         "weights": list(config.weights),
         **{key: getattr(config, key) for key in KEPT},
+        **skipping,
     }
 
 
@@ -198,6 +204,8 @@ def _pack(
             for part, ids, of_it in zip(batch, encoded, lost, strict=True):
                 if writer.reached(room):
                     break
+                if part.piece.bad and not any(t.skipped for t in taken):
+                    log.warning("skip_bad: %s; skipped, like all bad records", part.piece.bad)
                 writer.add(part, np.concatenate([ids, eos]) if part.piece.ends else ids, of_it)
                 if writer.pending >= config.shard_tokens:
                     writer.commit()
@@ -221,7 +229,7 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
     characters = 0
     for part in parts:
         batch.append(part)
-        characters += len(part.piece.text)
+        characters += len(part.piece.text or part.piece.bad)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -299,7 +307,7 @@ def _finish(
         train=train,
         held_out=held_out,
         tokenizer_sha256=sha256((config.out / TOKENIZER).read_bytes()).hexdigest(),
-        settings={**progress.settings, "on_bad_utf8": config.on_bad_utf8},
+        settings=progress.settings | {"on_bad_utf8": config.on_bad_utf8},
         sources=[_counts(*both) for both in zip(sources, progress.taken, strict=True)],
     )
     index.save(config.out)
@@ -308,7 +316,7 @@ def _finish(
 
 
 def _counts(source: Source, taken: Taken) -> dict[str, Any]:
-    counts = ("documents", "text_bytes", "tokens", "unknown", "characters", "lost")
+    counts = ("documents", "text_bytes", "tokens", "skipped", "unknown", "characters", "lost")
     return {"source": source.describe(), **{key: getattr(taken, key) for key in counts}}
 
 
@@ -319,7 +327,12 @@ def _disk_errors_explained(out: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else str(error)
+        begun = (out / JOURNAL).exists()
+        repair = (
+            "fix this and run the same command again to resume"
+            if begun
+            else "fix this, or give another directory"
+        )
         raise DataError(
-            f"out: {out}: {reason}; finished shards are kept: fix this and run the same command"
-            " again to resume"
+            f"out: {out}: {reason}; {'finished shards are kept: ' * begun}{repair}"
         ) from error

@@ -149,8 +149,8 @@ def load_tokenizer(directory: Path) -> Any:
             directory, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # of many types, where a value is not as transformers expects it
-        said = " ".join(str(error).split())
-        raise DataError(f"tokenizer: transformers can't load it: {said[:LONGEST_REASON]}") from error
+        said = " ".join(str(error).split())[:LONGEST_REASON]
+        raise DataError(f"tokenizer: transformers can't load it: {said}") from error
 
 
 def _needs_code(file: Path, own: object, why: str) -> Unsupported:
