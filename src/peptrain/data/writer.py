@@ -40,6 +40,8 @@ from peptrain.files import is_scratch, leading_out, no_links, write_atomically
 from peptrain.settings.fields import check
 
 Ids = NDArray[np.unsignedinteger]
+COUNTS = ("bytes_read", "documents", "text_bytes", "tokens", "skipped", "unknown", "characters",
+          "lost")  # fmt: skip
 SINCE_0_1_0 = {"special_tokens", "skip_bad", "on_bad_utf8"}  # settings that its journals lack
 LEAST_HELD_OUT = 2  # tokens: a loss needs an input and a target
 
@@ -121,7 +123,7 @@ class Progress:
         yield "taken", len(self.taken), len(self.taken) == sources, f"{sources} inputs"
         for taken in self.taken:
             yield "inside", taken.inside, isinstance(taken.inside, bool), "true or false"
-            for key in ("bytes_read", "documents", "text_bytes", "tokens", "skipped"):
+            for key in COUNTS:
                 yield count(key, getattr(taken, key))
         yield count("held_out_documents", self.held_out_documents)
         yield count("held_out_tokens", self.held_out_tokens)
