@@ -132,25 +132,28 @@ def test_a_resume_writes_a_damaged_tokenizer_again(
 def test_a_run_of_0_1_0_has_no_checksums(
     copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its tokenizer was saved by transformers, with the post-processor of the corpus."""
+    """Its tokenizer was saved by transformers, with all that the given one added and varied."""
     folder = copy / "tokenizer"
-    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    own.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A",
-        special_tokens=[("<|endoftext|>", own.token_to_id("<|endoftext|>"))],
-    )
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own = Tokenizer.from_str(plain.to_str())
+    end = "<|endoftext|>"
+    added = [(end, own.token_to_id(end))]
+    own.post_processor = processors.TemplateProcessing(single=f"{end} $A", special_tokens=added)
+    own.model.dropout = 0.9  # type: ignore[attr-defined]
     own.save(str(tmp_path / "own.json"))
     shutil.rmtree(folder)
     old = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "own.json"))
-    old.eos_token = "<|endoftext|>"
+    old.eos_token = end
     old.save_pretrained(folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     resume(copy)
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert len(AutoTokenizer.from_pretrained(folder)("ab").input_ids) > 2 - 1
-    out = AutoTokenizer.from_pretrained(export(copy, tmp_path / "out"))
-    assert out("ab").input_ids == own.encode("ab", add_special_tokens=False).ids
-    assert out.eos_token_id not in out("ab").input_ids and not caplog.records
+    text = "the cat sat on the mat " * 9
+    ids = plain.encode(text).ids
+    assert AutoTokenizer.from_pretrained(folder)(text).input_ids != ids
+    exported = AutoTokenizer.from_pretrained(export(copy, tmp_path / "out"))
+    assert exported(text).input_ids == ids and exported.eos_token == end
+    assert "replaces it" not in caplog.text
 
 
 # Exports encode as the training data was encoded.

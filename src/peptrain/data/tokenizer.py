@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from peptrain.data.index import SHOWN, SPECIAL
+from peptrain.data.index import SPECIAL
 from peptrain.data.sources.text import read_bytes
 from peptrain.errors import ConfigError, DataError
 from peptrain.files import read_json_object
@@ -36,6 +36,7 @@ CONVERT = (
     " config.json too, or is its name on the hub"
 )
 COUNTED_AS_ONE = 1024
+SHOWN = 200  # characters of an error of the library
 log = logging.getLogger("peptrain")
 
 
@@ -153,7 +154,7 @@ def _plain(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if found["dropout"]:
-        tokenizer.model.dropout = None  # type: ignore[attr-defined]
+        tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = True
     if off := [key for key, value in found.items() if value]:
         log.warning(

@@ -225,18 +225,22 @@ def save_tokenizer(file: Path, end_id: int, special: Mapping[str, str], out: Pat
     write_atomically(out / "tokenizer_config.json", json.dumps(config | named, indent=1) + "\n")
     if "chat_template" in special:
         write_atomically(out / "chat_template.jinja", special["chat_template"])
-    add_nothing(out)
+    encode_plainly(out)
 
 
-def add_nothing(directory: Path) -> None:
-    """Change the tokenizer in `directory` such that it adds no special tokens to a text.
+def encode_plainly(directory: Path) -> None:
+    """Change the tokenizer in `directory` such that it encodes a text as in training.
 
     A document of the training data is the tokens of its text, followed by the end token. What a
     post-processor adds, such as <s> before or </s> after a prompt, no batch contained or continued.
+    Dropout, truncation and padding are switched off, which corpora of 0.1.0 may have.
     """
     file = directory / "tokenizer.json"
     content = json.loads(file.read_bytes())
     content["post_processor"] = _adding_nothing(content.get("post_processor"))
+    content["truncation"] = content["padding"] = None
+    if "dropout" in content["model"]:
+        content["model"]["dropout"] = None
     write_atomically(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     file = directory / "tokenizer_config.json"
     config = json.loads(file.read_bytes()) | {"add_bos_token": False, "add_eos_token": False}

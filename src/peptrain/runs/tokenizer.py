@@ -17,7 +17,7 @@ from peptrain.data.corpus import Corpus
 from peptrain.data.tokenizer import configured, end_id, load_tokenizer
 from peptrain.errors import CheckpointError, ConfigError, DataError
 from peptrain.files import scratch, sha256sums, write_atomically
-from peptrain.models.hf import TOKENIZER_FILES, add_nothing, save_tokenizer
+from peptrain.models.hf import TOKENIZER_FILES, encode_plainly, save_tokenizer
 from peptrain.runs.directory import RunDir
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def copy_run_tokenizer(run: RunDir, out: Path) -> None:
     for name in TOKENIZER_FILES:
         if (run.tokenizer / name).is_file():
             shutil.copyfile(run.tokenizer / name, out / name)
-    add_nothing(out)  # those of 0.1.0 do
+    encode_plainly(out)  # those of 0.1.0 may not
 
 
 def _fill(directory: Path, corpus: Corpus) -> None:
