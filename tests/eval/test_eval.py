@@ -283,7 +283,7 @@ def test_a_damaged_eval_json_is_kept_aside(
         assert json.loads((tmp_path / "eval.json").read_text()) == [row, row]
         aside = tmp_path / f"eval.damaged{number}"
         assert aside.is_dir() or aside.read_text() == damage
-        assert f"eval.json: damaged (" in caplog.text and f"moved to {aside}" in caplog.text
+        assert "eval.json: damaged (" in caplog.text and f"moved to {aside}" in caplog.text
 
 
 def test_a_run_that_can_not_be_written_is_evaluated(
