@@ -132,6 +132,39 @@ def test_exact_step(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| step of 7 pairs" in out
 
 
+def test_corruption(script: Any, smoke_folder: Path, tmp_path: Path) -> None:
+    smoke, out = script("smoke"), tmp_path / "json"
+    words = smoke.arguments(smoke.SCRIPTS["corruption"], device="cpu", folder=smoke_folder)
+    assert script("corruption").main([*words, f"--json={out}"]) == 0
+    cases = json.loads(out.read_text())["cases"]
+    found = {(c["file"], c["damage"]): c["class"] for c in cases}
+    assert found["begun/checkpoints/step-00000006/SHA256SUMS", "half"] == "harmless"
+    assert found["unfinished/train-00000.bin", "random bytes"] == "refused"
+    assert {c["command"] for c in cases} == {"resume", "data prepare"}
+
+
+def test_the_corruption_sweep_sees_what_must_not_happen(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Were another result not reported, an error not named, or an exception not caught."""
+    corruption, subjects = script("corruption"), script("subjects")
+    whole, file = corruption.Ran(0, "", "", 1), tmp_path / "run" / "env.json"
+    copy = subjects.Copy(subjects.Subjects(tmp_path), tmp_path / "run")
+    ran = {
+        "harmless": corruption.Ran(0, "", "", 1),
+        "refused": corruption.Ran(1, "", f"error: {file}: damaged\n"),
+        "reported": corruption.Ran(0, f"WARNING {tmp_path}/env.j\n        son: damaged\n", "", 2),
+        "silent": corruption.Ran(0, "INFO     other text", "", 2),
+        "unclear": corruption.Ran(1, "", "error: Is a directory\n"),
+        "traceback": corruption.Ran(raised="Traceback ..."),
+        "hang": corruption.Ran(raised="hang"),
+    }
+    for name, one in ran.items():
+        assert corruption.classify(subjects.COMMANDS[0], one, whole, file, copy) == name
+    lines = list(corruption.table([{"file": "run/env.json", "command": "eval", "class": "hang"}]))
+    assert lines[-1] == "| `run/env.json` | eval |  |  |  |  | 1 |"
+
+
 def test_first_table(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
     ran("first_table")
     row = json.loads(capsys.readouterr().out)
@@ -194,7 +227,7 @@ def test_soak(tmp_path: Path) -> None:
 
 def test_the_smoke_test_has_every_script(script: Any) -> None:
     """And so this file has, which calls each as the smoke test does."""
-    found = {file.stem for file in BENCHMARKS.glob("*.py")} - {"common", "smoke"}
+    found = {file.stem for file in BENCHMARKS.glob("*.py")} - {"common", "smoke", "subjects"}
     assert script("smoke").SCRIPTS.keys() == found
     assert all(f"test_{name}" in globals() for name in found)
 

@@ -300,6 +300,26 @@ def cut_factors(folder: Path) -> None:
     (folder / FACTORS).write_bytes((folder / FACTORS).read_bytes()[:-100])
 
 
+def changed_factors(folder: Path) -> None:
+    content = (folder / FACTORS).read_bytes()
+    (folder / FACTORS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def changed_config(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    assert '"rms_norm_eps": 1e-06' in text
+    (folder / "config.json").write_text(text.replace("1e-06", "1e-05"))
+
+
+def changed_recipe(folder: Path) -> None:
+    text = (folder / RECIPE).read_text()
+    (folder / RECIPE).write_text(text.replace('"seed": 0', '"seed": 1'))
+
+
+def nested_recipe(folder: Path) -> None:
+    (folder / RECIPE).write_text("[" * 10**5)
+
+
 def other_factors(folder: Path) -> None:
     recipe = json.loads((folder / RECIPE).read_text())
     recipe["method"]["rank"] += 1
@@ -319,8 +339,10 @@ def no_recipe(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [no_factors, cut_factors, other_factors, broken_recipe, unknown_method, no_recipe]
-)
+    "damage",
+    [no_factors, cut_factors, changed_factors, changed_config, changed_recipe, nested_recipe,
+     other_factors, broken_recipe, unknown_method, no_recipe],
+)  # fmt: skip
 def test_a_damaged_factorised_model_is_named(
     damage: Callable[[Path], None], exports: Exports, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,7 @@ Ids = NDArray[np.unsignedinteger]
 COUNTS = ("bytes_read", "documents", "text_bytes", "tokens", "skipped", "unknown", "characters",
           "lost")  # fmt: skip
 SINCE_0_1_0 = {"special_tokens", "skip_bad", "on_bad_utf8"}  # settings that its journals lack
+CHANGED = "changed since it was written"
 LEAST_HELD_OUT = 2  # tokens: a loss needs an input and a target
 
 
@@ -57,17 +59,8 @@ class Progress:
     held_out_tokens: int = 0
     shards: list[int] = field(default_factory=list)
     """Tokens of each finished shard."""
-    tokenizer_sha256: str | None = None
-    """Of the tokenizer.json in the directory, whose ids are in the shards; None in 0.1.0."""
-
-    def bind(self, directory: Path) -> None:
-        """Save the checksum of the tokenizer. Raise DataError if it isn't the one from before."""
-        found = hashlib.sha256((directory / TOKENIZER).read_bytes()).hexdigest()
-        if self.tokenizer_sha256 not in (None, found):
-            raise damaged(directory / TOKENIZER, "changed since it was written")
-        if self.tokenizer_sha256 is None:
-            self.tokenizer_sha256 = found
-            self.save(directory)
+    sums: dict[str, int] = field(default_factory=dict)
+    """CRC-32 of what was written of each file; empty where 0.1.0 began."""
 
     def save(self, directory: Path) -> None:
         write_checked(directory / JOURNAL, asdict(self))
@@ -127,6 +120,8 @@ class Progress:
                 yield count(key, getattr(taken, key))
         yield count("held_out_documents", self.held_out_documents)
         yield count("held_out_tokens", self.held_out_tokens)
+        sums = isinstance(self.sums, dict) and all(type(v) is int for v in self.sums.values())
+        yield "sums", self.sums, sums, "checksums by name"
         yield "shards", self.shards, isinstance(self.shards, list), "a list"
         yield from (count("shards", tokens) for tokens in self.shards)
 
@@ -144,6 +139,25 @@ class Writer:
         self._train: list[Ids] = []
         self._held_out: list[Ids] = []
         self._tokens = {True: 0, False: 0}  # in memory; the key is whether held out
+        self._verify()
+
+    def _verify(self) -> None:
+        """Raise DataError for a file that has changed since an interrupted preparation wrote it."""
+        sums = self.progress.sums
+        first = TOKENIZER not in sums  # of a new preparation, or one that 0.1.0 began
+        tokens = {shard_name(i): n for i, n in enumerate(self.progress.shards)}
+        tokens[HELD_OUT] = self.progress.held_out_tokens
+        sizes = {name: n * self.dtype.itemsize for name, n in tokens.items()}
+        sizes[TOKENIZER] = (self.directory / TOKENIZER).stat().st_size
+        for name, size in sizes.items():
+            path = self.directory / name
+            # A shard that is shorter lost its tail to the held-out file, or else `survey` finds it.
+            if path.is_file() and path.stat().st_size >= size:
+                found = _crc(path, size)
+                if found != (sums.setdefault(name, found) if first else sums.get(name, 0)):
+                    raise damaged(path, CHANGED)
+        if first:
+            self.progress.save(self.directory)
 
     @property
     def train_tokens(self) -> int:
@@ -175,9 +189,12 @@ class Writer:
         if self._train:
             name = shard_name(len(self.progress.shards))
             write_atomically(self.directory / name, (ids.data for ids in self._train))
+            self.progress.sums[name] = _crc_of(self._train)
             self.progress.shards.append(self._tokens[False])
         self._append_held_out()
         self.progress.held_out_tokens += self._tokens[True]
+        known = self.progress.sums.get(HELD_OUT, 0)
+        self.progress.sums[HELD_OUT] = _crc_of(self._held_out, known)
         self.progress.save(self.directory)
         self._train, self._held_out = [], []
         self._tokens = {True: 0, False: 0}
@@ -187,7 +204,7 @@ class Writer:
         path = self.directory / HELD_OUT
         with open(path, "ab", opener=no_links) as file:
             if file.tell() < start:
-                raise damaged(path, "changed since it was written")
+                raise damaged(path, CHANGED)
             file.truncate(start)  # drop what a killed process appended last
             for ids in self._held_out:
                 file.write(ids.data)
@@ -227,10 +244,25 @@ class Writer:
         for name, tokens in zip([*names, HELD_OUT], sizes, strict=True):
             path = self.directory / name
             if not path.exists() or path.stat().st_size != tokens * self.dtype.itemsize:
-                raise damaged(path, "changed since it was written")
+                raise damaged(path, CHANGED)
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if tokens:
                 largest = max(largest, int(np.memmap(path, self.dtype, "r").max()))
             files.append(TokenFile(name, tokens, digest))
         return tuple(files[:-1]), files[-1], largest
+
+
+def _crc_of(ids: list[Ids], known: int = 0) -> int:
+    for part in ids:
+        known = crc32(part.data, known)
+    return known
+
+
+def _crc(path: Path, size: int) -> int:
+    """Return the CRC-32 of the first `size` bytes of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while size and (part := file.read(min(size, 1 << 20))):
+            found, size = crc32(part, found), size - len(part)
+    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 from peptrain import __version__
 from peptrain.errors import CheckpointError, Unsupported
 from peptrain.execution.padding import widen_mlps
+from peptrain.files import read_json_object
 from peptrain.methods import methods
 from peptrain.methods.base import Method
 from peptrain.methods.lowrank import LowRankLinear
@@ -26,9 +29,11 @@ from peptrain.runs.checkpoint import load_model
 from peptrain.settings import toml
 from peptrain.settings.fields import as_before
 
+CHECKSUMS = "sha256"
 FACTORS, RECIPE = "factors.safetensors", "peptrain.json"
 """The weights file does not have Hugging Face's name. Otherwise `from_pretrained` would load it,
 find no dense matrices in it, and silently continue with random ones."""
+SUMMED = ("config.json", FACTORS)
 
 
 def write_factorised(opened: Opened, out: Path) -> PreTrainedModel:
@@ -47,8 +52,27 @@ def write_factorised(opened: Opened, out: Path) -> PreTrainedModel:
     save_file(tensors, out / FACTORS, {"format": "pt"})
     made = {"phase": opened.saved.phase, "seed": opened.config.train.seed}
     recipe = {"peptrain": __version__, "method": {"name": method.name} | _set(method), **made}
-    (out / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    sums = {RECIPE: _of_recipe(recipe), **{name: _of_file(out / name) for name in SUMMED}}
+    text = json.dumps({**recipe, CHECKSUMS: sums}, indent=1) + "\n"
+    (out / RECIPE).write_text(text, encoding="utf-8")
     return _read_factorised(out)[0]
+
+
+def _of_file(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _of_recipe(recipe: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _verify(path: Path, recipe: dict[str, Any]) -> None:
+    """Remove the checksums from `recipe`. Raise ValueError for a file that differs from its own."""
+    sums = recipe.pop(CHECKSUMS, {})  # absent in 0.1.0
+    found = {RECIPE: _of_recipe(recipe), **{name: _of_file(path / name) for name in SUMMED}}
+    for name in sums and found:
+        if found[name] != sums.get(name):
+            raise ValueError(f"{name}: differs from what was exported")
 
 
 def _set(method: Method) -> dict[str, Any]:
@@ -77,7 +101,8 @@ def _read_factorised(path: Path) -> tuple[PreTrainedModel, Method]:
             " create one with `peptrain export RUN --form factorised`"
         )
     try:
-        recipe = json.loads((path / RECIPE).read_text(encoding="utf-8"))
+        recipe = read_json_object(path / RECIPE)
+        _verify(path, recipe)
         name, known = recipe["method"].pop("name"), methods()
         if name not in known:
             raise CheckpointError(
@@ -87,10 +112,11 @@ def _read_factorised(path: Path) -> tuple[PreTrainedModel, Method]:
         written = recipe["method"]
         method = as_before(toml.parse(known[name], written, "method."), written)
         tensors = load_file(path / FACTORS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        model = new_model(load_config(path), next(iter(tensors.values())).dtype)
+    except (
+        OSError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError
+    ) as error:  # fmt: skip
         raise CheckpointError(f"{path}: can't be read: {error}; export it again") from error
-    dtype = next(iter(tensors.values())).dtype
-    model = new_model(load_config(path), dtype)
     rng, phase = Rng(recipe.get("seed", 0)), recipe.get("phase", 0)  # missing in files of 0.1.0
     method.install(model, find_sites(model), rng, phase)
     load_model(model, tensors)

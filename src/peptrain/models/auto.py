@@ -119,6 +119,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     _check_weights(path)
+    if (generation := path / "generation_config.json").exists():
+        read_json_object(generation)  # transformers does not say which file is damaged
     load: Any = AutoModelForCausalLM.from_pretrained
     model, report = load(
         path,
