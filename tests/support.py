@@ -26,6 +26,7 @@ from peptrain.rng import Rng
 from peptrain.runs.checkpoint import available
 from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL, TRAIN, newest, small, small_run
+from peptrain.training.metrics import MEASURED
 from peptrain.training.state import TrainState, restore
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -48,6 +49,11 @@ def tiny(method: Method | str, corpus: Path, run: Path | None = None, **sections
 
 def rows(run: Path, event: str = "step") -> list[dict[str, Any]]:
     return [row for row in RunDir(run).metrics() if row["event"] == event]
+
+
+def untimed(run: Path) -> list[dict[str, Any]]:
+    """All rows, without what depends on the machine and the moment."""
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in RunDir(run).metrics()]
 
 
 class Killed(BaseException):

@@ -211,6 +211,20 @@ def test_cpu_peft(numbers: Any) -> None:
     assert trainable["Trainer, full"] == trainable["full"]
 
 
+@pytest.mark.slow
+def test_soak(tmp_path: Path) -> None:
+    """A dozen runs. In a process of its own, because it forks."""
+    out = tmp_path / "json"
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "soak.py", "--runs=12", "--workers=2", f"--json={out}"],
+        check=True,
+        timeout=300,
+    )
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["files"] + row["rows"] for row in rows] == [[]] * 12
+    assert all(row["killed"] for row in rows)
+
+
 def test_the_smoke_test_has_every_script(script: Any) -> None:
     """And so this file has, which calls each as the smoke test does."""
     found = {file.stem for file in BENCHMARKS.glob("*.py")} - {"common", "smoke", "subjects"}

@@ -149,7 +149,7 @@ def only_parsed() -> list[tuple[str, str]]:
     return found
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     """Raised in the place of the work."""
 
 

@@ -15,10 +15,23 @@ from peptrain.models.presets import DEFAULT_PRESET
 from peptrain.optim.adamw import OptimConfig
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.settings import toml
-from peptrain.settings.fields import as_before, check, essential, fill, interval, resolve
+from peptrain.settings.fields import (
+    as_before,
+    check,
+    check_whole,
+    essential,
+    fill,
+    interval,
+    resolve,
+    shown,
+)
 from peptrain.settings.toml import HEADER
 
 M = TypeVar("M", bound=Method)
+LARGEST_BATCH = 1 << 24
+"""Sequences in a batch, and tokens in a sequence."""
+TOKENS_IN_A_FORWARD = 16_384
+"""Of the default micro-batch, unless one sequence has more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +80,17 @@ class TrainConfig:
     """Number of checkpoints to keep. Older ones are deleted."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "seq_len", "log_every", "keep"):
-            check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), ">= 1")
-        for key in ("seed", "eval_every", "checkpoint_every", "eval_tokens"):
-            value = getattr(self, key)
-            check(value is None or value >= 0, f"train.{key}", value, ">= 0")
+        for key in ("steps", "log_every", "keep"):
+            check_whole(f"train.{key}", getattr(self, key), 1)
+        for key in ("batch_size", "micro_batch", "seq_len"):
+            check_whole(f"train.{key}", getattr(self, key), 1, LARGEST_BATCH)
+        for key in ("eval_every", "checkpoint_every"):
+            check_whole(f"train.{key}", getattr(self, key), 0)
+        for key in ("seed", "eval_tokens"):
+            check_whole(f"train.{key}", getattr(self, key), 0, 2**63 - 1)
         fits = self.memory_budget == 1 or (0 <= self.memory_budget < 1 and self.compile)
         wanted = "in [0, 1], and 1 without train.compile"
         check(fits, "train.memory_budget", self.memory_budget, wanted)
-        micro = self.micro_batch
-        check(micro is None or micro >= 1, "train.micro_batch", micro, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +127,9 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
     Raises ConfigError for settings that contradict each other.
     """
     method, steps = config.method, config.train.steps
+    path = str(config.run or "")
+    utf8 = not any("\ud800" <= c <= "\udfff" for c in path)
+    check(utf8, "run", path, "UTF-8, which tokenizers and safetensors need")
     width = hf_config(config.model, config.train.seq_len).get_text_config().hidden_size
     method, optim, schedule = settled(method, config.optim, config.schedule, steps, width)
     return replace(
@@ -152,7 +169,8 @@ def _absolute(path: Path | None) -> Path | None:
 def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainConfig:
     rows, rest = divmod(train.batch_size, world_size)
     check(rest == 0, "train.batch_size", train.batch_size, f"a multiple of the {world_size} ranks")
-    fitting = [k for k in range(1, rows + 1) if rows % k == 0 and k * train.seq_len <= 16_384]
+    most = min(rows, TOKENS_IN_A_FORWARD // train.seq_len)
+    fitting = [k for k in range(1, most + 1) if rows % k == 0]
     micro = train.micro_batch or max(fitting, default=1)
     check(rows % micro == 0, "train.micro_batch", micro, f"a divisor of the {rows} rows of a rank")
     between = (train.eval_every or train.steps) * train.batch_size * train.seq_len
@@ -178,8 +196,8 @@ def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
             raise ConfigError(_misplaced(key) or toml.unknown(key, list(sections)))
     if not isinstance(table.get(HEADER, {}), Mapping):
         raise ConfigError(
-            f"{HEADER}: must be a table, [{HEADER}] (got {table[HEADER]!r}); it only describes the"
-            " file; to use a recipe, copy the settings that `peptrain recipes NAME` prints"
+            f"{HEADER}: must be a table, [{HEADER}] (got {shown(table[HEADER])}); it only describes"
+            " the file; to use a recipe, copy the settings that `peptrain recipes NAME` prints"
         )
     rest = {
         key: toml.parse_value(hint, table[key], key)
@@ -202,14 +220,14 @@ def _misplaced(key: str) -> str | None:
 def _parse_method(table: Mapping[str, Any]) -> Method:
     wanted = 'write name = "bpt" or another method in [method]'
     if not isinstance(table, Mapping):
-        raise ConfigError(f"method: must be a table (got {table!r}); {wanted}")
+        raise ConfigError(f"method: must be a table (got {shown(table)}); {wanted}")
     if "name" not in table:
         raise ConfigError(f"method.name: missing; {wanted}")
     name, known = table["name"], methods()
     if not isinstance(name, str) or name not in known:
         raise ConfigError(
-            f"method.name: unknown method {name!r}; choose from {', '.join(known)}; for a method of"
-            " your own install its package or set peptrain.METHODS[name] to its class"
+            f"method.name: unknown method {shown(name)}; choose from {', '.join(known)}; for"
+            " a method of your own install its package or set peptrain.METHODS[name] to its class"
         )
     return toml.parse(known[name], {k: v for k, v in table.items() if k != "name"}, "method.")
 

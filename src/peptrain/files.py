@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -140,6 +141,15 @@ def read_json(path: Path, kind: type[J]) -> J:
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
     return found
+
+
+def sha256sums(directory: Path, names: Iterable[str]) -> str:
+    """Return what `sha256sum` prints for these files of a directory."""
+    lines = []
+    for name in names:
+        with (directory / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)
 
 
 def open_up(directory: Path) -> None:

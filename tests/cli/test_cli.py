@@ -565,7 +565,7 @@ def test_text_and_packed_json_lines_are_prepared(peptrain_: Command) -> None:
         ("bad.txt", b"fine \xff\xfe then", r"bad\.txt: invalid UTF-8 at byte 5 .*--on-bad-utf8"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not JSON"),
         ("other.jsonl", b'{"txt": "a"}\n', r"other\.jsonl:1: no field 'text' .*'txt'"),
-        ("list.jsonl", b"[1]\n", r"list\.jsonl:1: a JSON list; each line must be one object"),
+        ("list.jsonl", b"[1]\n", r"list\.jsonl:1: a JSON array, but each line must be one object"),
         ("cut.txt.gz", gzip.compress(b"tea " * 999, mtime=0)[:-20], r"cut\.txt\.gz: can't be read"),
         ("empty.txt", b"", r"inputs: no text in empty\.txt"),
         ("missing.txt", None, r"inputs: missing\.txt: no such file"),

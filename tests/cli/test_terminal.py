@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from peptrain.cli.app import _log_on, main
+from peptrain.cli.app import main
+from peptrain.cli.console import log_on
 from peptrain.cli.terminal import UNSAFE, Console, escaped, one_line
 
 BAD = "a\x1b[2Jb\x9b1mc\x85d\u202ee\udcfff\x1b]0;title\x1b\\"
@@ -31,7 +32,7 @@ def test_control_characters_are_escaped_wherever_text_is_printed(terminal: bool)
         live.update(Text(BAD), refresh=True)
     before = logging.getLogger("peptrain").handlers[:]
     try:
-        _log_on(console)
+        log_on(console)
         # Not the whole of it: a report of pytest can't have the bytes of a path in it.
         logging.getLogger("peptrain").warning("%s\nerror: forged", BAD.replace("\udcff", ""))
     finally:

@@ -3,6 +3,7 @@
 No test needs a network: streams are made of local rows behind the functions that would reach it.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from peptrain.data.tokenizer import train_tokenizer
 from peptrain.errors import ConfigError, DataError
 
 datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
 TEXTS = [f"document {n} " + "the cat sat. " * (n % 7) for n in range(60)]
 ROWS = [{"id": n, "text": text} for n, text in enumerate(TEXTS)]
 COMMIT = "c0ffee"
@@ -253,8 +255,10 @@ def test_rows_without_text_are_left_out_and_foreign_ones_named(hub):
     assert texts(HubStream("hf:some/texts", "inputs", "text")) == ["a", "b"]
     with pytest.raises(DataError, match=r"hf:x: no field 'body' \(fields: 'text', 'n'\)"):
         texts(HubStream("hf:x", "inputs", "body"))
-    with pytest.raises(DataError, match=r"hf:x: 'n' is int, not a string; choose another"):
+    with pytest.raises(DataError, match=r"hf:x: 'n' is int, not a string \(got 1\); choose"):
         texts(HubStream("hf:x", "inputs", "n"))
+    skipped = list(HubStream("hf:x", "inputs", "n", skip_bad=True).pieces(None))
+    assert len([piece for piece in skipped if piece.bad]) == 4
 
 
 def test_an_id_that_cannot_be_reached_says_what_to_do_offline(config):
@@ -350,3 +354,32 @@ def test_the_splits_of_a_saved_dataset_are_named_and_so_are_its_faults(saved, co
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match=r"saved: can't be read .*fetch it again"):
         SavedDataset(saved, "text")
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "[" * 100_000, '{"_data_files": 3}', "\xff", ""])
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+def test_damaged_descriptions_of_a_saved_dataset_are_named(saved, content, name):
+    (saved / name).write_bytes(content.encode("latin-1"))
+    with contextlib.suppress(DataError):  # the second need not have our fields
+        SavedDataset(saved, "text")
+        assert (name, content) == ("dataset_info.json", '{"_data_files": 3}')
+
+
+def test_a_saved_dataset_has_no_data_elsewhere(saved, tmp_path):
+    data = next(saved.glob("*.arrow"))
+    data.rename(tmp_path / data.name)
+    (saved / "other.arrow").touch()
+    state = (saved / "state.json").read_text()
+    (saved / "state.json").write_text(state.replace(data.name, f"../{data.name}"))
+    with pytest.raises(DataError, match=r"state\.json names '\.\./data.*, which isn't in the dir"):
+        SavedDataset(saved, "text")
+
+
+def test_bytes_that_are_no_utf8_are_named_or_skipped_in_a_saved_dataset(tmp_path):
+    column = pyarrow.array([b"good", None, b"\xff"]).view(pyarrow.string())
+    datasets.Dataset(pyarrow.table({"text": column})).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"saved: row 3: invalid UTF-8 .*--skip-bad"):
+        texts(SavedDataset(tmp_path / "saved", "text"))
+    good, bad = SavedDataset(tmp_path / "saved", "text", skip_bad=True).pieces(None)
+    assert (good.text, bad.text, bad.position) == ("good", "", 3)
+    assert texts(SavedDataset(tmp_path / "saved", "text", "replace")) == ["good", "\ufffd"]

@@ -30,12 +30,17 @@ def read(path: Path, field: str = "text", errors: str = "strict") -> list[str]:
 @given(
     texts=st.lists(st.none() | st.text(st.sampled_from("ab\n\0ö€😀"), max_size=9), max_size=30),
     row_group_size=st.integers(1, 40),
-    large=st.booleans(),
+    kind=st.sampled_from(
+        [*(pa.string(), pa.large_string(), pa.string_view()), pa.binary(), pa.large_binary()]
+    ),
+    dictionary=st.booleans(),
 )
 def test_rows_come_in_order_and_those_without_text_are_left_out(
-    tmp_path_factory, texts, row_group_size, large
+    tmp_path_factory, texts, row_group_size, kind, dictionary
 ):
-    column = pa.array(texts, pa.large_string() if large else pa.string())
+    column = pa.array(texts, kind)
+    if dictionary and kind != pa.string_view():
+        column = column.dictionary_encode()
     path = tmp_path_factory.mktemp("rows") / "a.parquet"
     assert read(write(path, column, row_group_size=row_group_size)) == [t for t in texts if t]
 
@@ -91,8 +96,10 @@ def test_damage_inside_is_named(tmp_path):
 def test_broken_utf8_names_the_row(tmp_path):
     raw = pa.array([b"good", None, b"ab\xff"], pa.binary())
     path = write(tmp_path / "a.parquet", raw.view(pa.string()))
-    with pytest.raises(DataError, match=r"row 3: invalid UTF-8 at byte 2; .*--on-bad-utf8 replace"):
+    with pytest.raises(DataError, match=r"row 3: invalid UTF-8 at byte 2 .*--on-bad-utf8 replace"):
         read(path)
+    good, bad = read_rows(path, "text", "strict", skip_bad=True)
+    assert good.text == "good" and not bad.text and "row 3: invalid UTF-8" in bad.bad
     assert read(path, errors="replace") == ["good", "ab\ufffd"]
 
 

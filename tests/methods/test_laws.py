@@ -170,6 +170,8 @@ def test_two_ranks_are_one_process(
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-8)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-8)
         assert one["tokens"] == other["tokens"]
+        for row, ranks in ((one, 1), (other, 2)):
+            assert 0 < row["device_hours"] == pytest.approx(row["seconds"] * ranks / 3600)
     (end,), (other_end,) = rows(run, "end"), rows(two_ranks / name, "end")
     assert end["held_out_tokens"] == other_end["held_out_tokens"]
     assert end["held_out_loss"] == pytest.approx(other_end["held_out_loss"], abs=1e-8)

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Killed, kill_at, rows, tiny, tiny_method
+from support import Killed, kill_at, rows, tiny, tiny_method, untimed
 
 import peptrain.runs.checkpoint
 import peptrain.training.loop as trainer
@@ -259,21 +262,74 @@ def test_a_kill_between_a_checkpoint_and_its_row_loses_nothing(
         assert newest(run).step == step
     last = rows(run, "checkpoint")[-1]["state_bytes"]
     assert resume(run).state_bytes == result.state_bytes > last
-    timed = "tokens_per_second"
-    ours, theirs = ([{k: v for k, v in row.items() if k != timed} for row in RunDir(path).metrics()]
-                    for path in (run, whole))  # fmt: skip
-    assert ours == theirs
+    assert untimed(run) == untimed(whole)
+
+
+def test_the_clocks_of_a_run_go_on_after_kills(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is a second, evaluations and checkpoints take a minute, and a kill takes back two."""
+    now = 1e9
+
+    def passing(seconds: float) -> Any:
+        def clock() -> float:
+            nonlocal now
+            now += seconds
+            return now
+
+        return clock
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(time, "time", lambda: now)
+    real, second, minute = trainer.advance, passing(1), passing(60)
+    monkeypatch.setattr(trainer, "advance", lambda *given: (second(), real(*given))[1])
+    for name in ("save", "_evaluate"):
+        slow = getattr(trainer, name)
+        patched = lambda *given, slow=slow, **named: (minute(), slow(*given, **named))[1]  # noqa: E731
+        monkeypatch.setattr(trainer, name, patched)
+    settings = {"eval_every": 2, "checkpoint_every": 4}
+    with pytest.raises(Killed):
+        train(tiny("full", corpus, tmp_path / "run", train=settings), kill_at("step", 6))
+    resume(tmp_path / "run")
+    found = list(RunDir(tmp_path / "run").metrics())
+    assert [row["seconds"] for row in found] == [row["step"] for row in found]
+    assert all(row["device_hours"] == pytest.approx(row["step"] / 3600) for row in found)
+    assert [row["time"] for row in found] == sorted(row["time"] for row in found)
+    assert not any("peak_bytes" in row for row in found)
+    start, again = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert start["data"] == Corpus.open(corpus).fingerprint == again["data"]
+    assert start["command"] == shlex.join(sys.argv) and start["host"]
+    assert start["commit"] is None or len(start["commit"]) == 40
+
+
+def test_a_kill_before_older_checkpoints_were_deleted_leaves_no_more_than_asked_for(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at the last step, after which nothing is saved."""
+    config = tiny("full", corpus, tmp_path / "run", train={"checkpoint_every": 2, "keep": 2})
+
+    def killed(directory: Path, step: int, keep: int) -> None:
+        if step == STEPS:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(peptrain.runs.checkpoint, "delete_old", killed)
+        train(config)
+    kept = RunDir(config.run).checkpoints  # type: ignore[arg-type]
+    assert len(available(kept)) == 4
+    resume(kept.parent)
+    assert [path.name for path in available(kept)] == ["step-00000006", "step-00000008"]
 
 
 def test_resuming_a_finished_run_evaluates_it_again_and_changes_nothing(
     whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
     run = rewound(whole("bpt"), tmp_path / "run", STEPS)
-    before = list(RunDir(run).metrics())
+    before = untimed(run)
     events: list[str] = []
     result = resume(run, lambda row: events.append(row["event"]))
     assert events == ["start", "end"]
-    assert list(RunDir(run).metrics()) == before
+    assert untimed(run) == before
     assert fingerprint(run) == fingerprint(whole("bpt"))
     assert result.held_out.loss == rows(run, "end")[0]["held_out_loss"]
     assert result.tokens_per_second == rows(run, "end")[0]["tokens_per_second"] > 0

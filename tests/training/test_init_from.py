@@ -390,6 +390,7 @@ def with_tokenizer(source: Path, corpus: Path, folder: Path, *, other: bool) -> 
         vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     where = RunDir(copy).tokenizer if (copy / "config.toml").exists() else copy
     (where / "tokenizer.json").write_text(json.dumps(known), encoding="utf-8")
+    (where / "SHA256SUMS").unlink(missing_ok=True)  # as in a run of 0.1.0
     return copy
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,17 +11,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional, arg
 
 from peptrain import __version__, recipes
-from peptrain.cli.console import make, may_be_lost, print_wide, stderr, stdout
-from peptrain.cli.parsing import MARKERS, UNSET, check_command, check_names, paragraphs, registry
-from peptrain.cli.terminal import Console, OneLine, one_line
+from peptrain.cli.console import (
+    log_on,
+    make,
+    may_be_lost,
+    print_wide,
+    silence_libraries,
+    stderr,
+    stdout,
+)
+from peptrain.cli.failures import report
+from peptrain.cli.parsing import (
+    MARKERS,
+    UNSET,
+    check_command,
+    check_names,
+    paragraphs,
+    refusing_control_characters,
+    registry,
+)
 from peptrain.distributed.launch import speaks
-from peptrain.errors import Interrupted, PeptrainError
+from peptrain.errors import PeptrainError
 
 if TYPE_CHECKING:
     from peptrain.config import RunConfig
@@ -40,33 +54,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     when SIGTERM, SIGHUP or SIGUSR1 stopped a training, which is saved.
 
     When standard output fails (a closed pipe, a full disk) the command continues. It returns 1 if
-    it has no other result. Raises SystemExit(2) for a command line that can't be parsed,
-    SystemExit(0) after --help.
+    it has no other result. `--debug` anywhere in `argv` adds the traceback of an error. Raises
+    SystemExit(2) for a command line that can't be parsed, SystemExit(0) after --help.
     """
-    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = [arg for arg in given if arg != "--debug"] or ["--help"]
     essential_only = args[0] in ("train", "estimate") and bool({"-h", "--help"} & {*args})
     args = ["--help" if arg == "--help-all" else arg for arg in args]
-    _set_up_output()
-    if "--json" in args:
-        _log_on(make(stderr))
+    silence_libraries()
+    log_on(make(stderr) if "--json" in args else console)
     if args == ["--version"]:
         console.print(__version__, highlight=False)
         return 0
     try:
-        check_command(args[0])
+        check_command(args)
         app, args = _app(args, essential_only)
-        rules = registry(essential_only=essential_only)
-        app.cli(prog="peptrain", description=DESCRIPTION, args=args, config=MARKERS, registry=rules)
-    except Interrupted as stop:
-        console.print(f"[yellow]{escape(str(stop))}", highlight=False, soft_wrap=True)
-        return stop.code
-    except KeyboardInterrupt:
-        console.print("[yellow]stopped")
-        return 130
-    except (PeptrainError, OSError) as error:
-        message = f"[bold red]error:[/] {escape(one_line(str(error)))}"
-        make(stderr).print(message, highlight=False, soft_wrap=True)
-        return 1
+        with refusing_control_characters(args) as printed:
+            app.cli(prog="peptrain", description=DESCRIPTION, args=args, console_outputs=printed,
+                    config=MARKERS, registry=registry(essential_only=essential_only))  # fmt: skip
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error, console, debug="--debug" in given)
     stdout.flush()
     return 1 if stdout.lost and args[0] in PRINTS_ONLY else 0
 
@@ -76,21 +83,6 @@ PRINTS_ONLY = ("estimate", "eval", "methods", "recipes")
 DESCRIPTION = f"""Parameter-efficient pre-training of language models ({__version__}).
 
 Start with `peptrain demo` or `peptrain train loro`: neither needs settings."""
-
-
-def _set_up_output() -> None:
-    """Log to the terminal, and silence progress bars and notices of the Hugging Face libraries."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    _log_on(console)
-
-
-def _log_on(console: Console) -> None:
-    handler = RichHandler(console=console, show_time=False, show_path=False)
-    handler.setFormatter(OneLine())
-    log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
 
 
 def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandApp, list[str]]:
@@ -344,11 +336,12 @@ def _prepare_command() -> Callable[..., None]:
         """Tokenize text into shards for training."""
         with preparing(console) as on_progress:
             made = prepare(config, on_progress)
+        skipped = f", {made.skipped:,} bad records skipped" if made.skipped else ""
         console.print(
             f"{made.path}: {made.documents:,} documents, {made.train_tokens:,} training and"
             f" {made.held_out_tokens:,} held-out tokens, {made.bytes_per_token:.2f} bytes a token,"
             f" vocabulary {made.vocab_size:,} (largest id {made.max_id:,}),"
-            f" {made.shards} shards{', resumed' if made.resumed else ''}",
+            f" {made.losses}, {made.shards} shards{skipped}{', resumed' if made.resumed else ''}",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from typing import TextIO
 
+from rich.logging import RichHandler
 from rich.table import Table
 
-from peptrain.cli.terminal import Console
+from peptrain.cli.terminal import Console, OneLine
 
 
 class Display(io.TextIOBase):
@@ -64,8 +66,11 @@ class Display(io.TextIOBase):
         """Begin a command. Where the descriptor is closed, open it to /dev/null.
 
         Otherwise the next file that is opened, such as metrics.jsonl, would get its number.
+        Characters that the stream's encoding lacks are written escaped.
         """
         self.lost = None
+        if isinstance(self._stream, io.TextIOWrapper):
+            self._stream.reconfigure(errors="backslashreplace")
         if getattr(sys, self._name) is None:
             setattr(sys, self._name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
             self._lose(OSError("closed"))
@@ -106,3 +111,19 @@ def make(display: Display, *, quiet: bool = False, width: int | None = None) -> 
 def print_wide(console: Console, table: Table) -> None:
     """Print at the terminal's width; in a file or a pipe keep each row on one line."""
     (console if console.is_terminal else make(stdout, width=160)).print(table)
+
+
+def silence_libraries() -> None:
+    """Silence progress bars and notices of the Hugging Face libraries."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def log_on(console: Console) -> None:
+    """Print peptrain's log on `console`, each message on one line."""
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.setFormatter(OneLine())
+    log = logging.getLogger("peptrain")
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -23,9 +24,11 @@ from tyro.constructors import (
 )
 
 from peptrain import recipes
+from peptrain.cli.terminal import UNSAFE
 from peptrain.errors import ConfigError
 from peptrain.models.presets import PRESETS, unknown_preset
-from peptrain.settings.fields import nearest
+from peptrain.settings.fields import check, nearest
+from peptrain.settings.toml import as_path
 
 MARKERS = (
     tyro.conf.FlagCreatePairsOff,
@@ -37,6 +40,8 @@ UNSET = tyro.conf.arg(help_behavior_hint="")
 TRUTHS = {"true": True, "false": False, "True": True, "False": False}
 COMMANDS = ("train", "resume", "estimate", "demo", "compare", "eval", "export", "data", "methods",
             "recipes")  # fmt: skip
+COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
+SHELLS = ("bash", "zsh", "fish")
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -48,6 +53,7 @@ def registry(*, essential_only: bool) -> ConstructorRegistry:
 
     made = ConstructorRegistry()
     made.primitive_rule(_bool)
+    made.primitive_rule(_path)
     made.struct_rule(settings)
     return made
 
@@ -113,18 +119,56 @@ def _bool(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
     )
 
 
-def check_command(name: str) -> None:
-    """Raise ConfigError for an unknown command, naming the nearest known one."""
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """Read paths as configuration files do."""
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda given: as_path(given[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def check_command(args: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown command, naming the nearest known one.
+
+    Also for an unknown shell after tyro's flags that print a completion script.
+    """
+    name = args[0]
+    if name.replace("_", "-") in COMPLETION and args[1:]:
+        check(args[1] in SHELLS, name, args[1], f"one of {', '.join(SHELLS)}")
     if not name.startswith("-") and name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f"choose from {', '.join(COMMANDS)}; "
         raise ConfigError(f"command {name!r}: unknown; {hint}see `peptrain --help`")
+
+
+@contextlib.contextmanager
+def refusing_control_characters(args: Sequence[str]) -> Iterator[bool]:
+    """Yield whether tyro may print its messages, which repeat the arguments as they are.
+
+    It may not if an argument contains control characters, as the name of a file may. Then an error
+    of tyro's raises ConfigError, which names that argument.
+    """
+    odd = next((arg for arg in args if UNSAFE.search(arg)), None)
+    try:
+        yield odd is None
+    except SystemExit as left:
+        if odd is None or not left.code:
+            raise
+        raise ConfigError(
+            f"argument {odd!r}: the command can't be parsed, and its message would repeat control"
+            " characters; remove them to see the message"
+        ) from None
 
 
 def named(args: Sequence[str]) -> argparse.Namespace:
     """Return the values of --config, --recipe, --model.config and --model.preset."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for path in ("--config", "--model.config"):
-        parser.add_argument(path, type=Path, nargs="?")  # tyro reports a missing value
+        parser.add_argument(path, type=as_path, nargs="?")  # tyro reports a missing value
     for name in ("--recipe", "--model.preset"):
         parser.add_argument(name, nargs="?")
     return parser.parse_known_args(args)[0]

@@ -24,7 +24,7 @@ from peptrain.errors import CheckpointError, Interrupted
 from peptrain.files import write_atomically
 from peptrain.models.hf import config_file
 from peptrain.runs.directory import RunDir
-from peptrain.settings.fields import check, each_line_once
+from peptrain.settings.fields import check, check_whole, each_line_once
 from peptrain.training.init_from import contents, sha256
 from peptrain.training.signals import BY_SYSTEM
 
@@ -54,7 +54,7 @@ def compare(
     if a run's config.toml was changed; PeptrainError if steps can't be timed; Interrupted after a
     signal such as Ctrl-C or SIGTERM, once the running runs are saved.
     """
-    check(workers is None or workers >= 1, "--workers", workers, ">= 1")
+    check_whole("--workers", workers, 1)
     ranks = launch().size
     check(ranks == 1, "WORLD_SIZE", ranks, "unset: compare starts its own processes")
     asked = load_grid(grid)

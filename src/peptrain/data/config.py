@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Literal
 
 from peptrain.errors import ConfigError
-from peptrain.settings.fields import check
+from peptrain.settings.fields import check, check_whole
 
 DEFAULT_VOCAB = 8192
 WEIGHTS_TOLERANCE = 1e-6  # the weights that the error suggests have nine digits
 SMALLEST_VOCAB = 257  # 256 bytes and an end token
+SURROGATE = re.compile("[\ud800-\udfff]")  # in an argument that is not UTF-8
 LARGEST_VOCAB = 1 << 24  # the trainer reserves 64 bytes each; 20 M characters yield fewer
 
 
@@ -46,13 +48,18 @@ class PrepareConfig:
     """Tokens per shard, or a little more: shards end with a document (or with 1 MB of one)."""
     on_bad_utf8: Literal["error", "replace"] = "error"
     """How to handle invalid UTF-8: stop with an error, or replace it by U+FFFD."""
+    skip_bad: bool = False
+    """Skip records that can't be used (invalid JSON or UTF-8, no text field, a number as text)
+    instead of stopping with an error. They are counted."""
 
     def __post_init__(self) -> None:
         check(bool(self.inputs), "inputs", self.inputs, "at least one file or directory")
+        check(all(map(str, self.inputs)), "inputs", self.inputs, "names of files or directories")
+        named = self.eos_token is None or (self.eos_token and not SURROGATE.search(self.eos_token))
+        check(bool(named), "eos_token", self.eos_token, "Unicode text")
         check(0 <= self.held_out < 1, "held_out", self.held_out, "in [0, 1)")
-        check(self.shard_tokens > 0, "shard_tokens", self.shard_tokens, ">= 1")
-        if self.max_tokens is not None:
-            check(self.max_tokens > 0, "max_tokens", self.max_tokens, ">= 1")
+        for key in ("shard_tokens", "max_tokens"):
+            check_whole(key, getattr(self, key), 1, 2**63 - 1)
         if self.weights:
             self._check_weights()
         if self.vocab_size is None:

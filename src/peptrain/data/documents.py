@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from peptrain.data.config import PrepareConfig
 from peptrain.data.sources.base import Piece, Source, Taken
-from peptrain.data.sources.files import FileSet, find_files
+from peptrain.data.sources.files import FileSet, find_files, warn_of_formats
 from peptrain.data.sources.hub import SCHEME, HubStream, SavedDataset, is_saved_dataset
 from peptrain.data.sources.mixture import furthest_behind, mixed, one_after_another
 from peptrain.errors import DataError
@@ -33,6 +33,8 @@ class Inputs:
         self.held_out = [source for source in apart if source]
         self.train = list(self._training_sources(config))
         self.fraction = 0.0 if self.held_out else config.held_out
+        sets = [s for s in (*self.train, *self.held_out) if isinstance(s, FileSet)]
+        warn_of_formats(dict.fromkeys(file for source in sets for file in source.files))
         self._check_text()
 
     def _training_sources(self, config: PrepareConfig) -> Iterator[Source]:
@@ -57,9 +59,11 @@ class Inputs:
 
         In a mixture every source must have text.
         """
-        empty = [s.name for s in self.train if next(s.pieces(None), None) is None]
+        first = [(source, _first(source)) for source in self.train]
+        empty = [source.name for source, piece in first if not (piece and piece.text)]
         if len(empty) == len(self.train) or (empty and self._weights):
-            raise DataError(f"inputs: no text in {', '.join(empty)}")
+            bad = next((f"; {piece.bad}" for _, piece in first if piece and piece.bad), "")
+            raise DataError(f"inputs: no text in {', '.join(empty)}{bad}")
 
     def training(self, taken: Sequence[Taken]) -> Iterator[Part]:
         """Yield every document of the training sources, including those that the hash holds out.
@@ -113,17 +117,29 @@ class Inputs:
             yield from source.sample(max(1, int(share * characters)))
 
 
+def _first(source: Source) -> Piece | None:
+    """Return the first document, or if there is none, the first bad record."""
+    bad = None
+    for piece in source.pieces(None):
+        if piece.text:
+            return piece
+        bad = bad or piece
+    return bad
+
+
 def open_source(
     given: str | Path, key: str, config: PrepareConfig, apart: Collection[Path] = ()
 ) -> Source | None:
     """Open one input. Return None if it consists of files that are all in `apart`."""
     if str(given).startswith(SCHEME):
-        return HubStream(str(given), key, config.text_field)
+        return HubStream(str(given), key, config.text_field, config.skip_bad)
     path = Path(given)
     if path.is_dir() and is_saved_dataset(path, key):
-        return SavedDataset(path, config.text_field)
+        return SavedDataset(path, config.text_field, config.decoding_errors, config.skip_bad)
     files = find_files(path, key, apart)
-    return FileSet(str(given), files, config.text_field, config.decoding_errors) if files else None
+    if not files:
+        return None
+    return FileSet(str(given), files, config.text_field, config.decoding_errors, config.skip_bad)
 
 
 def is_held_out(number: int, fraction: float) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ DTYPES = ("<u2", "<u4")
 CHECKSUM = "checksum"
 MOST = 1 << 60  # no count is larger
 SHOWN = 80  # characters of a wrong value
+Rule = tuple[str, Any, bool, str]
+"""A key, its value, whether it is valid, and what is valid."""
 
 
 def shard_name(number: int) -> str:
@@ -96,21 +98,18 @@ class Index:
             index = cls(**found, train=train, held_out=held_out)
         except (KeyError, TypeError) as error:
             raise damaged(path, f"damaged ({error})") from error
-        for key, value, valid, wanted in index._rules():
-            if not valid:
-                raise damaged(path, f"damaged ({key}: must be {wanted}, got {_shown(value)})")
+        check_rules(path, index._rules())
         return index
 
-    def _rules(self) -> Iterator[tuple[str, Any, bool, str]]:
-        """Yield (key, value, whether it is valid, what is valid). Stop at the first invalid one."""
+    def _rules(self) -> Iterator[Rule]:
         yield "dtype", self.dtype, self.dtype in DTYPES, " or ".join(DTYPES)
         ids = 1 << 8 * int(self.dtype[-1])
-        yield _count("vocab_size", self.vocab_size, 1, ids)
-        yield _count("eos_id", self.eos_id, 0, self.vocab_size - 1)
-        yield _count("max_id", self.max_id, 0, self.vocab_size - 1)
-        yield _count("documents", self.documents)
-        yield _count("held_out_documents", self.held_out_documents, 0, self.documents)
-        yield _count("text_bytes", self.text_bytes)
+        yield count("vocab_size", self.vocab_size, 1, ids)
+        yield count("eos_id", self.eos_id, 0, self.vocab_size - 1)
+        yield count("max_id", self.max_id, 0, self.vocab_size - 1)
+        yield count("documents", self.documents)
+        yield count("held_out_documents", self.held_out_documents, 0, self.documents)
+        yield count("text_bytes", self.text_bytes)
         yield _hash("tokenizer_sha256", self.tokenizer_sha256)
         yield "settings", self.settings, isinstance(self.settings, dict), "an object"
         tokens = self.special_tokens
@@ -121,16 +120,24 @@ class Index:
         names = [*map(shard_name, range(len(self.train))), HELD_OUT]
         for name, file in zip(names, (*self.train, self.held_out), strict=True):
             yield "name", file.name, file.name == name, name
-            yield _count(f"tokens of {name}", file.tokens)
+            yield count(f"tokens of {name}", file.tokens)
             yield _hash(f"sha256 of {name}", file.sha256)
 
 
-def _count(key: str, value: Any, least: int = 0, most: int = MOST) -> tuple[str, Any, bool, str]:
+def check_rules(path: Path, rules: Iterable[Rule]) -> None:
+    """Raise DataError at the first value in the file `path` that isn't valid."""
+    for key, value, valid, wanted in rules:
+        if not valid:
+            raise damaged(path, f"damaged ({key}: must be {wanted}, got {_shown(value)})")
+
+
+def count(key: str, value: Any, least: int = 0, most: int = MOST) -> Rule:
+    """Return the rule for an integer."""
     valid = type(value) is int and least <= value <= most  # True is no count
     return key, value, valid, f"an integer from {least} to {most}"
 
 
-def _hash(key: str, value: Any) -> tuple[str, Any, bool, str]:
+def _hash(key: str, value: Any) -> Rule:
     valid = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
     return key, value, valid, "64 hex digits"
 

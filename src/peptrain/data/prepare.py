@@ -24,8 +24,10 @@ from peptrain.data.tokenizer import (
     encode,
     end_id,
     load_tokenizer,
+    losses,
     special_tokens,
     train_tokenizer,
+    unknown_id,
     vocabulary,
     warn_of_other_ends,
 )
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 SAMPLE_CHARACTERS = 20_000_000  # to train a tokenizer on: 3 s on two cores
 BATCH_CHARACTERS = 4_000_000  # encoded at once: about 1 M tokens, 200 MB of encodings
 UINT16_IDS = 1 << 16
+TOLERATED_LOSS = 0.01  # of the tokens or characters, without a warning
 FAR_OFF = 0.02  # tolerated error of a source's share; one long document may exceed it
 log = logging.getLogger("peptrain")
 
@@ -65,6 +68,12 @@ class Prepared:
     vocab_size: int
     max_id: int
     shards: int
+    unknown: float
+    """Share of the tokens that are the unknown token."""
+    lost: float
+    """Share of the text's characters that don't come back when the tokens are decoded."""
+    skipped: int
+    """Bad records that were left out (`skip_bad`)."""
     resumed: bool
     """Whether this call continued an earlier one that was interrupted."""
 
@@ -72,6 +81,11 @@ class Prepared:
     def bytes_per_token(self) -> float:
         """Bytes of text per token, end tokens included."""
         return self.text_bytes / (self.train_tokens + self.held_out_tokens)
+
+    @property
+    def losses(self) -> str:
+        """What the tokenizer could not represent, in words."""
+        return f"{self.unknown:.2%} unknown tokens, {self.lost:.2%} of the characters lost"
 
 
 def prepare(
@@ -85,7 +99,8 @@ def prepare(
 
     A weighted mixture ends with the first source that ends, since the shares would not hold
     afterwards. The result is a complete corpus, and a warning is logged. Warnings are also logged
-    if `max_tokens` isn't reached, if the shares are off, and if too little is held out to train.
+    if `max_tokens` isn't reached, if the shares are off, if the tokenizer loses more than 1 % of
+    the text, and if too little is held out to train.
 
     Raises ConfigError for invalid settings and for an `out` that contains anything but an
     unfinished preparation with these settings. Raises DataError for inputs that can't be read and
@@ -107,10 +122,12 @@ def prepare(
         progress = Progress.open(config.out, settings, len(sources))
         resumed = any(taken.position is not None for taken in progress.taken)
         tokenizer = _tokenizer_in(config, inputs, given)
+        progress.bind(config.out)
         writer = Writer(config.out, _id_type(tokenizer), progress)
         _pack(config, inputs, tokenizer, writer, on_progress)
         _warn_of_an_early_end(config, inputs, writer)
         _warn_of_other_shares(config, progress)
+        unknown, lost = _losses(progress.taken)
         index = _finish(config, sources, tokenizer, writer)
     return Prepared(
         path=config.out,
@@ -121,11 +138,14 @@ def prepare(
         vocab_size=index.vocab_size,
         max_id=index.max_id,
         shards=len(index.train),
+        unknown=unknown,
+        lost=lost,
+        skipped=sum(taken.skipped for taken in progress.taken),
         resumed=resumed,
     )
 
 
-KEPT = ("text_field", "eos_token", "shard_tokens", "max_tokens")
+KEPT = ("text_field", "eos_token", "shard_tokens", "max_tokens", "skip_bad")
 """Settings that are recorded by their value."""
 
 
@@ -133,8 +153,9 @@ def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) ->
     """Return what determines the files' content; only the same settings resume a preparation.
 
     on_bad_utf8 is left out: after an invalid byte a user may resume with "replace", since all text
-    before that byte is read alike.
+    before that byte is read alike. With skip_bad it matters, as it decides what is skipped.
     """
+    skipping = {"on_bad_utf8": config.on_bad_utf8} if config.skip_bad else {}
     return {
         "inputs": describe(inputs.train),
         "held_out_inputs": describe(inputs.held_out),
@@ -143,6 +164,7 @@ def _settings(config: PrepareConfig, inputs: Inputs, given: Tokenizer | None) ->
         "vocab_size": None if given else config.vocab_size or DEFAULT_VOCAB,
         "weights": list(config.weights),
         **{key: getattr(config, key) for key in KEPT},
+        **skipping,
     }
 
 
@@ -172,14 +194,19 @@ def _pack(
 ) -> None:
     """Encode and write every part that is not done yet."""
     eos = np.array([end_id(tokenizer, config.eos_token)], writer.dtype)
+    unknown = unknown_id(tokenizer)
     taken, most = writer.progress.taken, config.max_tokens or math.inf
     for parts, room in ((inputs.training(taken), most), (inputs.apart(taken), math.inf)):
         for batch in _batches(parts):
-            encoded = encode(tokenizer, [part.piece.text for part in batch], writer.dtype)
-            for part, ids in zip(batch, encoded, strict=True):
+            texts = [part.piece.text for part in batch]
+            encoded = encode(tokenizer, texts, writer.dtype)
+            lost = losses(tokenizer, texts, encoded, unknown)
+            for part, ids, of_it in zip(batch, encoded, lost, strict=True):
                 if writer.reached(room):
                     break
-                writer.add(part, np.concatenate([ids, eos]) if part.piece.ends else ids)
+                if part.piece.bad and not any(t.skipped for t in taken):
+                    log.warning("skip_bad: %s; skipped, like all bad records", part.piece.bad)
+                writer.add(part, np.concatenate([ids, eos]) if part.piece.ends else ids, of_it)
                 if writer.pending >= config.shard_tokens:
                     writer.commit()
             if on_progress:
@@ -202,7 +229,7 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
     characters = 0
     for part in parts:
         batch.append(part)
-        characters += len(part.piece.text)
+        characters += len(part.piece.text or part.piece.bad)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -238,6 +265,24 @@ def _warn_of_other_shares(config: PrepareConfig, progress: Progress) -> None:
         )
 
 
+def _losses(taken: Sequence[Taken]) -> tuple[float, float]:
+    """Return the shares of unknown tokens and of lost characters, with a warning if they are large.
+
+    What version 0.1.0 prepared before it was interrupted is not counted.
+    """
+    unknown = sum(t.unknown for t in taken) / max(1, sum(t.tokens for t in taken))
+    lost = sum(t.lost for t in taken) / max(1, sum(t.characters for t in taken))
+    if max(unknown, lost) > TOLERATED_LOSS:
+        log.warning(
+            "tokenizer: can't represent all of the text: %.1f %% of the tokens are the unknown"
+            " token, and %.1f %% of the characters don't come back when the tokens are decoded; a"
+            " byte-level tokenizer, such as one trained on this text (no --tokenizer), loses"
+            " nothing",
+            *(100 * unknown, 100 * lost),
+        )
+    return unknown, lost
+
+
 def _finish(
     config: PrepareConfig, sources: Sequence[Source], tokenizer: Tokenizer, writer: Writer
 ) -> Index:
@@ -262,7 +307,7 @@ def _finish(
         train=train,
         held_out=held_out,
         tokenizer_sha256=sha256((config.out / TOKENIZER).read_bytes()).hexdigest(),
-        settings={**progress.settings, "on_bad_utf8": config.on_bad_utf8},
+        settings=progress.settings | {"on_bad_utf8": config.on_bad_utf8},
         sources=[_counts(*both) for both in zip(sources, progress.taken, strict=True)],
     )
     index.save(config.out)
@@ -271,7 +316,7 @@ def _finish(
 
 
 def _counts(source: Source, taken: Taken) -> dict[str, Any]:
-    counts = ("documents", "text_bytes", "tokens")
+    counts = ("documents", "text_bytes", "tokens", "skipped", "unknown", "characters", "lost")
     return {"source": source.describe(), **{key: getattr(taken, key) for key in counts}}
 
 
@@ -282,7 +327,12 @@ def _disk_errors_explained(out: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else str(error)
+        begun = (out / JOURNAL).exists()
+        repair = (
+            "fix this and run the same command again to resume"
+            if begun
+            else "fix this, or give another directory"
+        )
         raise DataError(
-            f"out: {out}: {reason}; finished shards are kept: fix this and run the same command"
-            " again to resume"
+            f"out: {out}: {reason}; {'finished shards are kept: ' * begun}{repair}"
         ) from error

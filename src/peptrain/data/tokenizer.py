@@ -1,12 +1,14 @@
-"""Load a tokenizer or train a byte-level BPE, and encode text without special tokens."""
+"""Load a tokenizer or train a byte-level BPE, encode text without special tokens, count losses."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,30 +28,58 @@ END_TOKENS = (
 )
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 CHAT_TEMPLATE = "chat_template.jinja"
+OTHER_FORMS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json",
+               "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model")  # fmt: skip
+CONVERT = (
+    "convert it with transformers (and sentencepiece or tiktoken) and give OUT:"
+    " AutoTokenizer.from_pretrained(DIR).save_pretrained(OUT), where DIR has the model's"
+    " config.json too, or is its name on the hub"
+)
+COUNTED_AS_ONE = 1024
+SHOWN = 200  # characters of an error of the library
 log = logging.getLogger("peptrain")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer.json (plain, .gz or .xz), or the one in a directory."""
+    """Load a tokenizer.json (plain, .gz or .xz), or the one in a directory.
+
+    Whatever would cut, pad or randomly change what it encodes is switched off. Raises DataError,
+    with the fix, for a file that can't be read.
+    """
     from tokenizers import Tokenizer
 
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise DataError(
-            f"tokenizer: {file}: no such file; give a tokenizer.json or its directory (other forms"
-            " are converted by AutoTokenizer.from_pretrained(DIR).save_pretrained(OUT))"
-        )
+        others = [name for name in OTHER_FORMS if path.is_dir() and (path / name).is_file()]
+        advice = f"{' and '.join(others)} can't be read: {CONVERT}" if others else (
+            f"give a tokenizer.json or its directory; if there is another form, {CONVERT}"
+        )  # fmt: skip
+        raise DataError(f"tokenizer: {file}: no such file; {advice}")
+    content = read_bytes(file)
+    advice = "if it was made by a newer version, upgrade: pip install -U tokenizers"
+    if b'"model"' not in content:
+        advice = f"if it is a tokenizer in another form, {CONVERT}"
+    with _explained(
+        f"tokenizer: {file} is not a tokenizer.json that tokenizers {version('tokenizers')} reads",
+        advice,
+    ):
+        return _plain(Tokenizer.from_buffer(content))
+
+
+@contextmanager
+def _explained(what: str, advice: str) -> Iterator[None]:
+    """Turn an error of the library tokenizers into a DataError.
+
+    Of its functions only this context calls those that may fail. They raise Exception itself and,
+    where the Rust code panics, a PanicException, which is a BaseException.
+    """
     try:
-        tokenizer = Tokenizer.from_buffer(read_bytes(file))
-    except DataError:
-        raise
-    except Exception as error:  # the library raises no narrower type
-        raise DataError(
-            f"tokenizer: {file} is not a tokenizer.json that tokenizers {version('tokenizers')}"
-            f" reads ({error}); if it was made by a newer version, upgrade:"
-            " pip install -U tokenizers"
-        ) from error
-    return _plain(tokenizer)
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split())
+        raise DataError(f"{what} ({said[:SHOWN]}); {advice}") from error
 
 
 def configured(path: Path) -> dict[str, str]:
@@ -115,10 +145,22 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, end: str = TRAINED_EN
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Turn off truncation and padding, and encode special tokens in a text as ordinary text."""
+    """Turn off what cuts, pads or varies; encode special tokens in a text as ordinary text."""
+    found = {
+        "truncation": tokenizer.truncation,
+        "padding": tokenizer.padding,
+        "dropout": getattr(tokenizer.model, "dropout", None),
+    }
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if found["dropout"]:
+        tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = True
+    if off := [key for key, value in found.items() if value]:
+        log.warning(
+            "tokenizer: its %s switched off, so that each text has one encoding, without loss",
+            " and ".join(off) + (" is" if len(off) == 1 else " are"),
+        )
     return tokenizer
 
 
@@ -144,6 +186,15 @@ def vocabulary(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id of the unknown token, None without one in the vocabulary."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if (number := model.get("unk_id")) is not None:  # of a Unigram model
+        return int(number)
+    name = model.get("unk_token")
+    return None if name is None else tokenizer.token_to_id(name)
+
+
 def encode(
     tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[np.unsignedinteger]
 ) -> list[NDArray[np.unsignedinteger]]:
@@ -151,11 +202,51 @@ def encode(
 
     Raises DataError for text that the tokenizer can't encode.
     """
-    try:
+    advice = "give a tokenizer with an unknown token in its vocabulary, or a byte-level one"
+    with _explained("tokenizer: can't encode the text", advice):
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    except Exception as error:  # the library raises no narrower type
-        raise DataError(
-            f"tokenizer: can't encode the text ({error}); it needs an unknown token that is in its"
-            " vocabulary, or give another tokenizer"
-        ) from error
     return [np.array(encoding.ids, dtype) for encoding in encodings]
+
+
+class Losses(NamedTuple):
+    """What of a text its ids don't contain."""
+
+    unknown: int
+    """Unknown tokens."""
+    characters: int
+    """Characters of the text."""
+    lost: int
+    """Characters of the text, as given, that don't come back when its ids are decoded, without the
+    unknown tokens. So dropped newlines, capitals and accents are lost, also by a normalizer."""
+
+
+def losses(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    encoded: Sequence[NDArray[np.unsignedinteger]],
+    unknown: int | None,
+) -> list[Losses]:
+    """Compare texts with what their ids decode to. `unknown` is the id of the unknown token.
+
+    Raises DataError if the tokenizer can't decode them.
+    """
+    known = [ids if unknown is None else ids[ids != unknown] for ids in encoded]
+    with _explained("tokenizer: can't decode what it encoded", "give another tokenizer"):
+        decoded = tokenizer.decode_batch([ids.tolist() for ids in known], skip_special_tokens=False)
+    return [
+        Losses(len(ids) - len(kept), len(text), 0 if text == back else _lost(text, back))
+        for text, back, ids, kept in zip(texts, decoded, encoded, known, strict=True)
+    ]
+
+
+def _lost(text: str, decoded: str) -> int:
+    """Return how many characters of `text` are missing in `decoded`, in any order.
+
+    For speed code points that are equal modulo 1024 are counted as one character. So characters
+    that were gained, such as spaces, hide one in a thousand lost ones at most.
+    """
+    before, after = (
+        np.bincount(np.frombuffer(t.encode("utf-32-le"), "<u4") % COUNTED_AS_ONE,
+                    minlength=COUNTED_AS_ONE) for t in (text, decoded)
+    )  # fmt: skip
+    return int(np.maximum(before - after, 0).sum())

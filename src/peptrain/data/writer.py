@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,19 +25,26 @@ from peptrain.data.index import (
     INDEX,
     JOURNAL,
     TOKENIZER,
+    Rule,
     TokenFile,
+    check_rules,
+    count,
     damaged,
     read_checked,
     shard_name,
     write_checked,
 )
 from peptrain.data.sources.base import Taken
+from peptrain.data.tokenizer import Losses
 from peptrain.errors import ConfigError
 from peptrain.files import is_scratch, leading_out, no_links, write_atomically
 from peptrain.settings.fields import check
 
 Ids = NDArray[np.unsignedinteger]
 CHANGED = "changed since it was written"
+COUNTS = ("bytes_read", "documents", "text_bytes", "tokens", "skipped", "unknown", "characters",
+          "lost")  # fmt: skip
+SINCE_0_1_0 = {"special_tokens", "skip_bad", "on_bad_utf8"}  # settings that its journals lack
 LEAST_HELD_OUT = 2  # tokens: a loss needs an input and a target
 
 
@@ -51,7 +60,18 @@ class Progress:
     shards: list[int] = field(default_factory=list)
     """Tokens of each finished shard."""
     sums: dict[str, int] = field(default_factory=dict)
-    """CRC-32 of what was written of each file; empty where 0.1.0 began."""
+    """CRC-32 of what was written of each shard and of the held-out file; 0.1.0 has none."""
+    tokenizer_sha256: str | None = None
+    """Of the tokenizer.json in the directory, whose ids are in the shards; None in 0.1.0."""
+
+    def bind(self, directory: Path) -> None:
+        """Save the checksum of the tokenizer. Raise DataError if it isn't the one from before."""
+        found = hashlib.sha256((directory / TOKENIZER).read_bytes()).hexdigest()
+        if self.tokenizer_sha256 not in (None, found):
+            raise damaged(directory / TOKENIZER, CHANGED)
+        if self.tokenizer_sha256 is None:
+            self.tokenizer_sha256 = found
+            self.save(directory)
 
     def save(self, directory: Path) -> None:
         write_checked(directory / JOURNAL, asdict(self))
@@ -63,7 +83,8 @@ class Progress:
         Raises ConfigError if the directory contains anything else, or has other settings.
         """
         new = "a new or empty directory"
-        check(not directory.is_file(), "out", str(directory), f"{new}, not a file")
+        usable = directory.is_dir() or not directory.exists()
+        check(usable, "out", str(directory), f"{new}, not a file")
         finished = (directory / INDEX).exists()
         check(not finished, "out", str(directory), f"{new}, not a finished corpus")
         directory.mkdir(parents=True, exist_ok=True)
@@ -71,27 +92,53 @@ class Progress:
         if (directory / JOURNAL).exists():
             outside = leading_out(directory, [p.name for p in entries])
             check(outside is None, "out", str(outside), "a file in --out, not a link to elsewhere")
-            return cls._reopen(directory, settings)
+            return cls._reopen(directory, settings, sources)
         found = sorted(p.name for p in entries if p.name != f"{JOURNAL}.tmp")  # of version 0.1.0
-        check(not found, "out", str(directory), f"{new}, but it contains {found[:1]}")
+        lost = f" and no {JOURNAL}; delete it to start over" * all(map(is_ours, found))
+        check(not found, "out", str(directory), f"{new}, but it contains {found[:1]}{lost}")
         progress = cls(settings, [Taken() for _ in range(sources)])
         progress.save(directory)
         return progress
 
     @classmethod
-    def _reopen(cls, directory: Path, settings: dict[str, Any]) -> Progress:
-        found = read_checked(directory / JOURNAL)
+    def _reopen(cls, directory: Path, settings: dict[str, Any], sources: int) -> Progress:
+        path = directory / JOURNAL
+        found = read_checked(path)
         try:
             progress = cls(**found | {"taken": [Taken(**taken) for taken in found["taken"]]})
         except (KeyError, TypeError) as error:
-            raise damaged(directory / JOURNAL, f"damaged ({error})") from error
+            raise damaged(path, f"damaged ({error})") from error
+        if not isinstance(progress.settings, dict):
+            raise damaged(path, "damaged (settings: must be an object)")
+        if missing := settings.keys() - progress.settings.keys() - SINCE_0_1_0:
+            raise damaged(path, f"damaged (settings: {min(missing)} is missing)")
         for key, before in progress.settings.items():
-            if before != (now := settings.get(key)):
+            if before != (now := settings.get(key)) and not (key == "skip_bad" and now):
                 raise ConfigError(
                     f"{key}: {now!r}, but the unfinished preparation in {directory} has {before!r};"
                     " use the same settings to resume it, or delete it"
                 )
+        check_rules(path, progress._rules(sources))
+        if settings.get("skip_bad"):  # may be added, as nothing bad was met without it
+            progress.settings |= {key: settings[key] for key in ("skip_bad", "on_bad_utf8")}
         return progress
+
+    def _rules(self, sources: int) -> Iterator[Rule]:
+        yield "taken", len(self.taken), len(self.taken) == sources, f"{sources} inputs"
+        for taken in self.taken:
+            yield "inside", taken.inside, isinstance(taken.inside, bool), "true or false"
+            for key in COUNTS:
+                yield count(key, getattr(taken, key))
+        yield count("held_out_documents", self.held_out_documents)
+        yield count("held_out_tokens", self.held_out_tokens)
+        yield "sums", self.sums, isinstance(self.sums, dict), "an object"
+        yield "shards", self.shards, isinstance(self.shards, list), "a list"
+        yield from (count("shards", tokens) for tokens in self.shards)
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a file of that name may be one of a preparation."""
+    return name in (TOKENIZER, HELD_OUT) or re.fullmatch(r"train-\d+\.bin", name) is not None
 
 
 class Writer:
@@ -106,21 +153,14 @@ class Writer:
 
     def _verify(self) -> None:
         """Raise DataError for a file that has changed since an interrupted preparation wrote it."""
-        sums = self.progress.sums
-        first = TOKENIZER not in sums  # of a new preparation, or one that 0.1.0 began
         tokens = {shard_name(i): n for i, n in enumerate(self.progress.shards)}
-        tokens[HELD_OUT] = self.progress.held_out_tokens
-        sizes = {name: n * self.dtype.itemsize for name, n in tokens.items()}
-        sizes[TOKENIZER] = (self.directory / TOKENIZER).stat().st_size
-        for name, size in sizes.items():
-            path = self.directory / name
+        for name, many in (tokens | {HELD_OUT: self.progress.held_out_tokens}).items():
+            path, size = self.directory / name, many * self.dtype.itemsize
             # A shard that is shorter lost its tail to the held-out file, or else `survey` finds it.
             if path.is_file() and path.stat().st_size >= size:
                 found = _crc(path, size)
-                if found != (sums.setdefault(name, found) if first else sums.get(name, 0)):
+                if found != self.progress.sums.setdefault(name, found):
                     raise damaged(path, CHANGED)
-        if first:
-            self.progress.save(self.directory)
 
     @property
     def train_tokens(self) -> int:
@@ -141,10 +181,10 @@ class Writer:
         """Return whether there are `tokens` or more training tokens and no unfinished document."""
         return self.train_tokens >= tokens and not any(t.inside for t in self.progress.taken)
 
-    def add(self, part: Part, ids: Ids) -> None:
+    def add(self, part: Part, ids: Ids, losses: Losses) -> None:
         (self._held_out if part.held_out else self._train).append(ids)
         self._tokens[part.held_out] += len(ids)
-        self.progress.taken[part.source].add(part.piece, len(ids))
+        self.progress.taken[part.source].add(part.piece, len(ids), losses.unknown, losses.lost)
         self.progress.held_out_documents += part.piece.ends and part.held_out
 
     def commit(self) -> None:

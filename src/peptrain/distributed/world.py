@@ -7,7 +7,8 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -56,6 +57,18 @@ class World:
             dist.broadcast_object_list(values)
         return values[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def differing(self, values: Sequence[int]) -> list[int]:
+        """Return, on every rank, the indices at which some rank's values differ from rank 0's."""
+        first, *others = self.gather(list(values))
+        return [i for i, value in enumerate(first) if any(other[i] != value for other in others)]
+
     def exchange(self, module: nn.Module, now: bool) -> AbstractContextManager[object]:
         """Return the context of a backward pass that reduces gradients over ranks only if `now`."""
         waits = isinstance(module, DistributedDataParallel) and not now
@@ -86,7 +99,9 @@ class World:
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings():  # PyTorch 2.13 renames the flag; 2.11 has the old name only
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
 
 def _leave() -> None:
@@ -106,7 +121,8 @@ def world(device: str = "auto") -> Iterator[World]:
     The group is created once per process and destroyed at exit, because a second rendezvous under
     torchrun would find the addresses of the first. device: auto (a GPU if there is one), cpu or
     cuda. Raises Unsupported for a GPU that is absent, and when the variables of `torchrun` are
-    incomplete or the processes don't meet.
+    incomplete or the processes don't meet. In the context, a collective that fails because another
+    process has ended is a PeptrainError.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise Unsupported(f"train.device: must be auto, cpu or cuda (got {device!r})")
@@ -127,7 +143,27 @@ def world(device: str = "auto") -> Iterator[World]:
         return
     if not dist.is_initialized():
         _meet("nccl" if on_gpu else "gloo", place.size)
-    yield World(dist.get_rank(), place.size, here)
+    with _lost_processes():
+        yield World(dist.get_rank(), place.size, here)
+
+
+@contextlib.contextmanager
+def _lost_processes() -> Iterator[None]:
+    """Raise PeptrainError where a collective fails because another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no type of its own
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
+        raise PeptrainError(
+            f"another process of this run ended or cannot be reached ({_first_line(error)}); see"
+            " its own output; `peptrain resume RUN`, under the same launcher, continues from the"
+            " latest checkpoint"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _meet(backend: str, size: int) -> None:
@@ -138,8 +174,8 @@ def _meet(backend: str, size: int) -> None:
     try:
         dist.init_process_group(backend)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
         raise Unsupported(
-            f"WORLD_SIZE: {size} processes did not meet at {address} ({reason}); {TORCHRUN}"
+            f"WORLD_SIZE: {size} processes did not meet at {address} ({_first_line(error)});"
+            f" {TORCHRUN}"
         ) from error
     atexit.register(_leave)

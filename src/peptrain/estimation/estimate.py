@@ -13,7 +13,7 @@ from peptrain.estimation.dry_run import fake_tensors
 from peptrain.estimation.memory_fit import MemoryFit, Watch, fit
 from peptrain.estimation.phases import PhaseEstimate, PhaseEstimator
 from peptrain.methods.base import Method
-from peptrain.settings.fields import check, each_line_once
+from peptrain.settings.fields import check, check_whole, each_line_once
 from peptrain.training.init_from import with_inherited_model
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
@@ -96,7 +96,7 @@ def estimate(
     on_gpu = device == "cuda" or (
         device == "auto" and (gpu_memory is not None or torch.cuda.is_available())
     )
-    check(ranks >= 1, "--ranks", ranks, ">= 1")
+    check_whole("--ranks", ranks, 1)
     config = resolved(with_inherited_model(config), world_size=ranks, on_gpu=on_gpu)
     with fake_tensors(), each_line_once():
         estimator = PhaseEstimator(config, ranks, on_gpu)
@@ -111,6 +111,6 @@ def memory(text: str) -> int:
     Raises ConfigError for anything else.
     """
     found = re.fullmatch(r"(\d+\.?\d*)\s*([kmgt]i?)?b?", text.strip().lower())
-    size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
-    check(size > 0, "--gpu-memory", text, "a size such as 24GiB or 80GB")
-    return size
+    size = float(found[1]) * UNITS[found[2] or ""] if found else 0.0
+    check(1 <= size < 2**63, "--gpu-memory", text, "a size such as 24GiB or 80GB")
+    return int(size)

@@ -16,7 +16,8 @@ from peptrain.models.hf import vocabulary_size
 from peptrain.runs.build import open_run
 from peptrain.runs.directory import RunDir
 from peptrain.runs.lock import lock
-from peptrain.settings.fields import check
+from peptrain.runs.tokenizer import load_run_tokenizer
+from peptrain.settings.fields import check_whole
 
 log = logging.getLogger("peptrain")
 WAIT = 30.0
@@ -40,7 +41,7 @@ def evaluate(
     repositories. The result then depends on the batch size (theirs is at most 512). Raises
     DataError for a corpus prepared with another tokenizer, whose ids stand for other words.
     """
-    check(batch_size is None or batch_size >= 1, "--batch-size", batch_size, ">= 1")
+    check_whole("--batch-size", batch_size, 1)
     opened = open_run(path)
     config = opened.config
     source = data or config.data.path
@@ -65,8 +66,8 @@ def evaluate(
 
 
 def _check_ids(run: RunDir, vocabulary: int, corpus: Corpus) -> None:
-    ours, theirs = (load_tokenizer(p).get_vocab() for p in (run.tokenizer, corpus.tokenizer_file))
-    if ours != theirs:
+    ours, _ = load_run_tokenizer(run)
+    if ours.get_vocab() != load_tokenizer(corpus.tokenizer_file).get_vocab():
         raise DataError(
             f"--data {corpus.path}: prepared with another tokenizer than the run's;"
             f" prepare that text again with --tokenizer {run.tokenizer}"

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peptrain.errors import CheckpointError, ConfigError, Unsupported
+from peptrain.data.tokenizer import encode
+from peptrain.errors import CheckpointError, ConfigError, DataError, Unsupported
 from peptrain.exporting.factorised import write_factorised
 from peptrain.files import open_up, scratch
 from peptrain.models.auto import load_model, load_tokenizer
 from peptrain.models.dense import dense_state
-from peptrain.models.hf import TOKENIZER_FILES
 from peptrain.models.sites import reparametrized
 from peptrain.ops.precision import at_least_fp32
 from peptrain.runs.build import Opened, open_run
 from peptrain.runs.directory import RunDir
+from peptrain.runs.tokenizer import copy_run_tokenizer, load_run_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 log = logging.getLogger("peptrain")
 Form = Literal["dense", "factorised"]
+SAMPLE = "In 2026 the naïve fox's 12,345 jumps:\n\n    return x == 'é'\t#  你好 🙂 <a>\n"
+"""Text that tokenizers split in different ways."""
+ADVICE = "load the tokenizer with PreTrainedTokenizerFast.from_pretrained"
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest accepted difference of logits computed in this dtype, relative to the largest logit.
 Folding fp32 factors changed logits by 3e-7 to 6e-5. Omitting a factor or diagonal changes them by
@@ -40,32 +48,31 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
     W = B A (lowrank, loro) and for methods without a dense equivalent.
 
     Raises ConfigError when `out` exists, Unsupported for a form that the method does not support,
-    and CheckpointError for a run without its tokenizer or when the written model's weights or
-    logits differ from the run's.
+    and CheckpointError for a run whose tokenizer is missing or damaged, for an `out` that can't be
+    written, or when the written model's weights or logits differ from the run's. A warning is
+    logged if `AutoTokenizer` encodes text otherwise than the training data was encoded.
     """
     _check_free(out)
-    opened, tokenizer = open_run(run), RunDir(run).tokenizer
+    opened = open_run(run)
     method = opened.config.method
     if form == "dense" and not method.has_dense_equivalent:
         raise Unsupported(
             f"--form dense: {method.name} has no dense equivalent; use --form factorised, which"
             " keeps its layers"
         )
-    if not tokenizer.is_dir():
-        raise CheckpointError(f"{tokenizer}: missing; copy it from a run on the same corpus")
+    tokenizer, end = load_run_tokenizer(RunDir(run))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with scratch(out) as temporary:
-            for name in TOKENIZER_FILES:
-                if (tokenizer / name).is_file():
-                    shutil.copyfile(tokenizer / name, temporary / name)
-            _name_end_token(opened.model, temporary)
+            copy_run_tokenizer(RunDir(run), temporary)
+            _name_end_token(opened.model, end)
             written = (_dense if form == "dense" else write_factorised)(opened, temporary)
             _compare(opened.model, written)
+            _compare_tokenizers(tokenizer, end, temporary)
             open_up(temporary)
             _check_free(out)
             temporary.replace(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"--out {out}: can't be written: {error}") from error
     return out
 
@@ -78,19 +85,40 @@ def _check_free(out: Path) -> None:
 
 def _dense(opened: Opened, out: Path) -> PreTrainedModel:
     twin = opened.dense_twin()
-    _name_end_token(twin, out)
+    _name_end_token(twin, opened.model.config.eos_token_id)
     twin.save_pretrained(out)
     model, _ = load_model(out)
     model.eval()
     return model
 
 
-def _name_end_token(model: PreTrainedModel, tokenizer: Path) -> None:
+def _name_end_token(model: PreTrainedModel, end: int) -> None:
     """Set the end-of-document token, at which `generate` stops."""
-    end = load_tokenizer(tokenizer).eos_token_id
     model.config.eos_token_id = end
     if model.generation_config is not None:
         model.generation_config.eos_token_id = end
+
+
+def _compare_tokenizers(trained: Tokenizer, end: int, out: Path) -> None:
+    """Warn unless the exported tokenizer encodes as the training data was encoded.
+
+    Raises Unsupported if it needs code of its own.
+    """
+    try:
+        exported = load_tokenizer(out)
+    except DataError as error:
+        log.warning("%s; %s", error, ADVICE)
+        return
+    try:
+        (ids,) = encode(trained, [SAMPLE], np.dtype("<u4"))
+    except DataError:  # it has no unknown token for the characters of the sample
+        return
+    if exported(SAMPLE).input_ids != ids.tolist() or exported.eos_token_id != end:
+        log.warning(
+            "tokenizer: AutoTokenizer replaces it by a %s for this type of model, which does not"
+            " encode as the training data was encoded; %s",
+            *(type(exported).__name__, ADVICE),
+        )
 
 
 @torch.no_grad()

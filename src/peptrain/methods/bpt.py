@@ -21,7 +21,15 @@ from peptrain.ops.spectral import semi_orthogonal
 from peptrain.optim.adamw import ResetMode, reset_moments
 from peptrain.optim.schedule import Schedule, ScheduleConfig, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import added, changeable, check, essential, fill, interval
+from peptrain.settings.fields import (
+    added,
+    changeable,
+    check,
+    check_whole,
+    essential,
+    fill,
+    interval,
+)
 
 log = logging.getLogger("peptrain")
 Init = Literal["kaiming_uniform", "kaiming_normal", "model"]
@@ -131,11 +139,11 @@ class BPT(RankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check((self.merge_every or 0) >= 0, "method.merge_every", self.merge_every, ">= 0")
+        for key in ("merge_every", "restart_warmup"):
+            check_whole(f"method.{key}", getattr(self, key), 0)
         check(
             0 <= self.reset_fraction <= 1, "method.reset_fraction", self.reset_fraction, "in [0, 1]"
         )
-        check(self.restart_warmup >= 0, "method.restart_warmup", self.restart_warmup, ">= 0")
 
     def cost(self, n: int, m: int, rank: int) -> int:
         return rank * (n + m) + n + m

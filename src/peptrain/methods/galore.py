@@ -17,7 +17,7 @@ from peptrain.ops.precision import at_least_fp32
 from peptrain.optim.adamw import OptimConfig, groups_around
 from peptrain.optim.galore import GaLoreOptimizer, GaLoreRule
 from peptrain.rng import Rng
-from peptrain.settings.fields import check, essential, interval, of_width
+from peptrain.settings.fields import check_positive, check_whole, essential, interval, of_width
 
 
 class ProjectedLinear(ReparamLinear):
@@ -57,8 +57,8 @@ class GaLore(RankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check((self.gap or 0) >= 0, "method.gap", self.gap, ">= 0")
-        check(self.scale > 0, "method.scale", self.scale, "> 0")
+        check_whole("method.gap", self.gap, 0)
+        check_positive("method.scale", self.scale)
 
     def cost(self, n: int, m: int, rank: int) -> int:
         """Return half the number of values in the optimizer state; half of Adam's 2 n m is n m.

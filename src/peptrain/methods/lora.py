@@ -21,7 +21,14 @@ from peptrain.ops.rounding import add_
 from peptrain.optim.adamw import OptimConfig, adamw
 from peptrain.optim.schedule import Schedule, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import changeable, check, essential, length
+from peptrain.settings.fields import (
+    changeable,
+    check,
+    check_positive,
+    check_whole,
+    essential,
+    length,
+)
 
 log = logging.getLogger("peptrain")
 
@@ -127,11 +134,11 @@ class LoRA(RankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.alpha > 0, "method.alpha", self.alpha, "> 0")
+        check_positive("method.alpha", self.alpha)
         check(0 <= self.dropout < 1, "method.dropout", self.dropout, "in [0, 1)")
-        check(self.warm_start_lr >= 0, "method.warm_start_lr", self.warm_start_lr, ">= 0")
+        check_positive("method.warm_start_lr", self.warm_start_lr, or_zero=True)
         for key in ("warm_start_steps", "warm_start_warmup", "restart_warmup"):
-            check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), ">= 0")
+            check_whole(f"method.{key}", getattr(self, key), 0)
 
     @property
     def warm(self) -> int:

@@ -18,7 +18,17 @@ from peptrain.optim.adamw import OptimConfig, groups_around
 from peptrain.optim.loro import LOROOptimizer, LORORule
 from peptrain.optim.schedule import Schedule, cosine, restarted
 from peptrain.rng import Rng
-from peptrain.settings.fields import added, check, essential, interval, length, same_as
+from peptrain.settings.fields import (
+    LARGEST,
+    added,
+    check,
+    check_positive,
+    check_whole,
+    essential,
+    interval,
+    length,
+    same_as,
+)
 
 log = logging.getLogger("peptrain")
 
@@ -60,11 +70,10 @@ class LORO(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("exact_every", "refresh_every", "restart_warmup", "precond_eps"):
-            check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), ">= 0")
-        cap = self.exact_cap
-        wanted = "a finite number > 0"
-        check(cap is None or 0 < cap < math.inf, "method.exact_cap", cap, wanted)
+        for key in ("exact_every", "refresh_every", "restart_warmup"):
+            check_whole(f"method.{key}", getattr(self, key), 0)
+        check_positive("method.precond_eps", self.precond_eps, or_zero=True)
+        check_positive("method.exact_cap", self.exact_cap)
         if self.scale not in ("hidden", "rows", "min"):
             self._number()
 
@@ -129,7 +138,7 @@ class LORO(LowRank):
             number = float(self.scale)
         except ValueError:
             number = math.nan
-        usable = math.isfinite(number) and number > 0
+        usable = 0 < number <= LARGEST
         check(usable, "method.scale", self.scale, "hidden, rows, min or a number > 0")
         return number
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from peptrain.errors import ConfigError
 from peptrain.methods.targets import TargetedMethod, matches
 from peptrain.models.sites import Site
-from peptrain.settings.fields import check, essential, of_width
+from peptrain.settings.fields import check_whole, essential, of_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class RankMethod(TargetedMethod):
     """r, the inner dimension of the two factors. Unset: a quarter of the hidden size."""
 
     def __post_init__(self) -> None:
-        check(self.rank is None or self.rank >= 1, "method.rank", self.rank, ">= 1")
+        check_whole("method.rank", self.rank, 1)
 
     @property
     def r(self) -> int:

@@ -15,7 +15,7 @@ from peptrain.models.sites import Site, reparametrized
 from peptrain.optim.adamw import ResetMode, reset_moments
 from peptrain.optim.schedule import Schedule
 from peptrain.rng import Rng
-from peptrain.settings.fields import added, check, essential, interval, length, same_as
+from peptrain.settings.fields import added, check, check_whole, essential, interval, length, same_as
 
 log = logging.getLogger("peptrain")
 
@@ -65,7 +65,7 @@ class ReLoRA(LoRA):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("merge_every", "reset_every"):
-            check((getattr(self, key) or 0) >= 0, f"method.{key}", getattr(self, key), ">= 0")
+            check_whole(f"method.{key}", getattr(self, key), 0)
         check(
             0 <= self.reset_fraction <= 1, "method.reset_fraction", self.reset_fraction, "in [0, 1]"
         )

@@ -19,7 +19,7 @@ from peptrain.ops.sparse import sparse_linear, sparse_weight
 from peptrain.ops.spectral import best_factors
 from peptrain.optim.adamw import OptimConfig, adamw, groups_around
 from peptrain.rng import Rng
-from peptrain.settings.fields import check, essential
+from peptrain.settings.fields import check, check_positive, essential
 
 
 class SLTrainLinear(ReparamLinear):
@@ -104,7 +104,7 @@ class SLTrain(RankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.alpha > 0, "method.alpha", self.alpha, "> 0")
+        check_positive("method.alpha", self.alpha)
         check(0 < self.density < 1, "method.density", self.density, "in (0, 1)")
 
     def cost(self, n: int, m: int, rank: int) -> int:

@@ -16,7 +16,7 @@ from peptrain.methods.targets import TargetedMethod
 from peptrain.models.sites import ReparamLinear, Site
 from peptrain.ops.precision import at_least_fp32
 from peptrain.rng import Rng
-from peptrain.settings.fields import check, essential
+from peptrain.settings.fields import check_whole, essential
 
 
 class VeRALinear(ReparamLinear):
@@ -89,7 +89,7 @@ class VeRA(TargetedMethod):
     """r, the inner dimension of the frozen pair. It may exceed a matrix's dimensions."""
 
     def __post_init__(self) -> None:
-        check(self.rank >= 1, "method.rank", self.rank, ">= 1")
+        check_whole("method.rank", self.rank, 1)
 
     def layers(self, sites: Sequence[Site], rng: Rng) -> Iterator[ReparamLinear]:
         A, B = frozen_pair(sites, self.rank, rng)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
-from peptrain.errors import Unsupported
+from peptrain.errors import DataError, PeptrainError, Unsupported
 from peptrain.files import read_json_object
+from peptrain.models.probe import leave_dense
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -23,6 +26,8 @@ log = logging.getLogger("peptrain")
 WEIGHTS, PICKLED = ".safetensors", ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 HUB_CODE = ("attn_implementation", "experts_implementation")
 """Keys of a config.json whose value may be the name of a kernel on the hub, such as "user/name"."""
+LONGEST_REASON = 300
+"""Characters of an error of transformers. Some list all models."""
 NEVER = "peptrain never runs code from a directory"
 CONVERT = (
     "convert them, on a machine where a pickle may run code: `AutoModelForCausalLM"
@@ -59,13 +64,47 @@ def load_config(path: Path, **overrides: Any) -> PretrainedConfig:
     return config
 
 
-def new_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model with random weights. Raises ValueError for a type without a causal LM."""
-    from transformers import AutoModelForCausalLM
+@contextmanager
+def of_strangers(what: str) -> Iterator[None]:
+    """Turn any error about the values in a config.json into Unsupported, which begins with `what`.
 
-    made: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, trust_remote_code=False
-    )
+    transformers raises anything for values that do not fit together. This is the one place that
+    catches it.
+    """
+    try:
+        yield
+    except (PeptrainError, MemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())  # transformers writes several lines
+        raise Unsupported(f"{what}: {type(error).__name__}: {said[:LONGEST_REASON]}") from error
+
+
+def new_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model with random weights, with its matrices that no method can adapt marked.
+
+    Raises Unsupported for a type without a causal LM, and for values that do not fit together.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    kind = config.model_type
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise Unsupported(
+            f"model: no causal LM for {kind!r} in transformers; choose a decoder such as Llama,"
+            " Qwen2 or OLMo2"
+        )
+    if not config.name_or_path:  # a preset
+        return _from_config(AutoModelForCausalLM, config, dtype)
+    with of_strangers(f"model.config: can't build the model {kind!r}"):
+        made = _from_config(AutoModelForCausalLM, config, dtype)
+    if type(torch.empty(0)) is Tensor and made.device.type == "cpu":  # not fake, not meta
+        with of_strangers(f"model.config: can't run the model {kind!r}"):
+            leave_dense(made)
+    return made
+
+
+def _from_config(auto: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    made: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     return made
 
 
@@ -97,14 +136,23 @@ def load_model(
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Return the tokenizer of a directory. Raises Unsupported if it needs code of its own."""
+    """Return the tokenizer of a directory.
+
+    Raises Unsupported if it needs code of its own, and DataError if transformers can't load it.
+    """
     from transformers import AutoTokenizer
 
     for name in ("tokenizer_config.json", "config.json"):
         file = directory / name
         if file.is_file() and (own := read_json_object(file).get("auto_map")):
             raise _needs_code(file, own, "a tokenizer.json needs none")
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # of many types, where a value is not as transformers expects it
+        said = " ".join(str(error).split())[:LONGEST_REASON]
+        raise DataError(f"tokenizer: transformers can't load it: {said}") from error
 
 
 def _needs_code(file: Path, own: object, why: str) -> Unsupported:

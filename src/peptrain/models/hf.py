@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,16 +14,26 @@ import torch
 from torch import nn
 
 from peptrain.errors import ConfigError, Unsupported
-from peptrain.models.auto import load_config, new_model
+from peptrain.files import write_atomically
+from peptrain.models.auto import load_config, new_model, of_strangers
 from peptrain.models.presets import DEFAULT_PRESET, PRESETS, Family, unknown_preset
 from peptrain.rng import seed_default
-from peptrain.settings.fields import check, essential
+from peptrain.settings.fields import check, check_whole, essential
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger("peptrain")
 Precision = Literal["fp32", "bf16-mixed", "bf16", "fp64"]
+LARGEST_SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "layers": 10_000,
+    "heads": 1 << 16,
+    "kv_heads": 1 << 16,
+}
+"""Far above any model. A slip of a few digits is refused here, before it takes hours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +63,8 @@ class ModelConfig:
     """Whether the output head shares the embedding's matrix."""
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads"):
-            value = getattr(self, key)
-            check(value is None or value >= 1, f"model.{key}", value, ">= 1")
+        for key, most in LARGEST_SIZES.items():
+            check_whole(f"model.{key}", getattr(self, key), 1, most)
         if self.config is None and (self.preset or DEFAULT_PRESET) not in PRESETS:
             raise ConfigError(unknown_preset(self.preset or DEFAULT_PRESET))
         if self.config is not None and self.family is not None:
@@ -81,10 +91,9 @@ def hf_config(config: ModelConfig, seq_len: int) -> PretrainedConfig:
     heads, kv = (getattr(made, f"num_{k}_heads", None) for k in ("attention", "key_value"))
     fits = not heads or kv is None or (kv >= 1 and heads % kv == 0)
     check(fits, "model.kv_heads", kv, f"a divisor of the {heads} attention heads")
-    positions = getattr(made, "max_position_embeddings", None) or seq_len
-    check(
-        seq_len <= positions, "train.seq_len", seq_len, f"at most the model's {positions} positions"
-    )
+    positions = getattr(made, "max_position_embeddings", None) or -1  # no limit
+    wanted = f"at most the model's {positions} positions"
+    check(seq_len <= positions or positions == -1, "train.seq_len", seq_len, wanted)
     return made
 
 
@@ -127,17 +136,28 @@ def _family(name: Family) -> type[PretrainedConfig]:
 
 
 def _from_file(path: Path, wanted: dict[str, Any]) -> PretrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
-
     if not path.exists():
         raise ConfigError(
             f"model.config: {path} does not exist; give a config.json or its directory"
         )
+    what = f"model.config: {path} is not a usable config.json"
     try:
-        return load_config(path, **wanted)
-    except (OSError, ValueError, KeyError, StrictDataclassError, Unsupported) as error:
-        said = " ".join(str(error).split())  # transformers writes several lines
-        raise ConfigError(f"model.config: {path} is not a usable config.json: {said}") from error
+        with of_strangers(what):
+            made = load_config(path, **wanted)
+            _check_file_sizes(made.get_text_config())
+    except Unsupported as error:
+        said = str(error)
+        raise ConfigError(said if said.startswith(what) else f"{what}: {said}") from error
+    return made
+
+
+def _check_file_sizes(made: PretrainedConfig) -> None:
+    for key, name in HF_NAMES.items():
+        value = getattr(made, name, None)
+        if isinstance(value, int | float | str) and key in LARGEST_SIZES:
+            check(type(value) is int, name, value, "a whole number")
+            check_whole(name, int(value), 1, LARGEST_SIZES[key])
+    check(isinstance(getattr(made, "hidden_size", None), int), "hidden_size", None, "set")
 
 
 def build_model(
@@ -145,16 +165,13 @@ def build_model(
 ) -> PreTrainedModel:
     """Return a newly initialised causal LM on the CPU. Its weights depend only on the seed.
 
-    Raises Unsupported for an architecture without a causal LM in Hugging Face.
+    Raises Unsupported for an architecture without a causal LM in Hugging Face, and for a
+    config.json whose values do not fit together.
     """
     hf = hf_config(config, seq_len)
     with torch.random.fork_rng(devices=[]):
         seed_default(seed)
-        try:
-            return new_model(hf, dtype_of(precision))
-        except ValueError as error:
-            said = str(error).splitlines()[0]  # the next one lists every model of transformers
-            raise Unsupported(f"model: no causal LM for {hf.model_type!r}: {said}") from error
+        return new_model(hf, dtype_of(precision))
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
@@ -191,10 +208,50 @@ TOKENIZER_FILES = (
 def save_tokenizer(file: Path, end_id: int, special: Mapping[str, str], out: Path) -> None:
     """Save a tokenizer.json and its end token in the form that `AutoTokenizer` loads.
 
-    special: other special tokens and the chat template, by their name in `AutoTokenizer`.
+    As in training, it adds no special tokens to a text. special: other special tokens and the chat
+    template, by their name in `AutoTokenizer`. Raises OSError if a file can't be written.
     """
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_id)
-    tokenizer.save_pretrained(out)
+    tokenizer = Tokenizer.from_buffer(file.read_bytes())
+    end = tokenizer.id_to_token(end_id)
+    assert end is not None
+    named = {**special, "eos_token": end}
+    named.pop("chat_template", None)
+    tokenizer.add_special_tokens([*named.values()])  # all are in the vocabulary
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "tokenizer.json", tokenizer.to_str())
+    write_atomically(out / "tokenizer_config.json", json.dumps(config | named, indent=1) + "\n")
+    if "chat_template" in special:
+        write_atomically(out / "chat_template.jinja", special["chat_template"])
+    encode_plainly(out)
+
+
+def encode_plainly(directory: Path) -> None:
+    """Change the tokenizer in `directory` such that it encodes a text as in training.
+
+    A document of the training data is the tokens of its text, followed by the end token. What a
+    post-processor adds, such as <s> before or </s> after a prompt, no batch contained or continued.
+    Dropout, truncation and padding are switched off, which corpora of 0.1.0 may have.
+    """
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_bytes())
+    content["post_processor"] = _adding_nothing(content.get("post_processor"))
+    content["truncation"] = content["padding"] = None
+    if "dropout" in content["model"]:
+        content["model"]["dropout"] = None
+    write_atomically(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    file = directory / "tokenizer_config.json"
+    config = json.loads(file.read_bytes()) | {"add_bos_token": False, "add_eos_token": False}
+    write_atomically(file, json.dumps(config, ensure_ascii=False, indent=1) + "\n")
+
+
+def _adding_nothing(processor: Any) -> Any:
+    """Return the parts of a post-processor that add no tokens: ByteLevel, which trims offsets."""
+    if not isinstance(processor, dict):
+        return None
+    if processor.get("type") == "Sequence":
+        kept = [part for part in map(_adding_nothing, processor.get("processors", [])) if part]
+        return {"type": "Sequence", "processors": kept} if kept else None
+    return processor if processor.get("type") == "ByteLevel" else None

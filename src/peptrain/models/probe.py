@@ -6,6 +6,7 @@ change something, run it again, and compare.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peptrain.errors import Unsupported
+from peptrain.models.sites import LEFT_DENSE, Site, find_sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger("peptrain")
 
 
 @contextmanager
@@ -74,10 +78,18 @@ def rounding(like: Tensor) -> float:
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel) -> None:
-    """Raise Unsupported if tokens see later tokens: the loss would be low and meaningless."""
+    """Raise Unsupported if tokens see later tokens: the loss would be low and meaningless.
+
+    Also for logits that are not finite.
+    """
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=model.device)
     with evaluating(model):
         logits = model(input_ids=ids, use_cache=False).logits[:, :3]
+    if not logits.isfinite().all():
+        raise Unsupported(
+            f"model.config: the logits of {type(model).__name__} are not finite; check the values"
+            " in config.json"
+        )
     # A masked token contributes exactly 0.
     apart = (logits[0] - logits[1]).abs().max()
     if apart > rounding(logits) * logits.abs().max():
@@ -85,6 +97,66 @@ def check_causal(model: PreTrainedModel) -> None:
             f"model.config: {type(model).__name__} lets a token see those after it, so it can't be"
             " trained to predict them; set is_decoder in config.json, or choose a decoder"
         )
+
+
+class _Watched(nn.Module):
+    """An nn.Linear that notes whether it is called, and whether its weight is read by others."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.called, self.read = linear, False, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.called = True
+        y: Tensor = self.linear(x)
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "linear":
+            return super().__getattr__(name)
+        if name == "weight":
+            self.read = True
+            return self.linear.weight.detach().clone()  # some models change it in place
+        return getattr(self.linear, name)
+
+
+@torch.no_grad()
+def leave_dense(model: PreTrainedModel) -> None:
+    """Mark every nn.Linear of the decoder layers that can't be replaced by another linear map.
+
+    Those are the ones whose weight the model reads itself, in training or in evaluation, and those
+    that it never calls, such as cross-attention without an encoder. Experts are called by chance.
+    """
+    sites = find_sites(model)
+    watched = {site.name: _Watched(site.linear) for site in sites}
+    was_training = model.training
+    try:
+        for site in sites:
+            _put(site, watched[site.name])
+        for training in (False, True):
+            with torch.random.fork_rng(devices=[]):  # for dropout
+                model.train(training)(
+                    input_ids=torch.zeros(1, 2, dtype=torch.long, device="cpu"), use_cache=False
+                )
+    finally:
+        for site in sites:
+            _put(site, watched[site.name].linear)
+        model.train(was_training)
+    why: dict[str, list[str]] = {"reads the weight of": [], "never calls": []}
+    for site in sites:
+        seen, in_layer = watched[site.name], site.name.split(".layers.")[-1].split(".")[1:]
+        unused = not seen.called and not any(part.isdigit() for part in in_layer)
+        if seen.read or unused:
+            setattr(seen.linear, LEFT_DENSE, True)
+            why["reads the weight of" if seen.read else "never calls"].append(in_layer[-1])
+    for what, names in why.items():
+        if names:
+            log.info("%s %s %s itself, so no method adapts it", type(model).__name__, what,
+                     ", ".join(sorted({*names})))  # fmt: skip
+
+
+def _put(site: Site, module: nn.Module) -> None:
+    setattr(site.parent, site.name.rpartition(".")[2], module)
 
 
 @dataclass(frozen=True)

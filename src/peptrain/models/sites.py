@@ -114,7 +114,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_sites(model: PreTrainedModel, fresh: bool = True) -> list[Site]:
     """Return every nn.Linear inside a decoder layer, or what replaced it, in the model's order.
 
-    `fresh` is that of each Site.
+    Those with `LEFT_DENSE` are left out. `fresh` is that of each Site.
     """
     stack, layers = decoder_layers(model)
     width = model.config.get_text_config().hidden_size
@@ -122,13 +122,35 @@ def find_sites(model: PreTrainedModel, fresh: bool = True) -> list[Site]:
     return [Site(name, parent, width, fresh) for name, parent in found]
 
 
+LEFT_DENSE = "peptrain_left_dense"
+"""Attribute of an nn.Linear that no method may replace (`probe.leave_dense`)."""
+
+
 def _matrices(name: str, parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and parent of each matrix below `parent`, but of none inside a ReparamLinear."""
     for child, module in parent.named_children():
         if isinstance(module, nn.Linear | ReparamLinear):
-            yield f"{name}.{child}", parent
+            if not hasattr(module, LEFT_DENSE):
+                yield f"{name}.{child}", parent
         else:
             yield from _matrices(f"{name}.{child}", module)
+
+
+def check_adaptable(model: PreTrainedModel) -> None:
+    """Raise Unsupported if `find_sites` finds nothing, with the matrices that there are."""
+    if find_sites(model):
+        return
+    _, layers = decoder_layers(model)
+    others = {
+        type(module).__name__
+        for module in layers.modules()
+        if any(p.ndim == 2 for p in module.parameters(recurse=False))
+    }
+    raise Unsupported(
+        f"{type(model).__name__}: has no nn.Linear inside its decoder layers to adapt"
+        f"{f', only {sorted(others)[0]}' if others else ''}; choose method full, or a model such as"
+        " Llama, Qwen2 or OLMo2"
+    )
 
 
 def warn_of_experts(model: PreTrainedModel) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from peptrain.settings.fields import check, essential
+from peptrain.settings.fields import check, check_positive, essential
 
 ResetMode = Literal["zero", "magnitude", "random", "keep"]
+SMALLEST_EPS, LARGEST_BETA = 1e-37, 0.9999999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +35,16 @@ class OptimConfig:
     """Maximum global norm of the gradient; 0 is off."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            value = getattr(self, name)
-            fits = value is None or 0 <= value < math.inf
-            check(fits, f"optim.{name}", value, "a finite number >= 0")
-        check(self.clip is None or self.clip >= 0, "optim.clip", self.clip, ">= 0")
+        for name in ("lr", "weight_decay", "clip"):
+            check_positive(f"optim.{name}", getattr(self, name), or_zero=True)
+        check_positive("optim.eps", self.eps)
+        wanted = f">= {SMALLEST_EPS}, or fp32 rounds it to 0 and weights become NaN"
+        check(self.eps is None or self.eps >= SMALLEST_EPS, "optim.eps", self.eps, wanted)
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             check(value is None or 0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
+            wanted = f"<= {LARGEST_BETA}, or fp32 rounds it to 1"
+            check(value is None or value <= LARGEST_BETA, f"optim.{name}", value, wanted)
 
     def adam(self) -> dict[str, Any]:
         """Return the resolved lr, betas and eps as keyword arguments of an optimizer."""

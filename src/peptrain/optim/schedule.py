@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from peptrain.errors import ConfigError
-from peptrain.settings.fields import check, length
+from peptrain.settings.fields import check, check_whole, length
 
 log = logging.getLogger("peptrain")
 Curve = Literal["constant", "linear", "cosine", "wsd"]
@@ -37,8 +37,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         for name in ("warmup", "decay", "restart_every", "restart_warmup"):
-            value = getattr(self, name)
-            check(value is None or value >= 0, f"schedule.{name}", value, ">= 0")
+            check_whole(f"schedule.{name}", getattr(self, name), 0)
         check(self.floor is None or 0 <= self.floor <= 1, "schedule.floor", self.floor, "in [0, 1]")
 
 

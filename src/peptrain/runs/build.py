@@ -14,9 +14,16 @@ from torch import Tensor
 from peptrain.config import RunConfig, load
 from peptrain.errors import CheckpointError, Unsupported
 from peptrain.methods.base import Method
+from peptrain.methods.targets import TargetedMethod
 from peptrain.models.dense import dense_state, load_dense
 from peptrain.models.hf import build_model
-from peptrain.models.sites import find_sites, has_effective_weight, reparametrized, warn_of_experts
+from peptrain.models.sites import (
+    check_adaptable,
+    find_sites,
+    has_effective_weight,
+    reparametrized,
+    warn_of_experts,
+)
 from peptrain.rng import Rng, seed_default
 from peptrain.runs.checkpoint import Checkpoint, latest, load_model
 from peptrain.runs.directory import RunDir
@@ -43,6 +50,8 @@ def build(
         load_dense(model, dense)
     warn_of_experts(model)
     sites = find_sites(model, fresh=dense is None)
+    if isinstance(config.method, TargetedMethod):
+        check_adaptable(model)
     rng = Rng(config.train.seed)
     with torch.random.fork_rng(devices=[]):  # for modules that draw globally, like nn.Linear
         seed_default(rng.integer("install", phase))

@@ -8,7 +8,6 @@ step-00000600/model.safetensors       every parameter, by name
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -25,12 +24,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peptrain.errors import CheckpointError
-from peptrain.files import open_up, read_json_object, scratch
+from peptrain.files import open_up, read_json_object, scratch, sha256sums
 
 log = logging.getLogger("peptrain")
 FORMAT = 2
 FILES = ("model.safetensors", "optimizer.safetensors")
 STATE, SUMS = "state.json", "SHA256SUMS"
+SUMMED = (*FILES, STATE)
 NUMBERS = {"int": int, "float": float, "bool": bool}
 
 
@@ -161,7 +161,7 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     Raises CheckpointError, for example on a full disk, with the path of the
     latest good checkpoint.
     """
-    final = directory / f"step-{checkpoint.step:08d}"
+    final = _path(directory, checkpoint.step)
     for stray in directory.glob(".step-*"):
         shutil.rmtree(stray, ignore_errors=True)
     try:
@@ -175,11 +175,21 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         raise CheckpointError(
             f"{final}: could not be written: {error}; {last_good(directory)}"
         ) from error
-    done = available(directory)
-    whole = [path for path in done if path <= final]  # any later one is damaged: it was skipped
-    for path in {*done} - {*whole[-keep:]}:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in available(directory):
+        if path > final:  # it is damaged, and was skipped
+            shutil.rmtree(path, ignore_errors=True)
+    delete_old(directory, checkpoint.step, keep)
     return final
+
+
+def delete_old(directory: Path, step: int, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints up to that of `step`."""
+    for path in [p for p in available(directory) if p <= _path(directory, step)][:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
 
 
 def last_good(directory: Path) -> str:
@@ -206,7 +216,7 @@ def _write(directory: Path, checkpoint: Checkpoint) -> None:
         "rows": checkpoint.rows,
     }
     (directory / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    (directory / SUMS).write_text(_sums(directory), encoding="utf-8")
+    (directory / SUMS).write_text(sha256sums(directory, SUMMED), encoding="utf-8")
     open_up(directory)
     for file in directory.iterdir():
         _sync(file)
@@ -219,15 +229,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sums(directory: Path) -> str:
-    """Return what `sha256sum` prints for the files of a checkpoint."""
-    lines = []
-    for name in (*FILES, STATE):
-        with (directory / name).open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
-    return "".join(lines)
 
 
 def available(directory: Path) -> list[Path]:
@@ -266,7 +267,7 @@ def read(path: Path) -> Checkpoint:
                 f" {FORMAT}; use the version that wrote it"
             )
         written = (path / SUMS).read_text(encoding="utf-8").splitlines()
-        for then, now in zip(written, _sums(path).splitlines(), strict=True):
+        for then, now in zip(written, sha256sums(path, SUMMED).splitlines(), strict=True):
             if then != now:
                 raise _Damaged(f"{now.split()[-1]} does not match its checksum")
         model, moments = (load_file(path / name) for name in FILES)

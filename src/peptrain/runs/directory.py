@@ -1,7 +1,7 @@
 """The run directory: the interface between training and everything that reads a run.
 
 runs/NAME/config.toml      the resolved configuration
-          env.json         versions and device of each start
+          env.json         versions, device and command line of each start
           metrics.jsonl    a row every few steps, with a checksum
           checkpoints/     step-00000600/, ...
           lock             names the process that trains it, while it does (runs/lock.py)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+import shlex
+import subprocess
+import sys
 from importlib.metadata import version
 
 import torch
@@ -26,6 +29,20 @@ def environment(here: World) -> dict[str, object]:
     }
 
 
-def record_environment(run: RunDir, here: World) -> None:
-    """Append an entry to env.json for this start, since a run may be resumed elsewhere."""
-    run.append("env.json", environment(here))
+def record_environment(run: RunDir, here: World, data: str) -> None:
+    """Append an entry to env.json for this start, since a run may be resumed elsewhere.
+
+    It adds the command line, the host, the git commit of the working directory (null outside a
+    repository) and `data`, the fingerprint of the corpus.
+    """
+    start = {"command": shlex.join(sys.argv), "host": platform.node(), "commit": _commit()}
+    run.append("env.json", environment(here) | start | {"data": data})
+
+
+def _commit() -> str | None:
+    command = ["git", "rev-parse", "--verify", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

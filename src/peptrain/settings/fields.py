@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, field, fields, replace
@@ -14,12 +15,48 @@ from peptrain.errors import ConfigError
 
 log = logging.getLogger("peptrain")
 S = TypeVar("S")
+MOST = 10**9
+"""Largest number of steps, sequences and so on in a setting. A larger one is a slip."""
+LARGEST = 3.4e38
+"""Largest number that fp32 and bf16 can represent, in a setting that is not an integer."""
+
+
+def shown(value: object) -> str:
+    """Return `value` for a message, shortened if it is very long or deeply nested."""
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 256 else f"a number of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 300
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
 def check(holds: bool, key: str, value: object, wanted: str) -> None:
     """Raise ConfigError unless `holds`. The message has the key, the requirement and the value."""
     if not holds:
-        raise ConfigError(f"{key}: must be {wanted} (got {value!r})")
+        raise ConfigError(f"{key}: must be {wanted} (got {shown(value)})")
+
+
+def check_whole(key: str, value: int | None, least: int, most: int = MOST) -> None:
+    """Raise ConfigError unless `value` is None or a number from `least` to `most`."""
+    check(value is None or value >= least, key, value, f">= {least}")
+    check(value is None or value <= most, key, value, f"<= {most}")
+
+
+def check_positive(key: str, value: float | None, *, or_zero: bool = False) -> None:
+    """Raise ConfigError unless `value` is None or a finite number > 0 that fits into fp32."""
+    fits = value is None or 0 < value < math.inf or (or_zero and value == 0)
+    check(fits, key, value, f"a finite number {'>= 0' if or_zero else '> 0'}")
+    check(value is None or value <= LARGEST, key, value, f"<= {LARGEST}")
+
+
+LONGEST_NAME = 100
+"""Characters of an unknown name that are compared. The time grows with their square."""
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -27,7 +64,7 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
     `prefix` is put before the name in the hint and is not compared.
     """
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    near = get_close_matches(name[:LONGEST_NAME], list(known), n=1, cutoff=0.5)
     return f"did you mean {prefix + near[0]!r}? " if near else ""
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
@@ -11,11 +14,15 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from peptrain.errors import ConfigError
-from peptrain.settings.fields import nearest
+from peptrain.settings.fields import check, nearest, shown
 
 T = TypeVar("T")
 HEADER = "recipe"
 """The table with the description of a file, such as a recipe's title and source."""
+LARGEST_FILE = 1 << 20
+"""Bytes. The largest recipe has 3,000."""
+DEEPEST = 32
+"""Levels of tables and lists in a file. A grid has 4."""
 
 
 def read(path: Path, given_as: str = "--config ") -> dict[str, Any]:
@@ -24,11 +31,57 @@ def read(path: Path, given_as: str = "--config ") -> dict[str, Any]:
     `given_as` is the flag that precedes the path in the message.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = _bytes(path).decode()
+        _check_dots(text)
+        table = tomllib.loads(text)
+        _check_depth(table)
     except OSError as error:
         raise ConfigError(f"{given_as}{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{given_as}{path}: not a configuration: nested too deeply") from error
+    except ValueError as error:  # also an integer of thousands of digits
         raise ConfigError(f"{given_as}{path}: not TOML: {error}") from error
+    return table
+
+
+def _bytes(path: Path) -> bytes:
+    """Read a file. A pipe, which might wait for its writer, and a large file raise ValueError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file; save the settings in one")
+        found = file.read(LARGEST_FILE + 1)
+    if len(found) > LARGEST_FILE:
+        raise ValueError(f"larger than {LARGEST_FILE >> 20} MiB")
+    return found
+
+
+def _check_dots(text: str) -> None:
+    """Raise RecursionError for a key of many parts, a.b.c, which takes tomllib quadratic time."""
+    unspaced = text.translate(dict.fromkeys(map(ord, " \t")))
+    if any(part.count(".") > DEEPEST for part in re.split(r"[=,{[\n]", unspaced)):
+        raise RecursionError
+
+
+def _check_depth(table: dict[str, Any]) -> None:
+    inner: list[Any] = [table]
+    for _ in range(DEEPEST + 1):
+        children = [v.values() if isinstance(v, dict) else v for v in inner]
+        inner = [v for each in children for v in each if isinstance(v, dict | list)]
+    if inner:
+        raise RecursionError
+
+
+def as_path(text: str, key: str = "path") -> Path:
+    """Return `text` as a path, with `~` and `~user` expanded.
+
+    Raises ConfigError, which names `key`, for a text that can't be a path.
+    """
+    if not text or "\0" in text:
+        raise ConfigError(f"{key}: must be a path (got {text!r})")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: {text!r}: {error}; write the complete path") from error
 
 
 def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
@@ -56,19 +109,21 @@ def parse_value(hint: Any, value: Any, key: str) -> Any:
     """Return `value` as the type `hint`, a dataclass or a leaf. Errors name it by `key`."""
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{key}: must be a table, [{key}] (got {value!r})")
+            raise ConfigError(f"{key}: must be a table, [{key}] (got {shown(value)})")
         return parse(hint, value, f"{key}.")  # type: ignore[arg-type]
+    if type(value) is int:
+        check(-(2**63) <= value < 2**63, key, value, "a number of 64 bits")
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     for option in options:
         if get_origin(option) is Literal and value in get_args(option):
             return value
         if option is Path and isinstance(value, str):
-            return Path(value)
+            return as_path(value, key)
         if option is float and type(value) in (int, float):
             return float(value)
         if option in (str, int, bool) and type(value) is option:
             return value
-    raise ConfigError(f"{key}: {value!r} has the wrong type or value; give {_wanted(options)}")
+    raise ConfigError(f"{key}: {shown(value)} has the wrong type or value; give {_wanted(options)}")
 
 
 def _wanted(options: tuple[Any, ...]) -> str:
@@ -90,12 +145,13 @@ def dump(config: Any, leave_out: Callable[[Field[Any], object], bool] = _is_unse
     """Return a dataclass of leaves and sections as TOML.
 
     Leaves for which `leave_out(field, value)` is true are left out, by default those that are None.
+    Raises ConfigError for a text or path that is not UTF-8, which TOML can't express.
     """
     return "\n".join(_lines(config, leave_out))
 
 
 def _lines(config: Any, leave_out: Callable[[Field[Any], object], bool]) -> Iterator[str]:
-    yield from _leaves(config, leave_out)  # before any section, or they would be part of it
+    yield from _leaves(config, leave_out, "")  # before any section, or they would be part of it
     for section in fields(config):
         value = getattr(config, section.name)
         if not is_dataclass(value):
@@ -104,17 +160,27 @@ def _lines(config: Any, leave_out: Callable[[Field[Any], object], bool]) -> Iter
         name = getattr(type(value), "name", None)
         if isinstance(name, str):
             yield f"name = {_literal(name)}"
-        yield from _leaves(value, leave_out)
+        yield from _leaves(value, leave_out, f"{section.name}.")
         yield ""
 
 
-def _leaves(section: Any, leave_out: Callable[[Field[Any], object], bool]) -> Iterator[str]:
+def _leaves(
+    section: Any, leave_out: Callable[[Field[Any], object], bool], prefix: str
+) -> Iterator[str]:
     for leaf in fields(section):
         value = getattr(section, leaf.name)
         unsaid = value is None and leaf.metadata.get("before") is not None
         assert not unsaid, f"{leaf.name}: None would be read as {leaf.metadata['before']!r}"
         if not is_dataclass(value) and not leave_out(leaf, value):
-            yield f"{leaf.name} = {_literal(value)}"
+            try:
+                text = _literal(value)
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    f"{prefix}{leaf.name}: {shown(str(value))} is not UTF-8, so config.toml can't"
+                    " contain it; rename it"
+                ) from error
+            yield f"{leaf.name} = {text}"
 
 
 def _literal(value: object) -> str:

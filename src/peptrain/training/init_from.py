@@ -24,6 +24,7 @@ from peptrain.models.hf import ModelConfig, dtype_of, hf_config
 from peptrain.runs import checkpoint
 from peptrain.runs.build import open_run, plain_model, run_config
 from peptrain.runs.directory import RunDir
+from peptrain.runs.tokenizer import load_run_tokenizer
 from peptrain.training.match_size import matched
 
 log = logging.getLogger("peptrain")
@@ -102,10 +103,13 @@ def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
     if (path := config.init_from) is None:
         return
     file = (RunDir(path).tokenizer if _is_run(path) else path) / "tokenizer.json"
-    if not file.is_file():
+    if _is_run(path):
+        theirs, _ = load_run_tokenizer(RunDir(path))
+    elif file.is_file():
+        theirs = load_tokenizer(file)
+    else:
         return
-    ours, theirs = (load_tokenizer(f).get_vocab() for f in (corpus.tokenizer_file, file))
-    if ours != theirs:
+    if load_tokenizer(corpus.tokenizer_file).get_vocab() != theirs.get_vocab():
         log.warning(
             "init_from: the tokenizer of %s differs from that of %s, so token ids do not match the"
             " weights; prepare the data with --tokenizer %s", path, corpus.path, file,

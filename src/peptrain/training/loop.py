@@ -20,20 +20,23 @@ from peptrain.distributed.world import World, world
 from peptrain.errors import Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, held_out_loss
 from peptrain.methods.base import Method, Metrics
-from peptrain.models.hf import config_file, count_parameters, save_tokenizer
+from peptrain.models.hf import config_file, count_parameters
 from peptrain.models.probe import check_causal
 from peptrain.optim.adamw import clip_gradients, learning_rates, set_lr, state_bytes
 from peptrain.rng import Rng, seed_default
+from peptrain.runs import checkpoint
 from peptrain.runs.build import run_config
 from peptrain.runs.directory import RunDir, first_free
 from peptrain.runs.environment import record_environment
 from peptrain.runs.identity import identity_of
+from peptrain.runs.tokenizer import restore_run_tokenizer, write_run_tokenizer
 from peptrain.training.init_from import compare_tokenizers, with_inherited_model
 from peptrain.training.metrics import MetricsLog, Observer, silent
 from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
 from peptrain.training.state import (
     TrainState,
     check_corpus,
+    check_ranks,
     check_vocabulary,
     diverged,
     restore,
@@ -102,6 +105,7 @@ def _train(
     corpus = Corpus.open(path, verify_again=again) if path else default_corpus(verify_again=again)
     check_corpus(corpus, config)
     identity = identity_of(config, corpus.fingerprint)
+    check_ranks(config, identity, here)
     state = restore(config, run, here, identity)
     check_vocabulary(state.model, corpus)
     if config.model.config is not None:
@@ -112,14 +116,18 @@ def _train(
                         " export` needs --form factorised", config.method.name)  # fmt: skip
         compare_tokenizers(config, corpus)
         run = _create(config, corpus, here, held)
+    elif here.main:
+        restore_run_tokenizer(run, corpus)
     tokens_per_step = config.train.batch_size * config.train.seq_len
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     metrics_log = MetricsLog(run, here, observe, tokens_per_step)
     if here.main:
         run.rewind(state.step, state.rows)
-        _write_missing_row(run, state)
-        record_environment(run, here)
+        checkpoint.delete_old(run.checkpoints, state.step, config.train.keep)  # a kill left them
+        metrics_log.continue_clocks()
+        _write_missing_row(run, state, metrics_log)
+        record_environment(run, here, corpus.fingerprint)
         observe(_start(config, run, state, corpus))
     _announce(state, metrics_log)
     try:
@@ -147,11 +155,11 @@ def _checkpoint_row(state: TrainState) -> dict[str, int]:
     return {"step": state.step, "state_bytes": state.state_bytes[-1]}
 
 
-def _write_missing_row(run: RunDir, state: TrainState) -> None:
+def _write_missing_row(run: RunDir, state: TrainState, metrics_log: MetricsLog) -> None:
     """Write the row of the latest checkpoint if the process was killed before it did."""
     written = (row["step"] for row in run.metrics() if row["event"] == "checkpoint")
     if state.state_bytes and state.step not in written:
-        run.record({"event": "checkpoint", **_checkpoint_row(state)})
+        metrics_log.record("checkpoint", **_checkpoint_row(state))
 
 
 def _announce(state: TrainState, metrics_log: MetricsLog) -> None:
@@ -308,7 +316,7 @@ def _create(
 
 def _first_files(run: RunDir, config: RunConfig[Method], corpus: Corpus) -> None:
     """Write what else resume, eval and export need besides checkpoints and corpus."""
-    save_tokenizer(corpus.tokenizer_file, corpus.eos_id, corpus.special_tokens, run.tokenizer)
+    write_run_tokenizer(run, corpus)
     if file := config_file(config.model):
         shutil.copyfile(file, run.model_file)
 

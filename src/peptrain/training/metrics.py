@@ -25,6 +25,11 @@ Observer = Callable[[Mapping[str, Any]], None]
 or diverged. An observer cannot influence the training."""
 
 
+MEASURED = ("time", "seconds", "device_hours", "tokens_per_second", "peak_bytes")
+"""Values of rows that depend on the machine and the moment. All others are those of an
+uninterrupted run, bit for bit on a CPU."""
+
+
 def silent(row: Mapping[str, Any]) -> None:
     """Ignore the row: the observer used by default."""
 
@@ -51,7 +56,15 @@ class MetricsLog:
     _steps: list[tuple[int, Mapping[str, float], Tensor]] = field(default_factory=list)
     _norms: dict[int, Tensor] = field(default_factory=dict)
     _metrics: dict[str, Tensor | float] = field(default_factory=dict)
-    _since: float = field(default_factory=time.perf_counter)
+    _since: float = field(default_factory=lambda: time.perf_counter())
+    _seconds: float = 0.0
+    _device_hours: float = 0.0
+
+    def continue_clocks(self) -> None:
+        """Continue `seconds` and `device_hours` from the last row that the run has."""
+        for row in self.run.metrics():
+            self._seconds = row.get("seconds", self._seconds)
+            self._device_hours = row.get("device_hours", self._device_hours)
 
     def add(
         self,
@@ -86,6 +99,8 @@ class MetricsLog:
         self._steps, self._metrics, self._norms = [], {}, {}
         losses = self.world.mean(torch.stack([loss for *_, loss in steps]).double()).tolist()
         seconds, tokens = self._clock(), len(steps) * self.tokens_per_step
+        self._seconds += seconds
+        self._device_hours += seconds * self.world.size / 3600
         for (step, rates, _), loss in zip(steps, losses, strict=True):
             norm = norms.get(step, 0.0)
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -104,7 +119,7 @@ class MetricsLog:
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": throughput(tokens, seconds),
         }
-        if taken := sorted({"event", *row} & metrics.keys()):
+        if taken := sorted({"event", *MEASURED, *row} & metrics.keys()):
             raise Unsupported(
                 f"after_step: {taken[0]!r} is the name of a built-in metric; use another name"
             )
@@ -134,10 +149,27 @@ class MetricsLog:
         return statistics.median(rates) if rates else 0.0
 
     def write(self, event: str, **row: Any) -> None:
-        """On rank 0, write one row to the file and pass it to the observer."""
+        """On rank 0, write one row to the file and pass it to the observer.
+
+        Adds `time` (Unix, in seconds), `seconds` (of training up to this step, without evaluations
+        and checkpoints), `device_hours` (seconds times ranks / 3600) and, on a GPU, `peak_bytes`
+        (reserved by PyTorch since the start of this process). `seconds` and `device_hours` are
+        summed over resumes and leave out steps that a kill took back.
+        """
         if self.world.main:
-            self.run.record({"event": event, **row})
-            self.observe({"event": event, **row})
+            self.observe(self.record(event, **row))
+
+    def record(self, event: str, **row: Any) -> dict[str, Any]:
+        """Write one row to the file only. Return it."""
+        row = {"event": event, **row, **self._measured()}
+        self.run.record(row)
+        return row
+
+    def _measured(self) -> dict[str, float]:
+        now = {"time": time.time(), "seconds": self._seconds, "device_hours": self._device_hours}
+        if self.world.device.type == "cuda":
+            now["peak_bytes"] = torch.cuda.max_memory_reserved(self.world.device)
+        return now
 
     def pause(self) -> None:
         """Restart the clock after evaluation or saving, which do not count as training time."""

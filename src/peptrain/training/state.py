@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from peptrain.config import RunConfig
 from peptrain.data import Corpus
+from peptrain.data.tokenizer import load_tokenizer
 from peptrain.distributed.world import World
-from peptrain.errors import ConfigError, DataError, Diverged
+from peptrain.errors import CheckpointError, ConfigError, DataError, Diverged
 from peptrain.execution.attention import attend_without_masks
 from peptrain.execution.compile import checkpoint_activations, compile_layers
 from peptrain.execution.forward_backward import (
@@ -29,6 +30,7 @@ from peptrain.execution.padding import pad_mlps
 from peptrain.methods.base import Method
 from peptrain.models.hf import vocabulary_size
 from peptrain.models.sites import find_sites
+from peptrain.ops.checksum import checksum
 from peptrain.optim import schedule
 from peptrain.optim.adamw import state_bytes
 from peptrain.optim.schedule import Schedule
@@ -122,9 +124,27 @@ def prepare(
     return optimizer, make_forward_backward(loss, t.precision, here, recorded=recorded)
 
 
+def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: World) -> None:
+    """Raise ConfigError, on every rank, unless all have the same settings and the same corpus."""
+    own = {**other_settings(config), **identity}
+    first = here.agree(own)
+    steps_first = sorted(own.keys() | first.keys(), key=lambda key: (key != "train.steps", key))
+    unlike = [
+        f"{key}: {own.get(key)!r} on rank {here.rank}, {first.get(key)!r} on rank 0"
+        for key in steps_first  # intervals follow from the steps
+        if own.get(key) != first.get(key)
+    ]
+    found = [line for line in here.gather(unlike[0] if unlike else None) if line]
+    if found:
+        raise ConfigError(
+            f"{found[0]}; start every process with the same command, on the same prepared corpus"
+        )
+
+
 def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
     """Raise DataError early for a corpus that would make the training fail later."""
     corpus.windows(config.train.seq_len)
+    load_tokenizer(corpus.tokenizer_file)
     if len(corpus.held_out()) < 2:
         raise DataError(
             f"{corpus.path}: the held-out set has fewer than 2 tokens, so there is nothing to"
@@ -148,8 +168,10 @@ def save(
 ) -> None:
     """Write a checkpoint from rank 0.
 
-    Raises Diverged instead if a parameter, or a moment of the optimizer, is not finite.
+    Raises Diverged instead if a parameter, or a moment of the optimizer, is not finite, and
+    CheckpointError, on every rank, if the replicas differ.
     """
+    check_replicas(state, run, here)
     earlier = (*state.state_bytes, *[0] * state.phase)[: state.phase]
     state.state_bytes = (*earlier, state_bytes(state.optimizer))
 
@@ -174,6 +196,30 @@ def save(
         checkpoint.save(run.checkpoints, captured, keep)
 
     here.on_main(write)
+
+
+def check_replicas(state: TrainState, run: RunDir, here: World) -> None:
+    """Raise CheckpointError, on every rank, unless all have the same bits in model and optimizer.
+
+    Ranks get the same gradients and compute the same step, so only a fault of the hardware, or a
+    method that draws different numbers, makes them differ. Rank 0's state would hide it.
+    """
+    if here.size == 1:
+        return
+    names: dict[Tensor, str] = {p: name for name, p in state.model.named_parameters()}
+    held: dict[str, Tensor] = {name: p.detach() for p, name in names.items()}
+    held |= dict(state.model.named_buffers())
+    for p, moments in state.optimizer.state.items():
+        tensors = ((key, value) for key, value in moments.items() if isinstance(value, Tensor))
+        held |= {f"{names[p]}/{key}": value for key, value in tensors}
+    sums = [checksum(tensor).to(here.device) for tensor in held.values()]
+    differing = here.differing(torch.stack(sums).tolist())
+    if differing:
+        raise CheckpointError(
+            f"step {state.step}: the processes differ in {len(differing)} of {len(held)} tensors,"
+            f" first in {list(held)[differing[0]]}; the state of rank 0 was not saved;"
+            f" {checkpoint.last_good(run.checkpoints)}; if it happens again, test the GPUs"
+        )
 
 
 @torch.no_grad()

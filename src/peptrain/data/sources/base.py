@@ -5,23 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
+from reprlib import Repr
 from typing import Any, NamedTuple, Protocol
 
 from peptrain.errors import DataError
 
+LARGEST_RECORD = 1 << 28  # bytes: its encoding takes about 50 times as much memory
+LONGEST_VALUE, LONGEST_NAMES = 80, 400  # characters in a message
 PIECE_BYTES = 1 << 20  # bounds memory for text files; a cut in each 1 MB costs a token or two
 
 
 class Piece(NamedTuple):
-    """A document, or a part of one that is longer than PIECE_BYTES. `text` is never empty."""
+    """A document, or a part of one that is longer than PIECE_BYTES, or a record to skip.
+
+    `text` is empty only for a record to skip.
+    """
 
     text: str
     ends: bool
-    """Whether the document ends with this piece."""
+    """Whether a document ends with this piece."""
     bytes_read: int = 0
     """Bytes read from disk so far, before decompression; 0 for a stream."""
     position: Any = None
     """JSON that `Source.pieces` takes to resume after this piece; None when reading one file."""
+    bad: str = ""
+    """Why a record is skipped, with its file and line or row; "" for a document."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether the next piece belongs to the same document."""
+        return not (self.ends or self.bad)
 
 
 class Source(Protocol):
@@ -59,14 +73,33 @@ class Taken:
     documents: int = 0
     text_bytes: int = 0
     tokens: int = 0
+    unknown: int = 0
+    """Unknown tokens among them."""
+    characters: int = 0
+    lost: int = 0
+    """Characters that the tokens don't contain (data/tokenizer.py: `Losses`)."""
+    skipped: int = 0
+    """Records that could not be used (--skip-bad)."""
 
-    def add(self, piece: Piece, tokens: int) -> None:
-        """Add a piece and the number of its tokens."""
-        self.position, self.inside = piece.position, not piece.ends
+    def add(self, piece: Piece, tokens: int, unknown: int = 0, lost: int = 0) -> None:
+        """Add a piece, the number of its tokens, and what they don't contain of it."""
+        self.position, self.inside = piece.position, piece.continues
         self.bytes_read = piece.bytes_read
         self.documents += piece.ends
         self.text_bytes += len(piece.text.encode())
         self.tokens += tokens
+        self.unknown += unknown
+        self.characters += len(piece.text)
+        self.lost += lost
+        self.skipped += bool(piece.bad)
+
+
+def bad_position(name: str, position: Any) -> DataError:
+    """Return the error for a position that can't be one of this source."""
+    return DataError(
+        f"{name}: the unfinished preparation was at {shown(position)}, which is not a position"
+        " in this input; its journal is damaged: delete the directory of --out to start over"
+    )
 
 
 def first_characters(pieces: Iterator[Piece], characters: int) -> Iterator[str]:
@@ -78,17 +111,64 @@ def first_characters(pieces: Iterator[Piece], characters: int) -> Iterator[str]:
             return
 
 
-def field_of(record: Mapping[str, Any], field: str, where: str) -> Any:
-    """Return the value of the text field, or raise DataError with the fields that exist."""
+class BadRecord(DataError):
+    """One record can't be used, while others in its file can."""
+
+    def __init__(self, where: str, what: str, repair: str):
+        super().__init__(f"{where}: {what}; {repair}, or skip bad records with --skip-bad")
+        self.reason = f"{where}: {what}"
+
+    @property
+    def piece(self) -> Piece:
+        """What stands for the record if it is skipped."""
+        return Piece("", False, bad=self.reason)
+
+
+def text_in(record: Mapping[str, Any], field: str, where: str) -> str:
+    """Return the text of a record, "" for null. Raise BadRecord if there is no such string."""
     if field not in record:
-        keys = ", ".join(map(repr, record)) or "none"
-        raise DataError(f"{where}: no field {field!r} (fields: {keys}); name it with --text-field")
-    return record[field]
+        raise BadRecord(where, *_missing(record, field))
+    text = record[field]
+    if not isinstance(text, str | None):
+        what = f"{field!r} is {type(text).__name__}, not a string (got {shown(text)})"
+        raise BadRecord(where, what, "choose another --text-field")
+    check_length(text or "", where)
+    return text or ""
+
+
+def type_of(types: Mapping[str, Any], field: str, where: str) -> Any:
+    """Return the type of the column `field`, or raise DataError with the columns that exist."""
+    if field not in types:
+        raise DataError(f"{where}: {'; '.join(_missing(types, field))}")
+    return types[field]
+
+
+def _missing(record: Mapping[str, Any], field: str) -> tuple[str, str]:
+    names = ", ".join(map(repr, islice(record, LONGEST_NAMES)))
+    what = f"no field {field!r} (fields: {_cut(names, LONGEST_NAMES) or 'none'})"
+    return what, "name it with --text-field"
 
 
 def not_a_string(where: str, field: str, kind: str) -> DataError:
-    """Return the error for a text field of another type."""
+    """Return the error for a column of another type."""
     return DataError(f"{where}: {field!r} is {kind}, not a string; choose another --text-field")
+
+
+def shown(value: Any) -> str:
+    """Return `value` for a message, shortened."""
+    short = Repr()  # also limits the depth
+    short.maxstring = short.maxother = LONGEST_VALUE
+    return _cut(short.repr(value), LONGEST_VALUE)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def check_length(content: str | bytes, where: str) -> None:
+    """Raise BadRecord for a record that might not fit into memory when it is tokenized."""
+    if len(content) > LARGEST_RECORD:
+        raise BadRecord(where, f"longer than {LARGEST_RECORD:,} bytes", "split it")
 
 
 def imported(module: str, needed_by: str) -> Any:

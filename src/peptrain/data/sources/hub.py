@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from time import sleep
 from typing import Any
 
-from peptrain.data.sources.base import Piece, field_of, first_characters, imported, not_a_string
-from peptrain.data.sources.files import describe_files
+from peptrain.data.sources.base import (
+    BadRecord,
+    Piece,
+    bad_position,
+    first_characters,
+    imported,
+    text_in,
+)
+from peptrain.data.sources.files import describe_files, size_of
+from peptrain.data.sources.parquet import check_column, documents
 from peptrain.data.sources.text import unreadable
 from peptrain.errors import ConfigError, DataError
+from peptrain.files import read_json_object
 
 SCHEME = "hf:"
 WAITS = (5.0, 20.0, 80.0)  # seconds; `datasets` itself has retried each read for minutes by then
 ROWS_AT_ONCE = 256
-SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
+STATE, DATASET_INFO, SAVED_SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 log = logging.getLogger("peptrain")
 
 
@@ -30,8 +38,8 @@ class HubStream:
 
     size = None
 
-    def __init__(self, name: str, key: str, text_field: str):
-        self.name, self._text_field = name, text_field
+    def __init__(self, name: str, key: str, text_field: str, skip_bad: bool = False):
+        self.name, self._text_field, self._skip_bad = name, text_field, skip_bad
         self._id, revision, self._config, self._split = parse(name, key)
         datasets, hub = imported("datasets", name), imported("huggingface_hub", name)
         refused = (
@@ -68,6 +76,8 @@ class HubStream:
         A stream that breaks is reopened at its position, after increasing waits.
         """
         position, failures = position or self._start, 0
+        if not isinstance(position, dict):
+            raise bad_position(self.name, position)
         rows = self._rows(position)
         while True:
             try:
@@ -80,11 +90,13 @@ class HubStream:
             if row is None:
                 return
             position, failures = self._stream.state_dict(), 0
-            text = field_of(row, self._text_field, self.name)
-            if not isinstance(text, str | None):
-                raise not_a_string(self.name, self._text_field, type(text).__name__)
-            if text:
-                yield Piece(text, True, position=position)
+            try:
+                if text := text_in(row, self._text_field, self.name):
+                    yield Piece(text, True, position=position)
+            except BadRecord as error:
+                if not self._skip_bad:
+                    raise
+                yield error.piece._replace(position=position)
 
     def sample(self, characters: int) -> Iterator[str]:
         """Yield the beginning of the stream."""
@@ -123,31 +135,43 @@ def _briefly(error: Exception) -> str:
 class SavedDataset:
     """A directory made by `Dataset.save_to_disk`. A position is the number of rows read."""
 
-    def __init__(self, directory: Path, text_field: str):
+    def __init__(
+        self, directory: Path, text_field: str, errors: str = "strict", skip_bad: bool = False
+    ):
         self.name, self._text_field = str(directory), text_field
+        self._errors, self._skip_bad = errors, skip_bad
         self._files = sorted(directory.glob("*.arrow"))
-        self.size = sum(file.stat().st_size for file in self._files)
+        self.size = sum(map(size_of, self._files))
         datasets = imported("datasets", self.name)
         try:
-            self._rows = datasets.load_from_disk(self.name).with_format(None)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._check_names(directory)
+            self._rows = datasets.load_from_disk(self.name).with_format("arrow")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise unreadable(directory, error) from error
+
+    def _check_names(self, directory: Path) -> None:
+        """Raise ValueError if its files can't be read, or name data outside of it."""
+        known = {path.name for path in self._files}
+        read_json_object(directory / DATASET_INFO)
+        named = {file["filename"] for file in read_json_object(directory / STATE)["_data_files"]}
+        if not named <= known:
+            raise ValueError(f"{STATE} names {min(named - known)!r}, which isn't in the directory")
 
     def describe(self) -> str:
         return describe_files(self._files)
 
     def pieces(self, position: int | None) -> Iterator[Piece]:
         """Yield one document per row, without rows that are null or empty."""
-        field = self._text_field
-        kind = field_of(self._rows.features, field, self.name)
-        if getattr(kind, "dtype", None) not in ("string", "large_string"):
-            raise not_a_string(self.name, field, str(kind))
-        column = self._rows.select_columns([field])
-        for start in range(position or 0, len(column), ROWS_AT_ONCE):
-            texts = column[start : start + ROWS_AT_ONCE][field]
-            for row, text in enumerate(texts, start=start + 1):
-                if text:
-                    yield Piece(text, True, self.size * row // len(column), row)
+        pyarrow, field, total = imported("pyarrow", self.name), self._text_field, len(self._rows)
+        check_column(pyarrow, self._rows.features.arrow_schema, field, self.name)
+        if not (position is None or (isinstance(position, int) and 0 <= position <= total)):
+            raise bad_position(self.name, position)
+        rows = self._rows.select_columns([field])
+        for start in range(position or 0, total, ROWS_AT_ONCE):
+            column = rows[start : start + ROWS_AT_ONCE][field]
+            pieces = documents(column, start, self.name, self._errors, self._skip_bad)
+            for row, piece in pieces:
+                yield piece._replace(bytes_read=self.size * row // total, position=row)
 
     def sample(self, characters: int) -> Iterator[str]:
         """Yield the first rows."""
@@ -156,8 +180,9 @@ class SavedDataset:
 
 def is_saved_dataset(directory: Path, key: str) -> bool:
     """Return whether `save_to_disk` made it. Raise DataError if it contains several splits."""
-    if (directory / SAVED_SPLITS).is_file():
-        splits = json.loads((directory / SAVED_SPLITS).read_bytes())["splits"]
-        choices = " or ".join(str(directory / split) for split in splits)
+    splits = sorted(path.parent for path in directory.glob(f"*/{STATE}"))
+    if (directory / SAVED_SPLITS).is_file() and splits:
+        choices = " or ".join(map(str, splits))
         raise DataError(f"{key}: {directory} contains several splits; give {choices}")
-    return (directory / SAVED_DATASET).is_file() and (directory / "dataset_info.json").is_file()
+    described = (directory / STATE).is_file() and (directory / "dataset_info.json").is_file()
+    return described and any(directory.glob("*.arrow"))

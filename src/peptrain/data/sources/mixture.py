@@ -35,7 +35,7 @@ def mixed(
         if piece is None:
             return
         counts[number] += len(piece.text.encode())
-        inside = None if piece.ends else number
+        inside = number if piece.continues else None
         yield number, piece
 
 

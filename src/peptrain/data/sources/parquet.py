@@ -6,52 +6,82 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peptrain.data.sources.base import PIECE_BYTES, Piece, field_of, imported, not_a_string
+from peptrain.data.sources.base import (
+    PIECE_BYTES,
+    BadRecord,
+    Piece,
+    check_length,
+    imported,
+    not_a_string,
+    type_of,
+)
 from peptrain.data.sources.text import unreadable
 from peptrain.errors import DataError
 
-PARQUET_SUFFIX = ".parquet"
 BATCH_ROWS = 256  # about 1 MB of web text
+STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
-def read_rows(path: Path, text_field: str, errors: str) -> Iterator[Piece]:
+def read_rows(path: Path, text_field: str, errors: str, skip_bad: bool = False) -> Iterator[Piece]:
     """Yield one document per row, without rows that are null or empty.
 
     Pages are read as needed, so memory doesn't grow with the file or its row groups.
-    `errors` is how to decode invalid UTF-8: "strict" (DataError) or "replace".
+    `errors` is how to decode invalid UTF-8: "strict" or "replace". Raises DataError for a file or
+    column that can't be read, and BadRecord for a row. With `skip_bad` that is a piece instead.
     """
     pyarrow, parquet = imported("pyarrow", str(path)), imported("pyarrow.parquet", str(path))
     try:
         # The defaults would buffer a complete row group, which may be the complete file.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=PIECE_BYTES) as file:
-            _check_column(pyarrow, file.schema_arrow, text_field, str(path))
-            yield from _pieces(file, text_field, path, errors)
+            check_column(pyarrow, file.schema_arrow, text_field, str(path))
+            size, rows, done = path.stat().st_size, max(file.metadata.num_rows, 1), 0
+            for batch in file.iter_batches(BATCH_ROWS, columns=[text_field]):
+                column = batch.column(text_field)
+                for row, piece in documents(column, done, str(path), errors, skip_bad):
+                    yield piece._replace(bytes_read=size * row // rows)
+                done += len(column)
     except (OSError, pyarrow.ArrowException) as error:
         raise unreadable(path, error) from error
 
 
-def _check_column(pyarrow: Any, schema: Any, field: str, where: str) -> None:
-    kind = field_of({name: schema.field(name).type for name in schema.names}, field, where)
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+def check_column(pyarrow: Any, schema: Any, field: str, where: str) -> None:
+    """Raise DataError unless an Arrow schema has one column `field`, of strings."""
+    kind = type_of({column.name: column.type for column in schema}, field, where)
+    values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if str(values) not in STRINGS:
         raise not_a_string(where, field, str(kind))
+    if schema.names.count(field) > 1:
+        raise DataError(
+            f"{where}: several columns are named {field!r}; choose another --text-field"
+        )
 
 
-def _pieces(file: Any, field: str, path: Path, errors: str) -> Iterator[Piece]:
-    """Yield the rows, read as bytes because pyarrow doesn't check that a string is UTF-8."""
-    size, rows, number = path.stat().st_size, max(file.metadata.num_rows, 1), 0
-    for batch in file.iter_batches(BATCH_ROWS, columns=[field]):
-        for content in batch.column(0).cast("large_binary").to_pylist():
-            number += 1
-            if content:
-                text = _decoded(content, f"{path}: row {number}", errors)
-                yield Piece(text, True, size * number // rows)
+def documents(
+    column: Any, done: int, where: str, errors: str, skip_bad: bool
+) -> Iterator[tuple[int, Piece]]:
+    """Yield (row, document or bad record) of an Arrow column after `done` rows, counted from 1.
+
+    Read as bytes, because pyarrow doesn't check that a string is UTF-8. Raises BadRecord unless
+    `skip_bad`.
+    """
+    for row, content in enumerate(column.cast("large_binary").to_pylist(), start=done + 1):
+        if not content:
+            continue
+        try:
+            yield row, Piece(_decoded(content, f"{where}: row {row}", errors), True)
+        except BadRecord as error:
+            if not skip_bad:
+                raise
+            yield row, error.piece
 
 
 def _decoded(content: bytes, where: str, errors: str) -> str:
+    check_length(content, where)
     try:
         return content.decode("utf-8", errors)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: invalid UTF-8 at byte {error.start};"
-            " fix it, or replace it by U+FFFD with --on-bad-utf8 replace"
+        raise BadRecord(
+            where,
+            f"invalid UTF-8 at byte {error.start} ({content[error.start :][:4]!r})",
+            "fix it, replace it by U+FFFD with --on-bad-utf8 replace",
         ) from error

@@ -1,0 +1,118 @@
+"""The tokenizer of a run: written at its start, verified whenever it is read.
+
+tokenizer/tokenizer.json, tokenizer_config.json, chat_template.jinja
+          SHA256SUMS    for `sha256sum -c`; missing in runs of 0.1.0
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peptrain.data.corpus import Corpus
+from peptrain.data.tokenizer import configured, end_id, load_tokenizer
+from peptrain.errors import CheckpointError, ConfigError, DataError
+from peptrain.files import scratch, sha256sums, write_atomically
+from peptrain.models.hf import TOKENIZER_FILES, encode_plainly, save_tokenizer
+from peptrain.runs.directory import RunDir
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SUMS = "SHA256SUMS"
+NAME = 66
+"""Position of the file's name in a line of the checksums."""
+LEAST = ("tokenizer.json", "tokenizer_config.json")
+log = logging.getLogger("peptrain")
+
+
+def write_run_tokenizer(run: RunDir, corpus: Corpus) -> None:
+    """Write the tokenizer of the corpus, and its checksums. Raises OSError if that fails."""
+    _fill(run.tokenizer, corpus)
+
+
+def restore_run_tokenizer(run: RunDir, corpus: Corpus) -> None:
+    """Write the tokenizer again, with a warning, if it is damaged.
+
+    Raises CheckpointError if that fails.
+    """
+    try:
+        load_run_tokenizer(run)
+    except CheckpointError as damage:
+        log.warning("%s", damage)
+    else:
+        return
+    try:
+        with scratch(run.tokenizer) as made:
+            _fill(made, corpus)
+            if run.tokenizer.is_dir():
+                shutil.rmtree(run.tokenizer)
+            else:
+                run.tokenizer.unlink(missing_ok=True)
+            made.replace(run.tokenizer)
+    except OSError as error:
+        raise CheckpointError(f"{run.tokenizer}: can't be written: {error}") from error
+    log.warning("%s: written again from %s", run.tokenizer, corpus.path)
+
+
+def load_run_tokenizer(run: RunDir) -> tuple[Tokenizer, int]:
+    """Return the tokenizer of a run and the id of its end token.
+
+    Raises CheckpointError if a file is missing or damaged.
+    """
+    problem = _difference(run.tokenizer)
+    if problem is None:
+        try:
+            tokenizer = load_tokenizer(run.tokenizer / "tokenizer.json")
+            if end := configured(run.tokenizer).get("eos_token"):
+                return tokenizer, end_id(tokenizer, end)
+            problem = f"{run.tokenizer / 'tokenizer_config.json'}: names no eos_token"
+        except (ConfigError, DataError) as error:
+            problem = f"{run.tokenizer}: damaged ({error})"
+    raise CheckpointError(
+        f"{problem}; `peptrain resume {run.path}` writes it again from the corpus, or copy it from"
+        " a run on the same corpus"
+    )
+
+
+def copy_run_tokenizer(run: RunDir, out: Path) -> None:
+    """Copy the files of a verified tokenizer to `out`, such that it encodes as in training."""
+    for name in TOKENIZER_FILES:
+        if (run.tokenizer / name).is_file():
+            shutil.copyfile(run.tokenizer / name, out / name)
+    encode_plainly(out)  # those of 0.1.0 may not
+
+
+def _fill(directory: Path, corpus: Corpus) -> None:
+    save_tokenizer(corpus.tokenizer_file, corpus.eos_id, corpus.special_tokens, directory)
+    write_atomically(directory / SUMS, _sums(directory, TOKENIZER_FILES))
+
+
+def _sums(directory: Path, names: Sequence[str]) -> str:
+    return sha256sums(directory, [name for name in names if (directory / name).is_file()])
+
+
+def _difference(directory: Path) -> str | None:
+    """Name the first file that is not as it was written. None without checksums too.
+
+    Files may be added, such as a chat template.
+    """
+    if not directory.is_dir():
+        return f"{directory}: missing"
+    if not os.path.lexists(directory / SUMS):
+        return None
+    try:
+        written = (directory / SUMS).read_text(encoding="utf-8")
+        names = [line[NAME:] for line in written.splitlines()]
+        found = _sums(directory, names) if {*LEAST} <= {*names} <= {*TOKENIZER_FILES} else None
+    except (OSError, ValueError) as error:
+        return f"{directory}: can't be read ({error})"
+    if written == found:
+        return None
+    same = written.splitlines() if found is None else found.splitlines()
+    changed = [line[NAME:] for line in written.splitlines() if line not in same]
+    return f"{directory / [*changed, SUMS][0]}: differs from what the run wrote ({SUMS})"

@@ -1,0 +1,65 @@
+"""What happens to one of two ranks ends both, in one line, and costs no saved step."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import tiny
+
+from peptrain.testing import close, newest
+from peptrain.training.loop import resume, train
+
+
+@pytest.fixture(scope="module")
+def out(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ranks")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*run, str(Path(__file__).with_name("two_ranks.py")), str(corpus), str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr[-4000:]
+    assert "[rank0]: Traceback" not in done.stderr
+    return out
+
+
+@pytest.mark.parametrize(
+    "case, named", [("longer", "train.steps: 9 on rank 1, 8 on rank 0"),
+                    ("seeded", "train.seed: 1 on rank 1, 0 on rank 0")]
+)  # fmt: skip
+def test_a_rank_with_other_settings_ends_all_before_anything_is_written(
+    case: str, named: str, out: Path
+) -> None:
+    said = {(out / f"{case}-rank{rank}").read_text() for rank in (0, 1)}
+    assert len(said) == 1 and said.pop().startswith(f"ConfigError: {named}; start")
+    assert not (out / case).exists()
+
+
+def test_a_replica_that_differs_is_named_on_every_rank_and_not_saved(out: Path) -> None:
+    """Adam's first moment of it stays the same, since the gradients are."""
+    for rank in (0, 1):
+        said = (out / f"differs-rank{rank}").read_text()
+        assert said.startswith("CheckpointError: step 6: the processes differ in 1 of ")
+        assert "first in model.layers.1.mlp.up_proj.weight; the state of rank 0 was not" in said
+        assert "step-00000004 (resume from it with `peptrain resume" in said
+    assert newest(out / "differs").step == 4
+
+
+def test_the_death_of_a_rank_is_one_line_of_the_other_and_the_run_goes_on(
+    out: Path, corpus: Path
+) -> None:
+    assert not (out / "killed-rank1").exists()
+    said = (out / "killed-rank0").read_text()
+    assert said.startswith("PeptrainError: another process of this run ended or cannot be reached")
+    assert "\n" not in said
+    assert newest(out / "killed").step == 4
+    train(tiny("full", corpus, out / "whole"))
+    resume(out / "killed")
+    whole, resumed = newest(out / "whole"), newest(out / "killed")
+    for name, weight in whole.model.items():
+        close(weight, resumed.model[name], 1e-8)
