@@ -48,8 +48,8 @@ SCRIPTS = {
     "first_table": "one --data={corpus} --preset=tiny --steps=2 --batch-size=2 --micro-batch=2"
     " {no_compile} bpt:1e-3:0:rank=4:merge_every=1",
     "data": "{text} --tokenizer={corpus}/tokenizer.json --megabytes=0.05 --seconds=0.05",
-    "corruption": "--only begun/checkpoints/*6/SHA256SUMS unfinished/train-*.bin --flips=0",
     "soak": "--runs=3 --workers=1",
+    "corruption": "--only begun/checkpoints/*6/SHA256SUMS unfinished/train-*.bin --flips=0",
     "cpu_peft": f"{MODEL} --set=train.compile=false {RUN} --log-every=2 --rounds=1"
     " lora:rank=4 lora:rank=4:train_rest=false full",
 }

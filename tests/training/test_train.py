@@ -290,7 +290,7 @@ def test_a_kill_while_a_run_directory_is_made_leaves_no_run(
 ) -> None:
     config = tiny("full", corpus, tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer, "save_tokenizer", kill)
+        patch.setattr(trainer, "write_run_tokenizer", kill)
         train(config)
     with pytest.raises(CheckpointError, match="not a run directory"):
         RunDir.open(tmp_path / "run")

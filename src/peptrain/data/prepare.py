@@ -122,7 +122,6 @@ def prepare(
         progress = Progress.open(config.out, settings, len(sources))
         resumed = any(taken.position is not None for taken in progress.taken)
         tokenizer = _tokenizer_in(config, inputs, given)
-        progress.bind(config.out)
         writer = Writer(config.out, _id_type(tokenizer), progress)
         _pack(config, inputs, tokenizer, writer, on_progress)
         _warn_of_an_early_end(config, inputs, writer)

@@ -41,10 +41,10 @@ from peptrain.files import is_scratch, leading_out, no_links, write_atomically
 from peptrain.settings.fields import check
 
 Ids = NDArray[np.unsignedinteger]
-CHANGED = "changed since it was written"
 COUNTS = ("bytes_read", "documents", "text_bytes", "tokens", "skipped", "unknown", "characters",
           "lost")  # fmt: skip
 SINCE_0_1_0 = {"special_tokens", "skip_bad", "on_bad_utf8"}  # settings that its journals lack
+CHANGED = "changed since it was written"
 LEAST_HELD_OUT = 2  # tokens: a loss needs an input and a target
 
 
@@ -60,18 +60,7 @@ class Progress:
     shards: list[int] = field(default_factory=list)
     """Tokens of each finished shard."""
     sums: dict[str, int] = field(default_factory=dict)
-    """CRC-32 of what was written of each shard and of the held-out file; 0.1.0 has none."""
-    tokenizer_sha256: str | None = None
-    """Of the tokenizer.json in the directory, whose ids are in the shards; None in 0.1.0."""
-
-    def bind(self, directory: Path) -> None:
-        """Save the checksum of the tokenizer. Raise DataError if it isn't the one from before."""
-        found = hashlib.sha256((directory / TOKENIZER).read_bytes()).hexdigest()
-        if self.tokenizer_sha256 not in (None, found):
-            raise damaged(directory / TOKENIZER, CHANGED)
-        if self.tokenizer_sha256 is None:
-            self.tokenizer_sha256 = found
-            self.save(directory)
+    """CRC-32 of what was written of each file; empty where 0.1.0 began."""
 
     def save(self, directory: Path) -> None:
         write_checked(directory / JOURNAL, asdict(self))
@@ -131,7 +120,8 @@ class Progress:
                 yield count(key, getattr(taken, key))
         yield count("held_out_documents", self.held_out_documents)
         yield count("held_out_tokens", self.held_out_tokens)
-        yield "sums", self.sums, isinstance(self.sums, dict), "an object"
+        sums = isinstance(self.sums, dict) and all(type(v) is int for v in self.sums.values())
+        yield "sums", self.sums, sums, "checksums by name"
         yield "shards", self.shards, isinstance(self.shards, list), "a list"
         yield from (count("shards", tokens) for tokens in self.shards)
 
@@ -153,14 +143,21 @@ class Writer:
 
     def _verify(self) -> None:
         """Raise DataError for a file that has changed since an interrupted preparation wrote it."""
+        sums = self.progress.sums
+        first = TOKENIZER not in sums  # of a new preparation, or one that 0.1.0 began
         tokens = {shard_name(i): n for i, n in enumerate(self.progress.shards)}
-        for name, many in (tokens | {HELD_OUT: self.progress.held_out_tokens}).items():
-            path, size = self.directory / name, many * self.dtype.itemsize
+        tokens[HELD_OUT] = self.progress.held_out_tokens
+        sizes = {name: n * self.dtype.itemsize for name, n in tokens.items()}
+        sizes[TOKENIZER] = (self.directory / TOKENIZER).stat().st_size
+        for name, size in sizes.items():
+            path = self.directory / name
             # A shard that is shorter lost its tail to the held-out file, or else `survey` finds it.
             if path.is_file() and path.stat().st_size >= size:
                 found = _crc(path, size)
-                if found != self.progress.sums.setdefault(name, found):
+                if found != (sums.setdefault(name, found) if first else sums.get(name, 0)):
                     raise damaged(path, CHANGED)
+        if first:
+            self.progress.save(self.directory)
 
     @property
     def train_tokens(self) -> int:
