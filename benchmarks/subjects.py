@@ -28,12 +28,13 @@ from peptrain.exporting.factorised import load_factorised
 from peptrain.methods import METHODS
 from peptrain.testing import MODEL, TRAIN, small, small_corpus, small_run
 from peptrain.training.loop import train
+from peptrain.training.metrics import MEASURED
 
 STOP, SHARD, CORPUS = 5, 4000, "corpus"
 UNDER = ("lock", "*.lock")
 TEXTS = ("*.toml", "*.json", "*.jsonl", "*.md", "*.csv", "*.tex", "*.log")
-NOT_COMPARED = ("tokens_per_second", "crc32")
-"""Keys of rows: a rate, and the checksum of the row with it."""
+NOT_COMPARED = (*MEASURED, "crc32")
+"""Keys of rows: times, and the checksum of the row with them."""
 GRID = """equal = "flops"
 [base]
 data.path = "{corpus}"

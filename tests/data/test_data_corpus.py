@@ -119,7 +119,8 @@ def test_batches_that_cannot_be_are_refused(corpus):
     ):
         batch(corpus, world=4)
     total = corpus.train_tokens
-    with pytest.raises(DataError, match=rf"seq_len: .*{total} training tokens .* {total} \+ 1; choose"):
+    message = rf"seq_len: .*{total} training tokens .* {total} \+ 1; choose"
+    with pytest.raises(DataError, match=message):
         corpus.windows(total)
 
 
