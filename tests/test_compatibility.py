@@ -266,8 +266,15 @@ def test_an_export_has_the_same_files(name: str, form: Any, old: Old, tmp_path: 
     theirs, ours = old.export(name, form), export(old.run(name), tmp_path / "out", form)
     names = sorted(path.name for path in theirs.iterdir())
     assert sorted(path.name for path in ours.iterdir()) == names
-    kept = [n for n in names if n != "peptrain.json"]  # which has our version in it
+    # peptrain.json has our version in it. The tokenizer's files now say that it adds nothing.
+    said = ("peptrain.json", "tokenizer.json", "tokenizer_config.json")
+    kept = [n for n in names if n not in said]
     assert [n for n in kept if (ours / n).read_bytes() != (theirs / n).read_bytes()] == []
+    before, now = (json.loads((d / "tokenizer.json").read_bytes()) for d in (theirs, ours))
+    assert now.pop("post_processor") in (None, before["post_processor"])
+    assert now == {k: v for k, v in before.items() if k != "post_processor"}
+    before, now = (json.loads((d / "tokenizer_config.json").read_bytes()) for d in (theirs, ours))
+    assert now == before | {"add_bos_token": False, "add_eos_token": False}
 
 
 @pytest.mark.parametrize("name", [name for name, form in EXPORTS if form == "dense"])
