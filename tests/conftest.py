@@ -52,6 +52,17 @@ LONG = re.compile(
     r"|test_a_finished_run_that_is_given_more_steps"
     r"|test_the_first_loss_is_that_of_the_source\[(?!bpt|loro|relora)"
     r"|test_moments_come_back_in_the_dtype_that_they_had\[(?!full|loro|galore)"
+    r"|test_(accumulation_is_one_big_batch|low_precision_trains_on_a_cpu)\[(?!.*(full|bpt|loro))"
+    r"|test_the_configuration_of_(the|a)_run_replays_it\[(?!.*(full|bpt|loro))"
+    r"|test_(recomputed_activations_change_no_loss|looking_at_a_training_changes_no_bit)"
+    r"\[(?!.*(full|bpt|loro))"
+    r"|test_a_method_trains_and_its_run_is_evaluated_and_exported\[(?!.*(full|relora|loro))"
+    r"|test_a_kill_around_an_event_changes_no_bit\[(?!.*(full|bpt|relora|loro|galore))"
+    r"|test_what_is_advised_helps_and_what_is_not_does_not\[lowrank-0.3"
+    r"|test_a_fused_run_has_the_plain_ones_losses\[bpt"
+    r"|test_the_papers_memory"
+    r"|test_lora_s_memory_is_printed_with_the_embeddings_counted_twice"
+    r"|test_(a_loop_of_ones_own_is_the_trainers_training|it_learns)\[(?!.*(full|bpt|loro))"
 )
 """Cases for the marker `slow`, beside those that carry it: the longest of their kind, by
 `--durations`. What is left of a kind stays in the default run."""

@@ -11,6 +11,8 @@ from support import tiny
 from peptrain.testing import close, newest
 from peptrain.training.loop import resume, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def out(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
