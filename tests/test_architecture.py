@@ -116,7 +116,7 @@ def test_the_levels_see_imports() -> None:
 @pytest.mark.parametrize(
     "module, user",
     [
-        ("tyro", {f"cli/{name}.py" for name in ("app", "flags", "parsing")}),
+        ("tyro", {f"cli/{name}.py" for name in ("app", "flags", "parsing", "reading", "training")}),
         ("argparse", {"cli/parsing.py"}),
     ],
 )

@@ -162,7 +162,7 @@ def test_a_command_that_is_not_run_can_be_parsed(
         raise Parsed
 
     for target in (
-        *("peptrain.cli.app._watched", "peptrain.comparison.compare.compare"),
+        *("peptrain.cli.training.watched", "peptrain.comparison.compare.compare"),
         *("peptrain.data.prepare", "peptrain.exporting.export.export"),
     ):
         monkeypatch.setattr(target, work)

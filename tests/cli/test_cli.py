@@ -21,6 +21,8 @@ from rich.console import Console
 from support import rows, tiny
 
 import peptrain.cli.app
+import peptrain.cli.reading
+import peptrain.cli.training
 import peptrain.comparison.demo
 import peptrain.data
 from peptrain import recipes
@@ -259,7 +261,7 @@ def test_a_recipe_trains_as_its_printed_file_does(corpus: Path, peptrain_: Comma
 def test_a_recipe_without_data_says_what_it_is_for(
     peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peptrain.cli.app, "_watched", lambda training: None)
+    monkeypatch.setattr(peptrain.cli.training, "watched", lambda training: None)
     said = peptrain_("train --recipe bpt-olmo2-1b-full")
     assert said.code == 0
     assert "--recipe bpt-olmo2-1b-full: made for FineWeb-Edu, OLMo 2's tokenizer" in spaced(
@@ -330,7 +332,7 @@ def test_a_preset_says_which_sizes_of_a_recipe_it_leaves(
 def test_methods_and_presets_are_listed_with_what_they_are(
     peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peptrain.cli.app, "console", Console(width=200))
+    monkeypatch.setattr(peptrain.cli.reading, "console", Console(width=200))
     said = peptrain_("methods")
     table = {line.split()[0]: spaced(line) for line in said.out.splitlines() if line.strip()}
     for name, method in METHODS.items():
@@ -793,7 +795,7 @@ def test_the_bar_goes_when_training_diverges(
     every: int, corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(peptrain.cli.app, "console", console)
+    monkeypatch.setattr(peptrain.cli.training, "console", console)
     said = peptrain_(
         "train full --run run", *flags("full", corpus, train__eval_every=every, **ABSURD)
     )
@@ -868,7 +870,7 @@ def test_preparing_shows_a_bar_on_a_terminal(
     peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(peptrain.cli.app, "console", console)
+    monkeypatch.setattr(peptrain.cli.reading, "console", console)
     Path("a.txt").write_text("tea in a tin, rain on a rose. " * 50)
     assert peptrain_("data prepare a.txt --out made --vocab-size 260").code == 0
     frame = shown(console)

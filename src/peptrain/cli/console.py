@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from peptrain.cli.terminal import Console, OneLine
+from peptrain.distributed.launch import speaks
 
 
 class Display(io.TextIOBase):
@@ -108,7 +109,11 @@ def make(display: Display, *, quiet: bool = False, width: int | None = None) -> 
     return Console(file=display, emoji=False, quiet=quiet, width=width)  # type: ignore[arg-type]
 
 
-def print_wide(console: Console, table: Table) -> None:
+console = make(stdout, quiet=not speaks())
+"""Only rank 0 prints. Errors are printed by every rank, to stderr."""
+
+
+def print_wide(table: Table) -> None:
     """Print at the terminal's width; in a file or a pipe keep each row on one line."""
     (console if console.is_terminal else make(stdout, width=160)).print(table)
 

@@ -1,0 +1,135 @@
+"""The commands that read runs, text, methods and recipes, and train nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from rich.markup import escape
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from peptrain import recipes
+from peptrain.cli.console import console, print_wide
+from peptrain.cli.parsing import UNSET
+
+
+def eval_run(
+    run: Positional[Path],
+    data: Annotated[Path | None, UNSET] = None,
+    batch_size: Annotated[int | None, UNSET] = None,
+    legacy: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Compute the held-out perplexity of a run, per token.
+
+    Args:
+        run: Run directory.
+        data: Prepared corpus whose held-out part to use. Unset: that of the run.
+        batch_size: Sequences per forward pass. Changes only speed and memory, except with legacy.
+        legacy: Divide by batches + 1, as the papers' repositories do, to match their tables.
+        device: auto uses a GPU if there is one.
+    """
+    from peptrain.distributed.world import world
+    from peptrain.eval.run import evaluate
+
+    with world(device) as here:
+        result = evaluate(run, data=data, batch_size=batch_size, legacy=legacy, device=here.device)
+    note = " (legacy: divided by batches + 1, which flatters the model)" if legacy else ""
+    console.print(
+        f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"
+        f"  over {result.tokens:,} tokens{note}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def export_run(
+    run: Positional[Path], out: Path, form: Literal["dense", "factorised"] = "dense"
+) -> None:
+    """Export a run to the Hugging Face format, and check its logits.
+
+    Args:
+        run: Run directory.
+        out: Directory to create.
+        form: dense loads in transformers and other tools. factorised keeps the factors B and A
+            (lowrank, loro): smaller, loaded with peptrain.load_factorised.
+    """
+    from peptrain.exporting.export import export
+
+    export(run, out, form)
+    console.print(f"{form} model in {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def prepare_command() -> Callable[..., None]:
+    from peptrain.cli.progress import preparing
+    from peptrain.data import PrepareConfig, prepare
+
+    @dataclass(frozen=True, kw_only=True)
+    class Prepare(PrepareConfig):
+        inputs: Positional[tuple[str, ...]]
+        """Text, JSON Lines or Parquet files, directories of them, or hf:ID[:CONFIG[:SPLIT]]."""
+        held_out_inputs: tuple[str, ...] = ()
+        """Inputs to hold out, in place of a share of the documents. If they are also among the
+        inputs, they are not trained on."""
+
+    def command(config: Any) -> None:
+        """Tokenize text into shards for training."""
+        with preparing(console) as on_progress:
+            made = prepare(config, on_progress)
+        skipped = f", {made.skipped:,} bad records skipped" if made.skipped else ""
+        console.print(
+            f"{made.path}: {made.documents:,} documents, {made.train_tokens:,} training and"
+            f" {made.held_out_tokens:,} held-out tokens, {made.bytes_per_token:.2f} bytes a token,"
+            f" vocabulary {made.vocab_size:,} (largest id {made.max_id:,}),"
+            f" {made.losses}, {made.shards} shards{skipped}{', resumed' if made.resumed else ''}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    command.__annotations__["config"] = Annotated[Prepare, arg(name="")]
+    return command
+
+
+def list_methods() -> None:
+    """List the methods, what each is for, and the model presets."""
+    from peptrain.methods import methods
+    from peptrain.methods.base import Method
+    from peptrain.models.presets import PRESETS
+
+    table = Table("method", "use it for", "weight of a layer", "default lr", box=None)
+    for name, cls in methods().items():
+        lr = f"{cls.optim_defaults.lr or Method.optim_defaults.lr:g}"
+        table.add_row(name, escape(cls.purpose), escape(cls.equation), lr)
+    console.print(table)
+    presets = Table("preset", "family", box=None)
+    for column in ("parameters", "d", "f", "layers", "heads", "kv heads", "vocab"):
+        presets.add_column(column, justify="right")
+    for name, shape in PRESETS.items():
+        sizes = (shape.d, shape.f, shape.L, shape.heads, shape.kv, shape.V)
+        millions = f"{shape.parameters / 1e6:,.1f}M"
+        presets.add_row(name, shape.family, millions, *map(str, sizes))
+    console.print("", presets)
+    console.print("\n`peptrain train METHOD --model.preset PRESET` trains one.", highlight=False)
+
+
+def list_recipes(name: Annotated[Positional[str | None], UNSET] = None) -> None:
+    """List the settings of the papers' tables, with the results to expect.
+
+    Args:
+        name: Print this recipe as a TOML file for `peptrain train --config`.
+    """
+    if name is not None:
+        # No newline added, so that redirecting to a file copies the recipe byte for byte.
+        console.print(recipes.text(name), markup=False, highlight=False, soft_wrap=True, end="")
+        return
+    table = Table("recipe", "method", "parameters", "trainable", "tokens", "expected", box=None)
+    for known, method, about in recipes.listed():
+        counts = (f"{n / 1e6:,.1f}M" for n in (about.parameters, about.trainable))
+        tokens = f"{about.tokens / 1e9:.1f}B"
+        table.add_row(known, method, *counts, tokens, about.expected)
+    print_wide(table)
+    console.print("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")

@@ -1,0 +1,165 @@
+"""The commands that train, and the estimate of a training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional
+
+from peptrain import recipes
+from peptrain.cli.console import console, make, print_wide, stderr
+from peptrain.cli.parsing import UNSET
+from peptrain.errors import PeptrainError
+
+if TYPE_CHECKING:
+    from peptrain.config import RunConfig
+    from peptrain.estimation.estimate import Estimate
+    from peptrain.methods.base import Method
+
+log = logging.getLogger("peptrain")
+
+
+def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
+    def train(options: Any, config: Path | None = None, recipe: str | None = None) -> None:
+        """Train.
+
+        Args:
+            options: The settings of the run.
+            config: TOML file with any of these settings. Flags override it. The config.toml of a
+                run repeats that run.
+            recipe: Use the settings of a row of a paper's table (`peptrain recipes` lists them).
+                Flags override them.
+        """
+        from peptrain.cli.flags import say_what_a_preset_leaves
+        from peptrain.training.loop import train
+
+        if recipe is not None and options.data.path is None:
+            corpus = recipes.about(recipe).data
+            log.warning("--recipe %s: made for %s; without --data.path it trains on the corpus"
+                        " that comes with peptrain", recipe, corpus)  # fmt: skip
+        say_what_a_preset_leaves(given, options)
+        watched(lambda observe: train(options, observe))
+
+    train.__annotations__ |= {
+        "options": options_type,
+        "config": Annotated[Path | None, UNSET],
+        "recipe": Annotated[str | None, UNSET],
+        "return": None,
+    }
+    return train
+
+
+def estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
+    def estimate(
+        options: Any,
+        config: Path | None = None,
+        recipe: str | None = None,
+        gpu_memory: str | None = None,
+        ranks: int = 1,
+        json: bool = False,
+    ) -> None:
+        """Estimate.
+
+        Args:
+            options: The settings of the run.
+            config: TOML file with any of these settings. Flags override it.
+            recipe: Use the settings of a row of a paper's table (`peptrain recipes` lists them).
+            gpu_memory: GPU memory such as 24GiB. Adds the largest micro-batch and rank that fit.
+            ranks: Number of DDP processes (GPUs), each with a full replica.
+            json: Print JSON. Log messages go to stderr.
+        """
+        from peptrain.cli.flags import say_what_a_preset_leaves
+        from peptrain.cli.progress import fitting
+        from peptrain.estimation.estimate import estimate, memory
+
+        say_what_a_preset_leaves(given, options)
+        budget = None if gpu_memory is None else memory(gpu_memory)
+        with fitting(make(stderr, quiet=json)) as watch:
+            made = estimate(options, ranks=ranks, gpu_memory=budget, watch=watch)
+        _show(made, json)
+
+    flags: dict[str, Any] = {"config": Annotated[Path | None, UNSET], "ranks": int, "json": bool}
+    flags |= dict.fromkeys(("recipe", "gpu_memory"), Annotated[str | None, UNSET])
+    estimate.__annotations__ |= {"options": options_type, **flags, "return": None}
+    return estimate
+
+
+def _show(made: Estimate, as_json: bool) -> None:
+    if as_json:
+        text = json.dumps(made.as_dict(), indent=1)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
+    from peptrain.estimation.table import lines, table
+
+    console.print(table(made))
+    for line in lines(made):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def watched(training: Callable[[Any], Any]) -> Any:
+    """Train with a progress display, and close it whatever happens."""
+    from peptrain.cli.progress import TrainingProgress
+
+    progress = TrainingProgress(console)
+    try:
+        return training(progress)
+    finally:
+        progress.close()
+
+
+def resume_run(run: Positional[Path]) -> None:
+    """Resume a run from its latest complete checkpoint.
+
+    Args:
+        run: Run directory.
+    """
+    from peptrain.training.loop import resume
+
+    watched(lambda observe: resume(run, observe))
+
+
+def run_demo(run: Annotated[Path | None, UNSET] = None) -> None:
+    """Compare full training, ReLoRA, BPT and LORO on a small model in two minutes.
+
+    Args:
+        run: Directory for the four runs. Unset: runs/demo-N, the first free N.
+    """
+    from peptrain.comparison.demo import NEXT_STEPS, comparison, demo
+    from peptrain.runs.directory import first_free
+
+    directory = run or first_free(Path("runs"), "demo")
+    results = [watched(training) for training in demo(directory)]
+    console.print(comparison(results))
+    console.print(NEXT_STEPS, soft_wrap=True, highlight=False)
+
+
+def run_grid(
+    grid: Positional[Path], out: Path, workers: Annotated[int | None, UNSET] = None
+) -> None:
+    """Train a grid of runs at equal cost and tabulate the results.
+
+    Args:
+        grid: TOML file: [base] holds the settings of all runs, each [[grid]] block a set of runs.
+            Any value may be a list. equal = "tokens", "flops" or "time".
+        out: Directory for the runs and the table, as Markdown, CSV, LaTeX and JSON. With an
+            existing one the same command resumes unfinished runs and keeps finished ones.
+        workers: Number of simultaneous runs. Unset: one per GPU, or one per CPU core.
+    """
+    from peptrain.cli.progress import comparing
+    from peptrain.comparison.compare import compare
+    from peptrain.comparison.table import terminal
+
+    with comparing(console) as watch:
+        made = compare(grid, out, workers, watch)
+    print_wide(terminal(made))
+    text = "\n".join(["", made.caption, *made.notes, f"Written to {out}/table.md, .csv, .tex"])
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if failed := sum(len(line.errors) for line in made.lines):
+        raise PeptrainError(
+            f"{failed} of {sum(line.runs for line in made.lines)} runs failed (see {out}/logs);"
+            " run the same command to try them again"
+        )
