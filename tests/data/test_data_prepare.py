@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from peptrain.cli.app import main
 from peptrain.data import Corpus, PrepareConfig, prepare
 from peptrain.data.documents import is_held_out
 from peptrain.data.tokenizer import train_tokenizer
@@ -421,3 +422,18 @@ def test_what_a_kill_left_before_the_first_progress_is_no_obstacle(tmp_path, nam
     (tmp_path / name).touch()
     Progress.open(tmp_path, {}, 1)
     assert (tmp_path / "journal.json").exists()
+
+
+def test_inputs_may_begin_at_home(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell expands `~` only at the beginning of a word, so not after `--held-out-inputs=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    json_lines(tmp_path / "apart.jsonl", DOCUMENTS)
+    command = f"data prepare ~/in.jsonl --held-out-inputs=~/apart.jsonl --out={config.out}"
+    assert main([*command.split(), f"--tokenizer={config.tokenizer}"]) == 0
+    assert json.loads((config.out / "index.json").read_text())["held_out_documents"] == len(
+        DOCUMENTS
+    )
+    with pytest.raises(ConfigError, match="held_out_inputs: '~nobody-at-all/x': "):
+        prepare(replace(config, held_out_inputs=("~nobody-at-all/x",)))
