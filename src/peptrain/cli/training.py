@@ -24,6 +24,8 @@ log = logging.getLogger("peptrain")
 
 
 def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
+    """Return the command that trains with one method. `options_type` holds its flags."""
+
     def train(options: Any, config: Path | None = None, recipe: str | None = None) -> None:
         """Train.
 
@@ -54,6 +56,8 @@ def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[...
 
 
 def estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
+    """Return the command that estimates one method. `options_type` holds its flags."""
+
     def estimate(
         options: Any,
         config: Path | None = None,

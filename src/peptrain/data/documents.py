@@ -13,7 +13,7 @@ from peptrain.data.sources.files import FileSet, find_files, warn_of_formats
 from peptrain.data.sources.hub import SCHEME, HubStream, SavedDataset, is_saved_dataset
 from peptrain.data.sources.mixture import furthest_behind, mixed, one_after_another
 from peptrain.errors import DataError
-from peptrain.settings.toml import as_path
+from peptrain.settings.fields import as_path
 
 
 class Part(NamedTuple):

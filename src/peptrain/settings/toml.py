@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from peptrain.errors import ConfigError
-from peptrain.settings.fields import check, nearest, shown
+from peptrain.settings.fields import as_path, check, nearest, shown
 
 T = TypeVar("T")
 HEADER = "recipe"
@@ -69,19 +69,6 @@ def _check_depth(table: dict[str, Any]) -> None:
         inner = [v for each in children for v in each if isinstance(v, dict | list)]
     if inner:
         raise RecursionError
-
-
-def as_path(text: str, key: str = "path") -> Path:
-    """Return `text` as a path, with `~` and `~user` expanded.
-
-    Raises ConfigError, which names `key`, for a text that can't be a path.
-    """
-    if not text or "\0" in text:
-        raise ConfigError(f"{key}: must be a path (got {text!r})")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{key}: {text!r}: {error}; write the complete path") from error
 
 
 def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
