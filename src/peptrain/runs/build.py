@@ -132,17 +132,26 @@ def run_config(run: RunDir) -> RunConfig[Method]:
     return replace(config, model=replace(config.model, config=run.model_file))
 
 
+def checked_config(run: RunDir) -> tuple[RunConfig[Method], Checkpoint | None]:
+    """Load the configuration of a run and its latest complete checkpoint, None before the first.
+
+    Raises CheckpointError if the configuration is not that of the checkpoint.
+    """
+    config = run_config(run)
+    saved = latest(run.checkpoints)
+    if saved is not None:
+        check_settings(saved, config)
+    return config, saved
+
+
 def open_run(path: Path) -> Opened:
     """Open a run at its latest complete checkpoint.
 
     Raises CheckpointError if it has none, or if the configuration is not that of the checkpoint.
     """
-    run = RunDir.open(path)
-    config = run_config(run)
-    saved = latest(run.checkpoints)
+    config, saved = checked_config(RunDir.open(path))
     if saved is None:
         raise CheckpointError(f"{path}: contains no checkpoint yet")
-    check_settings(saved, config)
     model = rebuild(config, saved, saved.phase)
     model.eval()
     return Opened(config, saved, model)
