@@ -76,7 +76,10 @@ def lock(path: Path, busy: Callable[[str], str], wait: float = 0.0) -> Iterator[
                 raise CheckpointError(busy(str(_holder(path) or "another process")))
             time.sleep(POLL)
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be written: {error.strerror}") from error
+        raise CheckpointError(
+            f"{path}: can't be written: {error.strerror}; make its directory writable, or copy that"
+            " to another place"
+        ) from error
     done = threading.Event()
     beat = threading.Thread(target=_renew, args=(descriptor, done), daemon=True)
     beat.start()

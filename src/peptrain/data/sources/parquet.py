@@ -27,10 +27,10 @@ STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "b
 def read_rows(path: Path, text_field: str, errors: str, skip_bad: bool = False) -> Iterator[Piece]:
     """Yield one document per row, without rows that are null or empty.
 
-    Pages are read as needed, so memory doesn't grow with the file or its row groups, but a page must
-    fit into it.
-    `errors` is how to decode invalid UTF-8: "strict" or "replace". Raises DataError for a file or
-    column that can't be read, and BadRecord for a row. With `skip_bad` that is a piece instead.
+    Pages are read as needed, so memory doesn't grow with the file or its row groups. Only a page
+    must fit into it. `errors` is how to decode invalid UTF-8: "strict" or "replace". Raises
+    DataError for a file or column that can't be read, and BadRecord for a row. With `skip_bad` that
+    is a piece instead.
     """
     pyarrow, parquet = imported("pyarrow", str(path)), imported("pyarrow.parquet", str(path))
     try:
