@@ -132,6 +132,8 @@ def read_json(path: Path, kind: type[J]) -> J:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"larger than {LARGEST_JSON >> 20} MiB")
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError("not a regular file")  # a pipe might never end
         found = json.loads(path.read_bytes(), parse_int=_integer)
         if not isinstance(found, kind):
             wanted = "an object" if kind is dict else "a list"

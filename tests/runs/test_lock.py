@@ -143,6 +143,14 @@ def test_a_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "mine"
 
 
+def test_a_pipe_in_the_place_of_a_lock_is_no_holder(tmp_path: Path) -> None:
+    """To read it would take forever."""
+    os.mkfifo(tmp_path / "lock")
+    told = "lock: can't be written: not a regular file"
+    with pytest.raises(CheckpointError, match=told), lock(tmp_path / "lock", busy):
+        pass
+
+
 # Of a run.
 
 

@@ -57,6 +57,8 @@ def build(
         seed_default(rng.integer("install", phase))
         config.method.install(model, sites, rng, phase)
     _check_dense_weights(config, model, phase)
+    if dense is not None:
+        _check_buffers(config, model, phase)
     return model
 
 
@@ -76,6 +78,27 @@ def _check_dense_weights(config: RunConfig[Method], model: PreTrainedModel, phas
             f"method.name: {method.name}: has no dense equivalent, so phase {phase + 1} could not"
             f" start from the weights of phase {phase}; use such layers only in the last phase"
         )
+
+
+def _check_buffers(config: RunConfig[Method], model: PreTrainedModel, phase: int) -> None:
+    """Raise Unsupported if a layer's buffer depends on trained weights.
+
+    Checkpoints contain no buffers, and a resume builds the layers from weights drawn again.
+    """
+    held = _buffers(model)
+    again = _buffers(build(config, phase)) if held else {}
+    for name, buffer in held.items():
+        if name not in again or not torch.equal(buffer, again[name]):
+            raise Unsupported(
+                f"method.name: {config.method.name}: the buffer {name} depends on the weights, and"
+                " checkpoints contain no buffers, so a resumed run would have another one; make it"
+                " nn.Parameter(..., requires_grad=False)"
+            )
+
+
+def _buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    layers = reparametrized(model)
+    return {f"{x.site}.{name}": buffer for x in layers for name, buffer in x.named_buffers()}
 
 
 def rebuild(config: RunConfig[Method], saved: Checkpoint, phase: int) -> PreTrainedModel:

@@ -12,10 +12,12 @@ because those of two machines may differ.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -125,7 +127,11 @@ def _open(path: Path) -> tuple[int, bool]:
         with contextlib.suppress(FileExistsError):
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), True
         with contextlib.suppress(FileNotFoundError):  # removed by its holder since
-            return os.open(path, flags), False
+            descriptor = os.open(path, flags)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor, False
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file")  # to read a pipe would take forever
 
 
 def _dead(path: Path, holder: Holder | None, flocked: bool) -> bool:
