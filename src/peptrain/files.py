@@ -174,8 +174,8 @@ def open_up(directory: Path) -> None:
 
 
 def no_links(path: str, flags: int) -> int:
-    """Open a file, as an `opener` of `open`, unless it is a link."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """Open a file, as an `opener` of `open`, unless it is a link. A pipe is not waited for."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def leading_out(root: Path, names: Iterable[str]) -> Path | None:

@@ -103,6 +103,11 @@ def _buffers(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def rebuild(config: RunConfig[Method], saved: Checkpoint, phase: int) -> PreTrainedModel:
     """Return the model of `phase` with the weights of a checkpoint of that or an earlier phase."""
+    if saved.phase > (last := len(config.method.phases(config.train.steps))):
+        raise CheckpointError(
+            f"the checkpoint of step {saved.step} is of phase {saved.phase}, but the last phase of"
+            f" {config.method.name} is {last}; its state.json was changed, or the method was"
+        )
     model = build(config, saved.phase)
     load_model(model, saved.model)
     return model if phase == saved.phase else build(config, phase, dense_state(model))
