@@ -110,7 +110,8 @@ def _take(path: Path, me: Holder) -> int | None:
             if not is_open_file(path, descriptor):
                 continue
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, me.line.encode(), 0)
+            if os.pwrite(descriptor, line := me.line.encode(), 0) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if not new and not (flocked and before and before.boot == me.boot):
                 time.sleep(SETTLE)  # another process may be taking it over, where flock fails
             taken = _holder(path) == me
