@@ -80,6 +80,7 @@ def export_run(
 
 
 def prepare_command() -> Callable[..., None]:
+    """Return `data prepare`, whose flags are the settings of a preparation."""
     from peptrain.cli.progress import preparing
     from peptrain.data import PrepareConfig, prepare
 
