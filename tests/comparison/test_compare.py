@@ -155,6 +155,18 @@ def test_a_second_call_starts_nothing_and_a_changed_grid_only_adds(
     assert len(fakes.started) == 10 and len(list((out / "runs").iterdir())) == 10
 
 
+def test_runs_of_0_1_0_are_found_although_they_evaluated_more_tokens(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    made = compare(grid, out)
+    for file in out.glob("runs/*/config.toml"):
+        text = file.read_text()
+        assert "eval_tokens = 256\n" in text
+        file.write_text(text.replace("eval_tokens = 256\n", "eval_tokens = 8192\n"))
+    assert compare(grid, out) == made and len(fakes.started) == 4
+
+
 def test_at_an_equal_budget_each_run_is_started_with_its_own_steps(
     fakes: Fakes, corpus: Path, tmp_path: Path
 ) -> None:

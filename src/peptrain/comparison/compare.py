@@ -17,7 +17,7 @@ from peptrain.comparison.grid import Grid, GridRun, load_grid, unstated
 from peptrain.comparison.summary import Outcome, outcome, summarize
 from peptrain.comparison.table import Comparison, as_csv, latex, markdown
 from peptrain.comparison.workers import Job, Status, alone, visible_gpus, work
-from peptrain.config import RunConfig, dump, load
+from peptrain.config import RunConfig, as_named, dump, load
 from peptrain.data import Corpus, default_corpus
 from peptrain.distributed.launch import launch
 from peptrain.errors import CheckpointError, Interrupted
@@ -117,7 +117,10 @@ def _place(run: GridRun, out: Path) -> RunDir:
     """Find the directory of a run by its digest, even if its readable name has changed."""
     made = (out / "runs").glob(f"*-{run.digest}")
     place = RunDir(next(made, out / "runs" / run.name))
-    if place.config_file.is_file() and dump(load(place.config_file)) != dump(run.config):
+    if not place.config_file.is_file():
+        return place
+    found = as_named(load(place.config_file), run.written)
+    if dump(found) != dump(run.named):
         raise CheckpointError(
             f"{place.path}: config.toml differs from the grid's settings; restore it from"
             f" {out / 'settings' / place.path.name}.toml, or move the run away"

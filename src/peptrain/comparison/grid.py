@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from peptrain.config import RunConfig, essence, parse, resolved
+from peptrain.config import RunConfig, as_named, essence, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
 from peptrain.settings import toml
@@ -81,14 +81,19 @@ class GridRun:
         return " ".join((self.method, *_pairs(self.settings)))
 
     @property
+    def named(self) -> RunConfig[Method]:
+        """The configuration that names the run, the same in every version of peptrain."""
+        return as_named(self.config, self.written)
+
+    @property
     def digest(self) -> str:
         """Hash of all settings, the corpus and the files that are named. It identifies the run."""
-        return _digest(essence(self.config) + self.data)
+        return _digest(essence(self.named) + self.data)
 
     @property
     def configuration(self) -> str:
         """Identifies the line of the table that the run belongs to."""
-        return essence(_untuned(self.config))
+        return essence(_untuned(self.named))
 
     @property
     def family(self) -> RunConfig[Method]:
