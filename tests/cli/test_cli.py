@@ -28,7 +28,7 @@ import peptrain.data
 from peptrain import recipes
 from peptrain.cli.app import main
 from peptrain.cli.parsing import COMMANDS as KNOWN
-from peptrain.cli.progress import TrainingProgress, preparation_state, preparing
+from peptrain.cli.progress import TrainingProgress, measuring, preparation_state, preparing
 from peptrain.comparison.demo import DEMO_METHODS, comparison
 from peptrain.config import RunConfig, load
 from peptrain.data import Corpus, ProgressReport, embedded
@@ -875,6 +875,17 @@ def test_preparing_shows_a_bar_on_a_terminal(
     assert peptrain_("data prepare a.txt --out made --vocab-size 260").code == 0
     frame = shown(console)
     assert re.search(r"preparing .*\n1 documents  [\d,]+ tokens", frame) and "made: 1 docu" in frame
+
+
+def test_an_evaluation_shows_its_tokens_and_the_time_left() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with measuring(console) as watch:
+        watch(2_048, 136_483)
+        watch(65_536, 136_483)
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    drawn = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", written)
+    assert re.search(r"evaluating .*65,536 of 136,483 tokens left (\d:\d\d:\d\d|-:--:--)", drawn)
+    assert shown(console).strip() == ""
 
 
 def test_preparing_a_stream_shows_the_pace_and_no_end() -> None:

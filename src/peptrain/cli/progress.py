@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from peptrain.data.prepare import ProgressReport
+from peptrain.eval.perplexity import Watch
 
 if TYPE_CHECKING:
     from peptrain.comparison.workers import Status
@@ -134,6 +135,25 @@ def preparing(console: Console) -> Iterator[Callable[[ProgressReport], None]]:
             total = None if done.share is None else 1.0
             state = preparation_state(done, now - since, before)
             bar.update(task, total=total, completed=done.share or 0.0, state=state)
+
+        yield show
+
+
+@contextmanager
+def measuring(console: Console) -> Iterator[Watch]:
+    """On a terminal, show the tokens evaluated and the time left."""
+    columns = (
+        TextColumn("evaluating"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[state]}"),
+    )
+    left = TimeRemainingColumn()
+    with Progress(*columns, TextColumn("left"), left, console=console, transient=True,
+                  disable=not console.is_terminal) as bar:  # fmt: skip
+        task = bar.add_task("", total=None, state="")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, total=total, completed=done, state=f"{done:,} of {total:,} tokens")
 
         yield show
 

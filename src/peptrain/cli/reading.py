@@ -32,11 +32,14 @@ def eval_run(
         legacy: Divide by batches + 1, as the papers' repositories do, to match their tables.
         device: auto uses a GPU if there is one.
     """
+    from peptrain.cli.progress import measuring
     from peptrain.distributed.world import world
     from peptrain.eval.run import evaluate
 
-    with world(device) as here:
-        result = evaluate(run, data=data, batch_size=batch_size, legacy=legacy, device=here.device)
+    with world(device) as here, measuring(console) as watch:
+        result = evaluate(
+            run, data=data, batch_size=batch_size, legacy=legacy, device=here.device, watch=watch
+        )
     note = " (legacy: divided by batches + 1, which flatters the model)" if legacy else ""
     console.print(
         f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"

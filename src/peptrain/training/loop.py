@@ -140,7 +140,7 @@ def _train(
             metrics_log.pause()
             _loop(config, state, corpus, run, metrics_log, stop, identity)
         stop.at_once = f"stopped before the end of the last evaluation; {_again(run)}"
-        held_out = _evaluate(config, state, corpus, run, here, limit=0)
+        held_out = _evaluate(config, state, corpus, run, metrics_log, limit=0)
     except Diverged as error:
         metrics_log.write("diverged", step=state.step, error=str(error))
         raise
@@ -189,7 +189,7 @@ def _loop(
             _flush(metrics_log, run)
         if evaluating:
             assert t.eval_tokens is not None
-            held_out = _evaluate(config, state, corpus, run, here, limit=t.eval_tokens)
+            held_out = _evaluate(config, state, corpus, run, metrics_log, limit=t.eval_tokens)
             metrics_log.evaluation(state.step, held_out)
         if saving:
             save(state, run, here, identity, t.keep)
@@ -274,20 +274,20 @@ def _evaluate(
     state: TrainState,
     corpus: Corpus,
     run: RunDir,
-    here: World,
+    metrics_log: MetricsLog,
     limit: int,
 ) -> Evaluation:
     """Return the held-out loss. Raises Diverged, on every process, if it is not finite."""
     t = config.train
-    assert t.micro_batch is not None and t.precision is not None
+    assert t.precision is not None
     held_out = held_out_loss(
         state.model,
         corpus.held_out(),
         seq_len=t.seq_len,
-        batch_size=t.micro_batch,
         precision=t.precision,
-        world=here,
+        world=metrics_log.world,
         limit=limit,
+        watch=metrics_log.evaluating(state.step),
     )
     if not math.isfinite(held_out.loss):
         lr = state.optimizer.param_groups[0]["lr"]
