@@ -458,8 +458,10 @@ def test_lines_tell_what_begins_and_ends(
     said = capsys.readouterr().out.splitlines()
     one, other = fakes.started
     assert said[0] == f"started   {one}"
-    assert said[1].startswith(f"finished  {one}  held-out loss 3.0000  (1 done, 1 running, 0 left")
-    assert said[1].endswith(" min left)") and said[2] == f"started   {other}"
+    assert said[1].startswith(
+        f"finished  {one}  held-out loss 3.0000  (1 done, 1 running, 0 waiting"
+    )
+    assert said[1].endswith(", left 0:01)") and said[2] == f"started   {other}"
     assert said[3].startswith(f"failed    {other}  RuntimeError: out of memory  (1 done,")
     assert main(["compare", str(grid), "--out", str(out), "--workers", "1"]) == 1
     assert capsys.readouterr().out.startswith("finished before: 1\nstarted ")
@@ -494,8 +496,8 @@ def test_a_terminal_shows_what_is_running(tmp_path: Path) -> None:
     with comparing(console) as show:
         show(status)
         assert "running   bpt-seed=0  60/100  loss 3.210" in console.export_text(clear=False)
-    # 0.4 of a run in 2 minutes; 0.4 of one and a whole one are left: 7 minutes.
-    assert standing(status) == "0 done, 1 running, 1 left, 7.0 min left"
+    # 0.4 of a run in 2 minutes; 0.4 of one and a whole one are left: 7 minutes, rounded up.
+    assert standing(status) == "0 done, 1 running, 1 waiting, left 7:01"
     working.process.wait()
 
 

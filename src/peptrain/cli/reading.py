@@ -12,8 +12,8 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from peptrain import recipes
-from peptrain.cli.console import console, print_wide
 from peptrain.cli.parsing import UNSET
+from peptrain.display.console import console, print_wide, say
 
 
 def eval_run(
@@ -41,11 +41,9 @@ def eval_run(
             run, data=data, batch_size=batch_size, legacy=legacy, device=here.device, watch=watch
         )
     note = " (legacy: divided by batches + 1, which flatters the model)" if legacy else ""
-    console.print(
+    say(
         f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"
-        f"  over {result.tokens:,} tokens{note}",
-        highlight=False,
-        soft_wrap=True,
+        f"  over {result.tokens:,} tokens{note}"
     )
 
 
@@ -63,12 +61,14 @@ def export_run(
     from peptrain.exporting.export import export
 
     export(run, out, form)
-    console.print(f"{form} model in {out}", markup=False, highlight=False, soft_wrap=True)
+    say(f"{form} model in {out}")
 
 
 def prepare_command() -> Callable[..., None]:
+    """Build `peptrain data prepare`, whose flags need PyTorch."""
     from peptrain.cli.progress import preparing
     from peptrain.data import PrepareConfig, prepare
+    from peptrain.display.training import count
 
     @dataclass(frozen=True, kw_only=True)
     class Prepare(PrepareConfig):
@@ -82,15 +82,13 @@ def prepare_command() -> Callable[..., None]:
         """Tokenize text into shards for training."""
         with preparing(console) as on_progress:
             made = prepare(config, on_progress)
-        skipped = f", {made.skipped:,} bad records skipped" if made.skipped else ""
-        console.print(
-            f"{made.path}: {made.documents:,} documents, {made.train_tokens:,} training and"
+        skipped = f", {count(made.skipped, 'bad record')} skipped" if made.skipped else ""
+        say(
+            f"{made.path}: {count(made.documents, 'document')}, {made.train_tokens:,} training and"
             f" {made.held_out_tokens:,} held-out tokens, {made.bytes_per_token:.2f} bytes a token,"
             f" vocabulary {made.vocab_size:,} (largest id {made.max_id:,}),"
-            f" {made.losses}, {made.shards} shards{skipped}{', resumed' if made.resumed else ''}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f" {made.losses}, {count(made.shards, 'shard')}{skipped}"
+            f"{', resumed' if made.resumed else ''}"
         )
 
     command.__annotations__["config"] = Annotated[Prepare, arg(name="")]
@@ -116,7 +114,7 @@ def list_methods() -> None:
         millions = f"{shape.parameters / 1e6:,.1f}M"
         presets.add_row(name, shape.family, millions, *map(str, sizes))
     console.print("", presets)
-    console.print("\n`peptrain train METHOD --model.preset PRESET` trains one.", highlight=False)
+    say("\n`peptrain train METHOD --model.preset PRESET` trains one.")
 
 
 def list_recipes(name: Annotated[Positional[str | None], UNSET] = None) -> None:
@@ -135,4 +133,4 @@ def list_recipes(name: Annotated[Positional[str | None], UNSET] = None) -> None:
         tokens = f"{about.tokens / 1e9:.1f}B"
         table.add_row(known, method, *counts, tokens, about.expected)
     print_wide(table)
-    console.print("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")
+    say("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")

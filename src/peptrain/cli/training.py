@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional
 
 from peptrain import recipes
-from peptrain.cli.console import console, make, print_wide, stderr
 from peptrain.cli.parsing import UNSET
+from peptrain.display.console import console, make, print_wide, say, stderr
 from peptrain.errors import PeptrainError
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ log = logging.getLogger("peptrain")
 
 
 def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
+    """Build `peptrain train METHOD`, with the flags of `options_type` and `given` of a file."""
+
     def train(options: Any, config: Path | None = None, recipe: str | None = None) -> None:
         """Train.
 
@@ -54,6 +56,8 @@ def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[...
 
 
 def estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
+    """Build `peptrain estimate METHOD`, as `train_by` does."""
+
     def estimate(
         options: Any,
         config: Path | None = None,
@@ -97,18 +101,16 @@ def _show(made: Estimate, as_json: bool) -> None:
 
     console.print(table(made))
     for line in lines(made):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
 
 
 def watched(training: Callable[[Any], Any]) -> Any:
     """Train with a progress display, and close it whatever happens."""
-    from peptrain.cli.progress import TrainingProgress
+    from peptrain.display.training import observing
+    from peptrain.training.metrics import silent
 
-    progress = TrainingProgress(console)
-    try:
-        return training(progress)
-    finally:
-        progress.close()
+    with observing(silent, show=True) as observe:
+        return training(observe)
 
 
 def resume_run(run: Positional[Path]) -> None:
@@ -134,7 +136,7 @@ def run_demo(run: Annotated[Path | None, UNSET] = None) -> None:
     directory = run or first_free(Path("runs"), "demo")
     results = [watched(training) for training in demo(directory)]
     console.print(comparison(results))
-    console.print(NEXT_STEPS, soft_wrap=True, highlight=False)
+    say(NEXT_STEPS)
 
 
 def run_grid(
@@ -157,7 +159,7 @@ def run_grid(
         made = compare(grid, out, workers, watch)
     print_wide(terminal(made))
     text = "\n".join(["", made.caption, *made.notes, f"Written to {out}/table.md, .csv, .tex"])
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    say(text)
     if failed := sum(len(line.errors) for line in made.lines):
         raise PeptrainError(
             f"{failed} of {sum(line.runs for line in made.lines)} runs failed (see {out}/logs);"
