@@ -613,6 +613,15 @@ def test_a_message_about_a_missing_corpus_gives_a_command_that_works(peptrain_: 
     assert Corpus.open(Path("made")).train_tokens
 
 
+def test_a_text_file_for_a_corpus_is_answered_with_how_to_prepare_it(peptrain_: Command) -> None:
+    Path("READ ME.md").write_text("tea in a tin, rain on a rose. " * 50)
+    said = peptrain_("train full --data.path 'READ ME.md'").error
+    text = Path("READ ME.md").resolve()
+    command = f"data prepare '{text}' --out 'data/READ ME'"
+    assert said == f"{text}: not a prepared corpus (a file); make one with: peptrain {command}"
+    assert peptrain_(command).code == 0 and Corpus.open(Path("data/READ ME")).train_tokens
+
+
 # Signals and exit codes.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from peptrain.comparison.table import Comparison, as_csv, latex, markdown
 from peptrain.comparison.workers import Job, Status, alone, visible_gpus, work
 from peptrain.config import RunConfig, as_named, dump, load
 from peptrain.data import Corpus, default_corpus
+from peptrain.display.training import count
 from peptrain.distributed.launch import launch
 from peptrain.errors import CheckpointError, Interrupted
 from peptrain.files import write_atomically
@@ -27,6 +29,8 @@ from peptrain.runs.directory import RunDir
 from peptrain.settings.fields import check, check_whole, each_line_once
 from peptrain.training.init_from import contents, sha256
 from peptrain.training.signals import BY_SYSTEM
+
+log = logging.getLogger("peptrain")
 
 
 @each_line_once()
@@ -66,6 +70,7 @@ def compare(
     _make(out)
     with alone(out) as lock:
         planned = _within_budget(asked, out, gpus, lock)
+        _tell_of_other_vocabularies(planned, out)
         before = [outcome(run, _place(run, out)) for run in planned]
         jobs = [_job(one, out) for one in before if one.end is None and not one.diverged]
         many = workers or len(gpus) or cores()
@@ -126,6 +131,23 @@ def _place(run: GridRun, out: Path) -> RunDir:
             f" {out / 'settings' / place.path.name}.toml, or move the run away"
         )
     return place
+
+
+def _tell_of_other_vocabularies(runs: Sequence[GridRun], out: Path) -> None:
+    """Warn of runs of 0.1.0, whose models have the preset's vocabulary and not the corpus's."""
+
+    def has(digest: str) -> bool:
+        return any((out / "runs").glob(f"*-{digest}"))
+
+    older = [run for run in runs if has(run.digest_of_0_1_0) and not has(run.digest)]
+    if older:
+        model = older[0].config.model
+        log.warning(
+            "--out %s: found %s of peptrain 0.1.0 with the vocabulary of the preset %s; the grid"
+            " now trains with that of the corpus (%s); to keep what is there, write model.preset ="
+            ' "%s" in [base]', out, count(len(older), "run"), model.preset, model.vocab_size,
+            model.preset,
+        )  # fmt: skip
 
 
 def _job(one: Outcome, out: Path) -> Job:
