@@ -364,16 +364,24 @@ def test_a_method_trains_and_its_run_is_evaluated_and_exported(
     assert config.method.name == name and config.model.hidden_size == MODEL["hidden_size"]
 
     measured = peptrain_("eval run")
-    found = re.fullmatch(r"perplexity (\S+)  loss (\S+)  over ([\d,]+) tokens\n", measured.out)
+    result, advice = measured.out.splitlines()
+    found = re.fullmatch(r"perplexity (\S+)  loss (\S+)  over ([\d,]+) tokens", result)
+    assert advice == "export the model with `peptrain export run --out DIR`"
     assert found and float(found[2]) == pytest.approx(end["held_out_loss"], abs=1e-4)
     assert int(found[3].replace(",", "")) == end["held_out_tokens"]
 
     exported = peptrain_("export run --out dense")
-    assert exported.code == 0 and exported.out.endswith("dense model in dense\n")
+    assert exported.code == 0 and exported.out.endswith(
+        "dense model in dense; load it in Python with"
+        " `transformers.AutoModelForCausalLM.from_pretrained('dense')`\n"
+    )
     assert Path("dense/model.safetensors").is_file()
     small = peptrain_("export run --out small --form factorised")
     if name in ("lowrank", "loro"):
-        assert small.code == 0 and small.out.endswith("factorised model in small\n")
+        assert small.code == 0 and small.out.endswith(
+            "factorised model in small; load it in Python with"
+            " `peptrain.load_factorised('small')`\n"
+        )
         assert load_factorised(Path("small")).dtype == torch.float32
     else:
         assert small.error.startswith(f"--form factorised: {name} is not of the form W = B A")
@@ -559,7 +567,8 @@ def test_text_and_packed_json_lines_are_prepared(peptrain_: Command) -> None:
     )
     assert said.code == 0 and not said.err
     corpus = Corpus.open(Path("made"))
-    assert said.out.startswith("made: 41 documents, ") and said.out.count("\n") == 1
+    assert said.out.startswith("made: 41 documents, ") and said.out.count("\n") == 2
+    assert said.out.endswith("train on it with `peptrain train loro --data.path made`\n")
     assert f" {corpus.train_tokens:,} training and {len(corpus.held_out()):,} held-out" in said.out
     assert f"vocabulary {corpus.vocab_size:,} (largest id {corpus.max_id:,})" in said.out
     trained = peptrain_("train full --run run", *flags("full", Path("made"), train__steps=1))
@@ -648,6 +657,17 @@ def test_ctrl_c_saves_and_resume_goes_on(
     assert resumed.code == 0 and f"in fp32 from step {said[1]}\n" in resumed.out
     ends = [rows(Path(run), "end")[0]["held_out_loss"] for run in ("whole", "parted")]
     assert ends[0] == ends[1]
+
+
+def test_a_finished_run_says_so_and_what_can_be_done(corpus: Path, peptrain_: Command) -> None:
+    assert peptrain_("train full --run 'my run'", *flags("full", corpus, train__steps=1)).code == 0
+    first, evaluating, end = peptrain_("resume 'my run'").out.splitlines()
+    assert first == (
+        "full  my run is finished at step 1 of 1 and only evaluated; to train longer,"
+        " `peptrain resume 'my run' --train.steps N`"
+    )
+    assert evaluating.startswith("full  evaluating on all ")
+    assert end.endswith("export with `peptrain export 'my run' --out DIR`")
 
 
 @pytest.mark.parametrize(
@@ -890,10 +910,10 @@ def test_names_with_brackets_are_printed_as_they_are(corpus: Path, peptrain_: Co
     assert f"`peptrain export '{long}/run' --out DIR`\n" in peptrain_(
         f"train full --run {long}/run", *flags("full", corpus, train__steps=1)
     ).out  # fmt: skip
-    assert f"in {long}/out\n" in peptrain_(f"export {long}/run --out {long}/out").out
+    assert f"in {long}/out; load" in peptrain_(f"export {long}/run --out {long}/out").out
     Path("a.txt").write_text("tea in a tin, rain on a rose")
     said = peptrain_(f"data prepare a.txt --out {long}/data --vocab-size 260")
-    assert said.out.startswith(f"{long}/data: ") and said.out.count("\n") == 1
+    assert said.out.startswith(f"{long}/data: ") and said.out.count("\n") == 2
     assert f"{long}/nothing: not a run" in peptrain_(f"eval {long}/nothing").error
 
 

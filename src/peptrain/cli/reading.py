@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tyro.conf import Positional, arg
 from peptrain import recipes
 from peptrain.cli.parsing import UNSET
 from peptrain.display.console import console, print_wide, say
+from peptrain.display.training import count
 
 
 def eval_run(
@@ -43,8 +45,9 @@ def eval_run(
     note = " (legacy: divided by batches + 1, which flatters the model)" if legacy else ""
     say(
         f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"
-        f"  over {result.tokens:,} tokens{note}"
+        f"  over {count(result.tokens, 'token')}{note}"
     )
+    say(f"export the model with `peptrain export {shlex.quote(str(run))} --out DIR`")
 
 
 def export_run(
@@ -61,14 +64,16 @@ def export_run(
     from peptrain.exporting.export import export
 
     export(run, out, form)
-    say(f"{form} model in {out}")
+    loader = "transformers.AutoModelForCausalLM.from_pretrained"
+    if form == "factorised":
+        loader = "peptrain.load_factorised"
+    say(f"{form} model in {out}; load it in Python with `{loader}({str(out)!r})`")
 
 
 def prepare_command() -> Callable[..., None]:
     """Build `peptrain data prepare`, whose flags need PyTorch."""
     from peptrain.cli.progress import preparing
     from peptrain.data import PrepareConfig, prepare
-    from peptrain.display.training import count
 
     @dataclass(frozen=True, kw_only=True)
     class Prepare(PrepareConfig):
@@ -90,6 +95,7 @@ def prepare_command() -> Callable[..., None]:
             f" {made.losses}, {count(made.shards, 'shard')}{skipped}"
             f"{', resumed' if made.resumed else ''}"
         )
+        say(f"train on it with `peptrain train loro --data.path {shlex.quote(str(made.path))}`")
 
     command.__annotations__["config"] = Annotated[Prepare, arg(name="")]
     return command

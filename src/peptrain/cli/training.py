@@ -86,6 +86,8 @@ def estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[
         with fitting(make(stderr, quiet=json)) as watch:
             made = estimate(options, ranks=ranks, gpu_memory=budget, watch=watch)
         _show(made, json)
+        if not json:
+            say(f"train it with the same settings: `peptrain train {options.method.name} ...`")
 
     flags: dict[str, Any] = {"config": Annotated[Path | None, UNSET], "ranks": int, "json": bool}
     flags |= dict.fromkeys(("recipe", "gpu_memory"), Annotated[str | None, UNSET])
@@ -182,10 +184,13 @@ def run_grid(
     with comparing(console) as watch:
         made = compare(grid, out, workers, watch)
     print_wide(terminal(made))
-    text = "\n".join(["", made.caption, *made.notes, f"Written to {out}/table.md, .csv, .tex"])
-    say(text)
+    written = f"Written to {out}/table.md, .csv, .tex; the runs are in {out}/runs"
+    say("\n".join(["", made.caption, *made.notes, written]))
     if failed := sum(len(line.errors) for line in made.lines):
         raise PeptrainError(
             f"{failed} of {sum(line.runs for line in made.lines)} runs failed (see {out}/logs);"
             " run the same command to try them again"
         )
+    say(
+        f"add runs in {grid} and repeat the command, or `peptrain export {out}/runs/NAME --out DIR`"
+    )

@@ -123,12 +123,19 @@ class TrainingProgress:
 
     def _start(self) -> None:
         seen = self._seen
-        self._time = TimeLeft(seen["step"])
-        at = f" from step {seen['step']}" if seen["step"] else ""
-        self._say(
-            f"{seen['run']}: {_trainable(seen)}, {count(seen['steps'], 'step')} of"
-            f" {count(seen['tokens_per_step'], 'token')} in {seen['precision']}{at}"
-        )
+        run, step, steps = seen["run"], seen["step"], seen["steps"]
+        self._time = TimeLeft(step)
+        if step == steps:
+            self._say(
+                f"{run} is finished at step {step:,} of {steps:,} and only evaluated; to train"
+                f" longer, `peptrain resume {shlex.quote(run)} --train.steps N`"
+            )
+        else:
+            at = f" from step {step}" if step else ""
+            self._say(
+                f"{run}: {_trainable(seen)}, {count(steps, 'step')} of"
+                f" {count(seen['tokens_per_step'], 'token')} in {seen['precision']}{at}"
+            )
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(console=self._console, get_renderable=self._frame, transient=True)
             self._live.start()
