@@ -23,51 +23,70 @@ def eval_run(
     data: Annotated[Path | None, UNSET] = None,
     batch_size: Annotated[int | None, UNSET] = None,
     legacy: bool = False,
+    step: Annotated[str | None, UNSET] = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Compute the held-out perplexity of a run, per token.
 
     Args:
-        run: Run directory.
+        run: Run directory, or RUN@STEP for the checkpoint of a step.
         data: Prepared corpus whose held-out part to use. Unset: that of the run.
         batch_size: Sequences per forward pass. Changes only speed and memory, except with legacy.
         legacy: Divide by batches + 1, as the papers' repositories do, to match their tables.
+        step: Step of the checkpoint, or all that are kept. Unset: the latest.
         device: auto uses a GPU if there is one.
     """
     from peptrain.cli.progress import measuring
     from peptrain.distributed.world import world
     from peptrain.eval.run import evaluate
+    from peptrain.runs.select import at, chosen
 
-    with world(device) as here, measuring(console) as watch:
-        result = evaluate(
-            run, data=data, batch_size=batch_size, legacy=legacy, device=here.device, watch=watch
-        )
     note = " (legacy: divided by batches + 1, which flatters the model)" if legacy else ""
-    say(
-        f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"
-        f"  over {count(result.tokens, 'token')}{note}"
-    )
+    for one in chosen(run, step):
+        with world(device) as here, measuring(console) as watch:
+            result = evaluate(
+                one,
+                data=data,
+                batch_size=batch_size,
+                legacy=legacy,
+                device=here.device,
+                watch=watch,
+            )
+        number = at(one)[1]
+        say(
+            f"{'' if number is None else f'step {number}  '}"
+            f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"
+            f"  over {count(result.tokens, 'token')}{note}"
+        )
     say(f"export the model with `peptrain export {shlex.quote(str(run))} --out DIR`")
 
 
 def export_run(
-    run: Positional[Path], out: Path, form: Literal["dense", "factorised"] = "dense"
+    run: Positional[Path],
+    out: Path,
+    form: Literal["dense", "factorised"] = "dense",
+    step: Annotated[str | None, UNSET] = None,
 ) -> None:
     """Export a run to the Hugging Face format, and check its logits.
 
     Args:
-        run: Run directory.
+        run: Run directory, or RUN@STEP for the checkpoint of a step.
         out: Directory to create.
         form: dense loads in transformers and other tools. factorised keeps the factors B and A
             (lowrank, loro): smaller, loaded with peptrain.load_factorised.
+        step: Step of the checkpoint. all writes each that is kept to a directory OUT/STEP. Unset:
+            the latest.
     """
     from peptrain.exporting.export import export
+    from peptrain.runs.select import at, chosen
 
-    export(run, out, form)
     loader = "transformers.AutoModelForCausalLM.from_pretrained"
     if form == "factorised":
         loader = "peptrain.load_factorised"
-    say(f"{form} model in {out}; load it in Python with `{loader}({str(out)!r})`")
+    for one in chosen(run, step):
+        place = out / str(at(one)[1]) if step == "all" else out
+        export(one, place, form)
+        say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
 
 
 def prepare_command() -> Callable[..., None]:
