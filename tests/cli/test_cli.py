@@ -391,7 +391,7 @@ def test_a_method_trains_and_its_run_is_evaluated_and_exported(
 def test_a_run_takes_the_first_free_name(corpus: Path, peptrain_: Command) -> None:
     for n in (1, 2):
         said = peptrain_("train full", *flags("full", corpus, train__steps=1))
-        assert said.out.endswith(f"run saved in runs/full-{n}\n")
+        assert said.out.endswith(f"`peptrain export runs/full-{n} --out DIR`\n")
     assert "--run runs/full-1: exists and is never" in peptrain_(
         "train full --run runs/full-1", *flags("full", corpus)
     ).error  # fmt: skip

@@ -79,6 +79,8 @@ def test_a_preset_with_more_tokens_than_the_corpus_is_told_in_one_line(
     compare_tokenizers(without(corpus, **model), Corpus.open(corpus))
     wanted = f"of which {corpus} uses {size}; --model.vocab-size {size} leaves out the rest"
     assert [wanted in message for message in caplog.messages] == ([True] if said else [])
+    compare_tokenizers(without(None, **model), Corpus.open(corpus))
+    assert len(caplog.messages) == said
     assert not said or ("32,000" if model["preset"] == "llama-60m" else "4,096") in caplog.text
 
 

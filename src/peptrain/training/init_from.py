@@ -172,7 +172,8 @@ def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
     Without initial weights, warn when a preset's vocabulary is larger than the corpus's.
     """
     if (path := config.init_from) is None:
-        _compare_vocabularies(config.model, corpus)
+        if config.data.path is not None:  # the default preset is made for the default corpus
+            _compare_vocabularies(config.model, corpus)
         return
     run = RunDir(at(path)[0])
     file = (run.tokenizer if _is_run(path) else path) / "tokenizer.json"
