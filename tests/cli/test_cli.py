@@ -43,7 +43,8 @@ from peptrain.methods.targets import TargetedMethod
 from peptrain.models.presets import PRESETS
 from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL, SMALL
-from peptrain.training.loop import Result, train
+from peptrain.training.loop import train
+from peptrain.training.result import Result
 
 STEPS = 8
 TINY = SMALL | {"merge_every": 3, "exact_every": 3, "gap": 3}

@@ -38,7 +38,8 @@ from peptrain.files import write_atomically
 from peptrain.models.hf import ModelConfig, hf_config
 from peptrain.settings import toml
 from peptrain.testing import MODEL, newest
-from peptrain.training.loop import Result, train
+from peptrain.training.loop import train
+from peptrain.training.result import Result
 
 RATES, SEEDS = [1e-3, 2e-3], [0, 1]
 

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peptrain.config import RunConfig, dump, resolved
 from peptrain.data import Corpus, default_corpus
+from peptrain.display.training import observing
 from peptrain.distributed.world import World, world
 from peptrain.errors import CheckpointError, Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, held_out_loss
@@ -41,6 +42,7 @@ from peptrain.training.init_from import (
     with_inherited_model,
 )
 from peptrain.training.metrics import MetricsLog, Observer, silent
+from peptrain.training.result import Result
 from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
 from peptrain.training.state import (
     TrainState,
@@ -55,25 +57,10 @@ from peptrain.training.state import (
 log = logging.getLogger("peptrain")
 
 
-@dataclass(frozen=True)
-class Result:
-    """Summary of a finished run. Everything else is in the run directory."""
-
-    run: Path
-    held_out: Evaluation
-    parameters: int
-    trainable: int
-    """Trainable parameters in the last phase."""
-    state_bytes: int
-    """Bytes of the optimizer's moments, in the phase that needs the most."""
-    tokens_per_second: float
-    peak_bytes: int
-    """Peak GPU memory reserved by PyTorch, 0 on a CPU. Reserved and not allocated memory, because
-    that of a captured CUDA graph does not count as allocated."""
-
-
-def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
+def train(config: RunConfig[Any], observe: Observer = silent, *, show: bool = False) -> Result:
     """Train the model described by `config` to the last step, in a new run directory.
+
+    observe: called with every row of metrics. show: print the progress that the command prints.
 
     Raises ConfigError, DataError or Unsupported before anything is written. Two cases of
     Unsupported appear only during training: a CUDA graph that cannot be captured, and metrics of
@@ -81,7 +68,11 @@ def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
     disk is full, Diverged when the loss is not finite, Interrupted after a
     signal (`stop_on_signals`).
     """
-    with world(config.train.device) as here, contextlib.ExitStack() as held:
+    with (
+        observing(observe, show) as observe,
+        world(config.train.device) as here,
+        contextlib.ExitStack() as held,
+    ):
         config = resolved(
             with_inherited_model(config), world_size=here.size, on_gpu=here.device.type == "cuda"
         )
@@ -94,16 +85,21 @@ def resume(
     *,
     steps: int | None = None,
     schedule: ScheduleConfig | None = None,
+    show: bool = False,
 ) -> Result:
     """Resume the run in `path` from its latest complete checkpoint, or from step 0 without one.
 
     On a CPU the result is bit for bit that of an uninterrupted run. With `steps` the run gets that
     many, and with `schedule` those of its settings that are not None (`lengthen` says from which
-    step, and what becomes of the old end). Raises CheckpointError while another process trains the
-    run, and otherwise what `train` raises.
+    step, and what becomes of the old end). observe, show: those of `train`. Raises CheckpointError
+    while another process trains the run, and otherwise what `train` raises.
     """
     run = _whole(path)
-    with world(run_config(run).train.device) as here, contextlib.ExitStack() as held:
+    with (
+        observing(observe, show) as observe,
+        world(run_config(run).train.device) as here,
+        contextlib.ExitStack() as held,
+    ):
         here.on_main(lambda: held.enter_context(run.lock()))
         here.on_main(lambda: lengthen(run, steps, schedule))
         return _train(run_config(run), run, here, observe, held)
