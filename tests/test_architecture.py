@@ -20,6 +20,7 @@ LEVELS = (
     "errors.py, files.py, rng.py",
     "settings",
     "distributed",
+    "display",
     "ops",
     "models",
     "kernels",

@@ -38,7 +38,8 @@ from peptrain.files import write_atomically
 from peptrain.models.hf import ModelConfig, hf_config
 from peptrain.settings import toml
 from peptrain.testing import MODEL, newest
-from peptrain.training.loop import Result, train
+from peptrain.training.loop import train
+from peptrain.training.result import Result
 
 RATES, SEEDS = [1e-3, 2e-3], [0, 1]
 
@@ -153,6 +154,18 @@ def test_a_second_call_starts_nothing_and_a_changed_grid_only_adds(
     write_grid(tmp_path, corpus, train__batch_size=8)
     assert compare(grid, out).lines[0].tokens == 2 * first.lines[0].tokens
     assert len(fakes.started) == 10 and len(list((out / "runs").iterdir())) == 10
+
+
+def test_runs_of_0_1_0_are_found_although_they_evaluated_more_tokens(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    made = compare(grid, out)
+    for file in out.glob("runs/*/config.toml"):
+        text = file.read_text()
+        assert "eval_tokens = 256\n" in text
+        file.write_text(text.replace("eval_tokens = 256\n", "eval_tokens = 8192\n"))
+    assert compare(grid, out) == made and len(fakes.started) == 4
 
 
 def test_at_an_equal_budget_each_run_is_started_with_its_own_steps(
@@ -458,8 +471,10 @@ def test_lines_tell_what_begins_and_ends(
     said = capsys.readouterr().out.splitlines()
     one, other = fakes.started
     assert said[0] == f"started   {one}"
-    assert said[1].startswith(f"finished  {one}  held-out loss 3.0000  (1 done, 1 running, 0 left")
-    assert said[1].endswith(" min left)") and said[2] == f"started   {other}"
+    assert said[1].startswith(
+        f"finished  {one}  held-out loss 3.0000  (1 done, 1 running, 0 waiting"
+    )
+    assert said[1].endswith(", left 0:01)") and said[2] == f"started   {other}"
     assert said[3].startswith(f"failed    {other}  RuntimeError: out of memory  (1 done,")
     assert main(["compare", str(grid), "--out", str(out), "--workers", "1"]) == 1
     assert capsys.readouterr().out.startswith("finished before: 1\nstarted ")
@@ -494,8 +509,8 @@ def test_a_terminal_shows_what_is_running(tmp_path: Path) -> None:
     with comparing(console) as show:
         show(status)
         assert "running   bpt-seed=0  60/100  loss 3.210" in console.export_text(clear=False)
-    # 0.4 of a run in 2 minutes; 0.4 of one and a whole one are left: 7 minutes.
-    assert standing(status) == "0 done, 1 running, 1 left, 7.0 min left"
+    # 0.4 of a run in 2 minutes; 0.4 of one and a whole one are left: 7 minutes, rounded up.
+    assert standing(status) == "0 done, 1 running, 1 waiting, left 7:01"
     working.process.wait()
 
 

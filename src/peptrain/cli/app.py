@@ -9,15 +9,6 @@ from typing import Any
 import tyro
 
 from peptrain import __version__
-from peptrain.cli.console import (
-    console,
-    log_on,
-    make,
-    may_be_lost,
-    silence_libraries,
-    stderr,
-    stdout,
-)
 from peptrain.cli.failures import report
 from peptrain.cli.parsing import (
     MARKERS,
@@ -29,6 +20,15 @@ from peptrain.cli.parsing import (
 )
 from peptrain.cli.reading import eval_run, export_run, list_methods, list_recipes, prepare_command
 from peptrain.cli.training import estimate_by, resume_command, run_demo, run_grid, train_by
+from peptrain.display.console import (
+    console,
+    log_on,
+    make,
+    may_be_lost,
+    silence_libraries,
+    stderr,
+    stdout,
+)
 
 
 @may_be_lost()

@@ -24,7 +24,7 @@ from tyro.constructors import (
 )
 
 from peptrain import recipes
-from peptrain.cli.terminal import UNSAFE
+from peptrain.display.terminal import UNSAFE
 from peptrain.errors import ConfigError
 from peptrain.models.presets import PRESETS, unknown_preset
 from peptrain.settings.fields import as_path, check, nearest

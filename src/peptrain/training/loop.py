@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from peptrain.config import RunConfig, resolved
 from peptrain.data import Corpus, default_corpus
+from peptrain.display.training import observing
 from peptrain.distributed.world import World, world
 from peptrain.errors import Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, held_out_loss
@@ -35,6 +35,7 @@ from peptrain.runs.tokenizer import restore_run_tokenizer
 from peptrain.training.begin import create_run, first_checkpoint, how_to_resume, to_resume
 from peptrain.training.init_from import with_inherited_model
 from peptrain.training.metrics import MetricsLog, Observer, silent
+from peptrain.training.result import Result
 from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
 from peptrain.training.state import (
     TrainState,
@@ -49,25 +50,10 @@ from peptrain.training.state import (
 log = logging.getLogger("peptrain")
 
 
-@dataclass(frozen=True)
-class Result:
-    """Summary of a finished run. Everything else is in the run directory."""
-
-    run: Path
-    held_out: Evaluation
-    parameters: int
-    trainable: int
-    """Trainable parameters in the last phase."""
-    state_bytes: int
-    """Bytes of the optimizer's moments, in the phase that needs the most."""
-    tokens_per_second: float
-    peak_bytes: int
-    """Peak GPU memory reserved by PyTorch, 0 on a CPU. Reserved and not allocated memory, because
-    that of a captured CUDA graph does not count as allocated."""
-
-
-def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
+def train(config: RunConfig[Any], observe: Observer = silent, *, show: bool = False) -> Result:
     """Train the model described by `config` to the last step, in a new run directory.
+
+    observe: called with every row of metrics. show: print the progress that the command prints.
 
     Raises ConfigError, DataError or Unsupported before anything is written. Two cases of
     Unsupported appear only during training: a CUDA graph that cannot be captured, and metrics of
@@ -75,7 +61,11 @@ def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
     disk is full, Diverged when the loss is not finite, Interrupted after a
     signal (`stop_on_signals`).
     """
-    with world(config.train.device) as here, contextlib.ExitStack() as held:
+    with (
+        observing(observe, show) as observe,
+        world(config.train.device) as here,
+        contextlib.ExitStack() as held,
+    ):
         config = resolved(
             with_inherited_model(config), world_size=here.size, on_gpu=here.device.type == "cuda"
         )
@@ -88,16 +78,21 @@ def resume(
     *,
     steps: int | None = None,
     schedule: ScheduleConfig | None = None,
+    show: bool = False,
 ) -> Result:
     """Resume the run in `path` from its latest complete checkpoint, or from step 0 without one.
 
     On a CPU the result is bit for bit that of an uninterrupted run. With `steps` the run gets that
     many, and with `schedule` those of its settings that are not None (`lengthen` says from which
-    step, and what becomes of the old end). Raises CheckpointError while another process trains the
-    run, and otherwise what `train` raises.
+    step, and what becomes of the old end). observe, show: those of `train`. Raises CheckpointError
+    while another process trains the run, and otherwise what `train` raises.
     """
     run = to_resume(path)
-    with world(run_config(run).train.device) as here, contextlib.ExitStack() as held:
+    with (
+        observing(observe, show) as observe,
+        world(run_config(run).train.device) as here,
+        contextlib.ExitStack() as held,
+    ):
         here.on_main(lambda: held.enter_context(run.lock()))
         here.on_main(lambda: lengthen(run, steps, schedule))
         return _train(run_config(run), run, here, observe, held)
@@ -151,7 +146,7 @@ def _train(
             metrics_log.pause()
             _loop(config, state, corpus, run, metrics_log, stop, identity)
         stop.at_once = f"stopped before the end of the last evaluation; {how_to_resume(run)}"
-        held_out = _evaluate(config, state, corpus, run, here, limit=0)
+        held_out = _evaluate(config, state, corpus, run, metrics_log, limit=0)
     except Diverged as error:
         metrics_log.write("diverged", step=state.step, error=str(error))
         raise
@@ -216,7 +211,7 @@ def _loop(
             _flush(metrics_log, run)
         if evaluating:
             assert t.eval_tokens is not None
-            held_out = _evaluate(config, state, corpus, run, here, limit=t.eval_tokens)
+            held_out = _evaluate(config, state, corpus, run, metrics_log, limit=t.eval_tokens)
             metrics_log.evaluation(state.step, held_out)
         if saving:
             _save(state, run, here, identity, metrics_log)
@@ -296,20 +291,20 @@ def _evaluate(
     state: TrainState,
     corpus: Corpus,
     run: RunDir,
-    here: World,
+    metrics_log: MetricsLog,
     limit: int,
 ) -> Evaluation:
     """Return the held-out loss. Raises Diverged, on every process, if it is not finite."""
     t = config.train
-    assert t.micro_batch is not None and t.precision is not None
+    assert t.precision is not None
     held_out = held_out_loss(
         state.model,
         corpus.held_out(),
         seq_len=t.seq_len,
-        batch_size=t.micro_batch,
         precision=t.precision,
-        world=here,
+        world=metrics_log.world,
         limit=limit,
+        watch=metrics_log.evaluating(state.step),
     )
     if not math.isfinite(held_out.loss):
         lr = state.optimizer.param_groups[0]["lr"]
