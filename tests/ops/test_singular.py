@@ -130,7 +130,7 @@ def test_gram_matrices_serve_well_conditioned_matrices_and_no_others(
         return svdvals(matrices)
 
     monkeypatch.setattr(torch.linalg, "svdvals", watched)
-    torch.testing.assert_close(singular_values(W), spectrum, rtol=1e-9, atol=0)
+    torch.testing.assert_close(singular_values(W), spectrum, rtol=1e-7, atol=0)
     assert given == [1]
 
 

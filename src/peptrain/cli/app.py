@@ -82,8 +82,8 @@ def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandA
 
         args, given = flags.with_config_file(args)
         command, summary = (train_by, TRAIN) if called == "train" else (estimate_by, ESTIMATE)
-        method, note = next(iter(args[1:]), None), SHORT_HELP if essential_only else ""
-        by_method[called] = flags.by_method(command, given, summary, method, note)
+        note = SHORT_HELP if essential_only else ""
+        by_method[called] = flags.by_method(command, given, summary, args, note)
     data.__doc__ = "Prepare text for training."
     data.command(name="prepare")(prepare_command() if called == "data" else _listed(""))
     app.command(by_method["train"], name="train")

@@ -16,6 +16,7 @@ from peptrain.settings.fields import before
 
 log = logging.getLogger("peptrain")
 FIXED = ("precision", "seed", "batch_size", "seq_len")
+FIXED_OPTIM = ("kind", "momentum")
 CHANGEABLE = ("method", "optim", "schedule", "train")
 """Sections with settings that may change when a run is resumed."""
 
@@ -37,6 +38,7 @@ def identity_of(config: RunConfig[Method], data: str) -> dict[str, Any]:
     sections = {
         "method": {"name": config.method.name, **method},
         "model": model,
+        "optim": {key: getattr(config.optim, key) for key in FIXED_OPTIM},
         "train": train,
     }
     return {**_flat(sections), "data": data}
