@@ -115,7 +115,7 @@ def train_state_at(run: Path, step: int, scratch: Path) -> TrainState:
         if path.name > f"step-{step:08d}":
             shutil.rmtree(path)
     config = load(RunDir(run).config_file)
-    return restore(config, RunDir(scratch), ALONE, newest(scratch).identity)
+    return restore(config, newest(scratch), ALONE)
 
 
 class AddedLinear(ReparamLinear):

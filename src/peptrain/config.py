@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from peptrain.optim.adamw import OptimConfig, filled
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.settings import toml
 from peptrain.settings.fields import (
+    added,
     as_before,
     check,
     check_whole,
@@ -77,7 +79,11 @@ class TrainConfig:
     checkpoint_every: int | None = interval(0.25, most=1000)
     """Steps between checkpoints; 0: only at the end. Unset: a quarter of the run, at most 1000."""
     keep: int = 2
-    """Number of checkpoints to keep. Older ones are deleted."""
+    """Number of checkpoints to keep. Older ones are deleted, but for those of keep_at and, with the
+    schedule wsd, the last one before the decay, from which a longer run can continue."""
+    keep_at: str = added("", before="")
+    """Steps whose checkpoints are saved and kept, such as 0,1,5000; log: 0, 1, 2, 4, 8 and so on.
+    Unset: none."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "log_every", "keep"):
@@ -88,9 +94,17 @@ class TrainConfig:
             check_whole(f"train.{key}", getattr(self, key), 0)
         for key in ("seed", "eval_tokens"):
             check_whole(f"train.{key}", getattr(self, key), 0, 2**63 - 1)
+        listed = re.fullmatch(r"|log|\d{1,9}( *, *\d{1,9})*", self.keep_at)
+        check(bool(listed), "train.keep_at", self.keep_at, "log, or steps such as 0,1,5000")
         fits = self.memory_budget == 1 or (0 <= self.memory_budget < 1 and self.compile)
         wanted = "in [0, 1], and 1 without train.compile"
         check(fits, "train.memory_budget", self.memory_budget, wanted)
+
+    def keeps(self, step: int) -> bool:
+        """Return whether the checkpoint of `step` is kept by `keep_at`."""
+        if self.keep_at == "log":
+            return step & (step - 1) == 0
+        return step in map(int, re.findall(r"\d+", self.keep_at))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +131,10 @@ class RunConfig(Generic[M]):
     match_trainable: Path | None = None
     """For full: shrink the model to as many parameters as the run in this directory trains
     (ReLoRA's Control). If no model setting is given, the model is taken from that run."""
+    continue_from: Path | None = None
+    """Continue another run of the same method, RUN or RUN@STEP, as a new one: with its weights,
+    moments and clocks after that step. On the command line its configuration holds where no flag
+    says otherwise. Settings that the weights depend on must agree."""
     run: Path | None = essential(None)
     """Run directory to create. Unset: runs/METHOD-N, the first free N."""
 
@@ -137,6 +155,7 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
         model=_resolved_model(config.model),
         data=DataConfig(path=_absolute(config.data.path)),
         init_from=_absolute(config.init_from),
+        continue_from=_absolute(config.continue_from),
         method=method,
         optim=optim,
         schedule=schedule,

@@ -374,7 +374,7 @@ def test_moments_come_back_in_the_dtype_that_they_had(
         train(tiny(name, corpus, run, train=settings), kill_at("checkpoint", 4))
     saved, config = newest(run), load(RunDir(run).config_file)
     alone = World(0, 1, torch.device("cpu"))
-    train_state = restore(config, RunDir(run), alone, saved.identity)
+    train_state = restore(config, saved, alone)
     state = {"step": 4, "phase": train_state.phase, "identity": saved.identity}
     back = capture(train_state.model, train_state.optimizer, **state)
     assert differences(back, saved) == []

@@ -28,7 +28,7 @@ from peptrain.cli.parsing import (
     registry,
 )
 from peptrain.cli.reading import eval_run, export_run, list_methods, list_recipes, prepare_command
-from peptrain.cli.training import estimate_by, resume_run, run_demo, run_grid, train_by
+from peptrain.cli.training import estimate_by, resume_command, run_demo, run_grid, train_by
 
 
 @may_be_lost()
@@ -87,7 +87,8 @@ def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandA
     data.__doc__ = "Prepare text for training."
     data.command(name="prepare")(prepare_command() if called == "data" else _listed(""))
     app.command(by_method["train"], name="train")
-    app.command(name="resume")(paragraphs(resume_run))
+    resume = resume_command() if called == "resume" else _listed(RESUME)
+    app.command(name="resume")(paragraphs(resume))
     app.command(by_method["estimate"], name="estimate")
     app.command(name="demo")(paragraphs(run_demo))
     app.command(name="compare")(paragraphs(run_grid))
@@ -110,5 +111,6 @@ def _listed(summary: str) -> Callable[[], None]:
 
 
 TRAIN = "Train a model from scratch with one of the methods."
+RESUME = "Resume a run from its latest complete checkpoint, or make it longer."
 ESTIMATE = "Estimate parameters, memory and FLOPs without running."
 SHORT_HELP = "These are the most used settings. --help-all shows all of them."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,46 +19,64 @@ from peptrain.methods import methods
 from peptrain.methods.base import Method
 from peptrain.optim.adamw import OptimConfig, filled
 from peptrain.optim.schedule import ScheduleConfig
+from peptrain.runs.build import read_run
 from peptrain.settings.fields import fill, nearest
 
 log = logging.getLogger("peptrain")
 
 
 def with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | None]:
-    """Read the file of --config or --recipe, and insert its method into `args` if they have none.
+    """Read the settings that --config, --recipe or --continue-from name, and complete `args`.
 
-    The file is read before tyro parses `args` because its values are the defaults of the flags.
-    Raises ConfigError for an unknown method, recipe or file.
+    `args` get the method of the settings if they have none. The settings are read before tyro
+    parses `args` because they are the defaults of the flags. Raises ConfigError for an unknown
+    method, recipe or file.
     """
     method = args[1] if args[1:] and not args[1].startswith("-") else None
     if method is not None and method not in methods():
         hint = nearest(method, methods())
         raise ConfigError(f"method {method!r}: unknown; {hint}`peptrain methods` lists all")
     wanted = named(args)
-    if wanted.config is None and wanted.recipe is None:
+    sources = {
+        f"--{key.replace('_', '-')}": value
+        for key in SETTINGS
+        if (value := getattr(wanted, key)) is not None
+    }
+    if not sources:
         return args, None
-    given, source = _configuration(wanted.config, wanted.recipe)
+    if len(sources) > 1:
+        first, second = (f"{flag} {value}" for flag, value in list(sources.items())[:2])
+        raise ConfigError(
+            f"{first}: can't be combined with {second}, which has all settings too; give one of"
+            " them, and change what differs by flags"
+        )
+    [(flag, value)] = sources.items()
+    given, source = READ[flag](value), f"{flag} {value}"
     if method is None:
         return [args[0], given.method.name, *args[1:]], given
     if method != given.method.name:
+        repair = f"leave it out of the command, or train the weights by {method} with --init-from"
+        if flag != "--continue-from":
+            repair = "leave the method out of the command or change [method] in the file"
         raise ConfigError(
-            f"{source}: is for {given.method.name}, but the command says {method}; leave the"
-            " method out of the command or change [method] in the file"
+            f"{source}: is for {given.method.name}, but the command says {method}; {repair}"
         )
     return args, given
 
 
-def _configuration(file: Path | None, recipe: str | None) -> tuple[RunConfig[Method], str]:
-    """Load the file or the recipe; return it with the flag that named it, for errors."""
-    if file is None:
-        assert recipe is not None
-        return recipes.load(recipe), f"--recipe {recipe}"
-    if recipe is not None:
-        raise ConfigError(
-            f"--config {file}: can't be combined with --recipe {recipe}; give one of them, or save"
-            f" the recipe with `peptrain recipes {recipe} > FILE` and edit it"
-        )
-    return load(file), f"--config {file}"
+def _of_run(path: Path) -> RunConfig[Method]:
+    """Return the settings with which a new run continues RUN or RUN@STEP."""
+    _, config, _ = read_run(path)
+    return replace(config, init_from=None, match_trainable=None)
+
+
+SETTINGS = ("config", "recipe", "continue_from")
+READ: dict[str, Callable[[Any], RunConfig[Method]]] = {
+    "--config": load,
+    "--recipe": recipes.load,
+    "--continue-from": _of_run,
+}
+"""The flags that name a complete set of settings, and how it is read."""
 
 
 def say_what_a_preset_leaves(given: RunConfig[Method] | None, wanted: RunConfig[Any]) -> None:

@@ -165,9 +165,9 @@ def refusing_control_characters(args: Sequence[str]) -> Iterator[bool]:
 
 
 def named(args: Sequence[str]) -> argparse.Namespace:
-    """Return the values of --config, --recipe, --model.config, --model.preset and --optim.kind."""
+    """Return the values of the flags that name other settings, --model.preset and --optim.kind."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for path in ("--config", "--model.config"):
+    for path in ("--config", "--model.config", "--continue-from"):
         parser.add_argument(path, type=as_path, nargs="?")  # tyro reports a missing value
     for name in ("--recipe", "--model.preset", "--optim.kind"):
         parser.add_argument(name, nargs="?")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,15 +112,38 @@ def watched(training: Callable[[Any], Any]) -> Any:
         progress.close()
 
 
-def resume_run(run: Positional[Path]) -> None:
-    """Resume a run from its latest complete checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class Longer:
+    """A longer run."""
 
-    Args:
-        run: Run directory.
-    """
-    from peptrain.training.loop import resume
+    steps: int | None = None
+    """Make the run this long. With the schedule wsd it continues from the last checkpoint before
+    the decay, with a constant rate from the last one. With other schedules give the settings of the
+    new one too. What is taken back stays in RUN/ends."""
 
-    watched(lambda observe: resume(run, observe))
+
+def resume_command() -> Callable[..., None]:
+    from peptrain.optim.schedule import ScheduleConfig
+
+    same_length, same_schedule = Longer(), ScheduleConfig()
+
+    def command(
+        run: Positional[Path], train: Any = same_length, schedule: Any = same_schedule
+    ) -> None:
+        """Resume a run from its latest complete checkpoint, or make it longer.
+
+        Args:
+            run: Run directory.
+            train: A longer run.
+            schedule: The learning-rate schedule from here on. Unset values stay as they were.
+        """
+        from peptrain.training.loop import resume
+
+        given = None if schedule == same_schedule else schedule
+        watched(lambda observe: resume(run, observe, steps=train.steps, schedule=given))
+
+    command.__annotations__ |= {"train": Longer, "schedule": ScheduleConfig}
+    return command
 
 
 def run_demo(run: Annotated[Path | None, UNSET] = None) -> None:

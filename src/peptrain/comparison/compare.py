@@ -99,7 +99,7 @@ def _identified(grid: Grid, corpus: Corpus) -> Grid:
     weights, text = cache(contents), cache(sha256)
 
     def identity(config: RunConfig[Any]) -> str:
-        start, file = config.init_from, config_file(config.model)
+        start, file = config.continue_from or config.init_from, config_file(config.model)
         return (weights(start) if start else "") + (text(file) if file else "")
 
     runs = [replace(run, data=corpus.fingerprint + identity(run.config)) for run in grid.runs]

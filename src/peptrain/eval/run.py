@@ -32,9 +32,9 @@ def evaluate(
     legacy: bool = False,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Evaluate a run's latest checkpoint on the full held-out set, in the run's precision.
+    """Evaluate the latest checkpoint of a run, or RUN@STEP, on the full held-out set.
 
-    The model evaluated is the dense equivalent, or the model itself if its method has none. The
+    The precision is the run's. The model is the dense equivalent, or without one the run's own. The
     result is also appended to eval.json in the run directory. If that fails, a warning is logged.
 
     data: a prepared corpus other than the run's own. legacy: divide by batches + 1 like the older
@@ -46,7 +46,7 @@ def evaluate(
     config = opened.config
     source = data or config.data.path
     corpus = Corpus.open(source) if source else default_corpus()
-    _check_ids(RunDir(path), vocabulary_size(opened.model), corpus)
+    _check_ids(opened.run, vocabulary_size(opened.model), corpus)
     if data is None and corpus.fingerprint != opened.saved.identity.get("data"):
         raise DataError(
             f"data.path: {corpus.path} is not the corpus that the run was trained on; to evaluate"
@@ -61,7 +61,7 @@ def evaluate(
         batch_size=batch_size or config.train.micro_batch or 1,
         precision=config.train.precision,
     )
-    _record(RunDir(path), opened.saved.step, corpus, result, legacy)
+    _record(opened.run, opened.saved.step, corpus, result, legacy)
     return result
 
 

@@ -22,7 +22,6 @@ from peptrain.models.dense import dense_state
 from peptrain.models.sites import reparametrized
 from peptrain.ops.precision import at_least_fp32
 from peptrain.runs.build import Opened, open_run
-from peptrain.runs.directory import RunDir
 from peptrain.runs.tokenizer import copy_run_tokenizer, load_run_tokenizer
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ looser than it could be, because Hugging Face's norms compute in fp32."""
 
 
 def export(run: Path, out: Path, form: Form = "dense") -> Path:
-    """Write the latest checkpoint of `run` to `out` and verify it by comparing logits.
+    """Write the latest checkpoint of a run, or RUN@STEP, to `out`, and compare the logits.
 
     dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads without peptrain.
     factorised: the method's own layers, to be loaded with `load_factorised`. It is available for
@@ -60,11 +59,11 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
             f"--form dense: {method.name} has no dense equivalent; use --form factorised, which"
             " keeps its layers"
         )
-    tokenizer, end = load_run_tokenizer(RunDir(run))
+    tokenizer, end = load_run_tokenizer(opened.run)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with scratch(out) as temporary:
-            copy_run_tokenizer(RunDir(run), temporary)
+            copy_run_tokenizer(opened.run, temporary)
             _name_end_token(opened.model, end)
             written = (_dense if form == "dense" else write_factorised)(opened, temporary)
             _compare(opened.model, written)

@@ -25,9 +25,11 @@ from peptrain.models.sites import (
     warn_of_experts,
 )
 from peptrain.rng import Rng, seed_default
-from peptrain.runs.checkpoint import Checkpoint, latest, load_model
+from peptrain.runs.checkpoint import Checkpoint, at_step, latest, load_model
 from peptrain.runs.directory import RunDir
+from peptrain.runs.ends import config_file
 from peptrain.runs.identity import check_settings
+from peptrain.runs.select import at, find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,6 +104,7 @@ def phase_at(config: RunConfig[Method], step: int) -> tuple[int, int]:
 class Opened:
     """A run at one of its checkpoints, on the CPU."""
 
+    run: RunDir
     config: RunConfig[Method]
     saved: Checkpoint
     model: PreTrainedModel
@@ -119,30 +122,48 @@ class Opened:
         return plain
 
 
-def run_config(run: RunDir) -> RunConfig[Method]:
-    """Load the configuration of a run. A model's config.json is read from the run's own copy."""
-    config = load(run.config_file)
+def run_config(run: RunDir, file: Path | None = None) -> RunConfig[Method]:
+    """Load the configuration of a run. A model's config.json is read from the run's own copy.
+
+    file: the configuration of an earlier end. Unset: that of the run.
+    """
+    config = load(file or run.config_file)
     for key in ("precision", "micro_batch", "eval_tokens"):  # whichever version wrote the file
         if getattr(config.train, key) is None:
             raise CheckpointError(
-                f"{run.config_file}: incomplete (train.{key} is missing); restore the original file"
+                f"{file or run.config_file}: incomplete (train.{key} is missing); restore the"
+                " original file"
             )
     if not run.model_file.exists():
         return config
     return replace(config, model=replace(config.model, config=run.model_file))
 
 
-def open_run(path: Path) -> Opened:
-    """Open a run at its latest complete checkpoint.
+def read_run(path: Path) -> tuple[RunDir, RunConfig[Method], Checkpoint]:
+    """Read a run at its latest complete checkpoint, or RUN@STEP at that of the step.
 
-    Raises CheckpointError if it has none, or if the configuration is not that of the checkpoint.
+    Raises CheckpointError if there is none, or if the configuration is not that of the checkpoint.
     """
+    path, step = at(path)
     run = RunDir.open(path)
-    config = run_config(run)
-    saved = latest(run.checkpoints)
+    if step is not None:
+        directory, file = find(run, step)
+        saved: Checkpoint | None = at_step(directory, step)
+    elif (saved := latest(run.checkpoints)) is not None:
+        file = config_file(run, saved.step)
     if saved is None:
         raise CheckpointError(f"{path}: contains no checkpoint yet")
-    check_settings(saved, config)
+    config = run_config(run, file)
+    check_settings(saved, config, run.path)
+    return run, config, saved
+
+
+def open_run(path: Path) -> Opened:
+    """Open a run at its latest complete checkpoint, or RUN@STEP at that of the step.
+
+    Raises what `read_run` raises.
+    """
+    run, config, saved = read_run(path)
     model = rebuild(config, saved, saved.phase)
     model.eval()
-    return Opened(config, saved, model)
+    return Opened(run, config, saved, model)

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,23 @@ class Checkpoint:
     """The other settings of the run, such as rates; empty where an older version ran."""
     rows: int | None = None
     """Rows of metrics written before this checkpoint; None where an older version ran."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints are not deleted."""
+
+    last: int
+    """How many of the latest."""
+    at: Callable[[int], bool] = lambda step: False
+    """Whether that of a step is kept forever."""
+    stable: int | None = None
+    """The latest one up to this step is kept too: where the decay of the schedule begins."""
+
+    def of(self, steps: Sequence[int]) -> set[int]:
+        """Return those of `steps`, in ascending order, whose checkpoints are kept."""
+        stable = [step for step in steps if self.stable is not None and step <= self.stable]
+        return {*steps[-self.last :], *stable[-1:], *filter(self.at, steps)}
 
 
 def capture(
@@ -134,11 +151,15 @@ def load_optimizer(
 
 
 def agrees(
-    saved: Checkpoint, identity: Mapping[str, Any], before: Mapping[str, Any] | None = None
+    saved: Checkpoint,
+    identity: Mapping[str, Any],
+    before: Mapping[str, Any] | None = None,
+    repair: str = "restore the run's original {file}",
 ) -> None:
     """Raise CheckpointError, naming the first setting that differs, unless the identities agree.
 
-    before: values of settings that an older checkpoint does not contain.
+    before: values of settings that an older checkpoint does not contain. repair: what to do, with
+    the {file} of the run that has the setting.
     """
     then_all = {**(before or {}), **saved.identity}
     keys = then_all.keys() | identity.keys()
@@ -148,12 +169,12 @@ def agrees(
         if then != now:
             raise CheckpointError(
                 f"{key}: the checkpoint of step {saved.step} was written with {then!r}, but the"
-                f" configuration has {now!r}; restore the run's original {file}"
+                f" configuration has {now!r}; {repair.format(file=file)}"
             )
 
 
-def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `checkpoint`, then delete all but the latest `keep`.
+def save(directory: Path, checkpoint: Checkpoint, keep: Keep) -> Path:
+    """Write `checkpoint`, then delete those that `keep` does not keep.
 
     A hidden directory is filled, synced and renamed, so that an interruption leaves earlier
     checkpoints intact. What earlier interruptions left is deleted: only one process trains a run.
@@ -182,10 +203,11 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return final
 
 
-def delete_old(directory: Path, step: int, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints up to that of `step`."""
-    for path in [p for p in available(directory) if p <= _path(directory, step)][:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+def delete_old(directory: Path, step: int, keep: Keep) -> None:
+    """Delete the checkpoints up to that of `step` that `keep` does not keep."""
+    steps = [s for s in map(step_of, available(directory)) if s <= step]
+    for old in set(steps) - keep.of(steps):
+        shutil.rmtree(_path(directory, old), ignore_errors=True)
 
 
 def _path(directory: Path, step: int) -> Path:
@@ -233,7 +255,22 @@ def _sync(path: Path) -> None:
 
 def available(directory: Path) -> list[Path]:
     """Return the paths of the checkpoints in `directory`, oldest first."""
-    return sorted(directory.glob("step-*"))
+    named = (p for p in directory.glob("step-*") if p.name.removeprefix("step-").isdecimal())
+    return sorted(named, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of the checkpoint at `path`."""
+    return int(path.name.removeprefix("step-"))
+
+
+def at_step(directory: Path, step: int) -> Checkpoint:
+    """Return the checkpoint of a step. Raises CheckpointError if it is missing or damaged."""
+    path = _path(directory, step)
+    try:
+        return read(path)
+    except _Damaged as damage:
+        raise CheckpointError(f"{path} is damaged ({damage}); choose another step") from None
 
 
 def latest(directory: Path) -> Checkpoint | None:

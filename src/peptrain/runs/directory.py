@@ -4,6 +4,7 @@ runs/NAME/config.toml      the resolved configuration
           env.json         versions, device and command line of each start
           metrics.jsonl    a row every few steps, with a checksum
           checkpoints/     step-00000600/, ...
+          ends/            what was taken back when the run was made longer (runs/ends.py)
           lock             names the process that trains it, while it does (runs/lock.py)
 """
 
@@ -30,7 +31,7 @@ from peptrain.runs.lock import lock
 log = logging.getLogger("peptrain")
 NEWEST = 16_384  # bytes read from the end of the metrics: dozens of rows
 CONTENTS = ("config.toml", "env.json", "metrics.jsonl", "eval.json", "model.json", "tokenizer",
-            "checkpoints")  # fmt: skip
+            "checkpoints", "ends", "longer.json")  # fmt: skip
 LAST = ("end", "diverged")
 """Events that end a run; a resumed run drops their rows."""
 LOCK = "lock"
@@ -68,6 +69,10 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def ends(self) -> Path:
+        return self.path / "ends"
 
     @classmethod
     @contextlib.contextmanager
@@ -224,6 +229,11 @@ class RunDir:
             log.warning("%s: %d of %d rows up to step %d are missing", self.metrics_file,
                         written - kept, written, step)  # fmt: skip
         write_atomically(self.metrics_file, "".join(map(_line, rows)))
+
+    def rows_after(self, step: int) -> str:
+        """Return the lines that `rewind` drops for a run that continues after `step`."""
+        every = [row for _, _, row in self._lines() if row is not None]
+        return "".join(_line(r) for r in every if r["step"] > step or r["event"] in LAST)
 
     def append(self, name: str, entry: Mapping[str, Any]) -> None:
         """Append an entry to a JSON list of the run, such as env.json.

@@ -6,19 +6,23 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from peptrain.config import RunConfig
+from peptrain.errors import CheckpointError
 from peptrain.methods.base import Method
 from peptrain.models.hf import config_file
 from peptrain.runs.checkpoint import Checkpoint, agrees
-from peptrain.settings.fields import before
+from peptrain.settings.fields import before, quiet
 
 log = logging.getLogger("peptrain")
 FIXED = ("precision", "seed", "batch_size", "seq_len")
 FIXED_OPTIM = ("kind", "momentum")
 CHANGEABLE = ("method", "optim", "schedule", "train")
-"""Sections with settings that may change when a run is resumed."""
+"""Sections with settings that are not in the identity."""
+RATES = ("method.", "optim.", "schedule.")
+"""What the weights depend on among those settings, besides train.steps."""
 
 
 def identity_of(config: RunConfig[Method], data: str) -> dict[str, Any]:
@@ -51,24 +55,66 @@ def other_settings(config: RunConfig[Method]) -> dict[str, Any]:
 
 
 def check_settings(
-    saved: Checkpoint, config: RunConfig[Method], identity: Mapping[str, Any] | None = None
+    saved: Checkpoint,
+    config: RunConfig[Method],
+    run: Path,
+    identity: Mapping[str, Any] | None = None,
 ) -> None:
     """Compare a run's configuration with a checkpoint, in case config.toml was edited or damaged.
 
-    A warning lists the settings that have changed and may. Raises CheckpointError, naming the
-    setting, if one of the identity differs. identity: that of a run to continue, with its corpus.
+    A warning lists the settings that have changed and may, such as the device. Raises
+    CheckpointError, naming the setting, if one differs that the weights depend on, because then
+    config.toml would no longer repeat the run. identity: that of a run to continue, with its
+    corpus.
     """
-    older = _flat({name: before(getattr(config, name)) for name in ("model", *CHANGEABLE)})
     identity = identity or identity_of(config, saved.identity.get("data", ""))
-    agrees(saved, identity, {key: value for key, value in older.items() if key in identity})
-    now, then = other_settings(config), {**older, **saved.settings}
-    changed = [
-        f"{key} from {then[key]!r} to {value!r}"
-        for key, value in now.items()
-        if key in then and then[key] != value
-    ]
-    if saved.settings and changed:  # those of 0.1.0 are not known
-        log.warning("config.toml has changed since step %d: %s", saved.step, ", ".join(changed))
+    agrees(saved, identity, _of_older(config, identity))
+    now = other_settings(config)
+    then = {**_of_older(config, now), **saved.settings}
+    if not saved.settings:  # 0.1.0 saved only the step at which the phase was to end
+        with quiet():
+            ends = (*config.method.phases(config.train.steps), config.train.steps)
+        then = {} if saved.end in (0, *ends) else {"train.steps": saved.end}
+    changed = [key for key in now if key in then and then[key] != now[key]]
+    for key in sorted(changed, key=lambda key: key != "train.steps"):
+        if key == "train.steps" or key.startswith(RATES):
+            raise CheckpointError(
+                f"{key}: the checkpoint of step {saved.step} was written with {then[key]!r}, but"
+                f" config.toml has {now[key]!r}; restore it,"
+                f" {_instead(key, now[key], saved.step, config.method.name, run)}"
+            )
+    if changed:
+        each = ", ".join(f"{key} from {then[key]!r} to {now[key]!r}" for key in changed)
+        log.warning("config.toml has changed since step %d: %s", saved.step, each)
+
+
+def _instead(key: str, value: object, step: int, method: str, run: Path) -> str:
+    if key == "train.steps":
+        return f"and make the run longer with `peptrain resume {run} --train.steps {value}`"
+    flag = f"--{key.replace('_', '-')} {value}"
+    return (
+        "and change it in a new run, with"
+        f" `peptrain train {method} --continue-from {run}@{step} {flag}`"
+    )
+
+
+def check_continued(saved: Checkpoint, config: RunConfig[Method], data: str) -> None:
+    """Raise CheckpointError, naming the setting, unless a new run can continue from `saved`.
+
+    data: the fingerprint of the new run's corpus.
+    """
+    identity = identity_of(config, data)
+    repair = (
+        f"to continue from {config.continue_from} leave it as it was; for other settings start from"
+        f" the weights alone, with --init-from {config.continue_from}"
+    )
+    agrees(saved, identity, _of_older(config, identity), repair)
+
+
+def _of_older(config: RunConfig[Method], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the `wanted` settings that older versions did not have, as they were then."""
+    older = _flat({name: before(getattr(config, name)) for name in ("model", *CHANGEABLE)})
+    return {key: value for key, value in older.items() if key in wanted}
 
 
 def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

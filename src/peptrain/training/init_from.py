@@ -22,9 +22,12 @@ from peptrain.models.auto import load_model
 from peptrain.models.dense import dense_state
 from peptrain.models.hf import ModelConfig, dtype_of, hf_config
 from peptrain.runs import checkpoint
-from peptrain.runs.build import open_run, plain_model, run_config
+from peptrain.runs.build import open_run, plain_model, read_run, run_config
 from peptrain.runs.directory import RunDir
+from peptrain.runs.identity import check_continued
+from peptrain.runs.select import at, find
 from peptrain.runs.tokenizer import load_run_tokenizer
+from peptrain.settings.fields import check
 from peptrain.training.match_size import matched
 
 log = logging.getLogger("peptrain")
@@ -34,9 +37,12 @@ ADVICE = "leave out all model settings to use the model of init_from"
 def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
     """Return `config` with its model filled in.
 
-    With `match_trainable` it is a model shrunk to match another run. With `init_from`, and if
-    `config` sets no model itself, it is the model of those weights.
+    With `match_trainable` it is a model shrunk to match another run. With `init_from` or
+    `continue_from`, and if `config` sets no model itself, it is the model of those weights. The
+    step of `continue_from` is filled in too.
     """
+    if config.continue_from is not None:
+        return _continuing(config, config.continue_from)
     if config.match_trainable is not None:
         return matched(config)
     path = config.init_from
@@ -48,6 +54,46 @@ def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
             )
         return config
     return replace(config, model=_model_of(path)) if config.model == ModelConfig() else config
+
+
+def _continuing(config: RunConfig[Any], path: Path) -> RunConfig[Any]:
+    for key in ("init_from", "match_trainable"):
+        if (other := getattr(config, key)) is not None:
+            raise ConfigError(
+                f"{key}: {other}: can't be combined with continue_from {path}, which has the"
+                " weights; leave out one of the two"
+            )
+    directory, step = at(path)
+    run = RunDir.open(directory)
+    found = checkpoint.available(run.checkpoints)
+    if step is None and found:
+        step = checkpoint.step_of(found[-1])
+    if step is None:
+        raise ConfigError(f"continue_from: {path}: contains no checkpoint yet; give another run")
+    model = run_config(run).model if config.model == ModelConfig() else config.model
+    return replace(config, model=model, continue_from=Path(f"{directory}@{step}"))
+
+
+def branching_point(
+    config: RunConfig[Method], identity: Mapping[str, Any]
+) -> checkpoint.Checkpoint:
+    """Return the checkpoint that a resolved `config` continues from.
+
+    Raises ConfigError for a run of another method and if no steps are left, CheckpointError,
+    naming the setting, if one differs that the weights depend on.
+    """
+    assert config.continue_from is not None
+    _, other, saved = read_run(config.continue_from)
+    if other.method.name != config.method.name:
+        raise ConfigError(
+            f"continue_from: {config.continue_from} was trained by {other.method.name}, and only"
+            f" {other.method.name} can continue it; to train its weights by {config.method.name}"
+            f" give --init-from {config.continue_from}"
+        )
+    check_continued(saved, config, str(identity["data"]))
+    steps = config.train.steps
+    check(steps > saved.step, "train.steps", steps, f"> {saved.step}, the step to continue from")
+    return saved
 
 
 def initial_weights(config: RunConfig[Method]) -> dict[str, Tensor] | None:
@@ -81,7 +127,10 @@ def contents(path: Path) -> str:
     They cover the latest checkpoint of a run, or the files of a Hugging Face directory.
     """
     if _is_run(path):
-        found = checkpoint.available(RunDir(path).checkpoints)
+        directory, step = at(path)
+        run = RunDir(directory)
+        place = find(run, step)[0] if step is not None else run.checkpoints
+        found = [p for p in checkpoint.available(place) if step in (None, checkpoint.step_of(p))]
         files = [newest / checkpoint.SUMS for newest in found[-1:]]
     else:
         files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")])
@@ -95,16 +144,17 @@ def sha256(file: Path) -> str:
 
 
 def _model_of(path: Path) -> ModelConfig:
-    return run_config(RunDir.open(path)).model if _is_run(path) else ModelConfig(config=path)
+    return run_config(RunDir.open(at(path)[0])).model if _is_run(path) else ModelConfig(config=path)
 
 
 def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
     """Warn when the initial weights were trained with a tokenizer other than the corpus's."""
     if (path := config.init_from) is None:
         return
-    file = (RunDir(path).tokenizer if _is_run(path) else path) / "tokenizer.json"
+    run = RunDir(at(path)[0])
+    file = (run.tokenizer if _is_run(path) else path) / "tokenizer.json"
     if _is_run(path):
-        theirs, _ = load_run_tokenizer(RunDir(path))
+        theirs, _ = load_run_tokenizer(run)
     elif file.is_file():
         theirs = load_tokenizer(file)
     else:
@@ -117,7 +167,7 @@ def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    if RunDir(path).config_file.is_file():
+    if RunDir(at(path)[0]).config_file.is_file():
         return True
     if (path / "config.json").is_file():
         return False

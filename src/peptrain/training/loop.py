@@ -7,7 +7,8 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,28 @@ from torch import Tensor
 from peptrain.config import RunConfig, dump, resolved
 from peptrain.data import Corpus, default_corpus
 from peptrain.distributed.world import World, world
-from peptrain.errors import Diverged, Interrupted
+from peptrain.errors import CheckpointError, Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, held_out_loss
 from peptrain.methods.base import Method, Metrics
 from peptrain.models.hf import config_file, count_parameters
 from peptrain.models.probe import check_causal
 from peptrain.optim.adamw import clip_gradients, learning_rates, set_lr, state_bytes
+from peptrain.optim.schedule import ScheduleConfig
 from peptrain.rng import Rng, seed_default
 from peptrain.runs import checkpoint
 from peptrain.runs.build import run_config
 from peptrain.runs.directory import RunDir, first_free
+from peptrain.runs.ends import config_file as config_file_at
+from peptrain.runs.ends import lengthen
 from peptrain.runs.environment import record_environment
-from peptrain.runs.identity import identity_of
+from peptrain.runs.identity import check_settings, identity_of, other_settings
+from peptrain.runs.select import at
 from peptrain.runs.tokenizer import restore_run_tokenizer, write_run_tokenizer
-from peptrain.training.init_from import compare_tokenizers, with_inherited_model
+from peptrain.training.init_from import (
+    branching_point,
+    compare_tokenizers,
+    with_inherited_model,
+)
 from peptrain.training.metrics import MetricsLog, Observer, silent
 from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
 from peptrain.training.state import (
@@ -79,17 +88,35 @@ def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
         return _train(config, None, here, observe, held)
 
 
-def resume(path: Path, observe: Observer = silent) -> Result:
+def resume(
+    path: Path,
+    observe: Observer = silent,
+    *,
+    steps: int | None = None,
+    schedule: ScheduleConfig | None = None,
+) -> Result:
     """Resume the run in `path` from its latest complete checkpoint, or from step 0 without one.
 
-    On a CPU the result is bit for bit that of an uninterrupted run. Raises CheckpointError while
-    another process trains the run, and otherwise what `train` raises.
+    On a CPU the result is bit for bit that of an uninterrupted run. With `steps` the run gets that
+    many, and with `schedule` those of its settings that are not None (`lengthen` says from which
+    step, and what becomes of the old end). Raises CheckpointError while another process trains the
+    run, and otherwise what `train` raises.
     """
-    run = RunDir.open(path)
-    config = run_config(run)
-    with world(config.train.device) as here, contextlib.ExitStack() as held:
+    run = _whole(path)
+    with world(run_config(run).train.device) as here, contextlib.ExitStack() as held:
         here.on_main(lambda: held.enter_context(run.lock()))
-        return _train(config, run, here, observe, held)
+        here.on_main(lambda: lengthen(run, steps, schedule))
+        return _train(run_config(run), run, here, observe, held)
+
+
+def _whole(path: Path) -> RunDir:
+    directory, step = at(path)
+    if step is not None:
+        raise CheckpointError(
+            f"{path}: a run is resumed from its latest checkpoint; resume {directory}, or start a"
+            f" new run from step {step} with `peptrain train METHOD --continue-from {path}`"
+        )
+    return RunDir.open(directory)
 
 
 def _train(
@@ -106,7 +133,8 @@ def _train(
     check_corpus(corpus, config)
     identity = identity_of(config, corpus.fingerprint)
     check_ranks(config, identity, here)
-    state = restore(config, run, here, identity)
+    saved = _beginning(config, run, identity)
+    state = restore(config, saved, here)
     check_vocabulary(state.model, corpus)
     if config.model.config is not None:
         check_causal(state.model)
@@ -115,7 +143,7 @@ def _train(
             log.warning("%s has no dense equivalent: eval runs the model itself, and `peptrain"
                         " export` needs --form factorised", config.method.name)  # fmt: skip
         compare_tokenizers(config, corpus)
-        run = _create(config, corpus, here, held)
+        run = _create(config, corpus, here, held, saved)
     elif here.main:
         restore_run_tokenizer(run, corpus)
     tokens_per_step = config.train.batch_size * config.train.seq_len
@@ -124,18 +152,21 @@ def _train(
     metrics_log = MetricsLog(run, here, observe, tokens_per_step)
     if here.main:
         run.rewind(state.step, state.rows)
-        checkpoint.delete_old(run.checkpoints, state.step, config.train.keep)  # a kill left them
+        checkpoint.delete_old(run.checkpoints, state.step, state.keep)  # a kill left them
         metrics_log.continue_clocks()
-        _write_missing_row(run, state, metrics_log)
+        _write_missing_row(config, run, state, metrics_log)
         record_environment(run, here, corpus.fingerprint)
         observe(_start(config, run, state, corpus))
     _announce(state, metrics_log)
     try:
         stop.at_once = None
+        if saved is None and config.train.keeps(0):
+            _save(state, run, here, identity, metrics_log)
+        del saved
         _loop(config, state, corpus, run, metrics_log, stop, identity)
         while state.step < config.train.steps:
             del state  # so that the moments of both phases are never in memory at once
-            state = restore(config, run, here, identity)
+            state = restore(config, checkpoint.latest(run.checkpoints), here)
             _announce(state, metrics_log)
             metrics_log.pause()
             _loop(config, state, corpus, run, metrics_log, stop, identity)
@@ -151,12 +182,40 @@ def _train(
     return result
 
 
+def _beginning(
+    config: RunConfig[Method], run: RunDir | None, identity: Mapping[str, Any]
+) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint to continue from: the run's latest, or that of another run, if any."""
+    if run is None:
+        return None if config.continue_from is None else branching_point(config, identity)
+    saved = checkpoint.latest(run.checkpoints)
+    if saved is not None:
+        then = run_config(run, config_file_at(run, saved.step))
+        check_settings(saved, then, run.path, identity)
+    return saved
+
+
+def _save(
+    state: TrainState,
+    run: RunDir,
+    here: World,
+    identity: Mapping[str, Any],
+    metrics_log: MetricsLog,
+) -> None:
+    save(state, run, here, identity)
+    metrics_log.write("checkpoint", **_checkpoint_row(state))
+
+
 def _checkpoint_row(state: TrainState) -> dict[str, int]:
     return {"step": state.step, "state_bytes": state.state_bytes[-1]}
 
 
-def _write_missing_row(run: RunDir, state: TrainState, metrics_log: MetricsLog) -> None:
+def _write_missing_row(
+    config: RunConfig[Method], run: RunDir, state: TrainState, metrics_log: MetricsLog
+) -> None:
     """Write the row of the latest checkpoint if the process was killed before it did."""
+    if config.continue_from is not None and state.step == at(config.continue_from)[1]:
+        return  # a copy of the other run's checkpoint
     written = (row["step"] for row in run.metrics() if row["event"] == "checkpoint")
     if state.state_bytes and state.step not in written:
         metrics_log.record("checkpoint", **_checkpoint_row(state))
@@ -183,7 +242,8 @@ def _loop(
         metrics_log.add(state.step, learning_rates(optimizer), loss, norm, metrics)
 
         stopping = _agreed(stop, here, state.step % t.log_every == 0)
-        saving = state.step == state.end or stopping or _due(t.checkpoint_every, state.step)
+        due = _due(t.checkpoint_every, state.step) or t.keeps(state.step)
+        saving = state.step == state.end or stopping or due
         evaluating = state.step < t.steps and _due(t.eval_every, state.step)
         if saving or evaluating or state.step % t.log_every == 0:
             _flush(metrics_log, run)
@@ -192,8 +252,7 @@ def _loop(
             held_out = _evaluate(config, state, corpus, run, here, limit=t.eval_tokens)
             metrics_log.evaluation(state.step, held_out)
         if saving:
-            save(state, run, here, identity, t.keep)
-            metrics_log.write("checkpoint", **_checkpoint_row(state))
+            _save(state, run, here, identity, metrics_log)
         if saving or evaluating:
             metrics_log.pause()
         if stopping and state.step < t.steps:
@@ -297,16 +356,24 @@ def _evaluate(
 
 
 def _create(
-    config: RunConfig[Method], corpus: Corpus, here: World, held: contextlib.ExitStack
+    config: RunConfig[Method],
+    corpus: Corpus,
+    here: World,
+    held: contextlib.ExitStack,
+    saved: checkpoint.Checkpoint | None,
 ) -> RunDir:
-    """Create the run directory. Its lock is released when `held` is closed."""
+    """Create the run directory, with the checkpoint of another run to continue from, if any.
+
+    Its lock is released when `held` is closed.
+    """
     path = config.run
 
     def make() -> None:
         nonlocal path
         path = path or first_free(Path("runs"), config.method.name)
         text = dump(config)
-        held.enter_context(RunDir.create(path, text, lambda run: _first_files(run, config, corpus)))
+        fill = partial(_first_files, config=config, corpus=corpus, saved=saved)
+        held.enter_context(RunDir.create(path, text, fill))
 
     here.on_main(make)
     path = here.agree(path)
@@ -314,9 +381,17 @@ def _create(
     return RunDir(path)
 
 
-def _first_files(run: RunDir, config: RunConfig[Method], corpus: Corpus) -> None:
-    """Write what else resume, eval and export need besides checkpoints and corpus."""
+def _first_files(
+    run: RunDir,
+    config: RunConfig[Method],
+    corpus: Corpus,
+    saved: checkpoint.Checkpoint | None,
+) -> None:
+    """Write what else resume, eval and export need besides their checkpoints and the corpus."""
     write_run_tokenizer(run, corpus)
+    if saved is not None:
+        own = replace(saved, settings=other_settings(config), rows=0)
+        checkpoint.save(run.checkpoints, own, checkpoint.Keep(1))
     if file := config_file(config.model):
         shutil.copyfile(file, run.model_file)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from peptrain.config import RunConfig
+from peptrain.config import RunConfig, load
 from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.distributed.world import World
@@ -38,7 +38,8 @@ from peptrain.rng import Rng
 from peptrain.runs import checkpoint
 from peptrain.runs.build import build, phase_at, rebuild
 from peptrain.runs.directory import RunDir
-from peptrain.runs.identity import check_settings, other_settings
+from peptrain.runs.ends import stable_steps
+from peptrain.runs.identity import other_settings
 from peptrain.training.init_from import initial_weights
 
 
@@ -64,21 +65,21 @@ class TrainState:
     """Those to record in checkpoints besides the identity."""
     rows: int | None = None
     """Rows of metrics when the latest checkpoint was written, if it is known."""
+    keep: checkpoint.Keep = field(default_factory=lambda: checkpoint.Keep(1))
+    """Which checkpoints are not deleted."""
 
 
 def restore(
-    config: RunConfig[Method], run: RunDir | None, here: World, identity: Mapping[str, Any]
+    config: RunConfig[Method], saved: checkpoint.Checkpoint | None, here: World
 ) -> TrainState:
-    """Return the state at the latest checkpoint of `run`, or at step 0 if there is none.
+    """Return the state at the checkpoint `saved`, or at step 0 without one.
 
     A new run, a resume and a phase boundary all go through this function.
     """
-    saved = checkpoint.latest(run.checkpoints) if run else None
     step = saved.step if saved else 0
     phase, end = phase_at(config, step)
     entered = saved is not None and phase != saved.phase
     if saved:
-        check_settings(saved, config, identity)
         model = rebuild(config, saved, phase)
     else:
         model = build(config, phase, initial_weights(config))
@@ -95,8 +96,13 @@ def restore(
     known = saved.rows if saved else None
     return TrainState(
         model, forward_backward, optimizer, moves, phase, step, end, entered, sizes,
-        other_settings(config), known,
+        other_settings(config), known, keep_of(config),
     )  # fmt: skip
+
+
+def keep_of(config: RunConfig[Method]) -> checkpoint.Keep:
+    """Return which checkpoints of a run are not deleted."""
+    return checkpoint.Keep(config.train.keep, config.train.keeps, stable_steps(config))
 
 
 def prepare(
@@ -163,9 +169,7 @@ def check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
         )
 
 
-def save(
-    state: TrainState, run: RunDir, here: World, identity: Mapping[str, Any], keep: int
-) -> None:
+def save(state: TrainState, run: RunDir, here: World, identity: Mapping[str, Any]) -> None:
     """Write a checkpoint from rank 0.
 
     Raises Diverged instead if a parameter, or a moment of the optimizer, is not finite, and
@@ -193,7 +197,7 @@ def save(
             settings=state.settings,
             rows=run.count(),
         )
-        checkpoint.save(run.checkpoints, captured, keep)
+        checkpoint.save(run.checkpoints, captured, state.keep)
 
     here.on_main(write)
 
@@ -236,6 +240,13 @@ def all_finite(values: Iterable[Any]) -> bool:
 
 def diverged(what: str, run: RunDir) -> Diverged:
     """Return the error for `what`, with the last good checkpoint and advice."""
-    rate = "optim.lr (or, in a warm start, the method's own learning rate)"
-    advice = f"nothing was saved since; try a lower {rate} in the run's config.toml"
-    return Diverged(f"{what}; {checkpoint.last_good(run.checkpoints)}; {advice}")
+    lower = "with a lower --optim.lr (or, in a warm start, the method's own learning rate)"
+    found = checkpoint.available(run.checkpoints)
+    if not found:
+        return Diverged(f"{what}; there is no earlier checkpoint; train again {lower}")
+    method = load(run.config_file).method.name
+    point = f"{run.path}@{checkpoint.step_of(found[-1])}"
+    return Diverged(
+        f"{what}; the last good checkpoint is {found[-1]}, nothing was saved since; start a run"
+        f" from it {lower}: `peptrain train {method} --continue-from {point} --optim.lr LR`"
+    )

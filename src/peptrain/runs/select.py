@@ -1,0 +1,44 @@
+"""RUN@STEP: a run at one of its checkpoints."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from peptrain.errors import CheckpointError
+from peptrain.runs.checkpoint import available, step_of
+from peptrain.runs.directory import RunDir
+from peptrain.runs.ends import config_file, ends
+
+
+def at(path: Path) -> tuple[Path, int | None]:
+    """Split RUN@STEP into the directory and the step. The step of a path that exists is None."""
+    found = re.fullmatch(r"(.+)@(\d{1,9})", str(path), re.DOTALL)
+    if found is None or os.path.lexists(path):
+        return path, None
+    return Path(found[1]), int(found[2])
+
+
+def find(run: RunDir, step: int) -> tuple[Path, Path]:
+    """Return (directory of checkpoints, configuration) of the checkpoint of `step`.
+
+    An earlier end is found under its own step, even if the longer run has a checkpoint there too.
+    Raises CheckpointError, naming the steps that are kept, if there is none.
+    """
+    earlier = ends(run)
+    named = [end.path for end in earlier if end.step == step]
+    places = [*named, run.path, *(end.path for end in reversed(earlier))]
+    for place in places:
+        directory = place / "checkpoints"
+        if step in map(step_of, available(directory)):
+            file = config_file(run, step) if place == run.path else place / run.config_file.name
+            return directory, file
+    kept = {step for place in places for step in map(step_of, available(place / "checkpoints"))}
+    raise CheckpointError(f"{run.path}@{step}: no checkpoint of that step is kept; {_listed(kept)}")
+
+
+def _listed(steps: set[int]) -> str:
+    if not steps:
+        return "the run has none yet"
+    return f"choose one of {', '.join(map(str, sorted(steps)))}"
