@@ -30,6 +30,7 @@ LEVELS = (
     "execution",
     "runs",
     "eval",
+    "analysis",
     "training",
     "exporting",
     "estimation",

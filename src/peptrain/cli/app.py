@@ -27,7 +27,14 @@ from peptrain.cli.parsing import (
     refusing_control_characters,
     registry,
 )
-from peptrain.cli.reading import eval_run, export_run, list_methods, list_recipes, prepare_command
+from peptrain.cli.reading import (
+    analyze_runs,
+    eval_run,
+    export_run,
+    list_methods,
+    list_recipes,
+    prepare_command,
+)
 from peptrain.cli.training import estimate_by, resume_command, run_demo, run_grid, train_by
 
 
@@ -93,6 +100,7 @@ def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandA
     app.command(name="demo")(paragraphs(run_demo))
     app.command(name="compare")(paragraphs(run_grid))
     app.command(name="eval")(paragraphs(eval_run))
+    app.command(name="analyze")(paragraphs(analyze_runs))
     app.command(name="export")(paragraphs(export_run))
     app.command(data, name="data")
     app.command(name="methods")(paragraphs(list_methods))
