@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support import tiny
 
-from peptrain.analysis.line import losses_along
+from peptrain.analysis.line import losses_along, write_line
 from peptrain.analysis.table import read_table
 from peptrain.cli.app import main
 from peptrain.errors import CheckpointError, ConfigError
@@ -53,10 +53,4 @@ def test_models_of_different_shapes_have_no_line(runs: Path, corpus: Path, tmp_p
     ):
         losses_along(runs / "full", tmp_path / "other")
     with pytest.raises(ConfigError, match="--line: must be given two runs"):
-        main_line(runs / "full")
-
-
-def main_line(run: Path) -> None:
-    from peptrain.analysis.line import write_line
-
-    write_line([run], None)
+        write_line([runs / "full"], None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -102,15 +102,18 @@ def rows_of_layer(
         yield Row(*place, "weight", shape, ranks.weight, product_singular_values(B, A).cpu())
     else:
         yield row("weight", W, ranks.weight)
+    changes: list[Row] = []
     for what, other in (("from_start", against.start), ("from_warm", against.warm)):
         if other is not None:
             rank = ranks.change(merges) if other.step == begin else ranks.full
-            yield row(what, W - weight_of(other.layers[name], device), rank)
+            changes.append(row(what, W - weight_of(other.layers[name], device), rank))
     if against.before is not None:
         before = against.before.layers[name]
-        same = type(before) is type(layer)
-        rank = ranks.update if same else ranks.full
-        yield row("update", W - weight_of(before, device), rank)
+        rank = ranks.update if type(before) is type(layer) else ranks.full
+        known = [c for c in changes if against.before is against.start and c.what == "from_start"]
+        changed = [replace(c, what="update") for c in known]
+        changes += changed or [row("update", W - weight_of(before, device), rank)]
+    yield from changes
     for factor, p in factors_of(layer, device).items():
         yield row(f"factor.{factor}", p, min(p.shape))
     if against.cycles and ranks.factors:
