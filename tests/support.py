@@ -23,7 +23,7 @@ from peptrain.methods.base import Method, Metrics
 from peptrain.methods.rank import RankMethod
 from peptrain.models.sites import ReparamLinear, Site
 from peptrain.rng import Rng
-from peptrain.runs.checkpoint import available
+from peptrain.runs.checkpoint import available, step_of
 from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL, TRAIN, newest, small, small_run
 from peptrain.training.metrics import MEASURED
@@ -49,6 +49,11 @@ def tiny(method: Method | str, corpus: Path, run: Path | None = None, **sections
 
 def rows(run: Path, event: str = "step") -> list[dict[str, Any]]:
     return [row for row in RunDir(run).metrics() if row["event"] == event]
+
+
+def step_numbers(run: Path) -> list[int]:
+    """The steps of a run's checkpoints."""
+    return [step_of(path) for path in available(RunDir(run).checkpoints)]
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from peptrain.files import no_links
 from peptrain.methods import METHODS
 from peptrain.runs.checkpoint import (
     Checkpoint,
+    Keep,
     agrees,
     available,
     capture,
@@ -52,7 +53,7 @@ def checkpoint_of(step: int) -> Checkpoint:
 def directory(tmp_path: Path) -> Path:
     """The checkpoints of steps 1, 2 and 3 of a run."""
     for step in (1, 2, 3):
-        save(tmp_path / "run" / "checkpoints", checkpoint_of(step), keep=3)
+        save(tmp_path / "run" / "checkpoints", checkpoint_of(step), Keep(3))
     return tmp_path / "run" / "checkpoints"
 
 
@@ -75,7 +76,7 @@ def test_a_checkpoint_is_json_and_safetensors(directory: Path) -> None:
 @pytest.mark.parametrize("keep", [1, 2, 4])
 def test_the_newest_are_kept(keep: int, directory: Path) -> None:
     for step in (4, 5, 100_000_000):
-        save(directory, checkpoint_of(step), keep)
+        save(directory, checkpoint_of(step), Keep(keep))
     kept = ["step-00000002", "step-00000003", "step-00000004", "step-00000005"]
     assert names(directory)[-keep:] == [*kept, "step-100000000"][-keep:]
     assert len(names(directory)) == keep
@@ -120,7 +121,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rubbish(
     before = names(directory)
     with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
         FAILURES[failure](patch)
-        save(directory, checkpoint_of(4), keep=3)
+        save(directory, checkpoint_of(4), Keep(3))
     assert names(directory) == before
     found = latest(directory)
     assert found is not None and differences(found, checkpoint_of(3)) == []
@@ -135,7 +136,7 @@ def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_none(
 ) -> None:
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match="there is no earlier checkpoint"):
-        save(tmp_path / "checkpoints", checkpoint_of(1), keep=3)
+        save(tmp_path / "checkpoints", checkpoint_of(1), Keep(3))
     assert names(tmp_path / "checkpoints") == []
 
 
@@ -248,15 +249,15 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(
     keep: int, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training went on from step 1, because 2 and 9 are damaged, and is stopped at step 2."""
-    save(directory, checkpoint_of(9), keep=4)
+    save(directory, checkpoint_of(9), Keep(4))
     for path in available(directory)[1:]:
         truncate(path / "model.safetensors")
-    save(directory, checkpoint_of(2), keep)
+    save(directory, checkpoint_of(2), Keep(keep))
     found = latest(directory)
     assert found is not None and differences(found, checkpoint_of(2)) == []
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(CheckpointError, match=r"the last good checkpoint is .*step-00000002"):
-        save(directory, checkpoint_of(10), keep)
+        save(directory, checkpoint_of(10), Keep(keep))
 
 
 def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(

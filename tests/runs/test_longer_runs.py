@@ -1,19 +1,26 @@
 """What may change when a run goes on, and what a run is told that will not do what it seems to."""
 
+import re
+import shutil
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Killed, kill_at, rows, tiny, tiny_method
+from support import Killed, kill_at, rows, step_numbers, tiny, tiny_method, untimed
 
-from peptrain.config import load, resolved
+from peptrain.config import RunConfig, load, resolved
 from peptrain.errors import CheckpointError, ConfigError
 from peptrain.methods import METHODS, LoRA, ReLoRA
 from peptrain.methods.targets import TargetedMethod
 from peptrain.models.hf import ModelConfig
+from peptrain.optim.schedule import ScheduleConfig
+from peptrain.runs.build import open_run
 from peptrain.runs.directory import RunDir
+from peptrain.runs.ends import ends, lengthen
 from peptrain.testing import EVENT, STEPS, differences, newest
+from peptrain.training import loop
 from peptrain.training.init_from import initial_weights, with_inherited_model
 from peptrain.training.loop import resume, train
 
@@ -31,30 +38,237 @@ def edit(run: Path, old: str, new: str) -> None:
 def test_a_finished_run_that_is_given_more_steps_is_a_longer_run(
     name: str, corpus: Path, tmp_path: Path
 ) -> None:
-    """What is due between two steps is made up for, where the run had ended."""
+    """At a constant rate it continues from its end. What is due there, between two steps, is made
+    up for."""
     method = tiny_method(name)
     if isinstance(method, LoRA):
         method = replace(method, restart_warmup=2)
     for run, steps in (("longer", STEPS), ("extended", MERGES_LAST)):
         train(tiny(method, corpus, tmp_path / run, train={"steps": steps}))
-    edit(tmp_path / "extended", f"\nsteps = {MERGES_LAST}\n", f"\nsteps = {STEPS}\n")
-    resume(tmp_path / "extended")
+    resume(tmp_path / "extended", steps=STEPS)
     assert differences(newest(tmp_path / "extended"), newest(tmp_path / "longer")) == []
+    assert load(tmp_path / "extended" / "config.toml").train.steps == STEPS
 
 
-@pytest.mark.parametrize("key", ["warm_start_lr", "restart_warmup"])
-def test_rates_and_warmups_of_a_method_may_change(key: str, corpus: Path, tmp_path: Path) -> None:
-    """A run that diverged in its warm start can be helped."""
-    method = ReLoRA(rank=2, warm_start_steps=4, warm_start_lr=0.125, restart_warmup=1)
+WSD = {"kind": "wsd", "decay": 2, "warmup": 1}
+PLANNED, LONGER = 6, 11
+EVERY = {"eval_every": 4, "checkpoint_every": 3, "keep": 1, "log_every": 2}
+BEFORE_DECAY = 3
+"""The last checkpoint at or before step PLANNED - 2, where the decay begins."""
+
+
+def wsd(name: str, corpus: Path, run: Path, steps: int = PLANNED, **train_: Any) -> RunConfig:
+    method = tiny_method(name)
+    return tiny(method, corpus, run, schedule=WSD, train={**EVERY, "steps": steps, **train_})
+
+
+def is_longer(run: Path, other: Path) -> bool:
+    """Whether both have the same weights, moments, rows and settings."""
+    return (
+        differences(newest(run), newest(other)) == []
+        and untimed(run) == untimed(other)
+        and load(RunDir(run).config_file) == load(RunDir(other).config_file)
+    )
+
+
+@pytest.fixture
+def planned(corpus: Path, tmp_path: Path) -> Path:
+    """A finished run of PLANNED steps, `planned`, and beside it one of LONGER steps, `longer`."""
+    for run, steps in (("planned", PLANNED), ("longer", LONGER)):
+        train(wsd("relora", corpus, tmp_path / run, steps))
+    return tmp_path / "planned"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_with_wsd_a_run_becomes_longer_from_before_its_decay(
+    name: str, corpus: Path, tmp_path: Path
+) -> None:
+    for run, steps in (("planned", PLANNED), ("longer", LONGER)):
+        train(wsd(name, corpus, tmp_path / run, steps))
+    run = tmp_path / "planned"
+    assert step_numbers(run) == [BEFORE_DECAY, PLANNED]  # keep is 1
+    taken_back = newest(run)
+    resume(run, steps=LONGER)
+    assert is_longer(run, tmp_path / "longer")
+    assert differences(open_run(Path(f"{run}@{PLANNED}")).saved, taken_back) == []
+
+
+def test_what_is_taken_back_stays_in_ends(planned: Path) -> None:
+    config, before = load(RunDir(planned).config_file), untimed(planned)
+    resume(planned, steps=LONGER)
+    end = planned / "ends" / str(PLANNED)
+    assert load(end / "config.toml") == config
+    assert untimed(end) == [
+        row for row in before if row["step"] > BEFORE_DECAY or row["event"] == "end"
+    ]
+    opened = open_run(Path(f"{planned}@{PLANNED}"))
+    assert (opened.saved.step, opened.config.train.steps) == (PLANNED, PLANNED)
+    assert open_run(planned).config.train.steps == LONGER
+
+
+def test_a_run_becomes_longer_more_than_once(planned: Path, tmp_path: Path) -> None:
+    resume(planned, steps=LONGER - 2)
+    resume(planned, steps=LONGER)
+    assert is_longer(planned, tmp_path / "longer")
+    assert sorted(path.name for path in (planned / "ends").iterdir()) == ["6", "9"]
+    for step in (PLANNED, LONGER - 2, LONGER):
+        opened = open_run(Path(f"{planned}@{step}"))
+        assert (opened.saved.step, opened.config.train.steps) == (step, step)
+
+
+def test_a_longer_run_replays_from_its_configuration(planned: Path, tmp_path: Path) -> None:
+    resume(planned, steps=LONGER)
+    train(replace(load(RunDir(planned).config_file), run=tmp_path / "replayed"))
+    assert is_longer(tmp_path / "replayed", planned)
+
+
+def test_killed_anywhere_in_the_move_the_longer_run_is_resumed(
+    planned: Path, tmp_path: Path
+) -> None:
+    """Before each of its changes to files, and by the same command again or without the steps."""
+    number = 0
+    while True:
+        run = tmp_path / f"killed-{number}"
+        shutil.copytree(planned, run)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = count()
+
+            def struck(original: Any) -> Any:
+                def call(*args: Any, **given: Any) -> Any:
+                    if next(calls) == number:  # noqa: B023
+                        raise Killed
+                    return original(*args, **given)
+
+                return call
+
+            for name in ("replace", "mkdir"):
+                patch.setattr(Path, name, struck(getattr(Path, name)))
+            try:
+                with RunDir(run).lock():
+                    lengthen(RunDir(run), LONGER, None)
+            except Killed:
+                pass
+            if next(calls) <= number:
+                break
+        begun = (run / "longer.json").exists()
+        resume(run, steps=None if begun else LONGER)
+        assert is_longer(run, tmp_path / "longer"), number
+        assert newest_end(run) == PLANNED
+        number += 1
+    assert number > 6
+
+
+def newest_end(run: Path) -> int:
+    return ends(RunDir(run))[-1].step
+
+
+@pytest.mark.parametrize("step", range(BEFORE_DECAY + 1, LONGER + 1))
+def test_killed_at_any_step_of_the_way_it_becomes_the_same_longer_run(
+    step: int, planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = loop.advance, count(BEFORE_DECAY + 1)
+
+    def struck(*args: Any) -> Any:
+        if next(calls) == step:
+            raise Killed
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "advance", struck)
+        resume(planned, steps=LONGER)
+    resume(planned)
+    assert is_longer(planned, tmp_path / "longer")
+
+
+def test_an_interrupted_run_becomes_longer_too(corpus: Path, tmp_path: Path) -> None:
+    train(wsd("loro", corpus, tmp_path / "longer", LONGER))
     with pytest.raises(Killed):
-        train(tiny(method, corpus, tmp_path / "run", train={"checkpoint_every": 1}),
-              kill_at("checkpoint", 2))  # fmt: skip
-    values = {"warm_start_lr": ("0.125", "0.0625"), "restart_warmup": ("1", "2")}
-    edit(tmp_path / "run", *(f"{key} = {value}\n" for value in values[key]))
-    resume(tmp_path / "run")
-    lrs = {row["step"]: row["lr"] for row in rows(tmp_path / "run")}
-    assert lrs[2] == 0.125 and lrs[3] == (0.0625 if key == "warm_start_lr" else 0.125)
-    assert lrs[5] == 0 and (lrs[6] == 2e-3) == (key == "restart_warmup")
+        train(wsd("loro", corpus, tmp_path / "run"), kill_at("checkpoint", BEFORE_DECAY))
+    resume(tmp_path / "run", steps=LONGER)
+    assert is_longer(tmp_path / "run", tmp_path / "longer")
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_other_schedules_need_the_one_that_follows(kind: str, corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = wsd("full", corpus, run)
+    train(replace(config, schedule=ScheduleConfig(kind=kind, warmup=1, floor=0.1)))  # type: ignore[arg-type]
+    before = (run / "config.toml").read_text()
+    with pytest.raises(ConfigError, match=r"train\.steps: with .* differ from step \d on; give"):
+        resume(run, steps=LONGER)
+    assert (run / "config.toml").read_text() == before and not (run / "ends").exists()
+    resume(run, steps=LONGER, schedule=ScheduleConfig(kind="constant"))
+    rates = [row["lr"] for row in rows(run)]
+    steps = [row["step"] for row in rows(run)]
+    after = [rate for step, rate in zip(steps, rates, strict=True) if step > PLANNED]
+    assert steps[-1] == LONGER and {*after} == {2e-3}
+    assert rates[steps.index(PLANNED)] < 1e-3
+    assert open_run(Path(f"{run}@{PLANNED}")).config.schedule.kind == kind
+    resume(run, steps=LONGER, schedule=ScheduleConfig(kind="constant"))  # the same again
+
+
+def test_a_run_is_not_made_shorter(planned: Path) -> None:
+    for steps in (PLANNED - 1, 1):
+        with pytest.raises(ConfigError, match=r"train\.steps: must be more than the run's 6 \(got"):
+            resume(planned, steps=steps)
+    with pytest.raises(ConfigError, match="another schedule"):
+        resume(planned, schedule=ScheduleConfig(kind="cosine"))
+    with pytest.raises(ConfigError, match=r"schedule\.warmup: must be less"):
+        resume(planned, steps=LONGER, schedule=ScheduleConfig(warmup=LONGER))
+    assert not (planned / "ends").exists() and not (planned / "longer.json").exists()
+
+
+def test_without_a_checkpoint_before_the_decay_the_schedule_must_be_given(planned: Path) -> None:
+    shutil.rmtree(planned / "checkpoints" / f"step-{BEFORE_DECAY:08d}")
+    with pytest.raises(ConfigError, match="no checkpoint before it was kept; give the schedule"):
+        resume(planned, steps=LONGER)
+    resume(planned, steps=LONGER, schedule=ScheduleConfig(decay=3))
+    assert newest(planned).step == LONGER and newest_end(planned) == PLANNED
+
+
+def test_a_damaged_record_of_a_longer_run_is_named(planned: Path) -> None:
+    resume(planned, steps=LONGER)
+    record = planned / "ends" / str(PLANNED) / "longer.json"
+    record.write_text(record.read_text().replace('"start": 3', '"start": 5'))
+    for use in (open_run, resume):
+        with pytest.raises(CheckpointError, match=r"longer\.json: damaged \(does not match"):
+            use(planned)
+
+
+EDITS = {
+    "steps = 6": ("steps = 9", "train.steps", "resume RUN --train.steps 9"),
+    "lr = 0.002": ("lr = 0.001", "optim.lr", "--continue-from RUN@6 --optim.lr 0.001"),
+    "decay = 2": ("decay = 1", "schedule.decay", "--continue-from RUN@6 --schedule.decay 1"),
+    "restart_warmup = 1": (
+        "restart_warmup = 0",
+        "method.restart_warmup",
+        "--method.restart-warmup",
+    ),
+}
+
+
+@pytest.mark.parametrize("old", EDITS)
+def test_an_edited_configuration_is_refused_with_the_repair(
+    old: str, corpus: Path, tmp_path: Path
+) -> None:
+    """What the weights depend on. Afterwards config.toml would no longer repeat the run."""
+    run = tmp_path / "run"
+    method = replace(tiny_method("bpt"), restart_warmup=1)
+    train(tiny(method, corpus, run, schedule=WSD, train={**EVERY, "steps": PLANNED}))
+    new, key, repair = EDITS[old]
+    edit(run, f"\n{old}\n", f"\n{new}\n")
+    for use in (open_run, resume):
+        with pytest.raises(CheckpointError, match=rf"^{re.escape(key)}: .* restore it") as caught:
+            use(run)
+        assert repair.replace("RUN", str(run)) in str(caught.value)
+
+
+def test_settings_that_change_no_weight_may_change(
+    planned: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(planned, "\nkeep = 1\n", "\nkeep = 4\n")
+    resume(planned)
+    assert "train.keep from 1 to 4" in caplog.text
 
 
 def test_what_the_weights_depend_on_may_not(corpus: Path, tmp_path: Path) -> None:

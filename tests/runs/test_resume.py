@@ -22,7 +22,7 @@ from peptrain.config import RunConfig
 from peptrain.data import Corpus
 from peptrain.errors import CheckpointError, DataError
 from peptrain.methods import METHODS
-from peptrain.runs.checkpoint import Checkpoint, available, save
+from peptrain.runs.checkpoint import Checkpoint, Keep, available, save
 from peptrain.runs.directory import RunDir
 from peptrain.testing import EVENT, MODEL, STEPS, differences, losses, newest
 from peptrain.training.loop import resume, train
@@ -308,7 +308,7 @@ def test_a_kill_before_older_checkpoints_were_deleted_leaves_no_more_than_asked_
     """Also at the last step, after which nothing is saved."""
     config = tiny("full", corpus, tmp_path / "run", train={"checkpoint_every": 2, "keep": 2})
 
-    def killed(directory: Path, step: int, keep: int) -> None:
+    def killed(directory: Path, step: int, keep: Keep) -> None:
         if step == STEPS:
             raise Killed
 
@@ -393,7 +393,7 @@ def test_nothing_in_a_checkpoint_can_be_left_out(
     saved = newest(run)
     for path in available(RunDir(run).checkpoints):
         shutil.rmtree(path)
-    save(RunDir(run).checkpoints, spoil(saved), keep=99)
+    save(RunDir(run).checkpoints, spoil(saved), Keep(99))
     resume(run)
     kept = fingerprint(run) == fingerprint(whole(name))
     assert kept if spoil is unchanged else not kept

@@ -367,7 +367,7 @@ def test_divergence_names_the_step_the_rate_and_the_last_good_checkpoint(
     message = str(caught.value)
     assert message.startswith("step 6: the loss is ") and "learning rate of 0.002" in message
     assert f"the last good checkpoint is {run / 'checkpoints' / 'step-00000004'}" in message
-    assert "try a lower optim.lr" in message
+    assert f"--continue-from {run}@4 --optim.lr LR" in message
     assert newest(run).step == 4
     assert_all_finite(run)
     assert all(math.isfinite(row["loss"]) for row in rows(run))

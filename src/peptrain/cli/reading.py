@@ -21,29 +21,37 @@ def eval_run(
     data: Annotated[Path | None, UNSET] = None,
     batch_size: Annotated[int | None, UNSET] = None,
     legacy: bool = False,
+    step: Annotated[str | None, UNSET] = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Compute the held-out perplexity of a run, per token.
 
     Args:
-        run: Run directory.
+        run: Run directory, or RUN@STEP for the checkpoint of a step.
         data: Prepared corpus whose held-out part to use. Unset: that of the run.
         batch_size: Sequences per forward pass. Changes only speed and memory, except with legacy.
         legacy: Divide by batches + 1, as the papers' repositories do, to match their tables.
+        step: Step of the checkpoint, or all that are kept. Unset: the latest.
         device: auto uses a GPU if there is one.
     """
     from peptrain.distributed.world import world
     from peptrain.eval.run import evaluate
+    from peptrain.runs.select import at, chosen
 
-    with world(device) as here:
-        result = evaluate(run, data=data, batch_size=batch_size, legacy=legacy, device=here.device)
     note = " (legacy: divided by batches + 1, which flatters the model)" if legacy else ""
-    console.print(
-        f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"
-        f"  over {result.tokens:,} tokens{note}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for one in chosen(run, step):
+        with world(device) as here:
+            result = evaluate(
+                one, data=data, batch_size=batch_size, legacy=legacy, device=here.device
+            )
+        number = at(one)[1]
+        console.print(
+            f"{'' if number is None else f'step {number}  '}"
+            f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"
+            f"  over {result.tokens:,} tokens{note}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def analyze_runs(
@@ -87,20 +95,28 @@ def analyze_runs(
 
 
 def export_run(
-    run: Positional[Path], out: Path, form: Literal["dense", "factorised"] = "dense"
+    run: Positional[Path],
+    out: Path,
+    form: Literal["dense", "factorised"] = "dense",
+    step: Annotated[str | None, UNSET] = None,
 ) -> None:
     """Export a run to the Hugging Face format, and check its logits.
 
     Args:
-        run: Run directory.
+        run: Run directory, or RUN@STEP for the checkpoint of a step.
         out: Directory to create.
         form: dense loads in transformers and other tools. factorised keeps the factors B and A
             (lowrank, loro): smaller, loaded with peptrain.load_factorised.
+        step: Step of the checkpoint. all writes each that is kept to a directory OUT/STEP. Unset:
+            the latest.
     """
     from peptrain.exporting.export import export
+    from peptrain.runs.select import at, chosen
 
-    export(run, out, form)
-    console.print(f"{form} model in {out}", markup=False, highlight=False, soft_wrap=True)
+    for one in chosen(run, step):
+        place = out / str(at(one)[1]) if step == "all" else out
+        export(one, place, form)
+        console.print(f"{form} model in {place}", markup=False, highlight=False, soft_wrap=True)
 
 
 def prepare_command() -> Callable[..., None]:

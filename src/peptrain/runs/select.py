@@ -6,10 +6,11 @@ import os
 import re
 from pathlib import Path
 
-from peptrain.errors import CheckpointError
+from peptrain.errors import CheckpointError, ConfigError
 from peptrain.runs.checkpoint import available, step_of
 from peptrain.runs.directory import RunDir
 from peptrain.runs.ends import config_file, ends
+from peptrain.settings.fields import check
 
 
 def at(path: Path) -> tuple[Path, int | None]:
@@ -18,6 +19,20 @@ def at(path: Path) -> tuple[Path, int | None]:
     if found is None or os.path.lexists(path):
         return path, None
     return Path(found[1]), int(found[2])
+
+
+def chosen(path: Path, step: str | None) -> list[Path]:
+    """Return RUN@STEP for the value of --step: a step, or all that are kept; None for RUN itself."""
+    if step is None:
+        return [path]
+    _, already = at(path)
+    check(re.fullmatch(r"\d{1,9}|all", step) is not None, "--step", step, "a step or all")
+    if already is not None:
+        raise ConfigError(f"--step: {step} can't be combined with {path}; leave out one of them")
+    if step != "all":
+        return [Path(f"{path}@{int(step)}")]
+    kept = map(step_of, available(RunDir.open(path).checkpoints))
+    return [Path(f"{path}@{number}") for number in kept]
 
 
 def find(run: RunDir, step: int) -> tuple[Path, Path]:

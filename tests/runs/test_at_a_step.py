@@ -1,0 +1,140 @@
+"""Checkpoints of chosen steps: kept by train.keep_at, read as RUN@STEP."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Killed, kill_at, rows, step_numbers, tiny, untimed
+
+from peptrain import evaluate, export
+from peptrain.config import TrainConfig
+from peptrain.errors import CheckpointError, ConfigError
+from peptrain.methods import METHODS
+from peptrain.models.dense import dense_state
+from peptrain.runs.build import open_run
+from peptrain.runs.checkpoint import Keep
+from peptrain.runs.directory import RunDir
+from peptrain.runs.select import at, chosen
+from peptrain.testing import STEPS, differences, newest
+from peptrain.training.init_from import initial_weights
+from peptrain.training.loop import resume, train
+
+
+def test_a_step_is_split_off_unless_the_path_exists(tmp_path: Path) -> None:
+    assert at(tmp_path / "run@12") == (tmp_path / "run", 12)
+    assert at(Path("a@1@20")) == (Path("a@1"), 20)
+    for whole in ("run", "run@", "run@x", "@3", "run@1234567890"):
+        assert at(Path(whole)) == (Path(whole), None)
+    (tmp_path / "run@12").mkdir()
+    assert at(tmp_path / "run@12") == (tmp_path / "run@12", None)
+
+
+def test_which_checkpoints_are_kept() -> None:
+    steps = [0, 2, 4, 6, 8, 10]
+    assert Keep(2).of(steps) == {8, 10}
+    assert Keep(1, TrainConfig(keep_at="0, 6,7").keeps).of(steps) == {0, 6, 10}
+    assert Keep(1, stable=7).of(steps) == {6, 10}
+    assert Keep(1, stable=6).of(steps) == {6, 10}
+    assert Keep(1, stable=1).of(steps) == {0, 10}
+    assert Keep(3, stable=-1).of(steps[3:]) == {6, 8, 10}
+
+
+def test_log_keeps_the_powers_of_two() -> None:
+    assert list(filter(TrainConfig(keep_at="log").keeps, range(40))) == [0, 1, 2, 4, 8, 16, 32]
+    assert not any(map(TrainConfig().keeps, range(9)))
+
+
+@pytest.mark.parametrize("given", ["x", "-1", "1,", "1;2", "logs", "0,1,log", "1.5", "1" * 10])
+def test_other_steps_to_keep_are_refused(given: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"train\.keep_at: must be log, or steps such as 0,1,5000"
+    ):
+        TrainConfig(keep_at=given)
+
+
+@pytest.mark.parametrize("given, kept", [("0,3,5", [0, 3, 5, 8]), ("log", [0, 1, 2, 4, 8])])
+def test_the_steps_to_keep_are_saved_and_kept(
+    given: str, kept: list[int], corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = {"checkpoint_every": 7, "keep": 1, "keep_at": given}
+    train(tiny("bpt", corpus, run, train=settings))
+    assert step_numbers(run) == kept
+    assert [row["step"] for row in rows(run, "checkpoint")] == sorted({*kept, 7})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_killed_in_its_first_step_resumes_from_step_0(
+    name: str, corpus: Path, tmp_path: Path
+) -> None:
+    settings = {"keep_at": "0", "log_every": 1}
+    whole, killed = (tiny(name, corpus, tmp_path / r, train=settings) for r in ("whole", "killed"))
+    train(whole)
+    with pytest.raises(Killed):
+        train(killed, kill_at("step", 1))
+    assert step_numbers(tmp_path / "killed") == [0]
+    resume(tmp_path / "killed")
+    assert differences(newest(tmp_path / "killed"), newest(tmp_path / "whole")) == []
+    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def kept(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("kept") / "run"
+    train(tiny("loro", corpus, run, train={"keep": 1, "keep_at": "0,4"}))
+    return run
+
+
+def test_everything_reads_a_run_at_a_step(kept: Path, corpus: Path, tmp_path: Path) -> None:
+    early, late = Path(f"{kept}@4"), Path(f"{kept}@{STEPS}")
+    assert open_run(early).saved.step == 4
+    assert evaluate(late) == evaluate(kept) != evaluate(early)
+    export(early, tmp_path / "out")
+    config = replace(tiny("full", corpus), init_from=early)
+    weights = initial_weights(config)
+    assert weights is not None
+    own = dense_state(open_run(early).model)
+    assert all((weights[name] == own[name]).all() for name in own)
+
+
+def test_a_step_that_was_not_kept_is_refused_with_those_that_were(kept: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"run@3: .* is kept; choose one of 0, 4, 8$"):
+        open_run(Path(f"{kept}@3"))
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(kept: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(kept, run)
+    (RunDir(run).checkpoints / "step-00000004" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"step-00000004 is damaged .*; choose another step"):
+        open_run(Path(f"{run}@4"))
+    assert open_run(run).saved.step == STEPS
+
+
+def test_a_run_is_not_resumed_at_a_step(kept: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"run@4: .*latest.* --continue-from .*run@4"):
+        resume(Path(f"{kept}@4"))
+
+
+def test_directories_with_other_names_are_no_checkpoints(kept: Path, tmp_path: Path) -> None:
+    odd: Any = RunDir(kept).checkpoints / "step-x"
+    odd.mkdir()
+    try:
+        assert step_numbers(kept) == [0, 4, STEPS]
+    finally:
+        odd.rmdir()
+
+
+def test_the_steps_of_a_command(kept: Path) -> None:
+    assert chosen(kept, None) == [kept]
+    assert chosen(kept, "4") == [Path(f"{kept}@4")]
+    assert chosen(kept, "all") == [Path(f"{kept}@{step}") for step in (0, 4, STEPS)]
+    for given in ("x", "-1", "", "4,8"):
+        with pytest.raises(ConfigError, match=r"^--step: must be a step or all \(got"):
+            chosen(kept, given)
+    with pytest.raises(ConfigError, match=r"^--step: .*can't be combined with .*@4"):
+        chosen(Path(f"{kept}@4"), "8")
+    with pytest.raises(CheckpointError, match="not a run"):
+        chosen(kept / "nothing", "all")
