@@ -77,7 +77,8 @@ def train(name: str, seed: int, args: Any, run: Path) -> None:
     sizes = {"intermediate-size": args.intermediate_size, "layers": args.layers}
     model = [f"--model.{k}={v}" for k, v in sizes.items() if v is not None]
     shape = {"steps": args.steps, "batch-size": args.batch_size, "seq-len": args.seq_len,
-             "seed": seed, "precision": args.precision, "device": args.device, "compile": str(args.compile).lower(),
+             "seed": seed, "precision": args.precision, "device": args.device,
+             "compile": str(args.compile).lower(),
              "keep": 1, "checkpoint-every": 0, "eval-every": max(1, args.steps // 4),
              "keep-at": ",".join(map(str, kept(args.steps)["keep"]))}  # fmt: skip
     flags = [f"--train.{key}={value}" for key, value in shape.items()]
