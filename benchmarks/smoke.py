@@ -50,6 +50,9 @@ SCRIPTS = {
     "data": "{text} --tokenizer={corpus}/tokenizer.json --megabytes=0.05 --seconds=0.05",
     "soak": "--runs=3 --workers=1",
     "corruption": "--only begun/checkpoints/*6/SHA256SUMS unfinished/train-*.bin --flips=0",
+    "dynamics": f"{MODEL} --data={{corpus}} --out={{out}} --runs={{out}}/runs --steps=8 --rank=4"
+    " --batch-size=2 --seq-len=16 --probe=1 --processes=1 {no_compile} --seeds 0"
+    " --only relora-warm",
     "cpu_peft": f"{MODEL} --set=train.compile=false {RUN} --log-every=2 --rounds=1"
     " lora:rank=4 lora:rank=4:train_rest=false full",
 }
@@ -95,6 +98,7 @@ def arguments(text: str, *, device: str, folder: Path) -> list[str]:
         "device": device,
         "corpus": str(folder / "corpus"),
         "text": str(folder / "text.txt"),
+        "out": str(folder / "out"),
         "compile": "false" if eager else "true",
         "eager": "--set=train.compile=false" if eager else "",
         "no_compile": "--no-compile" if eager else "",

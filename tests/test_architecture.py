@@ -31,6 +31,7 @@ LEVELS = (
     "execution",
     "runs",
     "eval",
+    "analysis",
     "training",
     "exporting",
     "estimation",

@@ -113,6 +113,17 @@ def test_estimate(numbers: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| loro:rank=4 | 0.00 | not measured |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_dynamics(numbers: Any, smoke_folder: Path) -> None:
+    """Processes train and analyze, and a second call reads the tables."""
+    rows = numbers("dynamics")
+    assert {row["step"] for row in rows} == {0, 1, 2, 3, 6, 7, 8}
+    cycles = [row for row in rows if row["what"] == "cycle"]
+    assert [row["step"] for row in cycles] == [6] and 0 <= cycles[0]["overlap"] <= 1
+    assert not (smoke_folder / "out" / "runs" / "relora-warm-0").exists()
+    assert numbers("dynamics") == rows
+
+
 def test_merges(numbers: Any) -> None:
     rows = numbers("merges")
     assert [r["event"] for r in rows] == ["merge", "merge", "exact step"]

@@ -242,6 +242,8 @@ def as_text(section: Any, key: str) -> str:
         return "as `--schedule.warmup`"
     if key == "exact_cap":
         return "no limit"
+    if key == "momentum":
+        return "0 with sgd"
     if "same_as" in rule:
         return f"as `--method.{rule['same_as'].replace('_', '-')}`"
     part = {0.25: "a quarter", 0.2: "a fifth", 0.1: "a tenth", 0.025: "a fortieth",

@@ -13,7 +13,7 @@ from peptrain.methods import methods
 from peptrain.methods.base import Method
 from peptrain.models.hf import ModelConfig, Precision, hf_config
 from peptrain.models.presets import DEFAULT_PRESET
-from peptrain.optim.adamw import OptimConfig
+from peptrain.optim.adamw import OptimConfig, filled
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.settings import toml
 from peptrain.settings.fields import (
@@ -171,11 +171,16 @@ def _resolved_model(model: ModelConfig) -> ModelConfig:
 def settled(
     method: M, optim: OptimConfig, schedule: ScheduleConfig, steps: int, width: int
 ) -> tuple[M, OptimConfig, ScheduleConfig]:
-    """Resolve method, optimizer and schedule for `steps` steps at hidden size `width`."""
+    """Resolve method, optimizer and schedule for `steps` steps at hidden size `width`.
+
+    Raises ConfigError for an optimizer that the method does not implement.
+    """
+    wanted = f"{' or '.join(method.optim_kinds)} for {method.name}"
+    check(optim.kind in method.optim_kinds, "optim.kind", optim.kind, wanted)
     schedule = fill(schedule, method.schedule_defaults, Method.schedule_defaults)
     return (
         resolve(method, "method", steps, width),
-        fill(optim, method.optim_defaults, Method.optim_defaults),
+        filled(optim, method.optim_defaults, Method.optim_defaults),
         resolve(schedule, "schedule", steps),
     )
 

@@ -323,20 +323,22 @@ def the_dense_twin_has_the_same_logits(method: Method, corpus: Path) -> None:
 
 
 def a_run_resumes_to_the_same_bits(method: Method, corpus: Path) -> None:
-    """Checked from a checkpoint half-way, for weights, moments and losses."""
-    half = STEPS // 2
-    with tempfile.TemporaryDirectory() as folder:
-        whole, parted = Path(folder, "whole"), Path(folder, "parted")
-        train(small_run(method, corpus, whole, train={"checkpoint_every": half, "keep": 9}))
-        shutil.copytree(whole, parted)
-        for path in available(RunDir(parted).checkpoints):
-            if path.name > f"step-{half:08d}":
-                shutil.rmtree(path)
-        assert newest(parted).step == half
-        resume(parted)
-        apart = differences(newest(whole), newest(parted))
-        assert apart == [], f"not as in an uninterrupted run: {apart}"
-        assert losses(whole) == losses(parted), "losses are not as in an uninterrupted run"
+    """Checked from a checkpoint half-way, for weights, moments and losses, by each optimizer."""
+    half, keep = STEPS // 2, {"checkpoint_every": STEPS // 2, "keep": 9}
+    for kind in method.optim_kinds:
+        optim = {"kind": kind} | ({"momentum": 0.9} if kind == "sgd" else {})
+        with tempfile.TemporaryDirectory() as folder:
+            whole, parted = Path(folder, "whole"), Path(folder, "parted")
+            train(small_run(method, corpus, whole, train=keep, optim=optim))
+            shutil.copytree(whole, parted)
+            for path in available(RunDir(parted).checkpoints):
+                if path.name > f"step-{half:08d}":
+                    shutil.rmtree(path)
+            assert newest(parted).step == half
+            resume(parted)
+            apart = differences(newest(whole), newest(parted))
+            assert apart == [], f"{kind}: not as in an uninterrupted run: {apart}"
+            assert losses(whole) == losses(parted), f"{kind}: other losses than uninterrupted"
 
 
 def a_run_is_evaluated_and_exported(method: Method, corpus: Path) -> None:

@@ -18,7 +18,14 @@ from peptrain.cli.parsing import (
     refusing_control_characters,
     registry,
 )
-from peptrain.cli.reading import eval_run, export_run, list_methods, list_recipes, prepare_command
+from peptrain.cli.reading import (
+    analyze_runs,
+    eval_run,
+    export_run,
+    list_methods,
+    list_recipes,
+    prepare_command,
+)
 from peptrain.cli.training import estimate_by, resume_command, run_demo, run_grid, train_by
 from peptrain.display.console import (
     console,
@@ -83,8 +90,8 @@ def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandA
 
         args, given = flags.with_config_file(args)
         command, summary = (train_by, TRAIN) if called == "train" else (estimate_by, ESTIMATE)
-        method, note = next(iter(args[1:]), None), SHORT_HELP if essential_only else ""
-        by_method[called] = flags.by_method(command, given, summary, method, note)
+        note = SHORT_HELP if essential_only else ""
+        by_method[called] = flags.by_method(command, given, summary, args, note)
     data.__doc__ = "Prepare text for training."
     data.command(name="prepare")(prepare_command() if called == "data" else _listed(""))
     app.command(by_method["train"], name="train")
@@ -94,6 +101,7 @@ def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandA
     app.command(name="demo")(paragraphs(run_demo))
     app.command(name="compare")(paragraphs(run_grid))
     app.command(name="eval")(paragraphs(eval_run))
+    app.command(name="analyze")(paragraphs(analyze_runs))
     app.command(name="export")(paragraphs(export_run))
     app.command(data, name="data")
     app.command(name="methods")(paragraphs(list_methods))

@@ -17,7 +17,7 @@ from peptrain.config import RunConfig, load
 from peptrain.errors import ConfigError
 from peptrain.methods import methods
 from peptrain.methods.base import Method
-from peptrain.optim.adamw import OptimConfig
+from peptrain.optim.adamw import OptimConfig, filled
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.runs.build import read_run
 from peptrain.settings.fields import fill, nearest
@@ -103,18 +103,20 @@ def by_method(
     command: Callable[[Any, RunConfig[Method] | None], Callable[..., None]],
     given: RunConfig[Method] | None,
     summary: str,
-    called: str | None,
+    args: list[str],
     note: str,
 ) -> tyro.extras.SubcommandApp:
     """Build one subcommand per method, with the settings of a run as flags.
 
-    The help of the method `called` ends with `note`.
+    The help of the method that `args` calls ends with `note`.
     """
+    called, sgd = next(iter(args[1:]), None), vars(named(args))["optim.kind"] == "sgd"
+    optim = OptimConfig(kind="sgd") if sgd else OptimConfig()
     app = tyro.extras.SubcommandApp()
     app.__doc__ = summary
     for name, cls in methods().items():
         chosen = given is not None and given.method.name == name
-        default = given if chosen else _with_own_defaults(cls)
+        default = given if chosen else _with_own_defaults(cls, optim)
         # Flags take true or false, since a configuration file may set either.
         spelt_out = tyro.conf.FlagConversionOff
         options = Annotated[RunConfig[cls], arg(name="", default=default), spelt_out]  # type: ignore[valid-type]
@@ -124,11 +126,11 @@ def by_method(
     return app
 
 
-def _with_own_defaults(cls: type[Method]) -> RunConfig[Any]:
+def _with_own_defaults(cls: type[Method], optim: OptimConfig) -> RunConfig[Any]:
     """The defaults of a run by this method, for the help to show."""
     return RunConfig(
         method=cls(),
-        optim=fill(OptimConfig(), cls.optim_defaults, Method.optim_defaults),
+        optim=filled(optim, cls.optim_defaults, Method.optim_defaults),
         schedule=fill(ScheduleConfig(), cls.schedule_defaults, Method.schedule_defaults),
     )
 

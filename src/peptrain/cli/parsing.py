@@ -37,8 +37,8 @@ MARKERS = (
 UNSET = tyro.conf.arg(help_behavior_hint="")
 """For an argument whose text says what happens without it: do not print `(default: None)`."""
 TRUTHS = {"true": True, "false": False, "True": True, "False": False}
-COMMANDS = ("train", "resume", "estimate", "demo", "compare", "eval", "export", "data", "methods",
-            "recipes")  # fmt: skip
+COMMANDS = ("train", "resume", "estimate", "demo", "compare", "eval", "analyze", "export", "data",
+            "methods", "recipes")  # fmt: skip
 COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
 SHELLS = ("bash", "zsh", "fish")
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -164,11 +164,11 @@ def refusing_control_characters(args: Sequence[str]) -> Iterator[bool]:
 
 
 def named(args: Sequence[str]) -> argparse.Namespace:
-    """Return the values of the flags that name other settings, and of --model.preset."""
+    """Return the values of the flags that name other settings, --model.preset and --optim.kind."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for path in ("--config", "--model.config", "--continue-from"):
         parser.add_argument(path, type=as_path, nargs="?")  # tyro reports a missing value
-    for name in ("--recipe", "--model.preset"):
+    for name in ("--recipe", "--model.preset", "--optim.kind"):
         parser.add_argument(name, nargs="?")
     return parser.parse_known_args(args)[0]
 

@@ -77,6 +77,20 @@ def preparation_state(done: ProgressReport, seconds: float, before: int) -> str:
 
 
 @contextmanager
+def counting(console: Console, verb: str) -> Iterator[Callable[[str, int, int], None]]:
+    """On a terminal, show a bar with the count of what is done, and the time left."""
+    columns = (TextColumn(verb), BarColumn(bar_width=20), MofNCompleteColumn())
+    with _BarAndState(*columns, TimeRemainingColumn(), console=console,
+                      disable=not console.is_terminal) as bar:  # fmt: skip
+        task = bar.add_task("", total=None, state="")
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, total=total, completed=done, state=name)
+
+        yield show
+
+
+@contextmanager
 def fitting(console: Console) -> Iterator[Callable[[str], None]]:
     """On a terminal, show what the search for the largest micro-batch and rank is trying."""
     # Output is not redirected: stdout may be a file, and this console writes to stderr.

@@ -61,6 +61,46 @@ def eval_run(
     say(f"export the model with `peptrain export {shlex.quote(str(run))} --out DIR`")
 
 
+def analyze_runs(
+    runs: Positional[tuple[Path, ...]],
+    out: Annotated[Path | None, UNSET] = None,
+    data: Annotated[Path | None, UNSET] = None,
+    probe: int = 8,
+    line: bool = False,
+    tokens: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Measure spectra, ranks and condition numbers of every matrix, in float64.
+
+    The tables are RUN/analysis/STEP.csv, beside a JSON that says what was measured. What was
+    measured before is skipped.
+
+    Args:
+        runs: Run directories, RUN@STEP, or Hugging Face directories. Of a run without a step every
+            checkpoint that it keeps is measured.
+        out: Directory for the tables. Hugging Face directories and --line need it.
+        data: Prepared corpus for gradients and losses. Unset: that of the run.
+        probe: Held-out sequences in the batch on which gradients are measured; 0 for none.
+        line: Measure the held-out loss along the line between two runs, and nothing else.
+        tokens: With --line, the maximum number of held-out tokens; 0 is all.
+        device: auto uses a GPU if there is one.
+    """
+    from peptrain.analysis.analyze import analyze
+    from peptrain.cli.progress import counting
+    from peptrain.distributed.world import world
+
+    with world(device) as here, counting(console, "analyzing") as show:
+        if line:
+            from peptrain.analysis.line import write_line
+
+            written = [write_line(runs, out, data, tokens, here.device, show)]
+        else:
+            given: Any = {"out": out, "data": data, "probe": probe, "device": here.device}
+            written = analyze(runs, **given, watch=show)
+    for path in written:
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
 def export_run(
     run: Positional[Path],
     out: Path,

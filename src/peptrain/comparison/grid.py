@@ -211,7 +211,7 @@ def unstated(runs: Sequence[GridRun]) -> list[str]:
                 told, used = (
                     getattr(getattr(c, section), field.name) for c in (run.written, run.config)
                 )
-                if told is None:
+                if told is None and used is not None:
                     values.setdefault(used, {})[run.method] = None
             if len(values) > 1:
                 each = "; ".join(f"{v} for {', '.join(names)}" for v, names in values.items())

@@ -19,7 +19,7 @@ from peptrain.eval.perplexity import (
     unwatched,
 )
 from peptrain.models.hf import vocabulary_size
-from peptrain.runs.build import open_run
+from peptrain.runs.build import Opened, open_run
 from peptrain.runs.directory import RunDir
 from peptrain.runs.lock import lock
 from peptrain.runs.tokenizer import load_run_tokenizer
@@ -52,15 +52,7 @@ def evaluate(
     """
     check_whole("--batch-size", batch_size, 1)
     opened = open_run(path)
-    config = opened.config
-    source = data or config.data.path
-    corpus = Corpus.open(source) if source else default_corpus()
-    _check_ids(opened.run, vocabulary_size(opened.model), corpus)
-    if data is None and corpus.fingerprint != opened.saved.identity.get("data"):
-        raise DataError(
-            f"data.path: {corpus.path} is not the corpus that the run was trained on; to evaluate"
-            f" on it, give --data {corpus.path}"
-        )
+    config, corpus = opened.config, corpus_of(opened, data)
     assert config.train.precision is not None
     model = opened.evaluated().to(device)  # type: ignore[arg-type]
     held_out, seq_len, precision = corpus.held_out(), config.train.seq_len, config.train.precision
@@ -76,6 +68,22 @@ def evaluate(
         )  # fmt: skip
     _record(opened.run, opened.saved.step, corpus, result, legacy)
     return result
+
+
+def corpus_of(opened: Opened, data: Path | None) -> Corpus:
+    """Return the prepared corpus `data`, or that which the run was trained on.
+
+    Raises DataError for one that was prepared with another tokenizer, or changed since.
+    """
+    source = data or opened.config.data.path
+    corpus = Corpus.open(source) if source else default_corpus()
+    _check_ids(opened.run, vocabulary_size(opened.model), corpus)
+    if data is None and corpus.fingerprint != opened.saved.identity.get("data"):
+        raise DataError(
+            f"data.path: {corpus.path} is not the corpus that the run was trained on; to evaluate"
+            f" on it, give --data {corpus.path}"
+        )
+    return corpus
 
 
 def _check_ids(run: RunDir, vocabulary: int, corpus: Corpus) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from peptrain.models.sites import ReparamLinear as ReparamLinear
 from peptrain.models.sites import Site as Site
 from peptrain.models.sites import reparametrized as reparametrized
-from peptrain.optim.adamw import OptimConfig, adamw
+from peptrain.optim.adamw import Kind, OptimConfig, adamw
 from peptrain.optim.schedule import Schedule, ScheduleConfig
 from peptrain.rng import Rng
 
@@ -42,6 +42,8 @@ class Method:
         lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0
     )
     """Defaults of the method, including its learning rate. They replace None in a configuration."""
+    optim_kinds: ClassVar[tuple[Kind, ...]] = ("adamw",)
+    """The values of `optim.kind` that the method's `optimizer` implements. Others are refused."""
     schedule_defaults: ClassVar[ScheduleConfig] = ScheduleConfig(
         kind="cosine", decay_shape="cosine", floor=0.1, restart_every=0, restart_warmup=50
     )

@@ -1,17 +1,29 @@
-"""Full training: AdamW on every parameter, the baseline of all the papers."""
+"""Full training: AdamW or SGD on every parameter, the baseline of all the papers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+from torch.optim import Optimizer
+
 from peptrain.methods.base import Method
+from peptrain.models.sites import Site
+from peptrain.optim.adamw import Kind, OptimConfig, adamw, sgd
 
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Method):
-    """Train every parameter with AdamW."""
+    """Train every parameter with AdamW, or with SGD."""
 
     name: ClassVar[str] = "full"
     purpose: ClassVar[str] = "reference: all weights trained by AdamW"
     equation: ClassVar[str] = "W, all trainable"
+    optim_kinds: ClassVar[tuple[Kind, ...]] = ("adamw", "sgd")
+
+    def optimizer(
+        self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
+    ) -> Optimizer:
+        return sgd(model, optim) if optim.kind == "sgd" else adamw(model, optim)

@@ -107,3 +107,24 @@ def preconditioned_step(
         return solution
 
     return B - lr * solve(A @ A.mT, G_B.mT).mT, A - lr * solve(B.mT @ B, G_A)
+
+
+def approximation_errors(B: Tensor, A: Tensor, G: Tensor, c: float) -> dict[str, float]:
+    """Return |X - G|_F / |G|_F of directions X in which low-rank training moves W = B A.
+
+    G: [n, m] is the gradient by W. error_factors: Z = B Bᵀ G + G Aᵀ A, a gradient step on both
+    factors. error_factors_scaled: Z times the scalar that fits best. error_loro: c Z, LORO's
+    approximate step. error_tangent: P(G) of the exact step, the best in the tangent space. (LORO,
+    appendix C.1.2. Its equation 18 adds two norms, of which only the squares add up.)
+    """
+    Z = B @ (B.mT @ G) + (G @ A.mT) @ A
+    Q_B, Q_A = torch.linalg.qr(B).Q, torch.linalg.qr(A.mT).Q
+    rest = G - Q_B @ (Q_B.mT @ G)
+    norm, best = torch.linalg.norm(G), (Z * G).sum() / Z.square().sum()
+    errors = {
+        "error_factors": Z - G,
+        "error_factors_scaled": best * Z - G,
+        "error_loro": c * Z - G,
+        "error_tangent": rest - (rest @ Q_A) @ Q_A.mT,
+    }
+    return {name: (torch.linalg.norm(E) / norm).item() for name, E in errors.items()}

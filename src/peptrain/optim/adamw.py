@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
-from peptrain.settings.fields import check, check_positive, essential
+from peptrain.settings.fields import added, check, check_positive, essential, fill
 
+Kind = Literal["adamw", "sgd"]
 ResetMode = Literal["zero", "magnitude", "random", "keep"]
 SMALLEST_EPS, LARGEST_BETA = 1e-37, 0.9999999
+NOT_OF = {"adamw": ("momentum",), "sgd": ("beta1", "beta2", "eps")}
+"""Settings that an optimizer does not have. They are refused, as they would have no effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Settings of AdamW. An unset one takes the method's own default."""
+    """Settings of the optimizer. An unset one takes the method's own default."""
 
+    kind: Literal["adamw", "sgd"] = added("adamw", before="adamw")
+    """adamw, or sgd for method full: stochastic gradient descent, which has no second moment."""
     lr: float | None = essential(None)
-    """Peak learning rate."""
+    """Peak learning rate. Unset with sgd: 0.1."""
+    momentum: float | None = added(None, before=None)
+    """With sgd: decay of the summed gradient. Unset: 0, which needs no memory."""
     beta1: float | None = None
     """Decay of the first moment."""
     beta2: float | None = None
@@ -30,11 +37,17 @@ class OptimConfig:
     eps: float | None = None
     """Added to the square root of the second moment."""
     weight_decay: float | None = None
-    """Decoupled decay of matrices, never of embeddings, norms, biases or diagonals."""
+    """Decay of matrices, never of embeddings, norms, biases or diagonals: decoupled with adamw,
+    added to the gradient with sgd."""
     clip: float | None = None
     """Maximum global norm of the gradient; 0 is off."""
 
     def __post_init__(self) -> None:
+        for name in NOT_OF[self.kind]:
+            value = getattr(self, name)
+            check(value is None, f"optim.{name}", value, f"unset with optim.kind {self.kind}")
+        fits = self.momentum is None or 0 <= self.momentum < 1
+        check(fits, "optim.momentum", self.momentum, "in [0, 1)")
         for name in ("lr", "weight_decay", "clip"):
             check_positive(f"optim.{name}", getattr(self, name), or_zero=True)
         check_positive("optim.eps", self.eps)
@@ -50,6 +63,21 @@ class OptimConfig:
         """Return the resolved lr, betas and eps as keyword arguments of an optimizer."""
         assert None not in (self.lr, self.beta1, self.beta2, self.eps), "unresolved settings"
         return {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
+
+
+SGD_DEFAULTS = OptimConfig(kind="sgd", lr=0.1, momentum=0.0)
+"""They replace a method's learning rate, which is one of AdamW."""
+
+
+def filled(optim: OptimConfig, *defaults: OptimConfig) -> OptimConfig:
+    """Return `optim` with each unset setting taken from the first of `defaults` that sets it.
+
+    With sgd the learning rate and the momentum are `SGD_DEFAULTS`, and AdamW's settings stay unset.
+    """
+    if optim.kind == "sgd":
+        no_adam: dict[str, Any] = dict.fromkeys(NOT_OF["sgd"])
+        defaults = (SGD_DEFAULTS, *(replace(d, **no_adam) for d in defaults))
+    return fill(optim, *defaults)
 
 
 def decays(model: nn.Module) -> Callable[[nn.Parameter], bool]:
@@ -94,6 +122,14 @@ def adamw(
     if groups is None:
         groups = parameter_groups(model, optim)
     return AdamW(groups, **optim.adam(), fused=True)
+
+
+def sgd(model: nn.Module, optim: OptimConfig) -> SGD:
+    """Return fused SGD on all trainable parameters. On a CPU, fused is 5 times faster than the
+    default. Without momentum it has no state."""
+    assert optim.lr is not None and optim.momentum is not None, "unresolved settings"
+    groups = parameter_groups(model, optim)
+    return SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

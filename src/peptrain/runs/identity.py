@@ -18,6 +18,7 @@ from peptrain.settings.fields import before, quiet
 
 log = logging.getLogger("peptrain")
 FIXED = ("precision", "seed", "batch_size", "seq_len")
+FIXED_OPTIM = ("kind", "momentum")
 CHANGEABLE = ("method", "optim", "schedule", "train")
 """Sections with settings that are not in the identity."""
 RATES = ("method.", "optim.", "schedule.")
@@ -41,6 +42,7 @@ def identity_of(config: RunConfig[Method], data: str) -> dict[str, Any]:
     sections = {
         "method": {"name": config.method.name, **method},
         "model": model,
+        "optim": {key: getattr(config.optim, key) for key in FIXED_OPTIM},
         "train": train,
     }
     return {**_flat(sections), "data": data}

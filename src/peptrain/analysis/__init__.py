@@ -1,0 +1,1 @@
+"""Learning dynamics: what training does to rank, condition and spectra of every matrix."""
