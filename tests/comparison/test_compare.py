@@ -230,6 +230,18 @@ def test_a_failing_run_leaves_the_others_alone_and_is_tried_again(
     assert json.loads((out / "runs.json").read_text())["configurations"][0]["lr"] == 2e-3
 
 
+def test_debug_is_passed_to_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(sys.modules[compare.__module__], "compare", lambda *a: asked.append(a[-1]))
+    for line in (["--debug", "compare", "grid"], ["compare", "--debug", "grid"]):
+        main([*line, "--out=out"])  # fails, as that compared nothing
+    main(["compare", "grid", "--out=out"])
+    assert asked == [True, True, False]
+    job = Job("one", tmp_path / "run", tmp_path / "settings", tmp_path / "log", 8, debug=True)
+    assert "--debug" in job.command()
+    assert "--debug" not in replace(job, debug=False).command()
+
+
 def test_a_run_that_diverged_is_a_result_and_not_tried_again(
     fakes: Fakes, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     args = [arg for arg in given if arg != "--debug"] or ["--help"]
+    args += ["--debug"] * ("--debug" in given and args[0] == "compare")
     essential_only = args[0] in ("train", "estimate") and bool({"-h", "--help"} & {*args})
     args = ["--help" if arg == "--help-all" else arg for arg in args]
     silence_libraries()

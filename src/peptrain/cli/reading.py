@@ -90,7 +90,7 @@ def export_run(
 
 
 def prepare_command() -> Callable[..., None]:
-    """Build `peptrain data prepare`, whose flags need PyTorch."""
+    """Return `data prepare`, whose flags are the settings of a preparation."""
     from peptrain.cli.progress import preparing
     from peptrain.data import PrepareConfig, prepare
 

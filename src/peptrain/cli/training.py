@@ -25,7 +25,7 @@ log = logging.getLogger("peptrain")
 
 
 def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
-    """Build `peptrain train METHOD`, with the flags of `options_type` and `given` of a file."""
+    """Return the command that trains with one method. `options_type` holds its flags."""
 
     def train(options: Any, config: Path | None = None, recipe: str | None = None) -> None:
         """Train.
@@ -57,7 +57,7 @@ def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[...
 
 
 def estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
-    """Build `peptrain estimate METHOD`, as `train_by` does."""
+    """Return the command that estimates one method. `options_type` holds its flags."""
 
     def estimate(
         options: Any,
@@ -166,7 +166,10 @@ def run_demo(run: Annotated[Path | None, UNSET] = None) -> None:
 
 
 def run_grid(
-    grid: Positional[Path], out: Path, workers: Annotated[int | None, UNSET] = None
+    grid: Positional[Path],
+    out: Path,
+    workers: Annotated[int | None, UNSET] = None,
+    debug: bool = False,
 ) -> None:
     """Train a grid of runs at equal cost and tabulate the results.
 
@@ -176,13 +179,14 @@ def run_grid(
         out: Directory for the runs and the table, as Markdown, CSV, LaTeX and JSON. With an
             existing one the same command resumes unfinished runs and keeps finished ones.
         workers: Number of simultaneous runs. Unset: one per GPU, or one per CPU core.
+        debug: Print the traceback of an error, also in the logs of the runs.
     """
     from peptrain.cli.progress import comparing
     from peptrain.comparison.compare import compare
     from peptrain.comparison.table import terminal
 
     with comparing(console) as watch:
-        made = compare(grid, out, workers, watch)
+        made = compare(grid, out, workers, watch, debug)
     print_wide(terminal(made))
     written = f"Written to {out}/table.md, .csv, .tex; the runs are in {out}/runs"
     say("\n".join(["", made.caption, *made.notes, written]))

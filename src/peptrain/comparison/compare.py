@@ -39,6 +39,7 @@ def compare(
     out: Path,
     workers: int | None = None,
     watch: Callable[[Status], None] = lambda status: None,
+    debug: bool = False,
 ) -> Comparison:
     """Train the runs of the grid file `grid` that are missing and write the table to `out`.
 
@@ -49,6 +50,7 @@ def compare(
         table.md, table.csv, table.tex, runs.json
 
     workers: number of concurrent runs. Unset: one per GPU, or one per core without GPUs.
+    debug: whether the log of a run that fails has the traceback.
 
     Finished and diverged runs are read, interrupted runs resumed, failed runs retried. A changed
     grid adds runs. Runs that are no longer in the grid are left in place.
@@ -72,7 +74,7 @@ def compare(
         planned = _within_budget(asked, out, gpus, lock)
         _tell_of_other_vocabularies(planned, out)
         before = [outcome(run, _place(run, out)) for run in planned]
-        jobs = [_job(one, out) for one in before if one.end is None and not one.diverged]
+        jobs = [_job(one, out, debug) for one in before if one.end is None and not one.diverged]
         many = workers or len(gpus) or cores()
         status = work(jobs, many, gpus, lock, len(planned) - len(jobs), watch)
         failed = status.failed
@@ -150,12 +152,12 @@ def _tell_of_other_vocabularies(runs: Sequence[GridRun], out: Path) -> None:
         )  # fmt: skip
 
 
-def _job(one: Outcome, out: Path) -> Job:
+def _job(one: Outcome, out: Path, debug: bool) -> Job:
     name = one.run.path.name
     settings = out / "settings" / f"{name}.toml"
     write_atomically(settings, dump(one.planned.config))
     log = out / "logs" / f"{name}.log"
-    return Job(name, one.run.path, settings, log, one.planned.steps)
+    return Job(name, one.run.path, settings, log, one.planned.steps, debug)
 
 
 def cores() -> int:
