@@ -19,9 +19,9 @@ from peptrain.optim.schedule import ScheduleConfig
 from peptrain.runs.build import open_run
 from peptrain.runs.directory import RunDir
 from peptrain.runs.ends import ends, lengthen
+from peptrain.runs.init_from import initial_weights, with_inherited_model
 from peptrain.testing import EVENT, STEPS, differences, newest
 from peptrain.training import loop
-from peptrain.training.init_from import initial_weights, with_inherited_model
 from peptrain.training.loop import resume, train
 
 MERGES_LAST = 2 * EVENT

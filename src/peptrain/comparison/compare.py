@@ -26,8 +26,8 @@ from peptrain.errors import CheckpointError, Interrupted
 from peptrain.files import write_atomically
 from peptrain.models.hf import config_file
 from peptrain.runs.directory import RunDir
+from peptrain.runs.init_from import contents, sha256
 from peptrain.settings.fields import check, check_whole, each_line_once
-from peptrain.training.init_from import contents, sha256
 from peptrain.training.signals import BY_SYSTEM
 
 log = logging.getLogger("peptrain")

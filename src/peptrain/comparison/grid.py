@@ -16,10 +16,10 @@ import torch
 from peptrain.config import RunConfig, as_named, essence, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
+from peptrain.runs.init_from import with_inherited_model
 from peptrain.settings import toml
 from peptrain.settings.fields import quiet
 from peptrain.settings.toml import HEADER
-from peptrain.training.init_from import with_inherited_model
 
 Equal = Literal["tokens", "flops", "time"]
 """What all runs of a grid spend equally, so that their losses are comparable."""

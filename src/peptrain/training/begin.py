@@ -22,9 +22,9 @@ from peptrain.runs.build import run_config
 from peptrain.runs.directory import RunDir, first_free
 from peptrain.runs.ends import config_file as config_file_at
 from peptrain.runs.identity import check_settings, other_settings
+from peptrain.runs.init_from import branching_point, compare_tokenizers
 from peptrain.runs.select import at
 from peptrain.runs.tokenizer import write_run_tokenizer
-from peptrain.training.init_from import branching_point, compare_tokenizers
 
 log = logging.getLogger("peptrain")
 

@@ -30,10 +30,10 @@ from peptrain.runs.directory import RunDir
 from peptrain.runs.ends import lengthen
 from peptrain.runs.environment import record_environment
 from peptrain.runs.identity import identity_of
+from peptrain.runs.init_from import with_inherited_model
 from peptrain.runs.select import at
 from peptrain.runs.tokenizer import restore_run_tokenizer
 from peptrain.training.begin import create_run, first_checkpoint, how_to_resume, to_resume
-from peptrain.training.init_from import with_inherited_model
 from peptrain.training.metrics import MetricsLog, Observer, silent
 from peptrain.training.result import Result
 from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals

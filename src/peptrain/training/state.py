@@ -17,22 +17,14 @@ from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError, ConfigError, DataError, Diverged
-from peptrain.execution.attention import attend_without_masks
-from peptrain.execution.compile import checkpoint_activations, compile_layers
-from peptrain.execution.forward_backward import (
-    ForwardBackward,
-    make_forward_backward,
-    uses_cuda_graph,
-    uses_triton,
-)
-from peptrain.execution.loss import NextTokenLoss
-from peptrain.execution.padding import pad_mlps
+from peptrain.execution.forward_backward import ForwardBackward
+from peptrain.execution.prepare import prepare
 from peptrain.methods.base import Method
 from peptrain.models.hf import vocabulary_size
-from peptrain.models.sites import find_sites, reparametrized
+from peptrain.models.sites import reparametrized
 from peptrain.ops.checksum import checksum
 from peptrain.optim import schedule
-from peptrain.optim.adamw import check_group_names, state_bytes
+from peptrain.optim.adamw import state_bytes
 from peptrain.optim.schedule import Schedule
 from peptrain.rng import Rng
 from peptrain.runs import checkpoint
@@ -40,7 +32,7 @@ from peptrain.runs.build import build, phase_at, rebuild
 from peptrain.runs.directory import RunDir
 from peptrain.runs.ends import stable_steps
 from peptrain.runs.identity import other_settings
-from peptrain.training.init_from import initial_weights
+from peptrain.runs.init_from import initial_weights
 
 
 @dataclass
@@ -106,32 +98,6 @@ def restore(
 def keep_of(config: RunConfig[Method]) -> checkpoint.Keep:
     """Return which checkpoints of a run are not deleted."""
     return checkpoint.Keep(config.train.keep, config.train.keeps, stable_steps(config))
-
-
-def prepare(
-    model: PreTrainedModel, config: RunConfig[Method], here: World, phase: int
-) -> tuple[Optimizer, ForwardBackward]:
-    """Move the model to its device, apply kernels and compilation, create the optimizer."""
-    t = config.train
-    assert t.precision is not None
-    if model.device != here.device:
-        model.to(here.device)  # type: ignore[arg-type]
-    model.train()
-    on_gpu = here.device.type == "cuda"
-    maskless = on_gpu and attend_without_masks(model, t.seq_len)
-    recorded = uses_cuda_graph(t.cuda_graph, t.compile and maskless, here)
-    if uses_triton(t.kernels, t.precision, here.device, recorded=recorded):
-        config.method.fuse(model)
-    if on_gpu:
-        pad_mlps(model)
-    if t.checkpoint_activations:
-        checkpoint_activations(model)
-    if t.compile:
-        compile_layers(model, t.memory_budget)
-    optimizer = config.method.optimizer(model, find_sites(model), config.optim, phase)
-    check_group_names(optimizer)
-    loss = here.parallelize(NextTokenLoss(model, compile=t.compile))
-    return optimizer, make_forward_backward(loss, t.precision, here, recorded=recorded)
 
 
 def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: World) -> None:

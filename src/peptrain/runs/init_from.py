@@ -27,10 +27,10 @@ from peptrain.runs import checkpoint
 from peptrain.runs.build import open_run, plain_model, read_run, run_config
 from peptrain.runs.directory import RunDir
 from peptrain.runs.identity import check_continued
+from peptrain.runs.match_size import matched
 from peptrain.runs.select import at, find
 from peptrain.runs.tokenizer import load_run_tokenizer
 from peptrain.settings.fields import check
-from peptrain.training.match_size import matched
 
 log = logging.getLogger("peptrain")
 ADVICE = "leave out all model settings to use the model of init_from"

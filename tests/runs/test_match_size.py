@@ -17,10 +17,10 @@ from peptrain.methods.bpt import BPT
 from peptrain.methods.full import Full
 from peptrain.models.hf import ModelConfig, hf_config
 from peptrain.models.presets import PRESETS
+from peptrain.runs import match_size as control
+from peptrain.runs.match_size import matched, trained_by
 from peptrain.testing import MODEL
-from peptrain.training import match_size as control
 from peptrain.training.loop import train
-from peptrain.training.match_size import matched, trained_by
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True)
 

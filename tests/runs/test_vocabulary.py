@@ -14,7 +14,7 @@ from peptrain.config import RunConfig, load
 from peptrain.data import Corpus
 from peptrain.estimation.estimate import estimate
 from peptrain.models.hf import ModelConfig
-from peptrain.training.init_from import compare_tokenizers, with_inherited_model
+from peptrain.runs.init_from import compare_tokenizers, with_inherited_model
 from peptrain.training.loop import resume, train
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2}
