@@ -277,11 +277,16 @@ def load(path: Path) -> RunConfig[Method]:
     """Load a configuration from a TOML file.
 
     In the config.toml of a run, a setting that did not exist when it was written takes the value
-    that stands for the behaviour of that time (`fields.added`).
+    that stands for the behaviour of that time (`fields.added`). Raises ConfigError, naming the
+    file, for one that can't be read or is no configuration.
     """
-    table = toml.read(path)
-    config = parse(table)
     of_run = path.name == "config.toml" and (path.parent / "checkpoints").is_dir()
+    given_as = "" if of_run else "--config "
+    table = toml.read(path, given_as)
+    try:
+        config = parse(table)
+    except ConfigError as error:
+        raise ConfigError(f"{given_as}{path}: {error}") from error
     return _as_written(config, table) if of_run else config
 
 

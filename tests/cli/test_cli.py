@@ -458,8 +458,8 @@ def test_a_file_for_another_method_is_refused(corpus: Path, peptrain_: Command) 
         ('[method]\nname = "btp"', "method.name: unknown method 'btp'; choose from full, bpt"),
         ('[method]\nname = "bpt"\nrank = "4"', "method.rank: '4' has the wrong type or value"),
         ('[train]\nsteps = 3', "method.name: missing"),
-        ("steps: 3", "--config settings.toml: not TOML"),
-        (None, "--config settings.toml: No such file"),
+        ("steps: 3", "not TOML"),
+        (None, "No such file"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_file_is_named(
@@ -468,7 +468,7 @@ def test_what_is_wrong_in_a_file_is_named(
     if content is not None:
         Path("settings.toml").write_text(content)
     said = peptrain_("train --config settings.toml")
-    assert said.error.removeprefix(f"{Path.cwd()}/").startswith(message)
+    assert said.error.startswith(f"--config settings.toml: {message}")
     assert not Path("runs").exists()
 
 

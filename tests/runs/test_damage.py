@@ -1,6 +1,7 @@
 """A damaged or edited file of a run is named, kept aside, or makes no difference."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 from support import rows, tiny
 
 from peptrain.cli.app import main
-from peptrain.errors import CheckpointError, DataError
+from peptrain.errors import CheckpointError, ConfigError, DataError
 from peptrain.eval.run import evaluate
 from peptrain.runs.checkpoint import Keep, available, latest, save
 from peptrain.runs.directory import RunDir
@@ -99,6 +100,13 @@ def test_a_configuration_that_lost_its_end_is_refused(run: Path) -> None:
     (run / "config.toml").write_text(text[: text.index("[train]")])
     with pytest.raises(CheckpointError, match=r"config\.toml: incomplete \(train\.precision is"):
         resume(run)
+
+
+def test_an_error_in_a_runs_configuration_names_its_file(run: Path) -> None:
+    for text, said in (("", "method.name: missing"), ("[]", "not TOML")):
+        (run / "config.toml").write_text(text)
+        with pytest.raises(ConfigError, match=f"^{re.escape(str(run / 'config.toml'))}: {said}"):
+            resume(run)
 
 
 def test_a_run_is_evaluated_on_its_own_corpus_unless_told(run: Path, tmp_path: Path) -> None:
