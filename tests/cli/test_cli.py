@@ -618,7 +618,7 @@ def test_settings_that_cannot_prepare_are_named(
 def test_a_message_about_a_missing_corpus_gives_a_command_that_works(peptrain_: Command) -> None:
     Path("TEXT").write_text("tea in a tin, rain on a rose. " * 50)
     error = peptrain_("train full --data.path made").error
-    command = error.partition("make one with: peptrain ")[2]
+    (command,) = re.findall("make one with `peptrain (.*)`", error)
     assert peptrain_(command).code == 0
     assert Corpus.open(Path("made")).train_tokens
 
@@ -628,7 +628,7 @@ def test_a_text_file_for_a_corpus_is_answered_with_how_to_prepare_it(peptrain_: 
     said = peptrain_("train full --data.path 'READ ME.md'").error
     text = Path("READ ME.md").resolve()
     command = f"data prepare '{text}' --out 'data/READ ME'"
-    assert said == f"{text}: not a prepared corpus (a file); make one with: peptrain {command}"
+    assert said == f"{text}: not a prepared corpus (a file); make one with `peptrain {command}`"
     assert peptrain_(command).code == 0 and Corpus.open(Path("data/READ ME")).train_tokens
 
 
@@ -763,8 +763,8 @@ def test_a_file_gets_a_line_for_each_row_and_none_twice(
         if step < 8:
             loss, perplexity = (evals[step][key] for key in ("held_out_loss", "perplexity"))
             assert lines.pop(0) == (
-                f"bpt  step {step}: held-out loss {loss:.3f}, held-out perplexity"
-                f" {perplexity:,.2f} over 64 tokens"
+                f"bpt  step {step}: held-out perplexity {perplexity:,.2f} (loss {loss:.3f})"
+                " over 64 tokens"
             )
         if step in (4, 8):
             assert lines.pop(0) == f"bpt  step {step}: checkpoint saved"
@@ -791,7 +791,7 @@ def test_the_time_left_is_that_of_the_pace_so_far(monkeypatch: pytest.MonkeyPatc
     assert first.endswith("elapsed 4:00  left 6:00")
     assert second.endswith("elapsed 5:00  left 5:00") and "held-out perplexity 12.18" in second
     assert last.endswith("elapsed 5:00")
-    assert evaluated.endswith("held-out perplexity 12.18 over 1 token")
+    assert evaluated.endswith("held-out perplexity 12.18 (loss 2.500) over 1 token")
 
 
 def test_little_time_left_is_a_second_and_none_is_not_shown(
@@ -883,7 +883,7 @@ def test_training_on_a_terminal_draws_a_live_display_and_takes_it_away(
     written = console.file.getvalue()  # type: ignore[attr-defined]
     plain = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", written)
     assert re.search(rf"bpt  step 8 of 8 +━+ +elapsed {TIME}\s+{AFTER}  2 merges", plain)
-    assert "bpt  step 6: held-out loss" in plain and "bpt  step 4: checkpoint saved" in plain
+    assert "bpt  step 6: held-out perplexity" in plain and "bpt  step 4: checkpoint saved" in plain
     assert plain.rstrip().endswith(f"`peptrain export {tmp_path / 'run'} --out DIR`")
     assert frame(console)[-1].startswith("bpt  finished: held-out perplexity ")
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1  # the cursor came back

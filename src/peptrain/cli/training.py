@@ -127,6 +127,7 @@ class Longer:
 
 
 def resume_command() -> Callable[..., None]:
+    """Return `resume`, whose flags are the settings that a longer run may change."""
     from peptrain.optim.schedule import ScheduleConfig
 
     same_length, same_schedule = Longer(), ScheduleConfig()

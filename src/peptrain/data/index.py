@@ -158,8 +158,8 @@ def _not_prepared(directory: Path) -> DataError:
     else:
         text, out, what = Path("TEXT"), directory, f"no {INDEX}"
     return DataError(
-        f"{directory}: not a prepared corpus ({what}); make one with:"
-        f" peptrain data prepare {shlex.quote(str(text))} --out {shlex.quote(str(out))}"
+        f"{directory}: not a prepared corpus ({what}); make one with"
+        f" `peptrain data prepare {shlex.quote(str(text))} --out {shlex.quote(str(out))}`"
     )
 
 

@@ -207,7 +207,7 @@ def _held_out(row: Row) -> str:
 NOTES: dict[str, Callable[[Row], str]] = {
     "phase": lambda row: f"{_trainable(row)} from now on",
     "eval": lambda row: (
-        f"held-out loss {row['held_out_loss']:.3f}, {_held_out(row)}"
+        f"{_held_out(row)} (loss {row['held_out_loss']:.3f})"
         f" over {count(row['held_out_tokens'], 'token')}"
     ),
     "checkpoint": lambda row: "checkpoint saved",
