@@ -57,10 +57,15 @@ class Source:
         return model
 
     def place(self, name: str) -> tuple[int, str]:
-        """Return the layer's number and the matrix's name in it: (0, "mlp.down_proj")."""
-        stack, _ = decoder_layers(self.model)
-        layer, _, module = name.removeprefix(f"{stack}.").partition(".")
-        return int(layer), module
+        """Return `place_of` the matrix."""
+        return place_of(self.model, name)
+
+
+def place_of(model: nn.Module, name: str) -> tuple[int, str]:
+    """Return a layer's number and the name of a matrix in it: (0, "mlp.down_proj")."""
+    stack, _ = decoder_layers(model)
+    layer, _, module = name.removeprefix(f"{stack}.").partition(".")
+    return int(layer), module
 
 
 def is_run(path: Path) -> bool:

@@ -40,6 +40,7 @@ from peptrain.training.init_from import (
     compare_tokenizers,
     with_inherited_model,
 )
+from peptrain.training.instruments import Instrument, instrument
 from peptrain.training.metrics import MetricsLog, Observer, silent
 from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
 from peptrain.training.state import (
@@ -150,6 +151,7 @@ def _train(
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     metrics_log = MetricsLog(run, here, observe, tokens_per_step)
+    tool = instrument(config.train, run, here)
     if here.main:
         run.rewind(state.step, state.rows)
         checkpoint.delete_old(run.checkpoints, state.step, state.keep)  # a kill left them
@@ -163,13 +165,13 @@ def _train(
         if saved is None and config.train.keeps(0):
             _save(state, run, here, identity, metrics_log)
         del saved
-        _loop(config, state, corpus, run, metrics_log, stop, identity)
+        _loop(config, state, corpus, run, metrics_log, stop, identity, tool)
         while state.step < config.train.steps:
             del state  # so that the moments of both phases are never in memory at once
             state = restore(config, checkpoint.latest(run.checkpoints), here)
             _announce(state, metrics_log)
             metrics_log.pause()
-            _loop(config, state, corpus, run, metrics_log, stop, identity)
+            _loop(config, state, corpus, run, metrics_log, stop, identity, tool)
         stop.at_once = f"stopped before the end of the last evaluation; {_again(run)}"
         held_out = _evaluate(config, state, corpus, run, here, limit=0)
     except Diverged as error:
@@ -234,9 +236,11 @@ def _loop(
     metrics_log: MetricsLog,
     stop: Stop,
     identity: Mapping[str, Any],
+    tool: Instrument,
 ) -> None:
     """Train to the end of the current phase and save a checkpoint there."""
     t, here, optimizer = config.train, metrics_log.world, state.optimizer
+    tool.due(state.model, state.step)
     while state.step < state.end:
         loss, norm, metrics = advance(state, config, corpus, here)
         metrics_log.add(state.step, learning_rates(optimizer), loss, norm, metrics)
@@ -245,15 +249,19 @@ def _loop(
         due = _due(t.checkpoint_every, state.step) or t.keeps(state.step)
         saving = state.step == state.end or stopping or due
         evaluating = state.step < t.steps and _due(t.eval_every, state.step)
-        if saving or evaluating or state.step % t.log_every == 0:
+        observing = tool.due(state.model, state.step)
+        if saving or evaluating or observing or state.step % t.log_every == 0:
             _flush(metrics_log, run)
+        if observing:
+            measure = partial(tool.measure, state.model, state.step)
+            metrics_log.observation(t.observe, state.step, measure)
         if evaluating:
             assert t.eval_tokens is not None
             held_out = _evaluate(config, state, corpus, run, here, limit=t.eval_tokens)
             metrics_log.evaluation(state.step, held_out)
         if saving:
             _save(state, run, here, identity, metrics_log)
-        if saving or evaluating:
+        if saving or evaluating or observing:
             metrics_log.pause()
         if stopping and state.step < t.steps:
             said = f"stopped and saved at step {state.step} of {t.steps}; {_again(run)}"
