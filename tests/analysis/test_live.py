@@ -22,7 +22,7 @@ from peptrain.runs.directory import NEWEST, RunDir
 from peptrain.testing import STEPS, differences, newest
 from peptrain.training.loop import resume, train
 
-SETTINGS = {"observe": "dynamics", "observe_budget": 1.0, "device": "cpu", "checkpoint_every": 1,
+SETTINGS = {"observe": "dynamics", "observe_budget": 1.0, "device": "cpu", "checkpoint_every": 2,
             "keep": 99, "steps": 12}  # fmt: skip
 
 
