@@ -28,16 +28,17 @@ import peptrain.runs.environment
 from peptrain.config import RunConfig, TrainConfig, resolved
 from peptrain.distributed.world import World
 from peptrain.execution.forward_backward import CUDAGraphSteps
+from peptrain.execution.prepare import prepare
 from peptrain.methods import methods
 from peptrain.methods.base import Method
 from peptrain.models.hf import ModelConfig, count_parameters, vocabulary_size
 from peptrain.optim import schedule
 from peptrain.optim.adamw import clip_gradients, set_lr
 from peptrain.runs.build import build, phase_at
+from peptrain.runs.init_from import initial_weights
 from peptrain.settings import toml
-from peptrain.training.init_from import initial_weights
 from peptrain.training.metrics import throughput
-from peptrain.training.state import TrainState, prepare
+from peptrain.training.state import TrainState
 
 GIB = 2**30
 STEPS = 10_000

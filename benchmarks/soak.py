@@ -8,7 +8,8 @@ every file of every checkpoint must have the same bytes as in the run that nobod
 metrics.jsonl the same rows, apart from the throughput. All methods take turns, on the CPU, with a
 cosine schedule, accumulation, clipping, evaluations and periodic events. The exit status is 1 if
 any run differs. --only repeats single runs. Their moments depend on --seed and their number alone,
-except for what the clock decides.
+except for what the clock decides. A run that ended before the clock killed it is repeated with an
+earlier moment, so that each is killed at least once.
 
 A killed process is a fork of this one, so that it need not import PyTorch again.
 """
@@ -102,6 +103,12 @@ def moment(kind: str, draw: random.Random, duration: float, ends: Sequence[int])
         return Moment(kind, events=draw.randint(1, 12))
     assert kind == "while it is resumed"
     return Moment(kind, events=draw.randint(1, 24))
+
+
+def earlier(when: Moment) -> Moment:
+    """Return an earlier moment than one that the clock decides, for a run that ended before it."""
+    assert when.seconds is not None
+    return replace(when, seconds=when.seconds / 2, nth=max(1, when.nth - 1))
 
 
 BOUNDARY = "at a change of phase"
@@ -253,6 +260,10 @@ def soak(case: Case, folder: Path, duration: float, seed: int) -> dict[str, Any]
             (lambda: resume(run)) if made else (lambda: train(case.config(folder / "corpus", run)))
         )
         ended = process(start, when, run)
+        while ended == "finished" and when and when.seconds is not None and not found["killed"]:
+            shutil.rmtree(run)
+            when = earlier(when)
+            ended = process(start, when, run)
         if ended == "killed":
             found["killed"].append(kind)
         elif ended != "finished":

@@ -236,6 +236,31 @@ def test_soak(tmp_path: Path) -> None:
     assert all(row["killed"] for row in rows)
 
 
+def test_a_run_that_ends_before_the_clock_kills_it_is_repeated(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soak = script("soak")
+    tried: list[float] = []
+
+    def process(action: Any, when: Any, run: Path) -> str:
+        if when is None:  # the resume that completes the run
+            return "finished"
+        run.mkdir(parents=True)  # fails unless what the last attempt left is gone
+        tried.append(when.seconds)
+        return "killed" if when.seconds < 1 else "finished"
+
+    monkeypatch.setattr(soak, "process", process)
+    for name in ("different_files", "different_rows"):
+        monkeypatch.setattr(soak, name, lambda *_: [])
+    for scratch, nth in [(False, 1), (True, 6)]:
+        late = soak.Moment("by the clock", seconds=5, scratch=scratch, nth=nth)
+        monkeypatch.setattr(soak, "moment", lambda *_, late=late: late)
+        case = soak.Case(nth, "full", "fp32", ("by the clock",))
+        assert soak.soak(case, tmp_path, 5.0, 0)["killed"] == ["by the clock"]
+    assert tried == [5, 2.5, 1.25, 0.625] * 2
+    assert soak.earlier(late).nth == 5
+
+
 def test_the_smoke_test_has_every_script(script: Any) -> None:
     """And so this file has, which calls each as the smoke test does."""
     found = {file.stem for file in BENCHMARKS.glob("*.py")} - {"common", "smoke", "subjects"}

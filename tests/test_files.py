@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import peptrain.files
-from peptrain.files import leading_out, open_up, scratch, write_atomically
+from peptrain.files import leading_out, open_up, read_json_object, scratch, write_atomically
 
 
 @pytest.fixture
@@ -52,6 +52,15 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(FileExistsError), scratch(tmp_path / "b"):
         pass
     assert precious.read_text() == "precious"
+
+
+def test_json_is_not_read_from_a_pipe(tmp_path: Path) -> None:
+    """Nobody may ever write to it."""
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe\.json: not a regular file"):
+        read_json_object(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"one\.json: No such file"):
+        read_json_object(tmp_path / "one.json")
 
 
 def test_names_are_random_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 from statistics import mean, stdev
 from types import ModuleType
@@ -10,6 +11,9 @@ from typing import Any
 
 import matplotlib
 import pytest
+
+from peptrain.cli.app import main
+from peptrain.runs.directory import RunDir
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
@@ -102,3 +106,21 @@ def test_the_numbers_are_collected_from_runs_and_benchmarks(
     assert made["speed"] == [
         {**arguments, "over_full": {"full": 1.0, "bpt": 2.0}, "held_gib": {"full": 1.5, "bpt": 1.5}}
     ]
+
+
+@pytest.mark.slow
+def test_the_examples_train_longer_than_they_evaluate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^peptrain (train .*--run runs/first)$", text, re.M)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)) == 0
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    for run in (Path("runs/first"), Path("runs/relora-1")):
+        found = list(RunDir(run).metrics())
+        trained = max(row["tokens"] for row in found if row["event"] == "step")
+        evaluated = sum(row.get("held_out_tokens", 0) for row in found)
+        print(f"{run}: {trained:,} tokens trained, {evaluated:,} evaluated")
+        assert trained > evaluated

@@ -18,9 +18,15 @@ from peptrain.config import settled
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method, Metrics
 from peptrain.models.dense import densify
-from peptrain.models.sites import Site, find_sites
+from peptrain.models.sites import Site, find_sites, reparametrized
 from peptrain.optim import schedule
-from peptrain.optim.adamw import OptimConfig, clip_gradients, learning_rates, set_lr
+from peptrain.optim.adamw import (
+    OptimConfig,
+    check_group_names,
+    clip_gradients,
+    learning_rates,
+    set_lr,
+)
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.rng import Rng
 
@@ -41,6 +47,11 @@ class Adapted:
         seed: int,
         fresh: bool,
     ) -> None:
+        if layer := next(reparametrized(model), None):
+            raise ConfigError(
+                f"model: {layer.site} is a {type(layer).__name__} already; adapt a new model, or"
+                " the one that `dense()` of the first Adapted returns"
+            )
         given = (method, optim, schedule_config)
         self.method, self.optim, config = settled(*given, steps, _width(model))
         self.model, self.steps, self.done = model, steps, 0
@@ -122,7 +133,9 @@ class Adapted:
         sites = _sites(self.model, fresh)
         with _without_autocast(self.model):
             self.method.install(self.model, sites, self._rng, self._phase)
-        return self.method.optimizer(self.model, sites, self.optim, self._phase)
+        optimizer = self.method.optimizer(self.model, sites, self.optim, self._phase)
+        check_group_names(optimizer)
+        return optimizer
 
 
 def adapt(

@@ -74,8 +74,8 @@ class TrainConfig:
     """Steps between held-out evaluations; 0: only at the end. Unset: a tenth of the run."""
     eval_tokens: int | None = None
     """Maximum number of held-out tokens per evaluation during training; 0: all. The evaluation at
-    the end always uses all. Unset: half of the tokens trained between two evaluations, between
-    8,192 and 131,072."""
+    the end always uses all. Unset: half of the tokens trained between two evaluations, at most
+    131,072 and at least one sequence."""
     checkpoint_every: int | None = interval(0.25, most=1000)
     """Steps between checkpoints; 0: only at the end. Unset: a quarter of the run, at most 1000."""
     keep: int = 2
@@ -207,13 +207,30 @@ def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainC
     fitting = [k for k in range(1, most + 1) if rows % k == 0]
     micro = train.micro_batch or max(fitting, default=1)
     check(rows % micro == 0, "train.micro_batch", micro, f"a divisor of the {rows} rows of a rank")
-    between = (train.eval_every or train.steps) * train.batch_size * train.seq_len
-    # A forward pass costs a third of a training step, so evaluation adds a sixth of the time.
-    eval_tokens = min(131_072, max(8_192, between // 2))
-    if train.eval_tokens is not None:
-        eval_tokens = train.eval_tokens
     precision = train.precision or ("bf16-mixed" if on_gpu else "fp32")
-    return replace(train, micro_batch=micro, precision=precision, eval_tokens=eval_tokens)
+    filled = replace(train, micro_batch=micro, precision=precision)
+    return filled if train.eval_tokens is not None else _evaluating(filled, least=train.seq_len)
+
+
+def _evaluating(train: TrainConfig, least: int) -> TrainConfig:
+    """Set eval_tokens to half of the tokens trained between two evaluations.
+
+    A forward pass costs a third of a training step, so evaluation adds a sixth of the time.
+    """
+    between = (train.eval_every or train.steps) * train.batch_size * train.seq_len
+    return replace(train, eval_tokens=max(least, min(131_072, between // 2)))
+
+
+def as_named(config: RunConfig[M], written: RunConfig[M]) -> RunConfig[M]:
+    """Return `config` with the eval_tokens of 0.1.0 where `written`, its source, leaves it unset.
+
+    `compare` names its runs by this configuration. Evaluations don't affect the training, so a
+    run of 0.1.0 is still the run that is asked for, although it evaluated at least 8,192 tokens at
+    a time, more than a short run trains.
+    """
+    if written.train.eval_tokens is not None:
+        return config
+    return replace(config, train=_evaluating(config.train, least=8_192))
 
 
 SECTIONS = ("method", "model", "optim", "schedule", "train", "data")

@@ -20,6 +20,8 @@ SCRATCH = re.compile(r"\..+\.[0-9a-f]{16}" + re.escape(SUFFIX), re.DOTALL)
 """Names of unfinished files and directories. Random, so that nobody can put a link there first."""
 LARGEST_JSON = 64 << 20
 """Bytes. The weight index of a model of 10^5 matrices has 10^7."""
+MOST_DIGITS = 1000
+"""Of an integer in JSON. Python itself refuses more than 4,300."""
 LONGEST = 50  # characters kept of a name, so that the rest fits into the 255 bytes of a file name
 
 
@@ -130,7 +132,9 @@ def read_json(path: Path, kind: type[J]) -> J:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"larger than {LARGEST_JSON >> 20} MiB")
-        found = json.loads(path.read_bytes())
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError("not a regular file")  # a pipe might never end
+        found = json.loads(path.read_bytes(), parse_int=_integer)
         if not isinstance(found, kind):
             wanted = "an object" if kind is dict else "a list"
             raise ValueError(f"a JSON {type(found).__name__}, not {wanted}")
@@ -141,6 +145,12 @@ def read_json(path: Path, kind: type[J]) -> J:
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
     return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
 
 
 def sha256sums(directory: Path, names: Iterable[str]) -> str:
@@ -164,8 +174,8 @@ def open_up(directory: Path) -> None:
 
 
 def no_links(path: str, flags: int) -> int:
-    """Open a file, as an `opener` of `open`, unless it is a link."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """Open a file, as an `opener` of `open`, unless it is a link. A pipe is not waited for."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def leading_out(root: Path, names: Iterable[str]) -> Path | None:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from support import Killed, kill_at, rows, tiny, untimed
 
 from peptrain.analysis.analyze import analyze
-from peptrain.analysis.live import FILE, Choice, choose, described
+from peptrain.analysis.live import FILE, Choice, Dynamics, choose, described
 from peptrain.analysis.table import read_table
 from peptrain.config import resolved
 from peptrain.errors import CheckpointError, ConfigError
@@ -26,13 +27,14 @@ SETTINGS = {"observe": "dynamics", "observe_budget": 1.0, "device": "cpu", "chec
             "keep": 99, "steps": 12}  # fmt: skip
 
 
-def stored(run: Path) -> Choice:
-    return Choice(**json.loads((run / FILE).read_text()))
+def stored(run: Path) -> list[Choice]:
+    return [Choice(**entry) for entry in json.loads((run / FILE).read_text())]
 
 
 def prepared(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
-    """Choose so, whatever the times."""
+    """Choose so, whatever the times, and find that it costs nothing."""
     monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given: choice)
+    monkeypatch.setattr(Dynamics, "_keep_the_budget", lambda *given: None)
 
 
 @pytest.mark.parametrize(
@@ -67,15 +69,15 @@ def test_a_run_chooses_once_says_so_and_measures_what_it_chose(
     run = tmp_path / "run"
     with caplog.at_level(logging.INFO, logger="peptrain"):
         train(tiny("lora", corpus, run, train={**SETTINGS, "checkpoint_every": 0, "steps": 24}))
-    (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("train.observe")]
-    choice, found = stored(run), rows(run, "dynamics")
-    assert f"every {choice.every} steps" in said
-    wanted = [s for s in range(1, 25) if s > 2 and s % choice.every == 0]
-    assert sorted({x["step"] for x in found}) == wanted
+    said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("train.observe")]
+    (choice, *later), found = stored(run), rows(run, "dynamics")
+    assert f"every {choice.every} steps" in said[0] and len(said) == 1 + len(later)
+    steps = sorted({x["step"] for x in found})
+    assert steps[0] == min(s for s in range(3, 25) if s % choice.every == 0)
     layers = {0, 1} if choice.stride == 1 else {0}
     assert {x["layer"] for x in found} == layers
     assert {x["what"] for x in found} == {"weight", "update"}
-    assert len(found) == len(wanted) * len(layers) * 7 * 2
+    assert len(found) == len(steps) * len(layers) * 7 * 2
     spent = [x["observe_seconds"] for x in found]
     assert spent == sorted(spent) and spent[0] > 0
 
@@ -123,17 +125,36 @@ def test_a_resume_continues_one_series(
         train(tiny("relora", corpus, parted, train=SETTINGS), kill_at(event, at))
     prepared(monkeypatch, Choice(9, 1, 1))  # not asked: the choice is stored
     resume(parted)
-    assert stored(parted) == Choice(2, 3, 2)
+    assert stored(parted) == [Choice(2, 3, 2)]
     assert untimed(tmp_path / "whole") == untimed(parted)
     assert {x["step"] for x in rows(parted, "dynamics")} == {3, 6, 9, 12}
     assert differences(newest(tmp_path / "whole"), newest(parted)) == []
+
+
+def test_what_takes_more_than_the_budget_is_measured_half_as_often(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choices are stored, and a run that was killed and resumed obeys them again."""
+    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given: Choice(2, 2, 2))
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    costly = {**SETTINGS, "observe_budget": 1e-6}
+    train(tiny("full", corpus, whole, train=costly))
+    assert stored(whole) == [Choice(2, 2, 2), Choice(4, 4, 2), Choice(8, 8, 2)]
+    assert {x["step"] for x in rows(whole, "dynamics")} == {4, 8}
+    with pytest.raises(Killed):
+        train(tiny("full", corpus, parted, train=costly), kill_at("step", 9))
+    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given: pytest.fail("again"))
+    shutil.rmtree(parted / "checkpoints" / "step-00000008")  # to measure step 8 a second time
+    resume(parted)
+    assert stored(parted) == stored(whole)
+    assert untimed(parted) == untimed(whole)
 
 
 def test_a_damaged_choice_is_named(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(Killed):
         train(tiny("full", corpus, run, train=SETTINGS), kill_at("checkpoint", 4))
-    for text in ('{"after": 2}', '{"after": 2, "every": -1, "stride": 1}', "{"):
+    for text in ("[]", '[{"after": 2}]', '[{"after": 2, "every": -1, "stride": 1}]', "{"):
         (run / FILE).write_text(text)
         with pytest.raises(CheckpointError, match=r"observe\.json: damaged .* delete it"):
             resume(run)
@@ -175,7 +196,8 @@ import peptrain.analysis.live as live
 from peptrain.training.loop import train
 
 live.choose = lambda *given: live.Choice(2, 3, 2)
-settings = {"observe": "dynamics", "device": "cpu", "micro_batch": 1}
+settings = {"observe": "dynamics", "observe_budget": 1.0, "device": "cpu", "micro_batch": 1}
+live.Dynamics._keep_the_budget = lambda *given: None
 train(tiny("relora", Path(sys.argv[1]), Path(sys.argv[2]), train=settings))
 """
 

@@ -25,13 +25,16 @@ import peptrain.cli.reading
 import peptrain.cli.training
 import peptrain.comparison.demo
 import peptrain.data
+import peptrain.display.console
+import peptrain.display.training
 from peptrain import recipes
 from peptrain.cli.app import main
 from peptrain.cli.parsing import COMMANDS as KNOWN
-from peptrain.cli.progress import TrainingProgress, preparation_state, preparing
+from peptrain.cli.progress import measuring, preparation_state, preparing
 from peptrain.comparison.demo import DEMO_METHODS, comparison
 from peptrain.config import RunConfig, load
 from peptrain.data import Corpus, ProgressReport, embedded
+from peptrain.display.training import TimeLeft, TrainingProgress, clock, count
 from peptrain.eval.perplexity import Evaluation
 from peptrain.exporting.factorised import load_factorised
 from peptrain.methods import METHODS
@@ -40,7 +43,8 @@ from peptrain.methods.targets import TargetedMethod
 from peptrain.models.presets import PRESETS
 from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL, SMALL
-from peptrain.training.loop import Result, train
+from peptrain.training.loop import train
+from peptrain.training.result import Result
 
 STEPS = 8
 TINY = SMALL | {"merge_every": 3, "exact_every": 3, "gap": 3}
@@ -353,21 +357,32 @@ def test_a_method_trains_and_its_run_is_evaluated_and_exported(
     said = peptrain_(f"train {name} --run run", *flags(name, corpus))
     assert said.code == 0 and not said.err
     (end,) = rows(Path("run"), "end")
-    assert said.out.endswith(f"held-out loss {end['held_out_loss']:.4f}, run saved in run\n")
+    assert said.out.endswith(
+        f"finished: held-out perplexity {end['perplexity']:,.2f} (loss {end['held_out_loss']:.4f});"
+        " evaluate with `peptrain eval run`, export with `peptrain export run --out DIR`\n"
+    )
     config = load(Path("run/config.toml"))
     assert config.method.name == name and config.model.hidden_size == MODEL["hidden_size"]
 
     measured = peptrain_("eval run")
-    found = re.fullmatch(r"perplexity (\S+)  loss (\S+)  over ([\d,]+) tokens\n", measured.out)
+    result, advice = measured.out.splitlines()
+    found = re.fullmatch(r"perplexity (\S+)  loss (\S+)  over ([\d,]+) tokens", result)
+    assert advice == "export the model with `peptrain export run --out DIR`"
     assert found and float(found[2]) == pytest.approx(end["held_out_loss"], abs=1e-4)
     assert int(found[3].replace(",", "")) == end["held_out_tokens"]
 
     exported = peptrain_("export run --out dense")
-    assert exported.code == 0 and exported.out.endswith("dense model in dense\n")
+    assert exported.code == 0 and exported.out.endswith(
+        "dense model in dense; load it in Python with"
+        " `transformers.AutoModelForCausalLM.from_pretrained('dense')`\n"
+    )
     assert Path("dense/model.safetensors").is_file()
     small = peptrain_("export run --out small --form factorised")
     if name in ("lowrank", "loro"):
-        assert small.code == 0 and small.out.endswith("factorised model in small\n")
+        assert small.code == 0 and small.out.endswith(
+            "factorised model in small; load it in Python with"
+            " `peptrain.load_factorised('small')`\n"
+        )
         assert load_factorised(Path("small")).dtype == torch.float32
     else:
         assert small.error.startswith(f"--form factorised: {name} is not of the form W = B A")
@@ -377,7 +392,7 @@ def test_a_method_trains_and_its_run_is_evaluated_and_exported(
 def test_a_run_takes_the_first_free_name(corpus: Path, peptrain_: Command) -> None:
     for n in (1, 2):
         said = peptrain_("train full", *flags("full", corpus, train__steps=1))
-        assert said.out.endswith(f"run saved in runs/full-{n}\n")
+        assert said.out.endswith(f"`peptrain export runs/full-{n} --out DIR`\n")
     assert "--run runs/full-1: exists and is never" in peptrain_(
         "train full --run runs/full-1", *flags("full", corpus)
     ).error  # fmt: skip
@@ -553,7 +568,8 @@ def test_text_and_packed_json_lines_are_prepared(peptrain_: Command) -> None:
     )
     assert said.code == 0 and not said.err
     corpus = Corpus.open(Path("made"))
-    assert said.out.startswith("made: 41 documents, ") and said.out.count("\n") == 1
+    assert said.out.startswith("made: 41 documents, ") and said.out.count("\n") == 2
+    assert said.out.endswith("train on it with `peptrain train loro --data.path made`\n")
     assert f" {corpus.train_tokens:,} training and {len(corpus.held_out()):,} held-out" in said.out
     assert f"vocabulary {corpus.vocab_size:,} (largest id {corpus.max_id:,})" in said.out
     trained = peptrain_("train full --run run", *flags("full", Path("made"), train__steps=1))
@@ -607,6 +623,15 @@ def test_a_message_about_a_missing_corpus_gives_a_command_that_works(peptrain_: 
     assert Corpus.open(Path("made")).train_tokens
 
 
+def test_a_text_file_for_a_corpus_is_answered_with_how_to_prepare_it(peptrain_: Command) -> None:
+    Path("READ ME.md").write_text("tea in a tin, rain on a rose. " * 50)
+    said = peptrain_("train full --data.path 'READ ME.md'").error
+    text = Path("READ ME.md").resolve()
+    command = f"data prepare '{text}' --out 'data/READ ME'"
+    assert said == f"{text}: not a prepared corpus (a file); make one with: peptrain {command}"
+    assert peptrain_(command).code == 0 and Corpus.open(Path("data/READ ME")).train_tokens
+
+
 # Signals and exit codes.
 
 
@@ -633,6 +658,17 @@ def test_ctrl_c_saves_and_resume_goes_on(
     assert resumed.code == 0 and f"in fp32 from step {said[1]}\n" in resumed.out
     ends = [rows(Path(run), "end")[0]["held_out_loss"] for run in ("whole", "parted")]
     assert ends[0] == ends[1]
+
+
+def test_a_finished_run_says_so_and_what_can_be_done(corpus: Path, peptrain_: Command) -> None:
+    assert peptrain_("train full --run 'my run'", *flags("full", corpus, train__steps=1)).code == 0
+    first, evaluating, end = peptrain_("resume 'my run'").out.splitlines()
+    assert first == (
+        "full  my run is finished at step 1 of 1 and only evaluated; to train longer,"
+        " `peptrain resume 'my run' --train.steps N`"
+    )
+    assert evaluating.startswith("full  evaluating on all ")
+    assert end.endswith("export with `peptrain export 'my run' --out DIR`")
 
 
 @pytest.mark.parametrize(
@@ -705,40 +741,82 @@ def test_without_any_output_it_trains_too(
 
 # What is seen while training.
 
-NUMBERS = r"loss \d\.\d{3}  held-out \d\.\d{3}  lr \d\.\de-\d\d  [\d,]+ tok/s"
+NUMBERS = r"lr \d\.\de-\d\d  [\d,]+ tokens/s"
+BEFORE = rf"loss \d\.\d{{3}}  perplexity [\d,]+\.\d\d  {NUMBERS}"
+AFTER = rf"loss \d\.\d{{3}}  held-out perplexity [\d,]+\.\d\d  {NUMBERS}"
+TIME = r"\d:\d\d"
 
 
-def test_a_file_gets_a_whole_line_for_each_evaluation(
+def test_a_file_gets_a_line_for_each_row_and_none_twice(
     corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = flags("bpt", corpus, train__eval_every=2, train__checkpoint_every=4, train__log_every=2)
     said = peptrain_("train bpt --run run", *given)
-    start, *lines, end = said.out.splitlines()
-    assert re.fullmatch(
-        r"bpt  0\.01M of 0\.02M parameters trainable, 8 steps of 64 tokens in fp32", start
-    )
-    # An evaluation and a checkpoint at one step share a line.
-    assert [line.split()[2] for line in lines] == ["2/8", "4/8", "6/8", "8/8"]
-    for line in lines:
-        assert re.fullmatch(rf"bpt  step \d/8  {NUMBERS}(  \d merges)?  \d+\.\d min left", line), (
-            line
-        )
-    assert "2 merges" in lines[-1]
-    (last,) = [r for r in rows(Path("run"), "eval") if r["step"] == 4]
-    assert f"held-out {last['held_out_loss']:.3f}" in lines[1]
-    assert end.startswith("bpt  held-out loss ")
+    start, *lines, evaluating, end = said.out.splitlines()
+    assert start == "bpt  run: 0.01M of 0.02M parameters trainable, 8 steps of 64 tokens in fp32"
+    evals = {row["step"]: row for row in rows(Path("run"), "eval")}
+    for step in (2, 4, 6, 8):
+        numbers, left = BEFORE if step == 2 else AFTER, rf"  left {TIME}" if step < 8 else ""
+        merges = {2: "", 4: "  1 merge", 6: "  2 merges", 8: "  2 merges"}[step]
+        wanted = rf"bpt  step {step} of 8  {numbers}{merges}  elapsed {TIME}{left}"
+        assert re.fullmatch(wanted, lines.pop(0))
+        if step < 8:
+            loss, perplexity = (evals[step][key] for key in ("held_out_loss", "perplexity"))
+            assert lines.pop(0) == (
+                f"bpt  step {step}: held-out loss {loss:.3f}, held-out perplexity"
+                f" {perplexity:,.2f} over 64 tokens"
+            )
+        if step in (4, 8):
+            assert lines.pop(0) == f"bpt  step {step}: checkpoint saved"
+    assert not lines
+    (last,) = rows(Path("run"), "end")
+    assert evaluating == f"bpt  evaluating on all {last['held_out_tokens']} held-out tokens"
+    assert end.startswith("bpt  finished: held-out perplexity ")
 
 
 def test_the_time_left_is_that_of_the_pace_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations and checkpoints are a part of it."""
-    clock = iter([0.0, 0.0, 240.0, 240.0])
-    monkeypatch.setattr(peptrain.cli.progress.time, "monotonic", lambda: next(clock))
+    now = 0.0
+    monkeypatch.setattr(peptrain.display.training.time, "monotonic", lambda: now)
     out = io.StringIO()
     progress = TrainingProgress(Console(file=out, width=80))
-    progress(start_row(steps=100, tokens_per_step=600))
-    progress(step_row(40, tokens_per_second=100.0))
-    progress({"event": "eval", "step": 40, "held_out_loss": 2.5})
-    assert "6.0 min left" in out.getvalue()
+    progress(start_row(step=10, steps=110))
+    now = 240.0
+    progress(step_row(50))
+    now = 300.0
+    progress({"event": "eval", "step": 50, "held_out_loss": 2.5, "held_out_tokens": 1})
+    progress(step_row(60))
+    progress(step_row(110))
+    *_, first, evaluated, second, last = out.getvalue().splitlines()
+    assert first.endswith("elapsed 4:00  left 6:00")
+    assert second.endswith("elapsed 5:00  left 5:00") and "held-out perplexity 12.18" in second
+    assert last.endswith("elapsed 5:00")
+    assert evaluated.endswith("held-out perplexity 12.18 over 1 token")
+
+
+def test_little_time_left_is_a_second_and_none_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(peptrain.display.training.time, "monotonic", lambda: now)
+    left = TimeLeft(0)
+    assert left.words == []
+    now = 1.0
+    left.update(100, 101)
+    assert left.words == ["left 0:01"]
+    now = 1.5  # nothing was reported since, and the estimate is used up
+    assert left.words == []
+    left.update(101, 101)
+    assert left.words == []
+
+
+def test_numbers_and_times_are_written_out() -> None:
+    assert [count(n, "merge") for n in (0, 1, 2.0, 1234)] == [
+        "0 merges", "1 merge", "2 merges", "1,234 merges",
+    ]  # fmt: skip
+    assert [clock(s) for s in (0, 59.9, 83, 3600, 86_399)] == [
+        "0:00", "0:59", "1:23", "1:00:00", "23:59:59",
+    ]  # fmt: skip
 
 
 def start_row(**given: Any) -> dict[str, Any]:
@@ -760,30 +838,54 @@ def shown(console: Console) -> str:
     return re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", last)
 
 
-def test_a_terminal_of_80_columns_shows_it_all() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+def frame(console: Console) -> list[str]:
+    """The lines of the live display as it was drawn last."""
+    return [line.rstrip() for line in shown(console).splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_terminal_shows_it_all_with_what_each_is(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(peptrain.display.training.time, "monotonic", lambda: now)
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
     progress = TrainingProgress(console)
     progress(start_row())
     for step in (9_000, 9_500):
+        now = step / 20
         progress(step_row(step, exact_steps=19.0))
-    progress({"event": "eval", "step": 9_500, "held_out_loss": 3.5})
+    progress({"event": "eval", "step": 9_500, "held_out_loss": 3.5, "held_out_tokens": 2})
+    progress({"event": "evaluating", "step": 9_500, "tokens_done": 2, "tokens_total": 4_000})
+    assert progress._live is not None
+    progress._live.refresh()
+    found = frame(console)
     progress.close()
-    frame = shown(console)
-    assert re.search(r"lowrank .*━.* +9500/10000 +(\d:\d\d:\d\d|-:--:--)", frame), frame
-    wanted = "loss 3.250  held-out 3.500  lr 1.0e-03  1,234,567 tok/s  19 exact steps"
-    assert wanted in frame and "…" not in frame
+    bar = "━" if width > 60 else ""
+    wanted = rf"lowrank  step 9,500 of 10,000 .*{bar}.*  elapsed 7:55  left 0:25"
+    assert re.search(wanted, found[0]), found
+    numbers = (
+        "loss 3.250  held-out perplexity 33.12  lr 1.0e-03  1,234,567 tokens/s  19 exact steps"
+    )
+    assert " ".join(found[1:-1]).split() == numbers.split()
+    assert not re.search(r"(exact|held-out|lr|loss)$", "\n".join(found), re.M)
+    assert found[-1].startswith("evaluating: 2 of 4,000 held-out tokens")
+    assert max(map(len, found)) <= width and "…" not in "".join(found)
+    assert width < 120 or len(found) == 3
 
 
-def test_training_on_a_terminal_draws_the_bar_and_takes_it_away(
+def test_training_on_a_terminal_draws_a_live_display_and_takes_it_away(
     corpus: Path, tmp_path: Path
 ) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    console = Console(file=io.StringIO(), force_terminal=True, width=400)
     config = tiny("bpt", corpus, tmp_path / "run", train={"eval_every": 2})
     train(config, TrainingProgress(console))
-    frame = shown(console)
-    assert re.search(rf"bpt .*8/8 .*0:00:0\d\s+{NUMBERS}  2 merges", frame), frame
-    assert frame.rstrip().endswith(f"run saved in {tmp_path / 'run'}")
     written = console.file.getvalue()  # type: ignore[attr-defined]
+    plain = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", written)
+    assert re.search(rf"bpt  step 8 of 8 +━+ +elapsed {TIME}\s+{AFTER}  2 merges", plain)
+    assert "bpt  step 6: held-out loss" in plain and "bpt  step 4: checkpoint saved" in plain
+    assert plain.rstrip().endswith(f"`peptrain export {tmp_path / 'run'} --out DIR`")
+    assert frame(console)[-1].startswith("bpt  finished: held-out perplexity ")
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1  # the cursor came back
 
 
@@ -795,7 +897,7 @@ def test_the_bar_goes_when_training_diverges(
     every: int, corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(peptrain.cli.training, "console", console)
+    monkeypatch.setattr(peptrain.display.training, "console", console)
     said = peptrain_(
         "train full --run run", *flags("full", corpus, train__eval_every=every, **ABSURD)
     )
@@ -806,13 +908,13 @@ def test_the_bar_goes_when_training_diverges(
 
 def test_names_with_brackets_are_printed_as_they_are(corpus: Path, peptrain_: Command) -> None:
     long = "a-name-that-is-longer-than-a-line-" * 3 + "[red]of[/red]"
-    assert f"saved in {long}/run\n" in peptrain_(
+    assert f"`peptrain export '{long}/run' --out DIR`\n" in peptrain_(
         f"train full --run {long}/run", *flags("full", corpus, train__steps=1)
     ).out  # fmt: skip
-    assert f"in {long}/out\n" in peptrain_(f"export {long}/run --out {long}/out").out
+    assert f"in {long}/out; load" in peptrain_(f"export {long}/run --out {long}/out").out
     Path("a.txt").write_text("tea in a tin, rain on a rose")
     said = peptrain_(f"data prepare a.txt --out {long}/data --vocab-size 260")
-    assert said.out.startswith(f"{long}/data: ") and said.out.count("\n") == 1
+    assert said.out.startswith(f"{long}/data: ") and said.out.count("\n") == 2
     assert f"{long}/nothing: not a run" in peptrain_(f"eval {long}/nothing").error
 
 
@@ -870,11 +972,26 @@ def test_preparing_shows_a_bar_on_a_terminal(
     peptrain_: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(peptrain.cli.reading, "console", console)
+    for place in (peptrain.cli.reading, peptrain.display.console):
+        monkeypatch.setattr(place, "console", console)
     Path("a.txt").write_text("tea in a tin, rain on a rose. " * 50)
     assert peptrain_("data prepare a.txt --out made --vocab-size 260").code == 0
     frame = shown(console)
-    assert re.search(r"preparing .*\n1 documents  [\d,]+ tokens", frame) and "made: 1 docu" in frame
+    assert (
+        re.search(r"preparing .*\n1 document  [\d,]+ tokens", frame)
+        and "made: 1 document," in frame
+    )
+
+
+def test_an_evaluation_shows_its_tokens_and_the_time_left() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with measuring(console) as watch:
+        watch(2_048, 136_483)
+        watch(65_536, 136_483)
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    drawn = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", written)
+    assert re.search(r"evaluating .*65,536 of 136,483 tokens left (\d:\d\d:\d\d|-:--:--)", drawn)
+    assert shown(console).strip() == ""
 
 
 def test_preparing_a_stream_shows_the_pace_and_no_end() -> None:
@@ -884,7 +1001,7 @@ def test_preparing_a_stream_shows_the_pace_and_no_end() -> None:
             show(ProgressReport(documents=1000 * batch, tokens=10**6 * batch, share=None))
     assert re.search(r"preparing \S+ *\n2,000 documents  2,000,000 tokens", shown(console))
     of_this_call = preparation_state(ProgressReport(7, 5_000, None), seconds=2.0, before=1_000)
-    assert of_this_call == "7 documents  5,000 tokens  2,000 tok/s"
+    assert of_this_call == "7 documents  5,000 tokens  2,000 tokens/s"
 
 
 def test_a_mixture_is_prepared_and_its_end_explained(peptrain_: Command) -> None:

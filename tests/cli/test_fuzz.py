@@ -25,8 +25,8 @@ from peptrain.config import RunConfig, dump, parse, resolved
 from peptrain.errors import Interrupted
 from peptrain.methods import METHODS
 from peptrain.optim.schedule import build
+from peptrain.runs.init_from import with_inherited_model
 from peptrain.settings import toml
-from peptrain.training.init_from import with_inherited_model
 
 SECONDS = 20
 """A case that takes longer hangs. Most take 20 ms."""

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from peptrain.cli.app import main
-from peptrain.cli.console import log_on
-from peptrain.cli.terminal import UNSAFE, Console, escaped, one_line
+from peptrain.display.console import log_on, say
+from peptrain.display.terminal import UNSAFE, Console, escaped, one_line
 
 BAD = "a\x1b[2Jb\x9b1mc\x85d\u202ee\udcfff\x1b]0;title\x1b\\"
 
@@ -63,3 +64,44 @@ def test_a_name_that_is_not_utf_8_is_printed(
 ) -> None:
     assert main(["eval", os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b")]) == 1
     assert r"/\udcff\x1b: not a run" in capsys.readouterr().err
+
+
+LONG = (
+    "runs/a: the corpus is missing; make one with `peptrain data prepare TEXT --out data/c4`, or"
+    f" train on /a/path/{'that-is-longer-than-a-line/' * 5} which is copied whole"
+)
+
+
+@pytest.mark.parametrize("width", [30, 80, 120])
+def test_a_terminal_gets_lines_that_end_between_words_and_commands_whole(width: int) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width, color_system=None)
+    say(f"{LONG}\n\n  {LONG}", to=console, lead="error: ")
+    first, empty, second = re.split(r"\n(?=\n)|\n(?=  )", out.getvalue())
+    assert not empty.strip() and second.startswith("  runs/a: ")
+    lines = first.splitlines()
+    assert " ".join(lines) == f"error: {LONG}"
+    assert all(len(line) <= width or " " not in line or "`" in line for line in lines)
+    assert any("`peptrain data prepare TEXT --out data/c4`" in line for line in lines)
+    assert len(lines) > 2
+
+
+def test_a_pipe_gets_each_sentence_on_one_line() -> None:
+    out = io.StringIO()
+    say(f"{LONG}\nmore", to=Console(file=out, width=80), lead="error: ", style="bold red")
+    assert out.getvalue() == f"error: {LONG}\nmore\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_log_message_has_its_level_and_breaks_between_words(terminal: bool) -> None:
+    out, log = io.StringIO(), logging.getLogger("peptrain")
+    before = log.handlers[:]
+    try:
+        log_on(Console(file=out, force_terminal=terminal, width=80, color_system=None))
+        log.warning("%s", LONG)
+        log.info("prepared")
+    finally:
+        log.handlers[:] = before
+    *warning, info = out.getvalue().splitlines()
+    assert (" ".join(warning), info) == (f"WARNING {LONG}", "INFO prepared")
+    assert (len(warning) > 1) is terminal

@@ -38,7 +38,8 @@ from peptrain.files import write_atomically
 from peptrain.models.hf import ModelConfig, hf_config
 from peptrain.settings import toml
 from peptrain.testing import MODEL, newest
-from peptrain.training.loop import Result, train
+from peptrain.training.loop import train
+from peptrain.training.result import Result
 
 RATES, SEEDS = [1e-3, 2e-3], [0, 1]
 
@@ -155,6 +156,18 @@ def test_a_second_call_starts_nothing_and_a_changed_grid_only_adds(
     assert len(fakes.started) == 10 and len(list((out / "runs").iterdir())) == 10
 
 
+def test_runs_of_0_1_0_are_found_although_they_evaluated_more_tokens(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    made = compare(grid, out)
+    for file in out.glob("runs/*/config.toml"):
+        text = file.read_text()
+        assert "eval_tokens = 256\n" in text
+        file.write_text(text.replace("eval_tokens = 256\n", "eval_tokens = 8192\n"))
+    assert compare(grid, out) == made and len(fakes.started) == 4
+
+
 def test_at_an_equal_budget_each_run_is_started_with_its_own_steps(
     fakes: Fakes, corpus: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +228,18 @@ def test_a_failing_run_leaves_the_others_alone_and_is_tried_again(
     assert main(line) == 0
     assert fakes.started == [Path(failed["run"]).name]
     assert json.loads((out / "runs.json").read_text())["configurations"][0]["lr"] == 2e-3
+
+
+def test_debug_is_passed_to_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(sys.modules[compare.__module__], "compare", lambda *a: asked.append(a[-1]))
+    for line in (["--debug", "compare", "grid"], ["compare", "--debug", "grid"]):
+        main([*line, "--out=out"])  # fails, as that compared nothing
+    main(["compare", "grid", "--out=out"])
+    assert asked == [True, True, False]
+    job = Job("one", tmp_path / "run", tmp_path / "settings", tmp_path / "log", 8, debug=True)
+    assert "--debug" in job.command()
+    assert "--debug" not in replace(job, debug=False).command()
 
 
 def test_a_run_that_diverged_is_a_result_and_not_tried_again(
@@ -446,8 +471,10 @@ def test_lines_tell_what_begins_and_ends(
     said = capsys.readouterr().out.splitlines()
     one, other = fakes.started
     assert said[0] == f"started   {one}"
-    assert said[1].startswith(f"finished  {one}  held-out loss 3.0000  (1 done, 1 running, 0 left")
-    assert said[1].endswith(" min left)") and said[2] == f"started   {other}"
+    assert said[1].startswith(
+        f"finished  {one}  held-out loss 3.0000  (1 done, 1 running, 0 waiting"
+    )
+    assert said[1].endswith(", left 0:01)") and said[2] == f"started   {other}"
     assert said[3].startswith(f"failed    {other}  RuntimeError: out of memory  (1 done,")
     assert main(["compare", str(grid), "--out", str(out), "--workers", "1"]) == 1
     assert capsys.readouterr().out.startswith("finished before: 1\nstarted ")
@@ -482,8 +509,8 @@ def test_a_terminal_shows_what_is_running(tmp_path: Path) -> None:
     with comparing(console) as show:
         show(status)
         assert "running   bpt-seed=0  60/100  loss 3.210" in console.export_text(clear=False)
-    # 0.4 of a run in 2 minutes; 0.4 of one and a whole one are left: 7 minutes.
-    assert standing(status) == "0 done, 1 running, 1 left, 7.0 min left"
+    # 0.4 of a run in 2 minutes; 0.4 of one and a whole one are left: 7 minutes, rounded up.
+    assert standing(status) == "0 done, 1 running, 1 waiting, left 7:01"
     working.process.wait()
 
 

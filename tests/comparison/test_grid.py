@@ -45,6 +45,25 @@ def test_a_block_is_the_product_of_its_lists() -> None:
     assert {r.tokens for r in found} == {50 * 32 * 256}
 
 
+def test_a_short_run_has_the_name_that_0_1_0_gave_it() -> None:
+    """There unset eval_tokens were at least 8,192, more than a short run trains."""
+    block = """
+        [[grid]]
+        method = { name = "bpt", rank = 8 }
+        train.steps = 20
+        train.batch_size = 4
+        train.seq_len = 64
+        train.device = "cpu"
+    """
+    (unset,), (given,), (other,) = (
+        runs(block + line) for line in ("", "train.eval_tokens = 8192", "train.eval_tokens = 64")
+    )
+    assert (unset.digest, given.digest) == ("501244db", "501244db")
+    assert unset.costs_name.endswith("-6710419e")
+    assert (unset.config.train.eval_tokens, given.config.train.eval_tokens) == (256, 8192)
+    assert other.digest != unset.digest and other.configuration != unset.configuration
+
+
 def test_a_run_is_configured_as_by_its_own_file() -> None:
     (run,) = runs("""
         [base.train]

@@ -1,5 +1,6 @@
 """Batches: a pure function of seed, step and rank, over windows that tile the token stream."""
 
+import errno
 import json
 import os
 import shutil
@@ -214,6 +215,18 @@ def test_a_failed_verification_is_not_forgotten(damaged):
 
 def test_without_a_writable_cache_shards_are_verified_each_time(damaged, monkeypatch):
     monkeypatch.setenv("PEPTRAIN_CACHE", str(damaged / "index.json"))
+    Corpus.open(damaged)
+    flip(damaged / "train-00000.bin")
+    with pytest.raises(DataError, match=r"train-00000\.bin: damaged"):
+        Corpus.open(damaged)
+
+
+def test_a_cache_without_room_for_a_stamp_is_no_cache(damaged, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("PEPTRAIN_CACHE", str(damaged.parent / "cache"))
+    monkeypatch.setattr(Path, "touch", full)
     Corpus.open(damaged)
     flip(damaged / "train-00000.bin")
     with pytest.raises(DataError, match=r"train-00000\.bin: damaged"):

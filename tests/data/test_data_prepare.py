@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from peptrain.cli.app import main
 from peptrain.data import Corpus, PrepareConfig, prepare
 from peptrain.data.documents import is_held_out
 from peptrain.data.tokenizer import train_tokenizer
@@ -421,3 +423,46 @@ def test_what_a_kill_left_before_the_first_progress_is_no_obstacle(tmp_path, nam
     (tmp_path / name).touch()
     Progress.open(tmp_path, {}, 1)
     assert (tmp_path / "journal.json").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_output_that_can_not_be_written_is_one_line(
+    code: int, exists: bool, config: PrepareConfig, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Patched, because root may write everywhere."""
+    if exists:
+        config.out.mkdir()
+    opened, made = os.open, os.mkdir
+
+    def refused(function: Any) -> Any:
+        def call(path: Any, *rest: Any, **more: Any) -> Any:
+            if Path(path).is_relative_to(config.out) and rest[:1] != (os.O_RDONLY,):
+                raise OSError(code, os.strerror(code), str(path))
+            return function(path, *rest, **more)
+
+        return call
+
+    monkeypatch.setattr(os, "open", refused(opened))
+    monkeypatch.setattr(os, "mkdir", refused(made))
+    command = ["data", "prepare", str(config.inputs[0]), f"--out={config.out}"]
+    assert main([*command, f"--tokenizer={config.tokenizer}"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: out: {config.out}: [Errno {code}] {os.strerror(code)}")
+    assert said.endswith("; fix this, or give another directory\n") and said.count("\n") == 1
+
+
+def test_inputs_may_begin_at_home(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell expands `~` only at the beginning of a word, so not after `--held-out-inputs=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    json_lines(tmp_path / "apart.jsonl", DOCUMENTS)
+    command = f"data prepare ~/in.jsonl --held-out-inputs=~/apart.jsonl --out={config.out}"
+    assert main([*command.split(), f"--tokenizer={config.tokenizer}"]) == 0
+    assert json.loads((config.out / "index.json").read_text())["held_out_documents"] == len(
+        DOCUMENTS
+    )
+    with pytest.raises(ConfigError, match="held_out_inputs: '~nobody-at-all/x': "):
+        prepare(replace(config, held_out_inputs=("~nobody-at-all/x",)))

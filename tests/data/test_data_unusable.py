@@ -136,7 +136,7 @@ def test_an_input_of_bad_records_only_is_an_error_with_the_first(config, tmp_pat
 def test_the_command_says_how_many_it_skipped(config, capsys):
     args = ["--tokenizer", str(config.tokenizer), "--held-out", "0.2", "--skip-bad"]
     assert main(["data", "prepare", str(config.inputs[0]), "--out", str(config.out), *args]) == 0
-    assert "1 shards, 5 bad records skipped" in capsys.readouterr().out
+    assert "1 shard, 5 bad records skipped" in capsys.readouterr().out
 
 
 DAMAGES = {

@@ -1,7 +1,10 @@
 """Variables that launchers leave behind: one process is one process, or one line names them."""
 
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from peptrain.distributed.launch import Launch, launch, speaks
-from peptrain.distributed.world import World, world
+from peptrain.distributed.world import LAUNCHERS, World, world
 from peptrain.errors import Unsupported
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -65,16 +68,56 @@ def test_what_is_missing_or_impossible_is_named(
 def test_processes_that_do_not_meet_are_an_error(
     given: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def alone(backend: str) -> None:
+    def alone(url: str, timeout: timedelta) -> Iterator[Any]:
         raise dist.DistStoreError("timed out\nand so on")
 
     given(**COMPLETE)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setattr(dist, "init_process_group", alone)
+    monkeypatch.setattr(dist, "rendezvous", alone)
     told = r"WORLD_SIZE: 4 processes did not meet at localhost:29501 \(timed out\); start"
     with pytest.raises(Unsupported, match=told), world("cpu"):
         pass
-    assert "waiting for 4 processes at localhost:29501" in caplog.text
+    told = "waiting up to 60 s for the other 3 of 4 processes at localhost:29501; start"
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("launched", [False, True])
+def test_processes_that_never_come_are_waited_for_a_limited_time(
+    rank: str, launched: bool, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher has left a complete set of variables behind."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    given(**COMPLETE | {"WORLD_SIZE": "2", "RANK": rank, "MASTER_PORT": str(port)})
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys.modules[world.__module__], "UNKNOWN", 0.5)
+    monkeypatch.setattr(sys.modules[world.__module__], "LAUNCHED", 0.6)
+    if launched:
+        monkeypatch.setenv("SLURM_STEP_ID", "0")
+    waited = rf"waited 0\.{6 if launched else 5} s as RANK {rank} for the other 1 of 2 processes"
+    with (
+        pytest.raises(Unsupported, match=f"WORLD_SIZE: {waited} at .*torchrun.*unset WORLD_SIZE"),
+        world("cpu"),
+    ):
+        pass
+
+
+def test_a_torchrun_whose_other_process_never_comes_is_waited_for_a_limited_time(
+    given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its store is a process of its own and answers at once."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    given(**COMPLETE | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": str(store.port)})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(sys.modules[world.__module__], "LAUNCHED", 0.5)
+    with (
+        pytest.raises(Unsupported, match=r"waited 0\.5 s as RANK 0 for the other 1 of 2"),
+        world("cpu"),
+    ):
+        pass
 
 
 def test_a_command_with_a_rank_left_behind_prints(given: Any, importable: None) -> None:

@@ -27,6 +27,7 @@ from peptrain.cli.app import main
 from peptrain.config import RunConfig, TrainConfig, resolved
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.estimation.estimate import Estimate, PhaseEstimate, estimate, memory
+from peptrain.execution.prepare import prepare
 from peptrain.methods import BPT, LORO, METHODS, Full, GaLore, LowRank, ReLoRA
 from peptrain.methods.base import Method
 from peptrain.models.hf import ModelConfig, Precision
@@ -34,7 +35,7 @@ from peptrain.optim.adamw import clip_gradients
 from peptrain.rng import Rng
 from peptrain.runs.build import build
 from peptrain.testing import EVENT, MODEL
-from peptrain.training.state import TrainState, prepare
+from peptrain.training.state import TrainState
 
 slow = pytest.mark.slow
 COUNTED = ("full", "bpt", "lora", "relora", "lowrank", "loro")

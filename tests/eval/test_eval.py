@@ -20,7 +20,7 @@ from support import rows, tiny
 from torch import Tensor, nn
 
 from peptrain.cli.app import main
-from peptrain.config import resolved
+from peptrain.config import load, resolved
 from peptrain.data import Corpus, PrepareConfig, prepare
 from peptrain.distributed.world import World
 from peptrain.errors import ConfigError, DataError
@@ -126,6 +126,16 @@ def test_nothing_is_padded_and_nothing_is_read_twice(n: int, L: int, rows: int) 
     assert all(shape[0] <= rows and shape[1] <= L for shape, _ in model.seen)
 
 
+@pytest.mark.parametrize("seq_len, rows", [(256, 8), (300, 6), (2048, 1), (5000, 1)])
+def test_a_forward_pass_on_a_cpu_has_2048_tokens_and_at_least_one_window(
+    seq_len: int, rows: int
+) -> None:
+    model, tokens = Model(), max(seq_len * rows * 2, 10_001)
+    found = held_out_loss(model, draw(tokens + 1, 11), seq_len=seq_len)  # type: ignore[arg-type]
+    assert model.seen[0][0] == (rows, seq_len) and found.tokens == tokens
+    assert max(shape[0] for shape, _ in model.seen) == rows
+
+
 class Share(World):
     """One of several ranks, which keeps what it would have sent to the others."""
 
@@ -148,6 +158,24 @@ def test_the_shares_of_the_ranks_add_up(ranks: int, n: int, L: int, rows: int) -
         held_out_loss(model, ids, world=Share(rank, ranks, model.device), **kwargs)  # type: ignore[arg-type]
     loss, tokens = torch.stack(shares).sum(0).tolist()
     assert close(held_out_loss(model, ids, **kwargs), Evaluation(loss / tokens, round(tokens)))  # type: ignore[arg-type]
+
+
+@streams
+@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_who_watches_is_told_after_each_forward_pass(ranks: int, n: int, L: int, rows: int) -> None:
+    model = Model()
+    for rank in range(ranks):
+        seen: list[tuple[int, int]] = []
+        held_out_loss(
+            model, draw(n, 11), seq_len=L, batch_size=rows, world=Share(rank, ranks, model.device),
+            watch=lambda *told, seen=seen: seen.append(told),
+        )  # type: ignore[arg-type]  # fmt: skip
+        has_a_window = (n - 2) // L >= rank
+        assert [total for _, total in seen] == [n - 1] * len(seen)
+        assert sorted({done for done, _ in seen}) == [done for done, _ in seen]
+        assert not has_a_window or seen[-1] == (n - 1, n - 1)
+    assert len(model.seen) >= len(seen)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 8, 9, 49, 50, 1000])
@@ -238,6 +266,13 @@ def test_a_run_is_measured_as_it_was_at_its_end(name: str, runs: dict[str, Path]
         assert found.loss == pytest.approx(end["held_out_loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_an_evaluation_of_a_run_can_be_watched(legacy: bool, runs: dict[str, Path]) -> None:
+    seen: list[tuple[int, int]] = []
+    found = evaluate(runs["full"], legacy=legacy, batch_size=4, watch=lambda *n: seen.append(n))
+    assert seen[0] == (64, found.tokens) and seen[-1] == (found.tokens, found.tokens)
+
+
 def test_results_are_kept_beside_the_run(runs: dict[str, Path], corpus: Path) -> None:
     run, before = runs["full"], len(recorded(runs["full"]))
     plain, legacy = evaluate(run), evaluate(run, legacy=True, batch_size=2)
@@ -308,7 +343,7 @@ def test_a_run_that_can_not_be_written_is_evaluated(
     assert "eval.json:theresultcouldnotbesaved:" in said and "Read-only" in said
     assert main(["resume", str(run)]) == 1
     error = capsys.readouterr().err
-    assert error == f"error: {run}/lock: can't be written: Read-only file system\n"
+    assert error.startswith(f"error: {run}/lock: can't be written: Read-only file system; make its")
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -326,6 +361,23 @@ def test_the_command_says_that_the_older_evaluator_flatters(
     shown = [f"perplexity {row['perplexity']:.3f}" for row in recorded(runs["full"])[-2:]]
     assert plain.startswith(shown[0]) and legacy.startswith(shown[1])
     assert f"over {recorded(runs['full'])[-1]['tokens']:,} tokens" in plain
+
+
+def test_only_the_older_evaluator_takes_the_micro_batch(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    for measure in (held_out_loss, held_out_loss_legacy):
+
+        def noted(*args: Any, batch_size: int | None, **kwargs: Any) -> Evaluation:
+            asked.append(batch_size)
+            return Evaluation(1.0, 1)
+
+        monkeypatch.setattr(f"peptrain.eval.run.{measure.__name__}", noted)
+    for legacy in (False, True):
+        for batch_size in (None, 7):
+            evaluate(runs["full"], legacy=legacy, batch_size=batch_size)
+    assert asked == [None, 7, load(runs["full"] / "config.toml").train.micro_batch, 7]
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ bpt = outside_misfits:Impostor
 text = outside_misfits:NO_METHOD
 demanding = outside_misfits:Demanding
 bare = outside_misfits:Bare
+listed = outside_misfits:Listed
 broken = outside_broken:Broken
 old = outside_old:Old
 """
@@ -103,6 +104,7 @@ def test_a_bad_package_is_named_and_takes_nothing_along(outside: None) -> None:
     assert (
         "'demanding' (outside_misfits:Demanding of package outside) is skipped: cannot be" in said
     )
+    assert "'listed' (outside_misfits:Listed of package outside) is skipped: its field" in said
     assert "'bare' (outside_misfits:Bare of package outside) is skipped: not a dataclass" in said
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,45 @@ def test_what_is_no_configuration_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"^model\.config: .* is not a usable config\.json: .+$"):
         hf_config(ModelConfig(config=tmp_path), seq_len=4)
+
+
+@pytest.mark.parametrize("given_as", ["model.config", "init_from"])
+@pytest.mark.parametrize(
+    "key, value, named",
+    [
+        (
+            "num_labels",
+            "1" + "0" * 400,
+            "num_labels: must be <= 100000 (got a number of 1329 bits)",
+        ),
+        ("num_labels", "1" + "0" * 5000, "config.json: an integer of 5001 digits"),
+        ("num_hidden_layers", "1000000000", "num_hidden_layers: must be <= 100000 (got 10000000"),
+        ("rope_theta", "-1" + "0" * 400, "rope_theta: must be a number of 64 bits"),
+        ("rms_norm_eps", "NaN", "rms_norm_eps: must be a finite number (got nan)"),
+        ("rms_norm_eps", "1e400", "rms_norm_eps: must be a finite number (got inf)"),
+        ("text_config", '{"n_layer": 1e99, "n_layers": 1000000}', "n_layers: must be <= 100000"),
+        ("rope_scaling", "[1, NaN]", "rope_scaling: must be a finite number (got nan)"),
+        ("id2label", "[" * 100_000, "config.json: nested too deeply"),
+    ],
+)
+def test_a_number_that_no_model_has_is_named(
+    key: str, value: str, named: str, given_as: str, tmp_path: Path
+) -> None:
+    """transformers writes a label for each of num_labels, and so would never end."""
+    path = directory(tmp_path / "d", model_type="llama", **SIZES | {key: "HERE"})
+    text = (path / "config.json").read_text().replace('"HERE"', value)
+    (path / "config.json").write_text(text)
+    with pytest.raises((ConfigError, ValueError)) as refused:
+        if given_as == "init_from":
+            load_model(path)
+        else:
+            hf_config(ModelConfig(config=path), seq_len=4)
+    assert named in str(refused.value)
+
+
+def test_limits_of_a_configuration_may_be_infinite(tmp_path: Path) -> None:
+    path = directory(tmp_path / "d", model_type="llama", **SIZES, time_step_limit=[0.0, math.inf])
+    assert hf_config(ModelConfig(config=path), seq_len=4).time_step_limit == [0.0, math.inf]
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])

@@ -16,9 +16,9 @@ from peptrain.models.dense import dense_state
 from peptrain.runs.build import open_run
 from peptrain.runs.checkpoint import Keep
 from peptrain.runs.directory import RunDir
+from peptrain.runs.init_from import initial_weights
 from peptrain.runs.select import at, chosen
 from peptrain.testing import STEPS, differences, newest
-from peptrain.training.init_from import initial_weights
 from peptrain.training.loop import resume, train
 
 

@@ -15,12 +15,14 @@ from support import VECTORS, Killed, kill_at, tiny
 from torch import nn
 
 import peptrain.runs.checkpoint
-from peptrain.config import load
+from peptrain.config import load, resolved
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError
-from peptrain.files import no_links
+from peptrain.files import no_links, sha256sums
 from peptrain.methods import METHODS
+from peptrain.runs.build import rebuild
 from peptrain.runs.checkpoint import (
+    SUMMED,
     Checkpoint,
     Keep,
     agrees,
@@ -281,6 +283,43 @@ def test_another_format_is_named_with_ours(directory: Path) -> None:
         CheckpointError, match=r"step-00000003: written in format 7, .* reads format 2"
     ):
         latest(directory)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("step", 2), ("step", -1), ("step", 3.0), ("step", True), ("step", 10**30), ("phase", -1),
+     ("phase", "0"), ("end", None), ("end", -5), ("groups", None), ("groups", [1]),
+     ("groups", [{"age": 1.5}]), ("state_bytes", [-1]), ("state_bytes", "abc"), ("rows", -1),
+     ("rows", True), ("identity", []), ("settings", None)],
+)  # fmt: skip
+def test_a_value_of_the_state_that_none_has_is_damage(
+    key: str, value: object, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also with the right checksum."""
+    newest = available(directory)[-1]
+    state = json.loads((newest / "state.json").read_text()) | {key: value}
+    (newest / "state.json").write_text(json.dumps(state))
+    (newest / "SHA256SUMS").write_text(sha256sums(newest, SUMMED))
+    found = latest(directory)
+    assert found is not None and found.step == 2
+    assert f"step-00000003 is damaged (state.json: {key} is " in caplog.text
+
+
+def test_a_state_of_another_phase_or_of_other_groups_is_refused(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = tiny("full", corpus, tmp_path / "run", train={"steps": 1})
+    train(config)
+    saved = newest(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="step 1 is of phase 1, but the last phase of full"):
+        rebuild(config, replace(saved, phase=1), 0)
+    model = rebuild(config, saved, 0)
+    optimizer = config.method.optimizer(
+        model, [], resolved(config, world_size=1, on_gpu=False).optim, 0
+    )
+    more = replace(saved, groups=[*saved.groups, {}])
+    with pytest.raises(CheckpointError, match="groups: 3 in the checkpoint of step 1, but 2 in"):
+        load_optimizer(model, optimizer, more, same_phase=True)
 
 
 def test_a_checkpoint_of_other_parameters_is_refused() -> None:

@@ -13,7 +13,7 @@ from support import rows, tiny
 from peptrain.cli.app import main
 from peptrain.errors import CheckpointError, DataError
 from peptrain.eval.run import evaluate
-from peptrain.runs.checkpoint import available, latest, save
+from peptrain.runs.checkpoint import Keep, available, latest, save
 from peptrain.runs.directory import RunDir
 from peptrain.testing import newest, small_corpus
 from peptrain.training.loop import resume, train
@@ -73,20 +73,24 @@ def test_a_setting_that_may_change_is_reported(
 ) -> None:
     command(run)
     assert "config.toml" not in caplog.text
-    edit(run / "config.toml", "\nlr = 0.001", "\nlr = 0.003")
+    edit(run / "config.toml", "\nkeep = 2", "\nkeep = 3")
     edit(run / "config.toml", "\nlog_every = 1", "\nlog_every = 2")
     command(run)
-    changed = "since step 3: optim.lr from 0.001 to 0.003, train.log_every from 1 to 2"
+    changed = "since step 3: train.log_every from 1 to 2, train.keep from 2 to 3"
     assert caplog.text.count(changed) == 1
 
 
 def test_the_settings_of_an_older_checkpoint_are_not_known(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save(RunDir(run).checkpoints, replace(newest(run), settings={}), keep=2)
+    """Apart from the number of steps, at which its phase was to end."""
+    save(RunDir(run).checkpoints, replace(newest(run), settings={}), Keep(2))
     edit(run / "config.toml", "\nlr = 0.001", "\nlr = 0.003")
     resume(run)
     assert "has changed" not in caplog.text
+    edit(run / "config.toml", "\nsteps = 3", "\nsteps = 5")
+    with pytest.raises(CheckpointError, match=r"^train\.steps: .* with 3, .* --train\.steps 5"):
+        resume(run)
 
 
 def test_a_configuration_that_lost_its_end_is_refused(run: Path) -> None:

@@ -143,6 +143,23 @@ def test_a_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "mine"
 
 
+def test_a_disk_without_room_for_the_holder_is_no_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, content, at: 7)
+    told = "lock: can't be written: No space left"
+    with pytest.raises(CheckpointError, match=told), lock(tmp_path / "lock", busy):
+        pass
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_no_holder(tmp_path: Path) -> None:
+    """To read it would take forever."""
+    os.mkfifo(tmp_path / "lock")
+    told = "lock: can't be written: not a regular file"
+    with pytest.raises(CheckpointError, match=told), lock(tmp_path / "lock", busy):
+        pass
+
+
 # Of a run.
 
 

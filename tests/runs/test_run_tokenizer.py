@@ -24,8 +24,8 @@ from peptrain.eval.run import evaluate
 from peptrain.exporting.export import export
 from peptrain.files import write_atomically
 from peptrain.runs.directory import RunDir
+from peptrain.runs.init_from import compare_tokenizers
 from peptrain.runs.tokenizer import SUMS, load_run_tokenizer
-from peptrain.training.init_from import compare_tokenizers
 from peptrain.training.loop import resume, train
 
 FILES = ("tokenizer.json", "tokenizer_config.json", SUMS)

@@ -259,6 +259,21 @@ def test_a_micro_batch_is_the_largest_divisor_that_fits(
     assert full.train.micro_batch == micro
 
 
+@pytest.mark.parametrize(
+    "given, tokens",
+    [({"steps": 20, "batch_size": 4, "seq_len": 64}, 256),  # every 2 steps
+     ({"steps": 5, "batch_size": 1, "seq_len": 64}, 64), ({"steps": 10**6}, 131_072),
+     ({"steps": 9, "eval_every": 0, "batch_size": 2}, 9 * 256),
+     ({"steps": 10**6, "seq_len": 200_000}, 200_000),
+     ({"eval_tokens": 0}, 0), ({"eval_tokens": 8192}, 8192)],
+)  # fmt: skip
+def test_an_evaluation_takes_at_most_half_the_tokens_trained_since_the_last(
+    given: dict[str, int], tokens: int
+) -> None:
+    config = RunConfig(method=Full(), train=TrainConfig(**given))
+    assert resolved(config, world_size=1, on_gpu=False).train.eval_tokens == tokens
+
+
 def test_a_batch_must_be_shared_evenly() -> None:
     six = RunConfig(method=Full(), train=TrainConfig(batch_size=6, micro_batch=2))
     with pytest.raises(ConfigError, match=r"train\.batch_size: must be a multiple of the 4 ranks"):

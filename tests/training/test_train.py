@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def test_a_run_directory_has_the_four_promised_things(corpus: Path, tmp_path: Pa
     assert {"config.toml", "env.json", "metrics.jsonl", "checkpoints"} <= {
         p.name for p in run.iterdir()
     }
-    assert seen[0]["event"] == "start" and seen[1:] == list(RunDir(run).metrics())
+    told = [row for row in seen if row["event"] != "evaluating"]
+    assert told[0]["event"] == "start" and told[1:] == list(RunDir(run).metrics())
     assert [row["step"] for row in rows(run, "eval")] == [4]
     (end,) = rows(run, "end")
     assert end["step"] == STEPS and end["held_out_loss"] == result.held_out.loss
@@ -612,6 +613,20 @@ def test_looking_at_a_training_changes_no_bit(name: str, corpus: Path, tmp_path:
     for train_settings, run in ((often, "often"), (never, "never")):
         train(tiny(name, corpus, tmp_path / run, train=train_settings))
     assert differences(newest(tmp_path / "often"), newest(tmp_path / "never")) == []
+
+
+def test_an_observer_is_told_how_far_an_evaluation_is(corpus: Path, tmp_path: Path) -> None:
+    """Which no row of metrics.jsonl says."""
+    seen: list[Mapping[str, Any]] = []
+    settings = {"eval_every": 4, "eval_tokens": 64, "seq_len": 16}
+    train(tiny("full", corpus, tmp_path / "run", train=settings), seen.append)
+    told = [row for row in seen if row["event"] == "evaluating"]
+    assert [row["step"] for row in told[:2]] == [4, 8]
+    assert (told[0]["tokens_done"], told[0]["tokens_total"]) == (64, 64)
+    (end,) = rows(tmp_path / "run", "end")
+    assert told[-1]["tokens_done"] == told[-1]["tokens_total"] == end["held_out_tokens"]
+    events = [row["event"] for row in seen if row["event"] not in ("start", "evaluating")]
+    assert [row["event"] for row in RunDir(tmp_path / "run").metrics()] == events
 
 
 @pytest.mark.parametrize("name", METHODS)

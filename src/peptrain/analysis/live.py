@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from peptrain.analysis.measures import Row
 from peptrain.analysis.source import Linear, place_of, ranks_of, weight_of
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError
-from peptrain.files import read_json_object, write_atomically
+from peptrain.files import read_json, write_atomically
 from peptrain.models.sites import decoder_layers, find_sites
 from peptrain.ops.singular import singular_values
 
@@ -31,10 +31,11 @@ COLUMNS = ("structural_rank", "effective_rank", "per", "stable_rank", "rank_1e-3
 
 @dataclass(frozen=True)
 class Choice:
-    """Which layers are measured and when, chosen once for a run and stored in it."""
+    """Which layers are measured and when. It is stored in the run."""
 
     after: int
-    """The step at which it was chosen. Measurements are at the later multiples of `every`."""
+    """The step at which it was chosen. Until the next choice, measurements are at the later
+    multiples of `every`."""
     every: int
     """Steps between measurements; 0 is never."""
     stride: int
@@ -63,8 +64,9 @@ def choose(
 class Dynamics:
     """Measures W and the last update of every matrix in the chosen layers.
 
-    Until the choice is made it times a row of steps and one layer. After that everything depends on
-    the step and the weights alone, so that a resumed run continues the series.
+    Until a choice is made it times a row of steps and one layer. When measurements take more than
+    the budget, the interval is doubled. Choices are stored with their steps, and everything else
+    depends on the step and the weights alone, so that a resumed run continues the series.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Dynamics:
     ) -> None:
         self.file, self.here, self.budget = run / FILE, here, budget
         self.steps, self.log_every = steps, log_every
-        self._choice: Choice | None = self._agreed(lambda: _stored(self.file))
+        self._choices: list[Choice] = self._agreed(lambda: _stored(self.file))
         self._mark: tuple[int, float] | None = None
+        self._spent = 0.0
+        """Seconds that this process took to measure since `_mark`."""
         self._before: dict[str, Tensor] = {}
 
     def due(self, model: nn.Module, step: int) -> bool:
@@ -81,43 +85,52 @@ class Dynamics:
 
         Called after each step, and before the first step of a process or phase.
         """
-        if self._choice is None:
+        if not self._choices:
             return step > 0 and step % self.log_every == 0
-        if self._measures(step + 1) and self.here.main:
-            chosen = self._chosen(model, self._choice.stride)
-            self._before = {name: weight_of(layer).cpu() for name, layer in chosen}
-        return self._measures(step)
+        if (choice := self._at(step + 1)) and self.here.main:
+            begin = time.perf_counter()
+            self._before = self._kept(model, choice.stride)
+            self._spent += time.perf_counter() - begin
+        return self._at(step) is not None
 
     def measure(self, model: nn.Module, step: int, seconds: float) -> Iterator[dict[str, Any]]:
         """Yield a row for each matrix and each of `weight` and `update`; none on other ranks.
 
-        seconds: the training time up to this step, to choose by if nothing is chosen yet.
+        seconds: the training time up to this step.
         """
-        if self._choice is None:
+        if not self._choices:
             self._choose(model, step, seconds)
-        elif self.here.main:
-            for name, layer in self._chosen(model, self._choice.stride):
-                for row in self._rows(model, name, layer):
-                    yield _flat(row)
+        elif choice := self._at(step):
+            begin = time.perf_counter()
+            if self.here.main:
+                yield from self._rows(model, choice.stride)
             self._before = {}
+            self._spent += time.perf_counter() - begin
+            if choice == self._choices[-1]:
+                self._keep_the_budget(choice, step, seconds)
 
-    def _measures(self, step: int) -> bool:
-        choice = self._choice
-        if choice is None or not choice.every:
-            return False
-        return step > choice.after and step % choice.every == 0
+    def _at(self, step: int) -> Choice | None:
+        """Return the choice by which `step` is measured, None if it is not."""
+        choice = next((c for c in reversed(self._choices) if c.after < step), None)
+        return choice if choice and choice.every and step % choice.every == 0 else None
 
     def _chosen(self, model: nn.Module, stride: int) -> list[tuple[str, Linear]]:
         sites = find_sites(model)  # type: ignore[arg-type]
         return [(s.name, s.module) for s in sites if place_of(model, s.name)[0] % stride == 0]
 
-    def _rows(self, model: nn.Module, name: str, layer: Linear) -> Iterator[Row]:
-        W, ranks, place = weight_of(layer, self.here.device), ranks_of(layer), place_of(model, name)
-        changes = [("weight", W, ranks.weight)]
-        if name in self._before:
-            changes.append(("update", W - self._before[name].to(W.device), ranks.update))
-        for what, M, rank in changes:
-            yield Row(*place, what, (M.shape[0], M.shape[1]), rank, singular_values(M).cpu())
+    def _kept(self, model: nn.Module, stride: int) -> dict[str, Tensor]:
+        chosen = self._chosen(model, stride)
+        return {name: weight_of(layer, self.here.device).cpu() for name, layer in chosen}
+
+    def _rows(self, model: nn.Module, stride: int) -> Iterator[dict[str, Any]]:
+        for name, layer in self._chosen(model, stride):
+            W, ranks = weight_of(layer, self.here.device), ranks_of(layer)
+            changes = [("weight", W, ranks.weight)]
+            if name in self._before:
+                changes.append(("update", W - self._before[name].to(W.device), ranks.update))
+            for what, M, rank in changes:
+                shape, sigma = (M.shape[0], M.shape[1]), singular_values(M).cpu()
+                yield _flat(Row(*place_of(model, name), what, shape, rank, sigma))
 
     def _choose(self, model: nn.Module, step: int, seconds: float) -> None:
         """Choose at the second row of metrics, since the first contains compilation."""
@@ -125,39 +138,55 @@ class Dynamics:
             self._mark = step, seconds
             return
         per_step = (seconds - self._mark[1]) / (step - self._mark[0])
+        self._mark = step, seconds
         layers = len(decoder_layers(model)[1])
 
-        def chosen() -> Choice:
-            found = choose(step, self.steps, layers, self.log_every, per_step,
-                           self._cost(model, layers), self.budget)  # fmt: skip
-            self._store(found)
+        def chosen() -> list[Choice]:
+            cost = self._cost(model, layers)
+            found = choose(step, self.steps, layers, self.log_every, per_step, cost, self.budget)
             log.info("%s", described(found, layers, self.budget))
-            return found
+            return self._store([found])
 
-        self._choice = self._agreed(chosen)
-
-    def _agreed(self, find: Callable[[], Choice | None]) -> Choice | None:
-        """Return rank 0's result of `find` on every rank, or raise its error on every rank."""
-        found: list[Choice | None] = []
-        self.here.on_main(lambda: found.append(find()))
-        return self.here.agree(found[0] if found else None)
+        self._choices = self._agreed(chosen)
 
     def _cost(self, model: nn.Module, layers: int) -> float:
         """Return the seconds of a measurement of layer 0, with a kept weight to subtract."""
-        first = self._chosen(model, layers)
         begin = time.perf_counter()
-        self._before = {name: weight_of(layer).cpu() for name, layer in first}
-        for name, layer in first:
-            for row in self._rows(model, name, layer):
-                _flat(row)
+        self._before = self._kept(model, layers)
+        list(self._rows(model, layers))
         self._before = {}
         return time.perf_counter() - begin
 
-    def _store(self, choice: Choice) -> None:
+    def _keep_the_budget(self, choice: Choice, step: int, seconds: float) -> None:
+        """Double the interval if measurements took too much since the choice or the start."""
+        if self._mark is None:  # the first measurement after a resume
+            self._mark, self._spent = (step, seconds), 0.0
+            return
+        share, often = self._spent / (seconds - self._mark[1]), 2 * choice.every
+
+        def slower() -> list[Choice]:
+            if share <= self.budget:
+                return self._choices
+            log.info("train.observe: took %.2g of the training time, so it measures every %d steps"
+                     " from now on", share, 2 * choice.every)  # fmt: skip
+            return self._store(
+                [*self._choices, replace(choice, after=step, every=2 * choice.every)]
+            )
+
+        self._choices = self._agreed(slower)
+
+    def _agreed(self, find: Callable[[], list[Choice]]) -> list[Choice]:
+        """Return rank 0's result of `find` on every rank, or raise its error on every rank."""
+        found: list[Choice] = []
+        self.here.on_main(lambda: found.extend(find()))
+        return self.here.agree(found)
+
+    def _store(self, choices: list[Choice]) -> list[Choice]:
         try:
-            write_atomically(self.file, json.dumps(asdict(choice)) + "\n")
+            write_atomically(self.file, json.dumps([asdict(c) for c in choices]) + "\n")
         except OSError as error:
             raise CheckpointError(f"{self.file}: can't be written: {error.strerror}") from error
+        return choices
 
 
 def described(choice: Choice, layers: int, budget: float) -> str:
@@ -175,21 +204,22 @@ def described(choice: Choice, layers: int, budget: float) -> str:
     )
 
 
-def _stored(file: Path) -> Choice | None:
-    """Return the choice of an earlier process of the run, None if there is none."""
+def _stored(file: Path) -> list[Choice]:
+    """Return the choices of earlier processes of the run."""
     if not file.exists():
-        return None
+        return []
     try:
-        found = read_json_object(file)
-        choice = Choice(**{key: found[key] for key in ("after", "every", "stride")})
-        whole = all(type(v) is int and v >= 0 for v in asdict(choice).values())
-        if not (whole and choice.stride):
+        found = [Choice(**entry) for entry in read_json(file, list)]
+        numbers = [n for choice in found for n in asdict(choice).values()]
+        if not found or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError("values must be whole numbers")
-    except (ValueError, KeyError) as error:
+        if not all(choice.stride for choice in found):
+            raise ValueError("a stride is 0")
+    except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{file}: damaged ({error}); delete it to have layers and interval chosen again"
         ) from error
-    return choice
+    return found
 
 
 def _flat(row: Row) -> dict[str, Any]:

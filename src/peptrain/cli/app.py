@@ -9,15 +9,6 @@ from typing import Any
 import tyro
 
 from peptrain import __version__
-from peptrain.cli.console import (
-    console,
-    log_on,
-    make,
-    may_be_lost,
-    silence_libraries,
-    stderr,
-    stdout,
-)
 from peptrain.cli.failures import report
 from peptrain.cli.parsing import (
     MARKERS,
@@ -36,6 +27,15 @@ from peptrain.cli.reading import (
     prepare_command,
 )
 from peptrain.cli.training import estimate_by, resume_command, run_demo, run_grid, train_by
+from peptrain.display.console import (
+    console,
+    log_on,
+    make,
+    may_be_lost,
+    silence_libraries,
+    stderr,
+    stdout,
+)
 
 
 @may_be_lost()
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     args = [arg for arg in given if arg != "--debug"] or ["--help"]
+    args += ["--debug"] * ("--debug" in given and args[0] == "compare")
     essential_only = args[0] in ("train", "estimate") and bool({"-h", "--help"} & {*args})
     args = ["--help" if arg == "--help-all" else arg for arg in args]
     silence_libraries()

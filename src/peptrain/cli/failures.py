@@ -6,10 +6,8 @@ import re
 import traceback
 from pathlib import Path
 
-from rich.markup import escape
-
-from peptrain.cli.console import make, stderr
-from peptrain.cli.terminal import Console, escaped, one_line
+from peptrain.display.console import make, say, stderr
+from peptrain.display.terminal import Console, escaped, one_line
 from peptrain.errors import Interrupted, PeptrainError
 
 NO_MEMORY = re.compile(
@@ -28,13 +26,12 @@ def report(error: BaseException, console: Console, *, debug: bool) -> int:
     if debug:
         stderr.write(escaped("".join(traceback.format_exception(error))))
     if isinstance(error, Interrupted):
-        console.print(f"[yellow]{escape(one_line(str(error)))}", highlight=False, soft_wrap=True)
+        say(one_line(str(error)), to=console, style="yellow")
         return error.code
     if isinstance(error, KeyboardInterrupt):
-        console.print("[yellow]stopped")
+        say("stopped", to=console, style="yellow")
         return 130
-    message = f"[bold red]error:[/] {escape(one_line(_message(error)))}"
-    make(stderr).print(message, highlight=False, soft_wrap=True)
+    say(one_line(_message(error)), to=make(stderr), lead="error: ", style="bold red")
     return 1
 
 

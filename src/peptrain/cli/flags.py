@@ -47,8 +47,8 @@ def with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | No
     if len(sources) > 1:
         first, second = (f"{flag} {value}" for flag, value in list(sources.items())[:2])
         raise ConfigError(
-            f"{first}: can't be combined with {second}, which has all settings too; give one of"
-            " them, and change what differs by flags"
+            f"{first}: can't be combined with {second}; give one of them, and change what differs"
+            " by flags"
         )
     [(flag, value)] = sources.items()
     given, source = READ[flag](value), f"{flag} {value}"

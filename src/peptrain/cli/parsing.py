@@ -24,11 +24,10 @@ from tyro.constructors import (
 )
 
 from peptrain import recipes
-from peptrain.cli.terminal import UNSAFE
+from peptrain.display.terminal import UNSAFE
 from peptrain.errors import ConfigError
 from peptrain.models.presets import PRESETS, unknown_preset
-from peptrain.settings.fields import check, nearest
-from peptrain.settings.toml import as_path
+from peptrain.settings.fields import as_path, check, nearest
 
 MARKERS = (
     tyro.conf.FlagCreatePairsOff,

@@ -1,112 +1,25 @@
-"""Progress displays: a bar on a terminal, plain lines in a file."""
+"""Progress of commands other than a training: bars on a terminal, plain lines in a file."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from peptrain.data.prepare import ProgressReport
+from peptrain.display.console import say
+from peptrain.display.training import clock, count
+from peptrain.eval.perplexity import Watch
 
 if TYPE_CHECKING:
     from peptrain.comparison.workers import Status
-
-EVENTS = ("merges", "exact_steps")
-"""Counts reported by methods that are shown with the loss."""
-
-
-class TrainingProgress:
-    """Observer of a training that shows loss, held-out loss, rates, tokens/s and time left."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._seen: dict[str, Any] = {}
-        self._bar: Progress | None = None
-        self._since, self._from = time.monotonic(), 0
-        self._said = ""
-
-    def __call__(self, row: Mapping[str, Any]) -> None:
-        self._seen |= row
-        if row["event"] == "start":
-            self._start()
-        elif row["event"] == "end":
-            self.close()
-            self._say(f"held-out loss {row['held_out_loss']:.4f}, run saved in {self._seen['run']}")
-        elif row["event"] == "phase":
-            self._say(f"step {row['step']}: {self._trainable()} from now on")
-        elif self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=row["step"], state=self._state())
-        elif row["event"] in ("eval", "checkpoint"):
-            self._say(f"step {row['step']}/{self._seen['steps']}  {self._state()}")
-
-    def close(self) -> None:
-        """Remove the bar from the terminal. Also called when training ends early."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _start(self) -> None:
-        seen = self._seen
-        self._since, self._from = time.monotonic(), seen["step"]
-        at = f" from step {seen['step']}" if seen["step"] else ""
-        self._say(
-            f"{self._trainable()}, {seen['steps']} steps of {seen['tokens_per_step']} tokens"
-            f" in {seen['precision']}{at}"
-        )
-        if self._console.is_terminal:
-            self._bar = _BarAndState(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-                speed_estimate_period=3600,  # rows may be minutes apart
-            )
-            self._bar.add_task(
-                seen["method"], total=seen["steps"], completed=seen["step"], state=""
-            )
-            self._bar.start()
-
-    def _trainable(self) -> str:
-        trainable, total = (self._seen[key] / 1e6 for key in ("trainable", "parameters"))
-        return f"{trainable:.2f}M of {total:.2f}M parameters trainable"
-
-    def _state(self) -> str:
-        seen, parts = self._seen, []
-        if "loss" in seen:
-            parts = [f"loss {seen['loss']:.3f}"]
-            if "held_out_loss" in seen:
-                parts.append(f"held-out {seen['held_out_loss']:.3f}")
-            parts += [self._rates(), f"{seen['tokens_per_second']:,.0f} tok/s"]
-        parts += [f"{seen[name]:.0f} {name.replace('_', ' ')}" for name in EVENTS if name in seen]
-        if self._bar is None and "loss" in seen:
-            parts.append(f"{self._minutes_left():.1f} min left")
-        return "  ".join(parts)
-
-    def _rates(self) -> str:
-        """The learning rate, followed by those of named parameter groups in brackets."""
-        named = {k.removeprefix("lr_"): v for k, v in self._seen.items() if k.startswith("lr_")}
-        listed = ", ".join(f"{name} {rate:.1e}" for name, rate in named.items())
-        return f"lr {self._seen['lr']:.1e}" + (f" ({listed})" if listed else "")
-
-    def _minutes_left(self) -> float:
-        """Time left at the average speed so far, evaluations and checkpoints included."""
-        done = self._seen["step"] - self._from
-        left = self._seen["steps"] - self._seen["step"]
-        return float((time.monotonic() - self._since) / max(done, 1) * left / 60)
-
-    def _say(self, text: str) -> None:
-        if text != self._said:  # an evaluation and a checkpoint of one step give the same line
-            self._said = text
-            line = f"[bold]{self._seen['method']}[/]  {escape(text)}"
-            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 class _BarAndState(Progress):
@@ -138,10 +51,29 @@ def preparing(console: Console) -> Iterator[Callable[[ProgressReport], None]]:
         yield show
 
 
+@contextmanager
+def measuring(console: Console) -> Iterator[Watch]:
+    """On a terminal, show the tokens evaluated and the time left."""
+    columns = (
+        TextColumn("evaluating"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[state]}"),
+    )
+    left = TimeRemainingColumn()
+    with Progress(*columns, TextColumn("left"), left, console=console, transient=True,
+                  disable=not console.is_terminal) as bar:  # fmt: skip
+        task = bar.add_task("", total=None, state="")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, total=total, completed=done, state=f"{done:,} of {total:,} tokens")
+
+        yield show
+
+
 def preparation_state(done: ProgressReport, seconds: float, before: int) -> str:
     """Documents, tokens, and tokens/s since there were `before` tokens, `seconds` ago."""
-    pace = f"  {(done.tokens - before) / seconds:,.0f} tok/s" if seconds > 0 else ""
-    return f"{done.documents:,} documents  {done.tokens:,} tokens{pace}"
+    pace = f"  {(done.tokens - before) / seconds:,.0f} tokens/s" if seconds > 0 else ""
+    return f"{count(done.documents, 'document')}  {count(done.tokens, 'token')}{pace}"
 
 
 @contextmanager
@@ -180,7 +112,7 @@ def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
     def tell(key: str, line: str) -> None:
         if key not in told:
             told.add(key)
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(line, to=console)
 
     with Live(console=console, transient=True, auto_refresh=False) as live:
 
@@ -205,10 +137,10 @@ def comparing(console: Console) -> Iterator[Callable[[Status], None]]:
 def standing(status: Status) -> str:
     """Number of runs done, running and left, and the time left."""
     done = status.before + len(status.finished)
-    parts = [f"{done} done", f"{len(status.running)} running", f"{len(status.waiting)} left"]
+    parts = [f"{done} done", f"{len(status.running)} running", f"{len(status.waiting)} waiting"]
     parts += [f"{len(status.failed)} failed"] if status.failed else []
     seconds = status.seconds_left()
-    parts += [f"{seconds / 60:.1f} min left"] if seconds else []
+    parts += [f"left {clock(math.ceil(seconds))}"] if seconds else []
     return ", ".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from peptrain import recipes
-from peptrain.cli.console import console, print_wide
 from peptrain.cli.parsing import UNSET
+from peptrain.display.console import console, print_wide, say
+from peptrain.display.training import count
 
 
 def eval_run(
@@ -34,24 +36,29 @@ def eval_run(
         step: Step of the checkpoint, or all that are kept. Unset: the latest.
         device: auto uses a GPU if there is one.
     """
+    from peptrain.cli.progress import measuring
     from peptrain.distributed.world import world
     from peptrain.eval.run import evaluate
     from peptrain.runs.select import at, chosen
 
     note = " (legacy: divided by batches + 1, which flatters the model)" if legacy else ""
     for one in chosen(run, step):
-        with world(device) as here:
+        with world(device) as here, measuring(console) as watch:
             result = evaluate(
-                one, data=data, batch_size=batch_size, legacy=legacy, device=here.device
+                one,
+                data=data,
+                batch_size=batch_size,
+                legacy=legacy,
+                device=here.device,
+                watch=watch,
             )
         number = at(one)[1]
-        console.print(
+        say(
             f"{'' if number is None else f'step {number}  '}"
             f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"
-            f"  over {result.tokens:,} tokens{note}",
-            highlight=False,
-            soft_wrap=True,
+            f"  over {count(result.tokens, 'token')}{note}"
         )
+    say(f"export the model with `peptrain export {shlex.quote(str(run))} --out DIR`")
 
 
 def analyze_runs(
@@ -113,13 +120,17 @@ def export_run(
     from peptrain.exporting.export import export
     from peptrain.runs.select import at, chosen
 
+    loader = "transformers.AutoModelForCausalLM.from_pretrained"
+    if form == "factorised":
+        loader = "peptrain.load_factorised"
     for one in chosen(run, step):
         place = out / str(at(one)[1]) if step == "all" else out
         export(one, place, form)
-        console.print(f"{form} model in {place}", markup=False, highlight=False, soft_wrap=True)
+        say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
 
 
 def prepare_command() -> Callable[..., None]:
+    """Build `peptrain data prepare`, whose flags need PyTorch."""
     from peptrain.cli.progress import preparing
     from peptrain.data import PrepareConfig, prepare
 
@@ -135,16 +146,15 @@ def prepare_command() -> Callable[..., None]:
         """Tokenize text into shards for training."""
         with preparing(console) as on_progress:
             made = prepare(config, on_progress)
-        skipped = f", {made.skipped:,} bad records skipped" if made.skipped else ""
-        console.print(
-            f"{made.path}: {made.documents:,} documents, {made.train_tokens:,} training and"
+        skipped = f", {count(made.skipped, 'bad record')} skipped" if made.skipped else ""
+        say(
+            f"{made.path}: {count(made.documents, 'document')}, {made.train_tokens:,} training and"
             f" {made.held_out_tokens:,} held-out tokens, {made.bytes_per_token:.2f} bytes a token,"
             f" vocabulary {made.vocab_size:,} (largest id {made.max_id:,}),"
-            f" {made.losses}, {made.shards} shards{skipped}{', resumed' if made.resumed else ''}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f" {made.losses}, {count(made.shards, 'shard')}{skipped}"
+            f"{', resumed' if made.resumed else ''}"
         )
+        say(f"train on it with `peptrain train loro --data.path {shlex.quote(str(made.path))}`")
 
     command.__annotations__["config"] = Annotated[Prepare, arg(name="")]
     return command
@@ -169,7 +179,7 @@ def list_methods() -> None:
         millions = f"{shape.parameters / 1e6:,.1f}M"
         presets.add_row(name, shape.family, millions, *map(str, sizes))
     console.print("", presets)
-    console.print("\n`peptrain train METHOD --model.preset PRESET` trains one.", highlight=False)
+    say("\n`peptrain train METHOD --model.preset PRESET` trains one.")
 
 
 def list_recipes(name: Annotated[Positional[str | None], UNSET] = None) -> None:
@@ -188,4 +198,4 @@ def list_recipes(name: Annotated[Positional[str | None], UNSET] = None) -> None:
         tokens = f"{about.tokens / 1e9:.1f}B"
         table.add_row(known, method, *counts, tokens, about.expected)
     print_wide(table)
-    console.print("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")
+    say("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")

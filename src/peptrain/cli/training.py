@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional
 
 from peptrain import recipes
-from peptrain.cli.console import console, make, print_wide, stderr
 from peptrain.cli.parsing import UNSET
+from peptrain.display.console import console, make, print_wide, say, stderr
 from peptrain.errors import PeptrainError
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ log = logging.getLogger("peptrain")
 
 
 def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
+    """Build `peptrain train METHOD`, with the flags of `options_type` and `given` of a file."""
+
     def train(options: Any, config: Path | None = None, recipe: str | None = None) -> None:
         """Train.
 
@@ -55,6 +57,8 @@ def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[...
 
 
 def estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
+    """Build `peptrain estimate METHOD`, as `train_by` does."""
+
     def estimate(
         options: Any,
         config: Path | None = None,
@@ -82,6 +86,8 @@ def estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[
         with fitting(make(stderr, quiet=json)) as watch:
             made = estimate(options, ranks=ranks, gpu_memory=budget, watch=watch)
         _show(made, json)
+        if not json:
+            say(f"train it with the same settings: `peptrain train {options.method.name} ...`")
 
     flags: dict[str, Any] = {"config": Annotated[Path | None, UNSET], "ranks": int, "json": bool}
     flags |= dict.fromkeys(("recipe", "gpu_memory"), Annotated[str | None, UNSET])
@@ -98,18 +104,16 @@ def _show(made: Estimate, as_json: bool) -> None:
 
     console.print(table(made))
     for line in lines(made):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
 
 
 def watched(training: Callable[[Any], Any]) -> Any:
     """Train with a progress display, and close it whatever happens."""
-    from peptrain.cli.progress import TrainingProgress
+    from peptrain.display.training import observing
+    from peptrain.training.metrics import silent
 
-    progress = TrainingProgress(console)
-    try:
-        return training(progress)
-    finally:
-        progress.close()
+    with observing(silent, show=True) as observe:
+        return training(observe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +162,14 @@ def run_demo(run: Annotated[Path | None, UNSET] = None) -> None:
     directory = run or first_free(Path("runs"), "demo")
     results = [watched(training) for training in demo(directory)]
     console.print(comparison(results))
-    console.print(NEXT_STEPS, soft_wrap=True, highlight=False)
+    say(NEXT_STEPS)
 
 
 def run_grid(
-    grid: Positional[Path], out: Path, workers: Annotated[int | None, UNSET] = None
+    grid: Positional[Path],
+    out: Path,
+    workers: Annotated[int | None, UNSET] = None,
+    debug: bool = False,
 ) -> None:
     """Train a grid of runs at equal cost and tabulate the results.
 
@@ -172,18 +179,22 @@ def run_grid(
         out: Directory for the runs and the table, as Markdown, CSV, LaTeX and JSON. With an
             existing one the same command resumes unfinished runs and keeps finished ones.
         workers: Number of simultaneous runs. Unset: one per GPU, or one per CPU core.
+        debug: Print the traceback of an error, also in the logs of the runs.
     """
     from peptrain.cli.progress import comparing
     from peptrain.comparison.compare import compare
     from peptrain.comparison.table import terminal
 
     with comparing(console) as watch:
-        made = compare(grid, out, workers, watch)
+        made = compare(grid, out, workers, watch, debug)
     print_wide(terminal(made))
-    text = "\n".join(["", made.caption, *made.notes, f"Written to {out}/table.md, .csv, .tex"])
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    written = f"Written to {out}/table.md, .csv, .tex; the runs are in {out}/runs"
+    say("\n".join(["", made.caption, *made.notes, written]))
     if failed := sum(len(line.errors) for line in made.lines):
         raise PeptrainError(
             f"{failed} of {sum(line.runs for line in made.lines)} runs failed (see {out}/logs);"
             " run the same command to try them again"
         )
+    say(
+        f"add runs in {grid} and repeat the command, or `peptrain export {out}/runs/NAME --out DIR`"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -17,16 +18,19 @@ from peptrain.comparison.grid import Grid, GridRun, load_grid, unstated
 from peptrain.comparison.summary import Outcome, outcome, summarize
 from peptrain.comparison.table import Comparison, as_csv, latex, markdown
 from peptrain.comparison.workers import Job, Status, alone, visible_gpus, work
-from peptrain.config import RunConfig, dump, load
+from peptrain.config import RunConfig, as_named, dump, load
 from peptrain.data import Corpus, default_corpus
+from peptrain.display.training import count
 from peptrain.distributed.launch import launch
 from peptrain.errors import CheckpointError, Interrupted
 from peptrain.files import write_atomically
 from peptrain.models.hf import config_file
 from peptrain.runs.directory import RunDir
+from peptrain.runs.init_from import contents, sha256
 from peptrain.settings.fields import check, check_whole, each_line_once
-from peptrain.training.init_from import contents, sha256
 from peptrain.training.signals import BY_SYSTEM
+
+log = logging.getLogger("peptrain")
 
 
 @each_line_once()
@@ -35,6 +39,7 @@ def compare(
     out: Path,
     workers: int | None = None,
     watch: Callable[[Status], None] = lambda status: None,
+    debug: bool = False,
 ) -> Comparison:
     """Train the runs of the grid file `grid` that are missing and write the table to `out`.
 
@@ -45,6 +50,7 @@ def compare(
         table.md, table.csv, table.tex, runs.json
 
     workers: number of concurrent runs. Unset: one per GPU, or one per core without GPUs.
+    debug: whether the log of a run that fails has the traceback.
 
     Finished and diverged runs are read, interrupted runs resumed, failed runs retried. A changed
     grid adds runs. Runs that are no longer in the grid are left in place.
@@ -66,8 +72,9 @@ def compare(
     _make(out)
     with alone(out) as lock:
         planned = _within_budget(asked, out, gpus, lock)
+        _tell_of_other_vocabularies(planned, out)
         before = [outcome(run, _place(run, out)) for run in planned]
-        jobs = [_job(one, out) for one in before if one.end is None and not one.diverged]
+        jobs = [_job(one, out, debug) for one in before if one.end is None and not one.diverged]
         many = workers or len(gpus) or cores()
         status = work(jobs, many, gpus, lock, len(planned) - len(jobs), watch)
         failed = status.failed
@@ -117,7 +124,10 @@ def _place(run: GridRun, out: Path) -> RunDir:
     """Find the directory of a run by its digest, even if its readable name has changed."""
     made = (out / "runs").glob(f"*-{run.digest}")
     place = RunDir(next(made, out / "runs" / run.name))
-    if place.config_file.is_file() and dump(load(place.config_file)) != dump(run.config):
+    if not place.config_file.is_file():
+        return place
+    found = as_named(load(place.config_file), run.written)
+    if dump(found) != dump(run.named):
         raise CheckpointError(
             f"{place.path}: config.toml differs from the grid's settings; restore it from"
             f" {out / 'settings' / place.path.name}.toml, or move the run away"
@@ -125,12 +135,29 @@ def _place(run: GridRun, out: Path) -> RunDir:
     return place
 
 
-def _job(one: Outcome, out: Path) -> Job:
+def _tell_of_other_vocabularies(runs: Sequence[GridRun], out: Path) -> None:
+    """Warn of runs of 0.1.0, whose models have the preset's vocabulary and not the corpus's."""
+
+    def has(digest: str) -> bool:
+        return any((out / "runs").glob(f"*-{digest}"))
+
+    older = [run for run in runs if has(run.digest_of_0_1_0) and not has(run.digest)]
+    if older:
+        model = older[0].config.model
+        log.warning(
+            "--out %s: found %s of peptrain 0.1.0 with the vocabulary of the preset %s; the grid"
+            " now trains with that of the corpus (%s); to keep what is there, write model.preset ="
+            ' "%s" in [base]', out, count(len(older), "run"), model.preset, model.vocab_size,
+            model.preset,
+        )  # fmt: skip
+
+
+def _job(one: Outcome, out: Path, debug: bool) -> Job:
     name = one.run.path.name
     settings = out / "settings" / f"{name}.toml"
     write_atomically(settings, dump(one.planned.config))
     log = out / "logs" / f"{name}.log"
-    return Job(name, one.run.path, settings, log, one.planned.steps)
+    return Job(name, one.run.path, settings, log, one.planned.steps, debug)
 
 
 def cores() -> int:

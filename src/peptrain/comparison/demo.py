@@ -11,8 +11,9 @@ from rich.table import Table
 
 from peptrain.config import RunConfig, TrainConfig
 from peptrain.methods import BPT, LORO, Full, ReLoRA
-from peptrain.training.loop import Result, train
+from peptrain.training.loop import train
 from peptrain.training.metrics import Observer
+from peptrain.training.result import Result
 
 DEMO_METHODS = (Full(), ReLoRA(), BPT(), LORO())
 

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import torch
 
-from peptrain.config import RunConfig, essence, parse, resolved
+from peptrain.config import RunConfig, as_named, essence, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
+from peptrain.runs.init_from import with_inherited_model
 from peptrain.settings import toml
 from peptrain.settings.fields import quiet
 from peptrain.settings.toml import HEADER
-from peptrain.training.init_from import with_inherited_model
 
 Equal = Literal["tokens", "flops", "time"]
 """What all runs of a grid spend equally, so that their losses are comparable."""
@@ -46,6 +46,8 @@ class GridRun:
     """Fingerprint of the corpus and of the files the run starts from, once they are read."""
     cost: float | None = None
     """FLOPs or seconds of the run; None at equal tokens."""
+    takes_vocabulary: bool = False
+    """The model has the vocabulary of the corpus. In 0.1.0 it had the preset's."""
 
     @property
     def method(self) -> str:
@@ -81,14 +83,27 @@ class GridRun:
         return " ".join((self.method, *_pairs(self.settings)))
 
     @property
+    def named(self) -> RunConfig[Method]:
+        """The configuration that names the run, the same in every version of peptrain."""
+        return as_named(self.config, self.written)
+
+    @property
     def digest(self) -> str:
         """Hash of all settings, the corpus and the files that are named. It identifies the run."""
-        return _digest(essence(self.config) + self.data)
+        return _digest(essence(self.named) + self.data)
+
+    @property
+    def digest_of_0_1_0(self) -> str:
+        """The digest that the same grid gave to its run in 0.1.0."""
+        if not self.takes_vocabulary:
+            return self.digest
+        older = replace(self.named, model=replace(self.named.model, vocab_size=None))
+        return _digest(essence(older) + self.data)
 
     @property
     def configuration(self) -> str:
         """Identifies the line of the table that the run belongs to."""
-        return essence(_untuned(self.config))
+        return essence(_untuned(self.named))
 
     @property
     def family(self) -> RunConfig[Method]:
@@ -248,12 +263,15 @@ def _of_block(common: Mapping[str, Any], own: Mapping[str, Any], equal: Equal) -
             )
     for chosen in product(*choices):
         flat = dict(zip(given, chosen, strict=True))
-        written = with_inherited_model(parse(_nested(flat)))
+        asked = parse(_nested(flat))
+        written = with_inherited_model(asked)
+        inherits = asked.init_from or asked.match_trainable or asked.continue_from
+        takes = not inherits and asked.model != written.model
         settings = {k: v for k, v in flat.items() if k in shown and k not in hidden}
         # Warnings about steps would be wrong while the final number of steps is unknown.
         with nullcontext() if equal == "tokens" else quiet():
             config = _resolved(written)
-        yield GridRun(config, written, settings)
+        yield GridRun(config, written, settings, takes_vocabulary=takes)
 
 
 def _resolved(config: RunConfig[Method]) -> RunConfig[Method]:

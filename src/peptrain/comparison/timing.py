@@ -18,12 +18,13 @@ from peptrain.config import RunConfig, load
 from peptrain.data import Corpus, default_corpus
 from peptrain.distributed.world import World, world
 from peptrain.errors import PeptrainError
+from peptrain.execution.prepare import prepare
 from peptrain.methods.base import Method
 from peptrain.optim import schedule
 from peptrain.runs.build import bounds, build
 from peptrain.settings.fields import intervals
 from peptrain.training.loop import advance
-from peptrain.training.state import TrainState, check_vocabulary, prepare
+from peptrain.training.state import TrainState, check_vocabulary
 
 BEFORE = 5
 """Steps at the start of a phase that are not timed, for compilation and CUDA graph capture."""

@@ -33,10 +33,12 @@ class Job:
     log: Path
     """Output of the process, appended by each attempt."""
     steps: int
+    debug: bool = False
+    """Whether the log has the traceback of an error."""
 
     def command(self) -> list[str]:
         """The command line: `resume` if the run directory exists, else `train`."""
-        peptrain = [sys.executable, "-m", "peptrain"]
+        peptrain = [sys.executable, "-m", "peptrain", *["--debug"] * self.debug]
         if RunDir(self.run).config_file.is_file():
             return [*peptrain, "resume", str(self.run)]
         return [*peptrain, "train", "--config", str(self.settings), "--run", str(self.run)]

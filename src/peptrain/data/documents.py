@@ -13,6 +13,7 @@ from peptrain.data.sources.files import FileSet, find_files, warn_of_formats
 from peptrain.data.sources.hub import SCHEME, HubStream, SavedDataset, is_saved_dataset
 from peptrain.data.sources.mixture import furthest_behind, mixed, one_after_another
 from peptrain.errors import DataError
+from peptrain.settings.fields import as_path
 
 
 class Part(NamedTuple):
@@ -133,7 +134,7 @@ def open_source(
     """Open one input. Return None if it consists of files that are all in `apart`."""
     if str(given).startswith(SCHEME):
         return HubStream(str(given), key, config.text_field, config.skip_bad)
-    path = Path(given)
+    path = as_path(str(given), key)
     if path.is_dir() and is_saved_dataset(path, key):
         return SavedDataset(path, config.text_field, config.decoding_errors, config.skip_bad)
     files = find_files(path, key, apart)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -152,9 +153,13 @@ def _not_prepared(directory: Path) -> DataError:
         return DataError(
             f"{directory}: its preparation was interrupted; run the same command again to resume it"
         )
+    if directory.is_file():
+        text, out, what = directory, Path("data") / directory.name.partition(".")[0], "a file"
+    else:
+        text, out, what = Path("TEXT"), directory, f"no {INDEX}"
     return DataError(
-        f"{directory}: not a prepared corpus (no {INDEX});"
-        f" make one with: peptrain data prepare TEXT --out {directory}"
+        f"{directory}: not a prepared corpus ({what}); make one with:"
+        f" peptrain data prepare {shlex.quote(str(text))} --out {shlex.quote(str(out))}"
     )
 
 

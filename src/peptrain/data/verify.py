@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from peptrain.data.index import TokenFile, damaged
+from peptrain.settings.fields import as_path
 
 ANNOUNCED_BYTES = 2 << 30  # one core hashes 1.1 GB/s and up, so less takes two seconds at most
 STAMPS = "verified"
@@ -19,10 +21,10 @@ log = logging.getLogger("peptrain")
 def cache_directory() -> Path:
     """Return $PEPTRAIN_CACHE, else $XDG_CACHE_HOME/peptrain, else ~/.cache/peptrain.
 
-    Raises OSError if the user has no home directory.
+    Raises OSError if the user has no home directory, ConfigError for a `~name` that nobody has.
     """
     if chosen := os.environ.get("PEPTRAIN_CACHE"):
-        return Path(chosen)
+        return as_path(chosen, "PEPTRAIN_CACHE")
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "peptrain"
     try:
@@ -61,7 +63,8 @@ def verify_shards(directory: Path, shards: Sequence[TokenFile], *, again: bool) 
         for check in checks:
             check.result()
     if stamp:
-        stamp.touch()
+        with contextlib.suppress(OSError):  # no room: verified again at the next start
+            stamp.touch()
 
 
 def _stamp(directory: Path, shards: Sequence[TokenFile]) -> Path | None:

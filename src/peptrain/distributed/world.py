@@ -7,22 +7,30 @@ import contextlib
 import gc
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peptrain.distributed.launch import TORCHRUN, launch
+from peptrain.distributed.launch import TORCHRUN, Launch, launch
 from peptrain.errors import PeptrainError, Unsupported
 
 log = logging.getLogger("peptrain")
 T = TypeVar("T")
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""Variables of torchrun, Slurm's srun, and MPI."""
+LAUNCHED, UNKNOWN = 300.0, 60.0
+"""Seconds to wait for the other processes, with and without such a variable."""
+ARRIVED = "peptrain/arrived"
+"""Key of the store: the number of processes that have connected."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def world(device: str = "auto") -> Iterator[World]:
         yield World(0, 1, here)
         return
     if not dist.is_initialized():
-        _meet("nccl" if on_gpu else "gloo", place.size)
+        _meet("nccl" if on_gpu else "gloo", place)
     with _lost_processes():
         yield World(dist.get_rank(), place.size, here)
 
@@ -166,16 +174,46 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _meet(backend: str, size: int) -> None:
-    """Join the process group. Raises Unsupported if the processes don't meet."""
+def _meet(backend: str, place: Launch) -> None:
+    """Join the process group. Raises Unsupported if the processes don't meet.
+
+    Variables that a launcher left behind promise processes that never come. PyTorch would wait for
+    10 to 30 minutes. Processes of a launcher start together and may import PyTorch from a slow
+    disk, so they are given 5 minutes. Where no launcher has left its mark, 60 s are enough.
+    """
+    limit = LAUNCHED if any(name in os.environ for name in LAUNCHERS) else UNKNOWN
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # perhaps left behind by another launcher
-        log.warning("WORLD_SIZE: waiting for %d processes at %s; %s", size, address, TORCHRUN)
+    others = f"for the other {place.size - 1} of {place.size} processes at {address}"
+    if limit == UNKNOWN:
+        log.warning("WORLD_SIZE: waiting up to %g s %s; %s", limit, others, TORCHRUN)
+    began = time.monotonic()
     try:
-        dist.init_process_group(backend)
-    except (RuntimeError, ValueError) as error:
+        meeting = dist.rendezvous(  # type: ignore[attr-defined]
+            "env://", timeout=timedelta(seconds=limit)
+        )
+        store, rank, size = next(meeting)
+        _arrive(store, size, began + limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        if time.monotonic() - began >= limit:
+            raise Unsupported(
+                f"WORLD_SIZE: waited {limit:g} s as RANK {place.rank} {others}; {TORCHRUN}"
+            ) from error
         raise Unsupported(
-            f"WORLD_SIZE: {size} processes did not meet at {address} ({_first_line(error)});"
-            f" {TORCHRUN}"
+            f"WORLD_SIZE: {place.size} processes did not meet at {address}"
+            f" ({_first_line(error)}); {TORCHRUN}"
         ) from error
     atexit.register(_leave)
+
+
+def _arrive(store: Any, size: int, until: float) -> None:
+    """Wait until all processes have arrived. Raises TimeoutError at the time `until`.
+
+    The store of torchrun answers the first process at once.
+    """
+    arrived = store.add(ARRIVED, 1)
+    while arrived < size:
+        if time.monotonic() >= until:
+            raise TimeoutError(f"{arrived} of {size} arrived")
+        time.sleep(0.1)
+        arrived = store.add(ARRIVED, 0)

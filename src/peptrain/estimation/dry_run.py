@@ -25,6 +25,7 @@ from peptrain.execution.attention import WHOLE_WINDOWS
 from peptrain.execution.counters import Assent, LiveBytes, MatrixShape, Products, touches_tensors
 from peptrain.execution.forward_backward import EagerSteps
 from peptrain.execution.padding import pad_mlps
+from peptrain.execution.prepare import prepare
 from peptrain.methods.base import Method
 from peptrain.models.hf import autocast, count_parameters
 from peptrain.models.sites import decoder_layers, find_sites, reparametrized
@@ -32,7 +33,6 @@ from peptrain.optim.adamw import clip_gradients
 from peptrain.rng import Rng
 from peptrain.runs.build import build, plain_model
 from peptrain.settings.fields import intervals
-from peptrain.training.state import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

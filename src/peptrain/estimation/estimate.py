@@ -13,8 +13,8 @@ from peptrain.estimation.dry_run import fake_tensors
 from peptrain.estimation.memory_fit import MemoryFit, Watch, fit
 from peptrain.estimation.phases import PhaseEstimate, PhaseEstimator
 from peptrain.methods.base import Method
+from peptrain.runs.init_from import with_inherited_model
 from peptrain.settings.fields import check, check_whole, each_line_once
-from peptrain.training.init_from import with_inherited_model
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip

@@ -11,7 +11,13 @@ import torch
 from peptrain.data import Corpus, default_corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import CheckpointError, DataError
-from peptrain.eval.perplexity import Evaluation, held_out_loss, held_out_loss_legacy
+from peptrain.eval.perplexity import (
+    Evaluation,
+    Watch,
+    held_out_loss,
+    held_out_loss_legacy,
+    unwatched,
+)
 from peptrain.models.hf import vocabulary_size
 from peptrain.runs.build import Opened, open_run
 from peptrain.runs.directory import RunDir
@@ -31,28 +37,35 @@ def evaluate(
     batch_size: int | None = None,
     legacy: bool = False,
     device: torch.device | str = "cpu",
+    watch: Watch = unwatched,
 ) -> Evaluation:
     """Evaluate the latest checkpoint of a run, or RUN@STEP, on the full held-out set.
 
     The precision is the run's. The model is the dense equivalent, or without one the run's own. The
     result is also appended to eval.json in the run directory. If that fails, a warning is logged.
 
-    data: a prepared corpus other than the run's own. legacy: divide by batches + 1 like the older
-    repositories. The result then depends on the batch size (theirs is at most 512). Raises
-    DataError for a corpus prepared with another tokenizer, whose ids stand for other words.
+    data: a prepared corpus other than the run's own. batch_size: windows per forward pass. legacy:
+    divide by batches + 1 like the older repositories. The result then depends on the batch size,
+    which is the run's micro-batch if unset (theirs is at most 512). watch:
+    called with the tokens predicted so far and in total. Raises DataError for a corpus prepared
+    with another tokenizer, whose ids stand for other words.
     """
     check_whole("--batch-size", batch_size, 1)
     opened = open_run(path)
     config, corpus = opened.config, corpus_of(opened, data)
     assert config.train.precision is not None
-    measure = held_out_loss_legacy if legacy else held_out_loss
-    result = measure(
-        opened.evaluated().to(device),  # type: ignore[arg-type]
-        corpus.held_out(),
-        seq_len=config.train.seq_len,
-        batch_size=batch_size or config.train.micro_batch or 1,
-        precision=config.train.precision,
-    )
+    model = opened.evaluated().to(device)  # type: ignore[arg-type]
+    held_out, seq_len, precision = corpus.held_out(), config.train.seq_len, config.train.precision
+    if legacy:
+        rows = batch_size or config.train.micro_batch or 1
+        result = held_out_loss_legacy(
+            model, held_out, seq_len=seq_len, batch_size=rows, precision=precision, watch=watch
+        )
+    else:
+        result = held_out_loss(
+            model, held_out, seq_len=seq_len, batch_size=batch_size, precision=precision,
+            watch=watch,
+        )  # fmt: skip
     _record(opened.run, opened.saved.step, corpus, result, legacy)
     return result
 

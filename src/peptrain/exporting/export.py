@@ -72,7 +72,9 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
             _check_free(out)
             temporary.replace(out)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"--out {out}: can't be written: {error}") from error
+        raise CheckpointError(
+            f"--out {out}: can't be written: {error}; choose another path"
+        ) from error
     return out
 
 

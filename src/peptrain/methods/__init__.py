@@ -21,6 +21,7 @@ from peptrain.methods.vera import VeRA as VeRA
 from peptrain.methods.hyperadapt import HyperAdapt as HyperAdapt
 from peptrain.methods.galore import GaLore as GaLore
 from peptrain.methods.sltrain import SLTrain as SLTrain
+from peptrain.settings.toml import untypable
 
 log = logging.getLogger("peptrain")
 
@@ -68,6 +69,12 @@ def _offered(entry: EntryPoint) -> type[Method] | None:
     if not (is_dataclass(cls) and isinstance(getattr(cls, "equation", None), str)):
         return _refuse(entry, "not a dataclass with an `equation`")
     try:
+        if (field := untypable(cls)) is not None:
+            return _refuse(
+                entry,
+                f"its field {field!r} must be a str, int, float, bool or Literal, perhaps | None,"
+                " because config.toml can't contain anything else",
+            )
         cls()
     except Exception as error:  # raised by the method's own checks
         return _refuse(entry, f"cannot be created with its defaults: {error}")

@@ -6,6 +6,8 @@ transformers is called through these functions alone.
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +20,7 @@ from torch import Tensor
 from peptrain.errors import DataError, PeptrainError, Unsupported
 from peptrain.files import read_json_object
 from peptrain.models.probe import leave_dense
+from peptrain.settings.fields import shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -26,6 +29,9 @@ log = logging.getLogger("peptrain")
 WEIGHTS, PICKLED = ".safetensors", ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 HUB_CODE = ("attn_implementation", "experts_implementation")
 """Keys of a config.json whose value may be the name of a kernel on the hub, such as "user/name"."""
+COUNT = re.compile(r"_?(num|n)_(\w+_)?(labels|layers?)")
+"""Keys of a config.json for each unit of which transformers adds to a list: num_hidden_layers."""
+MOST_OF_A_COUNT = 100_000
 LONGEST_REASON = 300
 """Characters of an error of transformers. Some list all models."""
 NEVER = "peptrain never runs code from a directory"
@@ -46,6 +52,7 @@ def load_config(path: Path, **overrides: Any) -> PretrainedConfig:
 
     file = path / "config.json" if path.is_dir() else path
     found = read_json_object(file)
+    _check_numbers(found)
     for key, value in _kernels(found):
         raise Unsupported(f"{file}: {key} {value!r} is code from elsewhere, and {NEVER}; remove it")
     own = found.get("auto_map")
@@ -166,6 +173,24 @@ def _needs_code(file: Path, own: object, why: str) -> Unsupported:
 def _say_whose_code(file: Path, kind: str) -> None:
     log.warning("%s: names code of its own (auto_map), but %s: the model is transformers' %r",
                 file, NEVER, kind)  # fmt: skip
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number with which transformers or PyTorch would never end.
+
+    Also in configurations within this one. Lists may contain Infinity, such as Mamba2's limits.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_numbers(value)
+        most = MOST_OF_A_COUNT if COUNT.fullmatch(key) else math.inf
+        for number in value if isinstance(value, list) else [value]:
+            finite = not isinstance(number, float) or abs(number) < math.inf
+            if not (finite or (isinstance(value, list) and not math.isnan(number))):
+                raise ValueError(f"{key}: must be a finite number (got {number})")
+            if type(number) is int and not -(2**63) <= number < min(2**63, most + 1):
+                wanted = "a number of 64 bits" if most == math.inf else f"<= {most}"
+                raise ValueError(f"{key}: must be {wanted} (got {shown(number)})")
 
 
 def _kernels(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:

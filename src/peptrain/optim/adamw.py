@@ -151,6 +151,13 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     return {"lr": groups[0]["lr"], **named}
 
 
+def check_group_names(optimizer: Optimizer) -> None:
+    """Raise ConfigError if two groups have the same name, since the rows would have one rate."""
+    names = [group["name"] for group in optimizer.param_groups if "name" in group]
+    for name in names:
+        check(names.count(name) == 1, "name of an optimizer group", name, "unique")
+
+
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
     """Return the global gradient norm and scale the gradients so that it is at most `clip`, unless
     `clip` is 0 or None. The returned norm is the one before scaling."""

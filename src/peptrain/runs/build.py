@@ -59,6 +59,8 @@ def build(
         seed_default(rng.integer("install", phase))
         config.method.install(model, sites, rng, phase)
     _check_dense_weights(config, model, phase)
+    if dense is not None:
+        _check_buffers(config, model, phase)
     return model
 
 
@@ -80,8 +82,34 @@ def _check_dense_weights(config: RunConfig[Method], model: PreTrainedModel, phas
         )
 
 
+def _check_buffers(config: RunConfig[Method], model: PreTrainedModel, phase: int) -> None:
+    """Raise Unsupported if a layer's buffer depends on trained weights.
+
+    Checkpoints contain no buffers, and a resume builds the layers from weights drawn again.
+    """
+    held = _buffers(model)
+    again = _buffers(build(config, phase)) if held else {}
+    for name, buffer in held.items():
+        if name not in again or not torch.equal(buffer, again[name]):
+            raise Unsupported(
+                f"method.name: {config.method.name}: the buffer {name} depends on the weights, and"
+                " checkpoints contain no buffers, so a resumed run would have another one; make it"
+                " nn.Parameter(..., requires_grad=False)"
+            )
+
+
+def _buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    layers = reparametrized(model)
+    return {f"{x.site}.{name}": buffer for x in layers for name, buffer in x.named_buffers()}
+
+
 def rebuild(config: RunConfig[Method], saved: Checkpoint, phase: int) -> PreTrainedModel:
     """Return the model of `phase` with the weights of a checkpoint of that or an earlier phase."""
+    if saved.phase > (last := len(config.method.phases(config.train.steps))):
+        raise CheckpointError(
+            f"the checkpoint of step {saved.step} is of phase {saved.phase}, but the last phase of"
+            f" {config.method.name} is {last}; its state.json was changed, or the method was"
+        )
     model = build(config, saved.phase)
     load_model(model, saved.model)
     return model if phase == saved.phase else build(config, phase, dense_state(model))
@@ -139,10 +167,11 @@ def run_config(run: RunDir, file: Path | None = None) -> RunConfig[Method]:
     return replace(config, model=replace(config.model, config=run.model_file))
 
 
-def read_run(path: Path) -> tuple[RunDir, RunConfig[Method], Checkpoint]:
-    """Read a run at its latest complete checkpoint, or RUN@STEP at that of the step.
+def checked_config(path: Path) -> tuple[RunDir, RunConfig[Method], Checkpoint | None]:
+    """Load the configuration of a run and its latest complete checkpoint, None before the first.
 
-    Raises CheckpointError if there is none, or if the configuration is not that of the checkpoint.
+    For RUN@STEP they are those of the step. Raises CheckpointError if no checkpoint of the step is
+    kept, or if the configuration is not that of the checkpoint.
     """
     path, step = at(path)
     run = RunDir.open(path)
@@ -152,9 +181,17 @@ def read_run(path: Path) -> tuple[RunDir, RunConfig[Method], Checkpoint]:
     elif (saved := latest(run.checkpoints)) is not None:
         file = config_file(run, saved.step)
     if saved is None:
-        raise CheckpointError(f"{path}: contains no checkpoint yet")
+        return run, run_config(run), None
     config = run_config(run, file)
     check_settings(saved, config, run.path)
+    return run, config, saved
+
+
+def read_run(path: Path) -> tuple[RunDir, RunConfig[Method], Checkpoint]:
+    """Do as `checked_config`, but raise CheckpointError for a run without a checkpoint."""
+    run, config, saved = checked_config(path)
+    if saved is None:
+        raise CheckpointError(f"{path}: contains no checkpoint yet")
     return run, config, saved
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from peptrain.errors import CheckpointError
 from peptrain.files import open_up, read_json_object, scratch, sha256sums
+from peptrain.settings.fields import shown
 
 log = logging.getLogger("peptrain")
 FORMAT = 2
@@ -146,6 +147,11 @@ def load_optimizer(
             kept = NUMBERS[kind](value.item()) if kind else value.clone().to(p.device)
             optimizer.state[p][part] = kept
     if same_phase:
+        if (there := len(saved.groups)) != (here := len(optimizer.param_groups)):
+            raise CheckpointError(
+                f"the optimizer's groups: {there} in the checkpoint of step {saved.step}, but"
+                f" {here} in this run; its {STATE} was changed, or the method was"
+            )
         for group, clocks in zip(optimizer.param_groups, saved.groups, strict=True):
             group.update(clocks)
 
@@ -290,6 +296,28 @@ def latest(directory: Path) -> Checkpoint | None:
     return None
 
 
+def _rules(path: Path, state: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Yield, for each value of a checkpoint's state, its key and whether it can be right."""
+
+    def counts(values: object) -> bool:
+        return isinstance(values, list) and all(map(_is_count, values))
+
+    step, groups = state["step"], state["groups"]
+    yield "step", _is_count(step) and path.name == f"step-{step:08d}"
+    yield "phase", _is_count(state["phase"])
+    yield "end", _is_count(state["end"])
+    sound = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+    yield "groups", sound and all(type(v) is int for group in groups for v in group.values())
+    yield "identity", isinstance(state["identity"], dict)
+    yield "state_bytes", counts(state.get("state_bytes", []))
+    yield "settings", isinstance(state.get("settings", {}), dict)
+    yield "rows", state.get("rows") is None or _is_count(state["rows"])
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
 class _Damaged(Exception):
     """A checkpoint is incomplete or differs from what was written."""
 
@@ -312,6 +340,9 @@ def read(path: Path) -> Checkpoint:
         sizes = tuple(state.get("state_bytes", ()))  # this and what follows is absent in 0.1.0
         settings, rows = state.get("settings", {}), state.get("rows")
         step, phase = state["step"], state["phase"]
+        for key, holds in _rules(path, state):
+            if not holds:
+                raise _Damaged(f"{STATE}: {key} is {shown(state.get(key))}")
         return Checkpoint(step, phase, model, moments, groups, identity, end, sizes, settings, rows)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _Damaged(str(error)) from error

@@ -323,4 +323,6 @@ def first_free(parent: Path, stem: str) -> Path:
 
 
 def _unwritable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"--run {path}: can't be written: {error.strerror}")
+    return CheckpointError(
+        f"--run {path}: can't be written: {error.strerror}; choose another directory"
+    )

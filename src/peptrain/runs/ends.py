@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from peptrain.config import RunConfig, dump, load
 from peptrain.errors import CheckpointError, ConfigError
-from peptrain.files import read_json_object, write_atomically
+from peptrain.files import read_json_object, scratch, write_atomically
 from peptrain.methods.base import Method
 from peptrain.optim.schedule import Schedule, ScheduleConfig, build
 from peptrain.runs.checkpoint import available, step_of
@@ -172,10 +173,19 @@ def _complete(run: RunDir) -> None:
         write_atomically(end / run.config_file.name, run.config_file.read_text(encoding="utf-8"))
         write_atomically(end / run.metrics_file.name, run.rows_after(start))
         for path in available(run.checkpoints):
+            moved = end / run.checkpoints.name / path.name
             if step_of(path) > start:
-                path.replace(end / run.checkpoints.name / path.name)
+                path.replace(moved)
+            elif step_of(path) == record["step"] and not moved.exists():
+                _copy(path, moved)  # the longer run continues from it
         write_atomically(run.config_file, record["config"])
     pending.replace(end / RECORD)
+
+
+def _copy(path: Path, to: Path) -> None:
+    with scratch(to) as temporary:
+        shutil.copytree(path, temporary, dirs_exist_ok=True)
+        temporary.replace(to)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -12,10 +12,12 @@ because those of two machines may differ.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,7 +78,10 @@ def lock(path: Path, busy: Callable[[str], str], wait: float = 0.0) -> Iterator[
                 raise CheckpointError(busy(str(_holder(path) or "another process")))
             time.sleep(POLL)
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be written: {error.strerror}") from error
+        raise CheckpointError(
+            f"{path}: can't be written: {error.strerror}; make its directory writable, or copy that"
+            " to another place"
+        ) from error
     done = threading.Event()
     beat = threading.Thread(target=_renew, args=(descriptor, done), daemon=True)
     beat.start()
@@ -105,7 +110,8 @@ def _take(path: Path, me: Holder) -> int | None:
             if not is_open_file(path, descriptor):
                 continue
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, me.line.encode(), 0)
+            if os.pwrite(descriptor, line := me.line.encode(), 0) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if not new and not (flocked and before and before.boot == me.boot):
                 time.sleep(SETTLE)  # another process may be taking it over, where flock fails
             taken = _holder(path) == me
@@ -122,7 +128,11 @@ def _open(path: Path) -> tuple[int, bool]:
         with contextlib.suppress(FileExistsError):
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), True
         with contextlib.suppress(FileNotFoundError):  # removed by its holder since
-            return os.open(path, flags), False
+            descriptor = os.open(path, flags)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor, False
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file")  # to read a pipe would take forever
 
 
 def _dead(path: Path, holder: Holder | None, flocked: bool) -> bool:

@@ -22,7 +22,7 @@ def at(path: Path) -> tuple[Path, int | None]:
 
 
 def chosen(path: Path, step: str | None) -> list[Path]:
-    """Return RUN@STEP for the value of --step: a step, or all that are kept; None for RUN itself."""
+    """Return RUN@STEP for the value of --step: a step, or all that are kept. None is RUN itself."""
     if step is None:
         return [path]
     _, already = at(path)

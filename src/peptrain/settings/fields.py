@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, field, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
 from peptrain.errors import ConfigError
@@ -53,6 +54,19 @@ def check_positive(key: str, value: float | None, *, or_zero: bool = False) -> N
     fits = value is None or 0 < value < math.inf or (or_zero and value == 0)
     check(fits, key, value, f"a finite number {'>= 0' if or_zero else '> 0'}")
     check(value is None or value <= LARGEST, key, value, f"<= {LARGEST}")
+
+
+def as_path(text: str, key: str = "path") -> Path:
+    """Return `text` as a path, with `~` and `~user` expanded.
+
+    Raises ConfigError, which names `key`, for a text that can't be a path.
+    """
+    if not text or "\0" in text:
+        raise ConfigError(f"{key}: must be a path (got {text!r})")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: {text!r}: {error}; write the complete path") from error
 
 
 LONGEST_NAME = 100

@@ -14,13 +14,15 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from peptrain.errors import ConfigError
-from peptrain.settings.fields import check, nearest, shown
+from peptrain.settings.fields import as_path, check, nearest, shown
 
 T = TypeVar("T")
 HEADER = "recipe"
 """The table with the description of a file, such as a recipe's title and source."""
 LARGEST_FILE = 1 << 20
 """Bytes. The largest recipe has 3,000."""
+LEAVES = (str, int, float, bool)
+"""Types of settings, apart from paths."""
 DEEPEST = 32
 """Levels of tables and lists in a file. A grid has 4."""
 
@@ -71,19 +73,6 @@ def _check_depth(table: dict[str, Any]) -> None:
         raise RecursionError
 
 
-def as_path(text: str, key: str = "path") -> Path:
-    """Return `text` as a path, with `~` and `~user` expanded.
-
-    Raises ConfigError, which names `key`, for a text that can't be a path.
-    """
-    if not text or "\0" in text:
-        raise ConfigError(f"{key}: must be a path (got {text!r})")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{key}: {text!r}: {error}; write the complete path") from error
-
-
 def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
     """Return a `cls` with the values of `table`. Every key must be a field of the right type."""
     hints = get_type_hints(cls)
@@ -94,6 +83,20 @@ def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
     return cls(
         **{key: parse_value(hints[key], value, prefix + key) for key, value in table.items()}
     )
+
+
+def untypable(cls: type) -> str | None:
+    """Return the name of a field of a dataclass whose type no TOML value has, None if all do."""
+    hints = get_type_hints(cls)
+    return next((f.name for f in fields(cls) if not _typable(hints[f.name])), None)
+
+
+def _typable(hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return all(option is type(None) or _typable(option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return all(type(choice) in LEAVES for choice in get_args(hint))
+    return hint in (*LEAVES, Path)
 
 
 def unknown(key: str, known: Sequence[str], prefix: str = "", owner: str = "") -> str:
@@ -172,6 +175,8 @@ def _leaves(
         unsaid = value is None and leaf.metadata.get("before") is not None
         assert not unsaid, f"{leaf.name}: None would be read as {leaf.metadata['before']!r}"
         if not is_dataclass(value) and not leave_out(leaf, value):
+            check(isinstance(value, (*LEAVES, Path)), f"{prefix}{leaf.name}", value,
+                  "a string, a number, true or false, or config.toml can't contain it")  # fmt: skip
             try:
                 text = _literal(value)
                 text.encode()

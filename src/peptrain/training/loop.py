@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,33 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peptrain.config import RunConfig, dump, resolved
+from peptrain.config import RunConfig, resolved
 from peptrain.data import Corpus, default_corpus
+from peptrain.display.training import observing
 from peptrain.distributed.world import World, world
-from peptrain.errors import CheckpointError, Diverged, Interrupted
+from peptrain.errors import Diverged, Interrupted
 from peptrain.eval.perplexity import Evaluation, held_out_loss
 from peptrain.methods.base import Method, Metrics
-from peptrain.models.hf import config_file, count_parameters
+from peptrain.models.hf import count_parameters
 from peptrain.models.probe import check_causal
 from peptrain.optim.adamw import clip_gradients, learning_rates, set_lr, state_bytes
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.rng import Rng, seed_default
 from peptrain.runs import checkpoint
 from peptrain.runs.build import run_config
-from peptrain.runs.directory import RunDir, first_free
-from peptrain.runs.ends import config_file as config_file_at
+from peptrain.runs.directory import RunDir
 from peptrain.runs.ends import lengthen
 from peptrain.runs.environment import record_environment
-from peptrain.runs.identity import check_settings, identity_of, other_settings
+from peptrain.runs.identity import identity_of
+from peptrain.runs.init_from import with_inherited_model
 from peptrain.runs.select import at
-from peptrain.runs.tokenizer import restore_run_tokenizer, write_run_tokenizer
-from peptrain.training.init_from import (
-    branching_point,
-    compare_tokenizers,
-    with_inherited_model,
-)
+from peptrain.runs.tokenizer import restore_run_tokenizer
+from peptrain.training.begin import create_run, first_checkpoint, how_to_resume, to_resume
 from peptrain.training.instruments import Instrument, instrument
 from peptrain.training.metrics import MetricsLog, Observer, silent
+from peptrain.training.result import Result
 from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
 from peptrain.training.state import (
     TrainState,
@@ -56,25 +52,10 @@ from peptrain.training.state import (
 log = logging.getLogger("peptrain")
 
 
-@dataclass(frozen=True)
-class Result:
-    """Summary of a finished run. Everything else is in the run directory."""
-
-    run: Path
-    held_out: Evaluation
-    parameters: int
-    trainable: int
-    """Trainable parameters in the last phase."""
-    state_bytes: int
-    """Bytes of the optimizer's moments, in the phase that needs the most."""
-    tokens_per_second: float
-    peak_bytes: int
-    """Peak GPU memory reserved by PyTorch, 0 on a CPU. Reserved and not allocated memory, because
-    that of a captured CUDA graph does not count as allocated."""
-
-
-def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
+def train(config: RunConfig[Any], observe: Observer = silent, *, show: bool = False) -> Result:
     """Train the model described by `config` to the last step, in a new run directory.
+
+    observe: called with every row of metrics. show: print the progress that the command prints.
 
     Raises ConfigError, DataError or Unsupported before anything is written. Two cases of
     Unsupported appear only during training: a CUDA graph that cannot be captured, and metrics of
@@ -82,7 +63,11 @@ def train(config: RunConfig[Any], observe: Observer = silent) -> Result:
     disk is full, Diverged when the loss is not finite, Interrupted after a
     signal (`stop_on_signals`).
     """
-    with world(config.train.device) as here, contextlib.ExitStack() as held:
+    with (
+        observing(observe, show) as observe,
+        world(config.train.device) as here,
+        contextlib.ExitStack() as held,
+    ):
         config = resolved(
             with_inherited_model(config), world_size=here.size, on_gpu=here.device.type == "cuda"
         )
@@ -95,29 +80,24 @@ def resume(
     *,
     steps: int | None = None,
     schedule: ScheduleConfig | None = None,
+    show: bool = False,
 ) -> Result:
     """Resume the run in `path` from its latest complete checkpoint, or from step 0 without one.
 
     On a CPU the result is bit for bit that of an uninterrupted run. With `steps` the run gets that
     many, and with `schedule` those of its settings that are not None (`lengthen` says from which
-    step, and what becomes of the old end). Raises CheckpointError while another process trains the
-    run, and otherwise what `train` raises.
+    step, and what becomes of the old end). observe, show: those of `train`. Raises CheckpointError
+    while another process trains the run, and otherwise what `train` raises.
     """
-    run = _whole(path)
-    with world(run_config(run).train.device) as here, contextlib.ExitStack() as held:
+    run = to_resume(path)
+    with (
+        observing(observe, show) as observe,
+        world(run_config(run).train.device) as here,
+        contextlib.ExitStack() as held,
+    ):
         here.on_main(lambda: held.enter_context(run.lock()))
         here.on_main(lambda: lengthen(run, steps, schedule))
         return _train(run_config(run), run, here, observe, held)
-
-
-def _whole(path: Path) -> RunDir:
-    directory, step = at(path)
-    if step is not None:
-        raise CheckpointError(
-            f"{path}: a run is resumed from its latest checkpoint; resume {directory}, or start a"
-            f" new run from step {step} with `peptrain train METHOD --continue-from {path}`"
-        )
-    return RunDir.open(directory)
 
 
 def _train(
@@ -128,23 +108,19 @@ def _train(
     held: contextlib.ExitStack,
 ) -> Result:
     stop = held.enter_context(stop_on_signals())
-    stop.at_once = "stopped before the first step" + (f"; {_again(run)}" if run else "")
+    stop.at_once = "stopped before the first step" + (f"; {how_to_resume(run)}" if run else "")
     path, again = config.data.path, run is not None  # a resume verifies the shards again
     corpus = Corpus.open(path, verify_again=again) if path else default_corpus(verify_again=again)
     check_corpus(corpus, config)
     identity = identity_of(config, corpus.fingerprint)
     check_ranks(config, identity, here)
-    saved = _beginning(config, run, identity)
+    saved = first_checkpoint(config, run, identity)
     state = restore(config, saved, here)
     check_vocabulary(state.model, corpus)
     if config.model.config is not None:
         check_causal(state.model)
     if run is None:
-        if not config.method.has_dense_equivalent:
-            log.warning("%s has no dense equivalent: eval runs the model itself, and `peptrain"
-                        " export` needs --form factorised", config.method.name)  # fmt: skip
-        compare_tokenizers(config, corpus)
-        run = _create(config, corpus, here, held, saved)
+        run = create_run(config, corpus, here, held, saved)
     elif here.main:
         restore_run_tokenizer(run, corpus)
     tokens_per_step = config.train.batch_size * config.train.seq_len
@@ -172,8 +148,8 @@ def _train(
             _announce(state, metrics_log)
             metrics_log.pause()
             _loop(config, state, corpus, run, metrics_log, stop, identity, tool)
-        stop.at_once = f"stopped before the end of the last evaluation; {_again(run)}"
-        held_out = _evaluate(config, state, corpus, run, here, limit=0)
+        stop.at_once = f"stopped before the end of the last evaluation; {how_to_resume(run)}"
+        held_out = _evaluate(config, state, corpus, run, metrics_log, limit=0)
     except Diverged as error:
         metrics_log.write("diverged", step=state.step, error=str(error))
         raise
@@ -182,19 +158,6 @@ def _train(
     sizes = {"parameters": result.parameters, "trainable": result.trainable}
     metrics_log.end(state.step, held_out, **sizes, state_bytes=result.state_bytes)
     return result
-
-
-def _beginning(
-    config: RunConfig[Method], run: RunDir | None, identity: Mapping[str, Any]
-) -> checkpoint.Checkpoint | None:
-    """Return the checkpoint to continue from: the run's latest, or that of another run, if any."""
-    if run is None:
-        return None if config.continue_from is None else branching_point(config, identity)
-    saved = checkpoint.latest(run.checkpoints)
-    if saved is not None:
-        then = run_config(run, config_file_at(run, saved.step))
-        check_settings(saved, then, run.path, identity)
-    return saved
 
 
 def _save(
@@ -257,19 +220,15 @@ def _loop(
             metrics_log.observation(t.observe, state.step, measure)
         if evaluating:
             assert t.eval_tokens is not None
-            held_out = _evaluate(config, state, corpus, run, here, limit=t.eval_tokens)
+            held_out = _evaluate(config, state, corpus, run, metrics_log, limit=t.eval_tokens)
             metrics_log.evaluation(state.step, held_out)
         if saving:
             _save(state, run, here, identity, metrics_log)
         if saving or evaluating or observing:
             metrics_log.pause()
         if stopping and state.step < t.steps:
-            said = f"stopped and saved at step {state.step} of {t.steps}; {_again(run)}"
+            said = f"stopped and saved at step {state.step} of {t.steps}; {how_to_resume(run)}"
             raise Interrupted(said, stopping)
-
-
-def _again(run: RunDir) -> str:
-    return f"resume with `peptrain resume {run.path}`"
 
 
 def advance(
@@ -341,67 +300,26 @@ def _evaluate(
     state: TrainState,
     corpus: Corpus,
     run: RunDir,
-    here: World,
+    metrics_log: MetricsLog,
     limit: int,
 ) -> Evaluation:
     """Return the held-out loss. Raises Diverged, on every process, if it is not finite."""
     t = config.train
-    assert t.micro_batch is not None and t.precision is not None
+    assert t.precision is not None
     held_out = held_out_loss(
         state.model,
         corpus.held_out(),
         seq_len=t.seq_len,
-        batch_size=t.micro_batch,
         precision=t.precision,
-        world=here,
+        world=metrics_log.world,
         limit=limit,
+        watch=metrics_log.evaluating(state.step),
     )
     if not math.isfinite(held_out.loss):
         lr = state.optimizer.param_groups[0]["lr"]
         what = f"step {state.step}: the held-out loss is {held_out.loss}"
         raise diverged(f"{what} at a learning rate of {lr:.3g}", run)
     return held_out
-
-
-def _create(
-    config: RunConfig[Method],
-    corpus: Corpus,
-    here: World,
-    held: contextlib.ExitStack,
-    saved: checkpoint.Checkpoint | None,
-) -> RunDir:
-    """Create the run directory, with the checkpoint of another run to continue from, if any.
-
-    Its lock is released when `held` is closed.
-    """
-    path = config.run
-
-    def make() -> None:
-        nonlocal path
-        path = path or first_free(Path("runs"), config.method.name)
-        text = dump(config)
-        fill = partial(_first_files, config=config, corpus=corpus, saved=saved)
-        held.enter_context(RunDir.create(path, text, fill))
-
-    here.on_main(make)
-    path = here.agree(path)
-    assert path is not None
-    return RunDir(path)
-
-
-def _first_files(
-    run: RunDir,
-    config: RunConfig[Method],
-    corpus: Corpus,
-    saved: checkpoint.Checkpoint | None,
-) -> None:
-    """Write what else resume, eval and export need besides their checkpoints and the corpus."""
-    write_run_tokenizer(run, corpus)
-    if saved is not None:
-        own = replace(saved, settings=other_settings(config), rows=0)
-        checkpoint.save(run.checkpoints, own, checkpoint.Keep(1))
-    if file := config_file(config.model):
-        shutil.copyfile(file, run.model_file)
 
 
 def _start(

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from peptrain.distributed.world import World
 from peptrain.errors import Diverged, Unsupported
-from peptrain.eval.perplexity import Evaluation
+from peptrain.eval.perplexity import Evaluation, Watch
 from peptrain.runs.directory import RunDir
 
 log = logging.getLogger("peptrain")
 
 Observer = Callable[[Mapping[str, Any]], None]
 """Called on rank 0 with one row per event. Its "event" is start, step, eval, checkpoint, phase,
-end, diverged or the value of `train.observe`. An observer cannot influence the training."""
+end, diverged or the value of `train.observe`; start is not in metrics.jsonl. "evaluating" is not
+either, and comes after each forward pass of an evaluation, with `tokens_done` and `tokens_total`.
+An observer cannot influence the training."""
 
 
 MEASURED = (
@@ -147,6 +149,16 @@ class MetricsLog:
         self._observe_seconds += time.perf_counter() - begin
         for row in found:
             self.write(event, step=step, **row)
+
+    def evaluating(self, step: int) -> Watch:
+        """Return a callback that tells the observer how far the evaluation at `step` is."""
+
+        def watch(done: int, total: int) -> None:
+            row = {"event": "evaluating", "step": step, "tokens_done": done, "tokens_total": total}
+            if self.world.main:
+                self.observe(row)
+
+        return watch
 
     def evaluation(self, step: int, held_out: Evaluation) -> None:
         """Write a row for an evaluation during training."""

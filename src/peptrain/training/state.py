@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -17,19 +17,11 @@ from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError, ConfigError, DataError, Diverged
-from peptrain.execution.attention import attend_without_masks
-from peptrain.execution.compile import checkpoint_activations, compile_layers
-from peptrain.execution.forward_backward import (
-    ForwardBackward,
-    make_forward_backward,
-    uses_cuda_graph,
-    uses_triton,
-)
-from peptrain.execution.loss import NextTokenLoss
-from peptrain.execution.padding import pad_mlps
+from peptrain.execution.forward_backward import ForwardBackward
+from peptrain.execution.prepare import prepare
 from peptrain.methods.base import Method
 from peptrain.models.hf import vocabulary_size
-from peptrain.models.sites import find_sites
+from peptrain.models.sites import reparametrized
 from peptrain.ops.checksum import checksum
 from peptrain.optim import schedule
 from peptrain.optim.adamw import state_bytes
@@ -40,7 +32,7 @@ from peptrain.runs.build import build, phase_at, rebuild
 from peptrain.runs.directory import RunDir
 from peptrain.runs.ends import stable_steps
 from peptrain.runs.identity import other_settings
-from peptrain.training.init_from import initial_weights
+from peptrain.runs.init_from import initial_weights
 
 
 @dataclass
@@ -67,6 +59,8 @@ class TrainState:
     """Rows of metrics when the latest checkpoint was written, if it is known."""
     keep: checkpoint.Keep = field(default_factory=lambda: checkpoint.Keep(1))
     """Which checkpoints are not deleted."""
+    built: Mapping[str, Any] = field(default_factory=dict)
+    """What a resume builds again (`rebuilt`), as it was built."""
 
 
 def restore(
@@ -84,6 +78,7 @@ def restore(
     else:
         model = build(config, phase, initial_weights(config))
     optimizer, forward_backward = prepare(model, config, here, phase)
+    built = rebuilt(model, optimizer)
     if saved:
         checkpoint.load_optimizer(model, optimizer, saved, same_phase=not entered)
         if entered:
@@ -96,38 +91,13 @@ def restore(
     known = saved.rows if saved else None
     return TrainState(
         model, forward_backward, optimizer, moves, phase, step, end, entered, sizes,
-        other_settings(config), known, keep_of(config),
+        other_settings(config), known, keep_of(config), built,
     )  # fmt: skip
 
 
 def keep_of(config: RunConfig[Method]) -> checkpoint.Keep:
     """Return which checkpoints of a run are not deleted."""
     return checkpoint.Keep(config.train.keep, config.train.keeps, stable_steps(config))
-
-
-def prepare(
-    model: PreTrainedModel, config: RunConfig[Method], here: World, phase: int
-) -> tuple[Optimizer, ForwardBackward]:
-    """Move the model to its device, apply kernels and compilation, create the optimizer."""
-    t = config.train
-    assert t.precision is not None
-    if model.device != here.device:
-        model.to(here.device)  # type: ignore[arg-type]
-    model.train()
-    on_gpu = here.device.type == "cuda"
-    maskless = on_gpu and attend_without_masks(model, t.seq_len)
-    recorded = uses_cuda_graph(t.cuda_graph, t.compile and maskless, here)
-    if uses_triton(t.kernels, t.precision, here.device, recorded=recorded):
-        config.method.fuse(model)
-    if on_gpu:
-        pad_mlps(model)
-    if t.checkpoint_activations:
-        checkpoint_activations(model)
-    if t.compile:
-        compile_layers(model, t.memory_budget)
-    optimizer = config.method.optimizer(model, find_sites(model), config.optim, phase)
-    loss = here.parallelize(NextTokenLoss(model, compile=t.compile))
-    return optimizer, make_forward_backward(loss, t.precision, here, recorded=recorded)
 
 
 def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: World) -> None:
@@ -176,6 +146,7 @@ def save(state: TrainState, run: RunDir, here: World, identity: Mapping[str, Any
     CheckpointError, on every rank, if the replicas differ.
     """
     check_replicas(state, run, here)
+    check_rebuilt(state)
     earlier = (*state.state_bytes, *[0] * state.phase)[: state.phase]
     state.state_bytes = (*earlier, state_bytes(state.optimizer))
 
@@ -200,6 +171,40 @@ def save(state: TrainState, run: RunDir, here: World, identity: Mapping[str, Any
         checkpoint.save(run.checkpoints, captured, state.keep)
 
     here.on_main(write)
+
+
+def rebuilt(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return, by name, what a checkpoint does not contain because a resume builds it again.
+
+    That is the buffers of the method's layers, as checksums, and the settings of the optimizer's
+    groups that are not integers, apart from the learning rate, which follows from the step.
+    """
+    groups = optimizer.param_groups
+    found: dict[str, Any] = {"the number of the optimizer's groups": len(groups)}
+    for number, group in enumerate(groups):
+        for key, value in group.items():
+            if type(value) is not int and key not in ("params", "lr", "initial_lr"):
+                found[f"{key!r} of the optimizer's group {number}"] = _comparable(value)
+    for layer in reparametrized(model):
+        for name, buffer in layer.named_buffers():
+            found[f"the buffer {layer.site}.{name}"] = _comparable(buffer)
+    return found
+
+
+def _comparable(value: Any) -> Any:
+    return int(checksum(value)) if isinstance(value, Tensor) else value
+
+
+def check_rebuilt(state: TrainState) -> None:
+    """Raise CheckpointError if something has changed that a resume would not restore."""
+    now = rebuilt(state.model, state.optimizer)
+    for name in [*state.built, *(now.keys() - state.built.keys())]:
+        if now.get(name) != state.built.get(name):
+            raise CheckpointError(
+                f"step {state.step}: {name} has changed, and a resumed run would not have the new"
+                " value; keep it in a parameter, in the optimizer's state of one, or as an integer"
+                " in a group"
+            )
 
 
 def check_replicas(state: TrainState, run: RunDir, here: World) -> None:

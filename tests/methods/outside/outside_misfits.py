@@ -36,3 +36,12 @@ class Impostor(Method):
 
     name = "bpt"
     equation = "W"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed(Method):
+    """A setting that no flag and no configuration file has."""
+
+    name = "listed"
+    equation = "W"
+    sizes: tuple[int | None, ...] = (1, None)

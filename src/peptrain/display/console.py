@@ -1,4 +1,4 @@
-"""The terminal: what the command prints, and what happens when nobody can read it."""
+"""The console that everything is printed on, and what happens when nobody can read it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import TextIO
 
-from rich.logging import RichHandler
+import rich.console
 from rich.table import Table
+from rich.text import Text
 
-from peptrain.cli.terminal import Console, OneLine
+from peptrain.display.terminal import Console, escaped, one_line
 from peptrain.distributed.launch import speaks
 
 
@@ -105,12 +108,48 @@ def may_be_lost() -> Iterator[None]:
 
 
 def make(display: Display, *, quiet: bool = False, width: int | None = None) -> Console:
-    """Return a console on `display`."""
-    return Console(file=display, emoji=False, quiet=quiet, width=width)  # type: ignore[arg-type]
+    """Return a console on `display`.
+
+    In a notebook it is no terminal: what `!peptrain` prints there goes through a terminal of
+    Jupyter's, and what Python prints would become HTML.
+    """
+    plain = False if "JPY_PARENT_PID" in os.environ else None
+    return Console(
+        file=display,  # type: ignore[arg-type]
+        emoji=False,
+        quiet=quiet,
+        width=width,
+        force_terminal=plain,
+        force_jupyter=False,
+    )
 
 
 console = make(stdout, quiet=not speaks())
 """Only rank 0 prints. Errors are printed by every rank, to stderr."""
+
+
+def say(
+    text: str, *, to: rich.console.Console | None = None, lead: str = "", style: str = ""
+) -> None:
+    """Print sentences, in lines that end between words on a terminal, and unbroken elsewhere.
+
+    A command in backticks is never broken, nor is a path, so both can be copied. lead: what comes
+    before the text, in `style`.
+    """
+    on = console if to is None else to
+    text = lead + escaped(text)
+    if on.is_terminal:
+        text = "\n".join(wrapped(line, on.width) for line in text.split("\n"))
+    shown = Text(text)
+    shown.stylize(style, 0, len(lead) or None)
+    on.print(shown, soft_wrap=True)
+
+
+def wrapped(line: str, width: int, whole: str = "`[^`]+`") -> str:
+    """Break `line` between words, but not within what the pattern `whole` matches."""
+    held = re.sub(whole, lambda found: found[0].replace(" ", "\0"), line)
+    lines = textwrap.wrap(held, width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
 
 
 def print_wide(table: Table) -> None:
@@ -125,10 +164,22 @@ def silence_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
+class LogHandler(logging.Handler):
+    """Print each message of a log on `console`, as one line where that is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the message of `record` after its level."""
+        warns = record.levelno >= logging.WARNING
+        lead, style = f"{record.levelname} ", "yellow" if warns else "blue"
+        say(one_line(record.getMessage()), to=self.console, lead=lead, style=style)
+
+
 def log_on(console: Console) -> None:
-    """Print peptrain's log on `console`, each message on one line."""
-    handler = RichHandler(console=console, show_time=False, show_path=False)
-    handler.setFormatter(OneLine())
+    """Print peptrain's log on `console`."""
     log = logging.getLogger("peptrain")
-    log.handlers[:] = [handler]
+    log.handlers[:] = [LogHandler(console)]
     log.setLevel(logging.INFO)

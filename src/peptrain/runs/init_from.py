@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peptrain.config import RunConfig
 from peptrain.data import Corpus
+from peptrain.data.index import INDEX, Index
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.methods.base import Method
@@ -21,14 +22,15 @@ from peptrain.methods.targets import TargetedMethod
 from peptrain.models.auto import load_model
 from peptrain.models.dense import dense_state
 from peptrain.models.hf import ModelConfig, dtype_of, hf_config
+from peptrain.models.presets import DEFAULT_PRESET, PRESETS
 from peptrain.runs import checkpoint
 from peptrain.runs.build import open_run, plain_model, read_run, run_config
 from peptrain.runs.directory import RunDir
 from peptrain.runs.identity import check_continued
+from peptrain.runs.match_size import matched
 from peptrain.runs.select import at, find
 from peptrain.runs.tokenizer import load_run_tokenizer
 from peptrain.settings.fields import check
-from peptrain.training.match_size import matched
 
 log = logging.getLogger("peptrain")
 ADVICE = "leave out all model settings to use the model of init_from"
@@ -39,7 +41,8 @@ def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
 
     With `match_trainable` it is a model shrunk to match another run. With `init_from` or
     `continue_from`, and if `config` sets no model itself, it is the model of those weights. The
-    step of `continue_from` is filled in too.
+    step of `continue_from` is filled in too. Without these it has the vocabulary of the corpus,
+    unless `config` names a preset, a config.json or a vocabulary.
     """
     if config.continue_from is not None:
         return _continuing(config, config.continue_from)
@@ -52,8 +55,24 @@ def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
                 "method.train_rest: false leaves embeddings and head at their random initial"
                 " values; start from trained weights with --init-from"
             )
-        return config
+        return _with_vocabulary(config)
     return replace(config, model=_model_of(path)) if config.model == ModelConfig() else config
+
+
+def _with_vocabulary(config: RunConfig[Any]) -> RunConfig[Any]:
+    """Return `config` with the vocabulary of its corpus, if that is prepared and not the preset's.
+
+    Where it is the preset's, as that of the default corpus is, vocab_size stays unset, so that the
+    runs of a grid keep the names that 0.1.0 gave them.
+    """
+    model, path = config.model, config.data.path
+    given = model.preset or model.config or model.vocab_size
+    if path is None or given or not (path / INDEX).is_file():
+        return config
+    size = Index.load(path).vocab_size
+    if size == PRESETS[DEFAULT_PRESET].V:
+        return config
+    return replace(config, model=replace(model, vocab_size=size))
 
 
 def _continuing(config: RunConfig[Any], path: Path) -> RunConfig[Any]:
@@ -148,8 +167,13 @@ def _model_of(path: Path) -> ModelConfig:
 
 
 def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
-    """Warn when the initial weights were trained with a tokenizer other than the corpus's."""
+    """Warn when the initial weights were trained with a tokenizer other than the corpus's.
+
+    Without initial weights, warn when a preset's vocabulary is larger than the corpus's.
+    """
     if (path := config.init_from) is None:
+        if config.data.path is not None:  # the default preset is made for the default corpus
+            _compare_vocabularies(config.model, corpus)
         return
     run = RunDir(at(path)[0])
     file = (run.tokenizer if _is_run(path) else path) / "tokenizer.json"
@@ -163,6 +187,17 @@ def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
         log.warning(
             "init_from: the tokenizer of %s differs from that of %s, so token ids do not match the"
             " weights; prepare the data with --tokenizer %s", path, corpus.path, file,
+        )  # fmt: skip
+
+
+def _compare_vocabularies(model: ModelConfig, corpus: Corpus) -> None:
+    if model.config is not None or model.vocab_size is not None or model.preset is None:
+        return
+    if (size := PRESETS[model.preset].V) > corpus.vocab_size:
+        log.warning(
+            "model.preset %s: has a vocabulary of %s, of which %s uses %s; --model.vocab-size %d"
+            " leaves out the rest", model.preset, f"{size:,}", corpus.path,
+            f"{corpus.vocab_size:,}", corpus.vocab_size,
         )  # fmt: skip
 
 

@@ -17,10 +17,10 @@ from peptrain.methods.bpt import BPT
 from peptrain.methods.full import Full
 from peptrain.models.hf import ModelConfig, hf_config
 from peptrain.models.presets import PRESETS
+from peptrain.runs import match_size as control
+from peptrain.runs.match_size import matched, trained_by
 from peptrain.testing import MODEL
-from peptrain.training import match_size as control
 from peptrain.training.loop import train
-from peptrain.training.match_size import matched, trained_by
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -112,3 +112,15 @@ def test_what_can_not_be_a_control_is_refused(corpus: Path, tmp_path: Path) -> N
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             matched(replace(config, **wrong))
+
+
+def test_a_run_whose_settings_were_edited_is_refused(corpus: Path, tmp_path: Path) -> None:
+    steps = {"steps": 1, "checkpoint_every": 1}
+    train(tiny("lowrank", corpus, tmp_path / "run", model=SMALL, train=steps))
+    alone = replace(tiny("full", corpus), model=ModelConfig(), match_trainable=tmp_path / "run")
+    matched(alone)
+    file = tmp_path / "run" / "config.toml"
+    assert "rank = 2\n" in file.read_text()
+    file.write_text(file.read_text().replace("rank = 2\n", "rank = 1\n"))
+    with pytest.raises(CheckpointError, match=r"method\.rank"):
+        matched(alone)

@@ -31,8 +31,8 @@ from peptrain.models.hf import ModelConfig
 from peptrain.models.sites import reparametrized
 from peptrain.runs.build import build, open_run, plain_model
 from peptrain.runs.directory import RunDir
+from peptrain.runs.init_from import initial_weights, with_inherited_model
 from peptrain.testing import MODEL, differences, losses, newest
-from peptrain.training.init_from import initial_weights, with_inherited_model
 from peptrain.training.loop import resume, train
 
 KEEP_THE_FUNCTION = ["full", "bpt", "lora", "relora", "dora", "vera", "hyperadapt"]

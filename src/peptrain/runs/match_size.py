@@ -18,8 +18,7 @@ from peptrain.methods.full import Full
 from peptrain.models.hf import ModelConfig, build_model, count_parameters, hf_config
 from peptrain.models.sites import decoder_layers, find_sites
 from peptrain.rng import Rng
-from peptrain.runs.build import run_config
-from peptrain.runs.directory import RunDir
+from peptrain.runs.build import checked_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +48,7 @@ def matched(config: RunConfig[Any]) -> RunConfig[Any]:
     depths, the one with f / d and d / L nearest to those of the full-size model is chosen.
 
     Raises ConfigError for another method than full, together with init_from, and when no smaller
-    model has that number of parameters.
+    model has that number of parameters; CheckpointError if the other run's config.toml was edited.
     """
     path = config.match_trainable
     assert path is not None
@@ -62,7 +61,7 @@ def matched(config: RunConfig[Any]) -> RunConfig[Any]:
             f"match_trainable: {path}: shrinks the model, so it cannot be combined with init_from"
             f" {config.init_from}; leave out one of the two"
         )
-    other = run_config(RunDir.open(path))
+    _, other, _ = checked_config(path)
     whole = other.model if config.model == ModelConfig() else config.model
     wanted = trained_by(other)
     best = _nearest(whole, config.train.seq_len, wanted, path)

@@ -1,8 +1,7 @@
-"""The console of the command, which shows control characters in names and texts escaped."""
+"""A console that shows control characters in names and texts escaped."""
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable
 
@@ -25,13 +24,6 @@ def escaped(text: str) -> str:
 def one_line(text: str) -> str:
     r"""Return `text` with unsafe characters and line feeds escaped: a line feed becomes \n."""
     return escaped(text).replace("\n", r"\n")
-
-
-class OneLine(logging.Formatter):
-    """Format a log message as one line, whatever names are in it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return one_line(super().format(record))
 
 
 class Console(rich.console.Console):

@@ -1,0 +1,215 @@
+"""The progress of a training: a live display on a terminal, elsewhere a line for each row."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from peptrain.display.console import console, say, wrapped
+
+EVENTS = {"merges": "merge", "exact_steps": "exact step"}
+"""Counts reported by methods that are shown with the loss, and one of them in words."""
+ITEM = r"\S+( \S+)*"
+"""Words with one space between them."""
+Row = Mapping[str, Any]
+
+
+@contextmanager
+def observing(observe: Callable[[Row], None], show: bool) -> Iterator[Callable[[Row], None]]:
+    """Yield the observer of a training: `observe`, and if `show` the display, closed at the end."""
+    if not show:
+        yield observe
+        return
+    progress = TrainingProgress(console)
+
+    def both(row: Row) -> None:
+        progress(row)
+        observe(row)
+
+    try:
+        yield both
+    finally:
+        progress.close()
+
+
+def count(number: float, one: str) -> str:
+    """Return a number of things in words: 1 merge, 2 merges."""
+    return f"{number:,.0f} {one}" + ("" if number == 1 else "s")
+
+
+def clock(seconds: float) -> str:
+    """Return a time as m:ss or h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class TimeLeft:
+    """Time left of work in known units, at its average speed since it began."""
+
+    def __init__(self, done: int) -> None:
+        self._since, self._from = time.monotonic(), done
+        self._at, self._left = self._since, 0.0
+
+    def update(self, done: int, total: int) -> None:
+        """Estimate from the units `done` of `total`."""
+        self._at = time.monotonic()
+        pace = (self._at - self._since) / max(1, done - self._from)
+        self._left = pace * (total - done) if done > self._from else 0.0
+
+    @property
+    def elapsed(self) -> str:
+        """The time since the beginning, in words."""
+        return f"elapsed {clock(time.monotonic() - self._since)}"
+
+    @property
+    def words(self) -> list[str]:
+        """The time left in words, rounded up, or nothing if there is none or it is unknown."""
+        left = math.ceil(self._left - (time.monotonic() - self._at))
+        return [f"left {clock(left)}"] if left > 0 else []
+
+
+class TrainingProgress:
+    """Observer of a training that shows steps, losses, rates, tokens/s, time elapsed and left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._seen: dict[str, Any] = {}
+        self._state = ""
+        self._live: Live | None = None
+        self._time = self._evaluation = TimeLeft(0)
+        self._evaluated = ""
+
+    def __call__(self, row: Row) -> None:
+        """Show a row."""
+        event, was_evaluating = row["event"], bool(self._evaluated)
+        self._seen |= row
+        self._evaluated = ""
+        if event == "start":
+            self._start()
+        elif event == "step":
+            self._time.update(row["step"], self._seen["steps"])
+            self._state = "  ".join(self._measured())
+            if self._live is None:
+                self._say("  ".join([self._step(), self._state, *self._times()]))
+        elif event == "evaluating":
+            self._evaluating(row, begins=not was_evaluating)
+        elif event == "end":
+            self.close()
+            run = shlex.quote(self._seen["run"])
+            self._say(
+                f"finished: {_held_out(row)} (loss {row['held_out_loss']:.4f}); evaluate with"
+                f" `peptrain eval {run}`, export with `peptrain export {run} --out DIR`"
+            )
+        elif event in NOTES:
+            self._state = "  ".join(self._measured())
+            self._say(f"step {row['step']:,}: {NOTES[event](self._seen)}")
+
+    def close(self) -> None:
+        """Remove the live display. Also called when training ends early."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _start(self) -> None:
+        seen = self._seen
+        run, step, steps = seen["run"], seen["step"], seen["steps"]
+        self._time = TimeLeft(step)
+        if step == steps:
+            self._say(
+                f"{run} is finished at step {step:,} of {steps:,} and only evaluated; to train"
+                f" longer, `peptrain resume {shlex.quote(run)} --train.steps N`"
+            )
+        else:
+            at = f" from step {step}" if step else ""
+            self._say(
+                f"{run}: {_trainable(seen)}, {count(steps, 'step')} of"
+                f" {count(seen['tokens_per_step'], 'token')} in {seen['precision']}{at}"
+            )
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(console=self._console, get_renderable=self._frame, transient=True)
+            self._live.start()
+
+    def _evaluating(self, row: Row, *, begins: bool) -> None:
+        done, total = row["tokens_done"], row["tokens_total"]
+        if begins:  # after its first forward pass
+            self._evaluation = TimeLeft(done)
+            if self._live is None and row["step"] == self._seen["steps"]:
+                self._say(f"evaluating on all {count(total, 'held-out token')}")
+        self._evaluation.update(done, total)
+        self._evaluated = f"evaluating: {done:,} of {count(total, 'held-out token')}"
+
+    def _frame(self) -> RenderableType:
+        """Return the live display. It is drawn by another thread, whose clock goes on."""
+        seen, line = self._seen, Table.grid(padding=(0, 2, 0, 0))
+        begin, end = f"{seen['method']}  {self._step()}", "  ".join(self._times())
+        room = self._console.width - len(begin) - len(end) - 6
+        bar = ProgressBar(total=seen["steps"], completed=seen["step"], width=max(1, min(20, room)))
+        line.add_row(*([begin, bar, end] if room > 0 else [f"{begin}  {end}"]))
+        rest = [wrapped(self._state, self._console.width, whole=ITEM)]
+        if evaluated := self._evaluated:
+            rest.append("  ".join([evaluated, *self._evaluation.words]))
+        return Group(line, *(Text(text) for text in rest if text))
+
+    def _step(self) -> str:
+        return f"step {self._seen['step']:,} of {self._seen['steps']:,}"
+
+    def _times(self) -> list[str]:
+        return [self._time.elapsed, *self._time.words]
+
+    def _measured(self) -> Iterable[str]:
+        seen = self._seen
+        if "loss" not in seen:
+            return
+        yield f"loss {seen['loss']:.3f}"
+        if "held_out_loss" in seen:
+            yield _held_out(seen)
+        else:
+            yield f"perplexity {_perplexity(seen['loss'])}"
+        yield self._rates()
+        yield f"{seen['tokens_per_second']:,.0f} tokens/s"
+        yield from (count(seen[name], one) for name, one in EVENTS.items() if name in seen)
+
+    def _rates(self) -> str:
+        """The learning rate, followed by those of named parameter groups in brackets."""
+        named = {k.removeprefix("lr_"): v for k, v in self._seen.items() if k.startswith("lr_")}
+        listed = ", ".join(f"{name} {rate:.1e}" for name, rate in named.items())
+        return f"lr {self._seen['lr']:.1e}" + (f" ({listed})" if listed else "")
+
+    def _say(self, text: str) -> None:
+        say(text, to=self._console, lead=f"{self._seen['method']}  ", style="bold")
+
+
+def _trainable(row: Row) -> str:
+    trainable, total = (row[key] / 1e6 for key in ("trainable", "parameters"))
+    return f"{trainable:.2f}M of {total:.2f}M parameters trainable"
+
+
+def _perplexity(loss: float) -> str:
+    value = math.exp(loss) if loss < 700 else math.inf
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.1e}"
+
+
+def _held_out(row: Row) -> str:
+    return f"held-out perplexity {_perplexity(row['held_out_loss'])}"
+
+
+NOTES: dict[str, Callable[[Row], str]] = {
+    "phase": lambda row: f"{_trainable(row)} from now on",
+    "eval": lambda row: (
+        f"held-out loss {row['held_out_loss']:.3f}, {_held_out(row)}"
+        f" over {count(row['held_out_tokens'], 'token')}"
+    ),
+    "checkpoint": lambda row: "checkpoint saved",
+}
+"""What is said of rows other than steps."""

@@ -1,0 +1,103 @@
+"""How a training begins: in a new directory, at a run's latest checkpoint, at another run's."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peptrain.config import RunConfig, dump
+from peptrain.data import Corpus
+from peptrain.distributed.world import World
+from peptrain.errors import CheckpointError
+from peptrain.methods.base import Method
+from peptrain.models.hf import config_file
+from peptrain.runs import checkpoint
+from peptrain.runs.build import run_config
+from peptrain.runs.directory import RunDir, first_free
+from peptrain.runs.ends import config_file as config_file_at
+from peptrain.runs.identity import check_settings, other_settings
+from peptrain.runs.init_from import branching_point, compare_tokenizers
+from peptrain.runs.select import at
+from peptrain.runs.tokenizer import write_run_tokenizer
+
+log = logging.getLogger("peptrain")
+
+
+def to_resume(path: Path) -> RunDir:
+    """Open a run to resume. Raises CheckpointError for RUN@STEP, which can only be branched."""
+    directory, step = at(path)
+    if step is not None:
+        raise CheckpointError(
+            f"{path}: a run is resumed from its latest checkpoint; resume {directory}, or start a"
+            f" new run from step {step} with `peptrain train METHOD --continue-from {path}`"
+        )
+    return RunDir.open(directory)
+
+
+def first_checkpoint(
+    config: RunConfig[Method], run: RunDir | None, identity: Mapping[str, Any]
+) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint to continue from: the run's latest, or that of another run, if any."""
+    if run is None:
+        return None if config.continue_from is None else branching_point(config, identity)
+    saved = checkpoint.latest(run.checkpoints)
+    if saved is not None:
+        then = run_config(run, config_file_at(run, saved.step))
+        check_settings(saved, then, run.path, identity)
+    return saved
+
+
+def create_run(
+    config: RunConfig[Method],
+    corpus: Corpus,
+    here: World,
+    held: contextlib.ExitStack,
+    saved: checkpoint.Checkpoint | None,
+) -> RunDir:
+    """Create the run directory, with the checkpoint of another run to continue from, if any.
+
+    Its lock is released when `held` is closed.
+    """
+    if not config.method.has_dense_equivalent:
+        log.warning("%s has no dense equivalent: eval runs the model itself, and `peptrain export`"
+                    " needs --form factorised", config.method.name)  # fmt: skip
+    compare_tokenizers(config, corpus)
+    path = config.run
+
+    def make() -> None:
+        nonlocal path
+        path = path or first_free(Path("runs"), config.method.name)
+        text = dump(config)
+        fill = partial(_first_files, config=config, corpus=corpus, saved=saved)
+        held.enter_context(RunDir.create(path, text, fill))
+
+    here.on_main(make)
+    path = here.agree(path)
+    assert path is not None
+    return RunDir(path)
+
+
+def _first_files(
+    run: RunDir,
+    config: RunConfig[Method],
+    corpus: Corpus,
+    saved: checkpoint.Checkpoint | None,
+) -> None:
+    """Write what else resume, eval and export need besides their checkpoints and the corpus."""
+    write_run_tokenizer(run, corpus)
+    if saved is not None:
+        own = replace(saved, settings=other_settings(config), rows=0)
+        checkpoint.save(run.checkpoints, own, checkpoint.Keep(1))
+    if file := config_file(config.model):
+        shutil.copyfile(file, run.model_file)
+
+
+def how_to_resume(run: RunDir) -> str:
+    """Name the command that resumes `run`."""
+    return f"resume with `peptrain resume {run.path}`"
