@@ -162,7 +162,7 @@ class Dynamics:
         if self._mark is None:  # the first measurement after a resume
             self._mark, self._spent = (step, seconds), 0.0
             return
-        share, often = self._spent / (seconds - self._mark[1]), 2 * choice.every
+        share = self._spent / (seconds - self._mark[1])
 
         def slower() -> list[Choice]:
             if share <= self.budget:
