@@ -95,6 +95,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+@pytest.fixture(autouse=True)
+def cheap_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not count the FLOPs at the end of every run, which takes longer than the tiny run itself.
+
+    Tests marked `flops` do.
+    """
+    if "flops" not in request.keywords:
+        import peptrain.training.loop
+
+        monkeypatch.setattr(peptrain.training.loop, "flops_per_token", lambda *args, **given: 1.0)
+
+
 @pytest.fixture
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes find the package that the tests find."""

@@ -9,10 +9,12 @@ from math import inf
 from typing import Any
 
 from peptrain.config import RunConfig
-from peptrain.estimation.dry_run import DenseBaseline, DryRun, Event
+from peptrain.errors import Unsupported
+from peptrain.estimation.dry_run import DenseBaseline, DryRun, Event, fake_tensors
 from peptrain.methods.base import Method
 from peptrain.models.hf import count_parameters
 from peptrain.runs.build import bounds
+from peptrain.settings.fields import quiet
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,18 @@ class PhaseEstimate:
         return asdict(self) | sums
 
 
+def flops_per_token(config: RunConfig[Method], ranks: int, *, on_gpu: bool) -> float | None:
+    """Return the FLOPs per token of a resolved `config`, averaged over its steps.
+
+    They are those of `Estimate`. None for a model or a method that can't be estimated.
+    """
+    try:
+        with fake_tensors(), quiet():
+            return PhaseEstimator(config, ranks, on_gpu).flops_per_token()
+    except Unsupported:
+        return None
+
+
 class PhaseEstimator:
     """Estimator of a configuration. The dry run of a phase is made on first use and cached."""
 
@@ -90,6 +104,14 @@ class PhaseEstimator:
     def phases(self, micro_batch: int | None = None) -> list[PhaseEstimate]:
         """Estimate every phase at `micro_batch`; None means the configured one."""
         return [self._phase(r, micro_batch or self.micro_batch) for r in self._dry_runs()]
+
+    def flops_per_token(self) -> float:
+        """FLOPs of forward and backward per token, averaged over the steps of the run."""
+        each = (
+            (r.end - r.begin) * sum(r.flops_per_token(r.training, self.micro_batch).values())
+            for r in self._dry_runs()
+        )
+        return sum(each) / self.config.train.steps
 
     def peak(self, micro_batch: int, gpu_memory: float = inf) -> int:
         """Peak bytes in tensors over all phases; at a micro-batch of 0, of static memory alone.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.files import write_atomically
@@ -196,6 +196,14 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Count the parameters of the model, shared ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def count_non_embedding(model: PreTrainedModel) -> int:
+    """Count the trainable parameters outside the input embedding and the output head."""
+    tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embedding: set[Tensor] = {t.weight for t in tables if t is not None}
+    inside = sum(p.numel() for p in embedding if p.requires_grad)
+    return count_parameters(model, trainable=True) - inside
 
 
 TOKENIZER_FILES = (

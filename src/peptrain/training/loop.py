@@ -18,9 +18,10 @@ from peptrain.data import Corpus, default_corpus
 from peptrain.display.training import observing
 from peptrain.distributed.world import World, world
 from peptrain.errors import Diverged, Interrupted
+from peptrain.estimation.phases import flops_per_token
 from peptrain.eval.perplexity import Evaluation, held_out_loss
 from peptrain.methods.base import Method, Metrics
-from peptrain.models.hf import count_parameters
+from peptrain.models.hf import count_non_embedding, count_parameters
 from peptrain.models.probe import check_causal
 from peptrain.optim.adamw import clip_gradients, learning_rates, set_lr, state_bytes
 from peptrain.optim.schedule import ScheduleConfig
@@ -153,10 +154,10 @@ def _train(
     except Diverged as error:
         metrics_log.write("diverged", step=state.step, error=str(error))
         raise
-    stop.at_once = None
     result = _result(run, state, held_out, metrics_log)
-    sizes = {"parameters": result.parameters, "trainable": result.trainable}
-    metrics_log.end(state.step, held_out, **sizes, state_bytes=result.state_bytes)
+    counts = _counts(config, state, here) if here.main else {}
+    stop.at_once = None
+    metrics_log.end(state.step, held_out, **counts, state_bytes=result.state_bytes)
     return result
 
 
@@ -344,6 +345,13 @@ def _sizes(state: TrainState) -> dict[str, int]:
         "parameters": count_parameters(state.model),
         "trainable": count_parameters(state.model, trainable=True),
     }
+
+
+def _counts(config: RunConfig[Method], state: TrainState, here: World) -> dict[str, float]:
+    counts: dict[str, float] = {**_sizes(state)}
+    counts["non_embedding_trainable"] = count_non_embedding(state.model)
+    flops = flops_per_token(config, here.size, on_gpu=here.device.type == "cuda")
+    return counts if flops is None else {**counts, "flops_per_token": flops}
 
 
 def _result(

@@ -164,10 +164,10 @@ class MetricsLog:
         """Write a row for an evaluation during training."""
         self.write("eval", step=step, **_fields(held_out))
 
-    def end(self, step: int, held_out: Evaluation, **sizes: int) -> None:
-        """Write the last row: the evaluation on the full held-out set and the model's `sizes`."""
+    def end(self, step: int, held_out: Evaluation, **counts: float) -> None:
+        """Write the last row: the evaluation on the full held-out set and `counts` of the run."""
         rate = self.median_throughput()
-        self.write("end", step=step, **_fields(held_out), tokens_per_second=rate, **sizes)
+        self.write("end", step=step, **_fields(held_out), tokens_per_second=rate, **counts)
 
     def median_throughput(self) -> float:
         """Return the median tokens per second of all rows, which a slow first one cannot shift."""
