@@ -62,6 +62,7 @@ LONG = re.compile(
     r"|test_a_fused_run_has_the_plain_ones_losses\[bpt"
     r"|test_the_papers_memory"
     r"|test_lora_s_memory_is_printed_with_the_embeddings_counted_twice"
+    r"|test_a_resume_continues_one_series\[(?!step)"
     r"|test_every_method_can_be_analyzed\[(?!full|bpt)"
     r"|test_(a_loop_of_ones_own_is_the_trainers_training|it_learns)\[(?!.*(full|bpt|loro))"
 )

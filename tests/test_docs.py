@@ -164,6 +164,7 @@ def test_a_command_that_is_not_run_can_be_parsed(
     for target in (
         *("peptrain.cli.training.watched", "peptrain.comparison.compare.compare"),
         *("peptrain.data.prepare", "peptrain.exporting.export.export"),
+        *("peptrain.analysis.analyze.analyze", "peptrain.analysis.line.write_line"),
     ):
         monkeypatch.setattr(target, work)
     if "--help" in line:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from byhand import seeded
-from support import tiny, tiny_method
+from support import rows, tiny, tiny_method
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peptrain.adaptation import adapt
+from peptrain.analysis.analyze import analyze
+from peptrain.analysis.table import read_table
 from peptrain.eval.run import evaluate
 from peptrain.execution.attention import attend_without_masks
 from peptrain.execution.compile import compile_layers
@@ -97,6 +99,47 @@ def test_what_makes_a_run_fast_changes_its_losses_by_rounding_only(
     one, other = (losses(tmp_path / str(value)) for value in values)
     for (_, plain), (_, fast) in zip(one, other, strict=True):
         assert plain == pytest.approx(fast, abs=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_the_same_recorded_compiled_and_resumed(
+    momentum: float, corpus: Path, tmp_path: Path
+) -> None:
+    optim = {"kind": "sgd", "momentum": momentum}
+    common = {"precision": "fp32", "device": "cuda", "checkpoint_every": 4, "keep": 9}
+    for fast in (False, True):
+        config = {**common, "compile": fast, "cuda_graph": fast}
+        train(tiny("full", corpus, tmp_path / str(fast), train=config, optim=optim))
+    whole = losses(tmp_path / "True")
+    shutil.rmtree(tmp_path / "True" / "checkpoints" / "step-00000008")
+    resume(tmp_path / "True")
+    for others in (losses(tmp_path / "False"), losses(tmp_path / "True")):
+        for (_, one), (_, other) in zip(whole, others, strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["full", "relora", "bpt", "loro", "vera"])
+def test_spectra_are_the_same_on_both_devices(name: str, corpus: Path, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", {"keep_at": "0,5,6", "device": "cpu"}
+    train(tiny(name, corpus, run, train=settings, optim=CALM))
+    tables = []
+    for device in ("cpu", "cuda"):
+        (table,) = analyze([Path(f"{run}@6")], out=tmp_path / device, probe=2, device=device)
+        tables.append(read_table(table))
+    assert len(tables[0]) == len(tables[1])
+    for one, other in zip(*tables, strict=True):
+        assert one["what"] == other["what"]
+        for key in ("effective_rank", "frobenius", "sigma_max", "error_tangent"):
+            if one[key] is not None:
+                assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-9, nan_ok=True)
+
+
+def test_a_compiled_run_is_observed(corpus: Path, tmp_path: Path) -> None:
+    fast = {"device": "cuda", "precision": "bf16-mixed", "compile": True, "cuda_graph": True}
+    observed = {"observe": "dynamics", "observe_budget": 1.0, "steps": 40, "log_every": 1}
+    train(tiny("relora", corpus, tmp_path / "run", train=fast | observed))
+    found = rows(tmp_path / "run", "dynamics")
+    assert found and {row["what"] for row in found} == {"weight", "update"}
 
 
 def test_a_recorded_run_resumes(corpus: Path, tmp_path: Path) -> None:

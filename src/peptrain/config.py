@@ -84,8 +84,15 @@ class TrainConfig:
     keep_at: str = added("", before="")
     """Steps whose checkpoints are saved and kept, such as 0,1,5000; log: 0, 1, 2, 4, 8 and so on.
     Unset: none."""
+    observe: Literal["none", "dynamics"] = added("none", before="none")
+    """dynamics: write ranks and condition numbers of weights and updates to metrics.jsonl, of as
+    many layers and as often as the budget allows (docs/dynamics.md)."""
+    observe_budget: float = added(0.02, before=0.02)
+    """Largest share of the training time that train.observe may take, above 0 and at most 1."""
 
     def __post_init__(self) -> None:
+        fits = 0 < self.observe_budget <= 1
+        check(fits, "train.observe_budget", self.observe_budget, "above 0 and at most 1")
         for key in ("steps", "log_every", "keep"):
             check_whole(f"train.{key}", getattr(self, key), 1)
         for key in ("batch_size", "micro_batch", "seq_len"):
@@ -150,6 +157,9 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
     check(utf8, "run", path, "UTF-8, which tokenizers and safetensors need")
     width = hf_config(config.model, config.train.seq_len).get_text_config().hidden_size
     method, optim, schedule = settled(method, config.optim, config.schedule, steps, width)
+    fits = config.train.observe == "none" or method.has_dense_equivalent
+    wanted = f"none for {method.name}, which has no dense equivalent"
+    check(fits, "train.observe", config.train.observe, wanted)
     return replace(
         config,
         model=_resolved_model(config.model),

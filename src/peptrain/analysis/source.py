@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ class Source:
     model: PreTrainedModel
     """The model with the method's layers, on the CPU."""
     opened: Opened | None = None
-    """The run; None for a Hugging Face directory."""
+    """The run, without the tensors of its checkpoint; None for a Hugging Face directory."""
 
     @property
     def step(self) -> int | None:
@@ -57,10 +57,15 @@ class Source:
         return model
 
     def place(self, name: str) -> tuple[int, str]:
-        """Return the layer's number and the matrix's name in it: (0, "mlp.down_proj")."""
-        stack, _ = decoder_layers(self.model)
-        layer, _, module = name.removeprefix(f"{stack}.").partition(".")
-        return int(layer), module
+        """Return `place_of` the matrix."""
+        return place_of(self.model, name)
+
+
+def place_of(model: nn.Module, name: str) -> tuple[int, str]:
+    """Return a layer's number and the name of a matrix in it: (0, "mlp.down_proj")."""
+    stack, _ = decoder_layers(model)
+    layer, _, module = name.removeprefix(f"{stack}.").partition(".")
+    return int(layer), module
 
 
 def is_run(path: Path) -> bool:
@@ -94,8 +99,9 @@ def open_source(path: Path) -> Source:
             f"{path}: {method.name} has no dense equivalent, so its layers have no matrices to"
             " analyze; give a run of another method"
         )
-    name = f"{opened.run.path}@{opened.saved.step}"
-    return Source(name, opened.run.path, opened.model, opened)
+    saved = replace(opened.saved, model={}, optimizer={})  # of several checkpoints at a time
+    opened = replace(opened, saved=saved)
+    return Source(f"{opened.run.path}@{saved.step}", opened.run.path, opened.model, opened)
 
 
 def _pretrained(path: Path) -> PreTrainedModel:

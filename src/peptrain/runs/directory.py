@@ -31,7 +31,8 @@ from peptrain.runs.lock import lock
 log = logging.getLogger("peptrain")
 NEWEST = 16_384  # bytes read from the end of the metrics: dozens of rows
 CONTENTS = ("config.toml", "env.json", "metrics.jsonl", "eval.json", "model.json", "tokenizer",
-            "checkpoints", "ends", "longer.json", "analysis")  # fmt: skip
+            "checkpoints", "ends", "longer.json", "analysis",
+            "observe.json")  # fmt: skip
 LAST = ("end", "diverged")
 """Events that end a run; a resumed run drops their rows."""
 LOCK = "lock"
@@ -199,10 +200,15 @@ class RunDir:
         if not self.metrics_file.exists():
             return None
         with self.metrics_file.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - NEWEST))
-            lines = file.read().split(b"\n")
-        rows = map(_row, reversed(lines))  # the first line may be cut off
-        return next((row for row in rows if row is not None and row["event"] == event), None)
+            size, read = file.seek(0, os.SEEK_END), NEWEST
+            while True:
+                file.seek(max(0, size - read))
+                lines = file.read(min(size, read)).split(b"\n")
+                rows = map(_row, reversed(lines))  # the first line may be cut off
+                found = next((r for r in rows if r is not None and r["event"] == event), None)
+                if found is not None or read >= size:
+                    return found
+                read *= 8  # many rows of train.observe may follow
 
     def count(self) -> int:
         """Return the number of rows, without parsing them."""

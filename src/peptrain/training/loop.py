@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from peptrain.runs.init_from import with_inherited_model
 from peptrain.runs.select import at
 from peptrain.runs.tokenizer import restore_run_tokenizer
 from peptrain.training.begin import create_run, first_checkpoint, how_to_resume, to_resume
+from peptrain.training.instruments import Instrument, instrument
 from peptrain.training.metrics import MetricsLog, Observer, silent
 from peptrain.training.result import Result
 from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
@@ -126,6 +128,7 @@ def _train(
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     metrics_log = MetricsLog(run, here, observe, tokens_per_step)
+    tool = instrument(config.train, run, here)
     if here.main:
         run.rewind(state.step, state.rows)
         checkpoint.delete_old(run.checkpoints, state.step, state.keep)  # a kill left them
@@ -139,13 +142,13 @@ def _train(
         if saved is None and config.train.keeps(0):
             _save(state, run, here, identity, metrics_log)
         del saved
-        _loop(config, state, corpus, run, metrics_log, stop, identity)
+        _loop(config, state, corpus, run, metrics_log, stop, identity, tool)
         while state.step < config.train.steps:
             del state  # so that the moments of both phases are never in memory at once
             state = restore(config, checkpoint.latest(run.checkpoints), here)
             _announce(state, metrics_log)
             metrics_log.pause()
-            _loop(config, state, corpus, run, metrics_log, stop, identity)
+            _loop(config, state, corpus, run, metrics_log, stop, identity, tool)
         stop.at_once = f"stopped before the end of the last evaluation; {how_to_resume(run)}"
         held_out = _evaluate(config, state, corpus, run, metrics_log, limit=0)
     except Diverged as error:
@@ -197,9 +200,11 @@ def _loop(
     metrics_log: MetricsLog,
     stop: Stop,
     identity: Mapping[str, Any],
+    tool: Instrument,
 ) -> None:
     """Train to the end of the current phase and save a checkpoint there."""
     t, here, optimizer = config.train, metrics_log.world, state.optimizer
+    tool.due(state.model, state.step)
     while state.step < state.end:
         loss, norm, metrics = advance(state, config, corpus, here)
         metrics_log.add(state.step, learning_rates(optimizer), loss, norm, metrics)
@@ -208,15 +213,19 @@ def _loop(
         due = _due(t.checkpoint_every, state.step) or t.keeps(state.step)
         saving = state.step == state.end or stopping or due
         evaluating = state.step < t.steps and _due(t.eval_every, state.step)
-        if saving or evaluating or state.step % t.log_every == 0:
+        observing = tool.due(state.model, state.step)
+        if saving or evaluating or observing or state.step % t.log_every == 0:
             _flush(metrics_log, run)
+        if observing:
+            measure = partial(tool.measure, state.model, state.step)
+            metrics_log.observation(t.observe, state.step, measure)
         if evaluating:
             assert t.eval_tokens is not None
             held_out = _evaluate(config, state, corpus, run, metrics_log, limit=t.eval_tokens)
             metrics_log.evaluation(state.step, held_out)
         if saving:
             _save(state, run, here, identity, metrics_log)
-        if saving or evaluating:
+        if saving or evaluating or observing:
             metrics_log.pause()
         if stopping and state.step < t.steps:
             said = f"stopped and saved at step {state.step} of {t.steps}; {how_to_resume(run)}"

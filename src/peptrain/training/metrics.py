@@ -21,13 +21,16 @@ from peptrain.runs.directory import RunDir
 log = logging.getLogger("peptrain")
 
 Observer = Callable[[Mapping[str, Any]], None]
-"""Called on rank 0 with one row per event. Its "event" is start, step, eval, checkpoint, phase, end
-or diverged; start is not in metrics.jsonl. "evaluating" is not either, and comes after each forward
-pass of an evaluation, with `tokens_done` and `tokens_total`. An observer cannot influence the
-training."""
+"""Called on rank 0 with one row per event. Its "event" is start, step, eval, checkpoint, phase,
+end, diverged or the value of `train.observe`; start is not in metrics.jsonl. "evaluating" is not
+either, and comes after each forward pass of an evaluation, with `tokens_done` and `tokens_total`.
+An observer cannot influence the training."""
 
 
-MEASURED = ("time", "seconds", "device_hours", "tokens_per_second", "peak_bytes")
+MEASURED = (
+    *("time", "seconds", "device_hours", "tokens_per_second", "peak_bytes"),
+    "observe_seconds",
+)
 """Values of rows that depend on the machine and the moment. All others are those of an
 uninterrupted run, bit for bit on a CPU."""
 
@@ -61,12 +64,14 @@ class MetricsLog:
     _since: float = field(default_factory=lambda: time.perf_counter())
     _seconds: float = 0.0
     _device_hours: float = 0.0
+    _observe_seconds: float = 0.0
 
     def continue_clocks(self) -> None:
         """Continue `seconds` and `device_hours` from the last row that the run has."""
         for row in self.run.metrics():
             self._seconds = row.get("seconds", self._seconds)
             self._device_hours = row.get("device_hours", self._device_hours)
+            self._observe_seconds = row.get("observe_seconds", self._observe_seconds)
 
     def add(
         self,
@@ -135,6 +140,16 @@ class MetricsLog:
                     "step %d: %g %s", step, value, name.removesuffix("_warning").replace("_", " ")
                 )
 
+    def observation(
+        self, event: str, step: int, measure: Callable[[float], Iterable[Mapping[str, Any]]]
+    ) -> None:
+        """Write the rows of `measure`, which gets the seconds of training up to `step`."""
+        begin = time.perf_counter()
+        found = list(measure(self._seconds))
+        self._observe_seconds += time.perf_counter() - begin
+        for row in found:
+            self.write(event, step=step, **row)
+
     def evaluating(self, step: int) -> Watch:
         """Return a callback that tells the observer how far the evaluation at `step` is."""
 
@@ -164,9 +179,10 @@ class MetricsLog:
         """On rank 0, write one row to the file and pass it to the observer.
 
         Adds `time` (Unix, in seconds), `seconds` (of training up to this step, without evaluations
-        and checkpoints), `device_hours` (seconds times ranks / 3600) and, on a GPU, `peak_bytes`
-        (reserved by PyTorch since the start of this process). `seconds` and `device_hours` are
-        summed over resumes and leave out steps that a kill took back.
+        and checkpoints), `device_hours` (seconds times ranks / 3600), on a GPU `peak_bytes`
+        (reserved by PyTorch since the start of this process), and `observe_seconds`, which
+        `train.observe` took besides. Seconds and hours are summed over resumes and leave out steps
+        that a kill took back.
         """
         if self.world.main:
             self.observe(self.record(event, **row))
@@ -181,6 +197,8 @@ class MetricsLog:
         now = {"time": time.time(), "seconds": self._seconds, "device_hours": self._device_hours}
         if self.world.device.type == "cuda":
             now["peak_bytes"] = torch.cuda.max_memory_reserved(self.world.device)
+        if self._observe_seconds:
+            now["observe_seconds"] = self._observe_seconds
         return now
 
     def pause(self) -> None:
