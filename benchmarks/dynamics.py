@@ -5,8 +5,8 @@
 Trains llama-60m for 600 steps of 128 x 256 tokens by each method, two runs at a time on one GPU,
 and analyzes the checkpoints of a run in --processes processes as soon as it is trained: in float64,
 on the GPU. The tables and the metrics of a run go to OUT/NAME-SEED; its checkpoints, about 5 GB,
-are then deleted unless --keep-runs. A run whose tables are there is skipped. On one GPU a pair of
-runs takes about a minute and a half, so that --only and --seeds split it into parts of any length.
+are then deleted unless --keep-runs. A run whose tables are there is skipped. On one H200 a pair of
+runs takes 150 to 190 s with its analysis, so that --only and --seeds split it into parts.
 
 Predictions, written before the first run (r = 128, 512 x 512 and 512 x 1376 matrices, medians over
 layers of matrices in the middle of training and at its end):
@@ -25,10 +25,13 @@ layers of matrices in the middle of training and at its end):
    relora-warm.
 7. The condition number of an OV head over its 64 dimensions is below 100 for full at the end.
    Over all 512 it would be above 1e13.
+
+The outcomes are in docs/dynamics.md.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -40,6 +43,7 @@ from typing import Any
 from common import announce, device_of, parser, table, write
 
 from peptrain.analysis.table import read_table
+from peptrain.comparison.compare import cores
 
 METHODS = {
     "full": "full",
@@ -84,7 +88,7 @@ def train(name: str, seed: int, args: Any, run: Path) -> None:
     flags = [f"--train.{key}={value}" for key, value in shape.items()]
     flags += [f"--{item}" for item in args.set]
     preset = f"--model.preset={args.preset}"
-    call(["train", *given, preset, *model, *data, *flags, f"--run={run}"], run)
+    call(["train", *given, preset, *model, *data, *flags, f"--run={run}"], run, args)
 
 
 def analyze(args: Any, run: Path, out: Path) -> None:
@@ -94,16 +98,19 @@ def analyze(args: Any, run: Path, out: Path) -> None:
     flags = [f"--out={out}", f"--probe={args.probe}", f"--device={args.device}"]
 
     def part(chosen: list[int]) -> None:
-        call(["analyze", *(f"{run}@{step}" for step in chosen), *flags], run)
+        call(["analyze", *(f"{run}@{step}" for step in chosen), *flags], run, args)
 
     with ThreadPoolExecutor(len(parts)) as pool:
         list(pool.map(part, parts))
 
 
-def call(arguments: list[str], run: Path) -> None:
+def call(arguments: list[str], run: Path, args: Any) -> None:
     """Run one `peptrain` command. Exits with the end of its output if it fails."""
+    # With all cores in each of the analyses, they take more than twice as long.
+    threads = max(1, cores() // (args.workers * args.processes))
     done = subprocess.run([sys.executable, "-m", "peptrain", *arguments], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, check=False)  # fmt: skip
+                          stderr=subprocess.STDOUT, text=True, check=False,
+                          env={"OMP_NUM_THREADS": str(threads)} | os.environ)  # fmt: skip
     with run.with_suffix(".log").open("a", encoding="utf-8") as log:
         log.write(done.stdout)
     if done.returncode:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peptrain.cli.app import main
+from peptrain.comparison.compare import cores
 from peptrain.config import resolved
 from peptrain.data import Corpus
 from peptrain.methods import METHODS
@@ -114,9 +115,12 @@ def test_estimate(numbers: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_dynamics(numbers: Any, smoke_folder: Path) -> None:
-    """Processes train and analyze, and a second call reads the tables."""
+def test_dynamics(numbers: Any, smoke_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes with a share of the cores train and analyze; a second call reads the tables."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     rows = numbers("dynamics")
+    found = json.loads((smoke_folder / "out" / "relora-warm-0" / "env.json").read_text())
+    assert found[0]["threads"] == max(1, cores() // 2)
     assert {row["step"] for row in rows} == {0, 1, 2, 3, 6, 7, 8}
     cycles = [row for row in rows if row["what"] == "cycle"]
     assert [row["step"] for row in cycles] == [6] and 0 <= cycles[0]["overlap"] <= 1
