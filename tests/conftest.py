@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 gc.disable()  # until all tests are known: there is nothing to collect
@@ -95,16 +96,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.fixture(autouse=True)
-def cheap_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not count the FLOPs at the end of every run, which takes longer than the tiny run itself.
+@pytest.fixture(scope="session", autouse=True)
+def cheap_ends() -> Iterator[None]:
+    """Do not count FLOPs at the end of every run, which takes longer than the tiny run itself."""
+    import peptrain.training.loop
 
-    Tests marked `flops` do.
-    """
-    if "flops" not in request.keywords:
-        import peptrain.training.loop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peptrain.training.loop, "flops_per_token", lambda *args, **given: 1.0)
+        yield
 
-        monkeypatch.setattr(peptrain.training.loop, "flops_per_token", lambda *args, **given: 1.0)
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count the FLOPs of the test's runs after all."""
+    import peptrain.training.loop
+    from peptrain.estimation.phases import flops_per_token
+
+    monkeypatch.setattr(peptrain.training.loop, "flops_per_token", flops_per_token)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import tiny
+from support import rows, tiny
 
 from peptrain.testing import close, newest
 from peptrain.training.loop import resume, train
@@ -40,6 +40,14 @@ def test_a_rank_with_other_settings_ends_all_before_anything_is_written(
     said = {(out / f"{case}-rank{rank}").read_text() for rank in (0, 1)}
     assert len(said) == 1 and said.pop().startswith(f"ConfigError: {named}; start")
     assert not (out / case).exists()
+
+
+def test_two_ranks_make_a_run_longer_and_branch_it(out: Path, corpus: Path) -> None:
+    train(tiny("loro", corpus, out / "alone", train={"steps": 10}))
+    assert newest(out / "extended").step == 8 and (out / "extended" / "ends" / "5").is_dir()
+    assert [row["step"] for row in rows(out / "branch")][-1] == 10
+    for name, weight in newest(out / "alone").model.items():
+        close(weight, newest(out / "branch").model[name], 1e-8)
 
 
 def test_a_replica_that_differs_is_named_on_every_rank_and_not_saved(out: Path) -> None:

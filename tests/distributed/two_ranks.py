@@ -1,4 +1,4 @@
-"""Run by torchrun from test_ranks.py: twice train on two ranks, and let something happen to rank 1.
+"""Run by torchrun from test_ranks.py: train on two ranks, and twice let something happen to rank 1.
 
 python -m torch.distributed.run --standalone --nproc_per_node 2 two_ranks.py CORPUS OUT
 """
@@ -6,6 +6,7 @@ python -m torch.distributed.run --standalone --nproc_per_node 2 two_ranks.py COR
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def main(corpus: Path, out: Path) -> None:
             trainer.train(tiny("full", corpus, out / case, train=differs if rank else {}))
         except PeptrainError as error:
             (out / f"{case}-rank{rank}").write_text(f"{type(error).__name__}: {error}")
+    begun = tiny("loro", corpus, out / "extended", train={**KEPT, "steps": 5})
+    trainer.train(begun)
+    trainer.resume(out / "extended", steps=8)
+    trainer.train(replace(begun, run=out / "branch", continue_from=out / "extended@8",
+                          train=replace(begun.train, steps=10)))  # fmt: skip
     trainer.advance = struck
     for case in ("differs", "killed"):
         try:

@@ -11,7 +11,7 @@ from peptrain.testing import MODEL
 from peptrain.training.loop import train
 
 
-@pytest.mark.flops
+@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("name", ["full", "relora", "loro"])
 def test_the_last_row_has_the_flops_of_the_estimate(
     name: str, corpus: Path, tmp_path: Path
@@ -26,7 +26,7 @@ def test_the_last_row_has_the_flops_of_the_estimate(
     assert min(phases) <= end["flops_per_token"] <= max(phases)
 
 
-@pytest.mark.flops
+@pytest.mark.usefixtures("counted")
 def test_a_model_that_can_not_be_estimated_has_no_flops(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
