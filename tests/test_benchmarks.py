@@ -182,7 +182,7 @@ def test_the_corruption_sweep_sees_what_must_not_happen(
 
 def test_first_table(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
     ran("first_table")
-    row = json.loads(capsys.readouterr().out)
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (row["run"].split(":")[0], row["steps"]) == ("bpt", 2)
     assert row["loss"] > 0
 

@@ -14,7 +14,7 @@ from byhand import made, snapshot, walk
 from support import tiny, tiny_method
 from torch import Tensor, nn
 
-import peptrain.training.state
+import peptrain.execution.prepare
 from peptrain.estimation.dry_run import fake_tensors
 from peptrain.execution.compile import checkpoint_activations
 from peptrain.execution.loss import NextTokenLoss
@@ -160,7 +160,7 @@ def test_runs_resumes_and_exports_as_without(
 
     settings = {"model": ODD, "train": {"checkpoint_every": STEPS // 2, "keep": 9}}
     train(tiny(name, corpus, tmp_path / "plain", **settings))
-    monkeypatch.setattr(peptrain.training.state, "checkpoint_activations", padding)
+    monkeypatch.setattr(peptrain.execution.prepare, "checkpoint_activations", padding)
     settings["train"]["checkpoint_activations"] = True
     train(tiny(name, corpus, tmp_path / "padded", **settings))
     plain, padded = newest(tmp_path / "plain"), newest(tmp_path / "padded")
@@ -362,9 +362,11 @@ def test_compiled_padded_layers_compile_once_and_give_the_same_losses(
 ) -> None:
     settings = {"precision": "fp32", "eval_every": 2}
     train(tiny(name, corpus, tmp_path / "plain", model=ODD, train=settings))
-    layers = peptrain.training.state.compile_layers
+    layers = peptrain.execution.prepare.compile_layers
     monkeypatch.setattr(
-        peptrain.training.state, "compile_layers", lambda m, *rest: (pad_mlps(m), layers(m, *rest))
+        peptrain.execution.prepare,
+        "compile_layers",
+        lambda m, *rest: (pad_mlps(m), layers(m, *rest)),
     )
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):

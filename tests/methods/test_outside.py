@@ -16,7 +16,7 @@ from torch import nn
 
 from peptrain.adaptation import adapt
 from peptrain.cli.app import main
-from peptrain.cli.progress import TrainingProgress
+from peptrain.display.training import TrainingProgress
 from peptrain.errors import CheckpointError, ConfigError, Unsupported
 from peptrain.exporting.export import export
 from peptrain.exporting.factorised import load_factorised

@@ -78,7 +78,7 @@ def test_a_model_that_reads_a_weight_itself_trains_and_exports(
         (LLAMA | {"model_type": "bert"}, "model.config: BertLMHeadModel lets a token see those"),
         ({"model_type": "t5", "vocab_size": 300}, "model: no causal LM for 't5' in transformers"),
         (LLAMA | {"hidden_size": -16}, "hidden_size: must be >= 1 (got -16)"),
-        (LLAMA | {"num_hidden_layers": 10**9}, "num_hidden_layers: must be <= 10000 (got 10"),
+        (LLAMA | {"num_hidden_layers": 10**9}, "num_hidden_layers: must be <= 100000 (got"),
         (LLAMA | {"vocab_size": "300"}, "vocab_size"),
         (LLAMA | {"vocab_size": None}, "vocab_size"),
         (LLAMA | {"num_attention_heads": 3}, "heads"),

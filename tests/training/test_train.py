@@ -18,6 +18,7 @@ from support import VECTORS, Killed, rows, tiny
 from torch import Tensor
 
 import peptrain.execution.loss
+import peptrain.training.begin
 import peptrain.training.loop as trainer
 from peptrain.config import load
 from peptrain.errors import (
@@ -291,7 +292,7 @@ def test_a_kill_while_a_run_directory_is_made_leaves_no_run(
 ) -> None:
     config = tiny("full", corpus, tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer, "write_run_tokenizer", kill)
+        patch.setattr(peptrain.training.begin, "write_run_tokenizer", kill)
         train(config)
     with pytest.raises(CheckpointError, match="not a run directory"):
         RunDir.open(tmp_path / "run")
