@@ -1,5 +1,6 @@
 """One process at a time, on file systems with flock and without, and a holder that died."""
 
+import errno
 import fcntl
 import os
 import re
@@ -189,3 +190,19 @@ def test_a_lock_that_was_left_behind_is_no_hindrance(run: Path) -> None:
     (run / LOCK).write_text(holder.line)
     resume(run)
     assert not (run / LOCK).exists()
+
+
+def test_a_run_on_a_read_only_file_system_is_not_resumed_in_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = os.open
+
+    def read_only(path: object, flags: int, *rest: object, **given: object) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return original(path, flags, *rest, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", read_only)
+    told = "lock: can't be written: Read-only file system; make its directory writable, or copy"
+    with pytest.raises(CheckpointError, match=told):
+        resume(run)
