@@ -151,7 +151,7 @@ def test_killed_anywhere_in_the_move_the_longer_run_is_resumed(
             if next(calls) <= number:
                 break
         begun = (run / "longer.json").exists()
-        resume(run, steps=None if begun else LONGER)
+        resume(run, steps=None if begun and number % 2 else LONGER)
         assert is_longer(run, tmp_path / "longer"), number
         assert newest_end(run) == PLANNED
         number += 1
@@ -261,6 +261,19 @@ def test_an_edited_configuration_is_refused_with_the_repair(
         with pytest.raises(CheckpointError, match=rf"^{re.escape(key)}: .* restore it") as caught:
             use(run)
         assert repair.replace("RUN", str(run)) in str(caught.value)
+
+
+def test_an_edited_run_is_not_made_longer_and_nothing_moves(planned: Path) -> None:
+    rate = load(planned / "config.toml").optim.lr
+    edit(planned, f"\nlr = {rate}\n", "\nlr = 0.25\n")
+    before = {path: path.stat().st_mtime_ns for path in planned.rglob("*")}
+    with pytest.raises(CheckpointError, match=r"^optim\.lr: "):
+        resume(planned, steps=LONGER)
+    left = {path: path.stat().st_mtime_ns for path in planned.rglob("*") if path != planned}
+    assert left == {path: time for path, time in before.items() if path != planned}
+    edit(planned, "\nlr = 0.25\n", f"\nlr = {rate}\n")
+    resume(planned, steps=LONGER)
+    assert newest(planned).step == LONGER
 
 
 def test_settings_that_change_no_weight_may_change(

@@ -17,10 +17,12 @@ from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError
 from peptrain.methods.base import Method
 from peptrain.models.hf import config_file
+from peptrain.optim.schedule import ScheduleConfig
 from peptrain.runs import checkpoint
-from peptrain.runs.build import run_config
+from peptrain.runs.build import checked_config, run_config
 from peptrain.runs.directory import RunDir, first_free
 from peptrain.runs.ends import config_file as config_file_at
+from peptrain.runs.ends import lengthen
 from peptrain.runs.identity import check_settings, other_settings
 from peptrain.runs.init_from import branching_point, compare_tokenizers
 from peptrain.runs.select import at
@@ -38,6 +40,16 @@ def to_resume(path: Path) -> RunDir:
             f" new run from step {step} with `peptrain train METHOD --continue-from {path}`"
         )
     return RunDir.open(directory)
+
+
+def make_longer(run: RunDir, steps: int | None, schedule: ScheduleConfig | None) -> None:
+    """Call `lengthen` on a run whose config.toml is that of its latest checkpoint.
+
+    Raises CheckpointError for an edited one, before anything is moved, and what `lengthen` raises.
+    """
+    if steps is not None or schedule is not None:
+        checked_config(run.path)
+    lengthen(run, steps, schedule)
 
 
 def first_checkpoint(

@@ -29,13 +29,18 @@ from peptrain.rng import Rng, seed_default
 from peptrain.runs import checkpoint
 from peptrain.runs.build import run_config
 from peptrain.runs.directory import RunDir
-from peptrain.runs.ends import lengthen
 from peptrain.runs.environment import record_environment
 from peptrain.runs.identity import identity_of
 from peptrain.runs.init_from import with_inherited_model
 from peptrain.runs.select import at
 from peptrain.runs.tokenizer import restore_run_tokenizer
-from peptrain.training.begin import create_run, first_checkpoint, how_to_resume, to_resume
+from peptrain.training.begin import (
+    create_run,
+    first_checkpoint,
+    how_to_resume,
+    make_longer,
+    to_resume,
+)
 from peptrain.training.instruments import Instrument, instrument
 from peptrain.training.metrics import MetricsLog, Observer, silent
 from peptrain.training.result import Result
@@ -97,7 +102,7 @@ def resume(
         contextlib.ExitStack() as held,
     ):
         here.on_main(lambda: held.enter_context(run.lock()))
-        here.on_main(lambda: lengthen(run, steps, schedule))
+        here.on_main(lambda: make_longer(run, steps, schedule))
         return _train(run_config(run), run, here, observe, held)
 
 
