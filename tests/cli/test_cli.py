@@ -1035,4 +1035,4 @@ def test_the_readme_s_line_for_several_ranks(corpus: Path, tmp_path: Path) -> No
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("run saved in") == 1
+    assert done.stdout.count("finished: ") == 1

@@ -112,7 +112,7 @@ def watched(training: Callable[[Any], Any]) -> Any:
     from peptrain.display.training import observing
     from peptrain.training.metrics import silent
 
-    with observing(silent, show=True) as observe:
+    with observing(silent) as observe:
         return training(observe)
 
 

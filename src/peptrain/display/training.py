@@ -25,11 +25,8 @@ Row = Mapping[str, Any]
 
 
 @contextmanager
-def observing(observe: Callable[[Row], None], show: bool) -> Iterator[Callable[[Row], None]]:
-    """Yield the observer of a training: `observe`, and if `show` the display, closed at the end."""
-    if not show:
-        yield observe
-        return
+def observing(observe: Callable[[Row], None]) -> Iterator[Callable[[Row], None]]:
+    """Yield an observer of a training: the display, closed at the end, and `observe`."""
     progress = TrainingProgress(console)
 
     def both(row: Row) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from peptrain.config import RunConfig, resolved
 from peptrain.data import Corpus, default_corpus
-from peptrain.display.training import observing
 from peptrain.distributed.world import World, world
 from peptrain.errors import Diverged, Interrupted
 from peptrain.estimation.phases import flops_per_token
@@ -70,7 +69,7 @@ def train(config: RunConfig[Any], observe: Observer = silent, *, show: bool = Fa
     signal (`stop_on_signals`).
     """
     with (
-        observing(observe, show) as observe,
+        _observing(observe, show) as observe,
         world(config.train.device) as here,
         contextlib.ExitStack() as held,
     ):
@@ -97,13 +96,22 @@ def resume(
     """
     run = to_resume(path)
     with (
-        observing(observe, show) as observe,
+        _observing(observe, show) as observe,
         world(run_config(run).train.device) as here,
         contextlib.ExitStack() as held,
     ):
         here.on_main(lambda: held.enter_context(run.lock()))
         here.on_main(lambda: make_longer(run, steps, schedule))
         return _train(run_config(run), run, here, observe, held)
+
+
+def _observing(observe: Observer, show: bool) -> contextlib.AbstractContextManager[Observer]:
+    """Return what is called with each row. The display is imported only if wanted: it needs rich."""
+    if not show:
+        return contextlib.nullcontext(observe)
+    from peptrain.display.training import observing
+
+    return observing(observe)
 
 
 def _train(
