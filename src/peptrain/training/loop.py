@@ -106,7 +106,7 @@ def resume(
 
 
 def _observing(observe: Observer, show: bool) -> contextlib.AbstractContextManager[Observer]:
-    """Return what is called with each row. The display is imported only if wanted: it needs rich."""
+    """Return what is called with each row. The display, which needs rich, is imported if wanted."""
     if not show:
         return contextlib.nullcontext(observe)
     from peptrain.display.training import observing
