@@ -146,7 +146,7 @@ def kill_self_at(when: Moment, run: Path) -> None:
 
 
 def process(action: Callable[[], object], when: Moment | None, run: Path) -> str:
-    """Run `action` in a fork of this process. Return "killed", "finished" or its traceback."""
+    """Run `action` in a fork of this process. Return "killed", "finished" or what it printed."""
     log = run.with_suffix(".log")
     child = os.fork()
     if child == 0:
@@ -154,6 +154,9 @@ def process(action: Callable[[], object], when: Moment | None, run: Path) -> str
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             try:
+                # Repairs PyTorch's pool in one thread: several that find it broken by the fork, as
+                # in the first backward pass on fake tensors, abort the process.
+                torch.set_num_threads(1)
                 if when is not None and when.seconds is None:
                     kill_self_at(when, run)
                 action()
@@ -163,7 +166,7 @@ def process(action: Callable[[], object], when: Moment | None, run: Path) -> str
                 os._exit(1)
         os._exit(0)
     status = wait(child, when, run)
-    if os.WIFSIGNALED(status):
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return "killed"
     return "finished" if status == 0 else log.read_text(encoding="utf-8", errors="replace")
 
@@ -318,7 +321,8 @@ def different_rows(run: Path, whole: Path) -> list[Any]:
 
     one, other = rows(run), rows(whole)
     if len(one) != len(other):
-        return [[len(one), len(other)]]
+        places = [{f"{row['event']} {row['step']}" for row in rows} for rows in (one, other)]
+        return [[len(one), len(other), *sorted(places[0] ^ places[1])]]
     return [[a, b] for a, b in zip(one, other, strict=True) if a != b]
 
 
