@@ -28,6 +28,7 @@ LEVELS = (
     "methods",
     "data",
     "config.py",
+    "loggers",
     "execution",
     "runs",
     "eval",
