@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,20 +22,15 @@ class Trackio(Logger):
         import trackio
 
         self._series = Series(run / "trackio.json", config, step)
-        # It prints how to show the project, and the training has not begun to print.
-        with (
-            open(os.devnull, "w", encoding="utf-8") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-        ):
-            self._run: Any = trackio.init(
-                project=os.environ.get("TRACKIO_PROJECT", "peptrain"),
-                name=f"{run.resolve().name}-{self._series.id}",
-                config=dict(config),
-                resume="allow" if self._series.resumed else "never",
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
+        self._run: Any = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", "peptrain"),
+            name=f"{run.resolve().name}-{self._series.id}",
+            config=dict(config),
+            resume="allow" if self._series.resumed else "never",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log the numbers of the row that the database lacks."""
