@@ -27,6 +27,8 @@ def loggers() -> dict[str, type[Logger]]:
 
 
 def _problem(cls: type[Logger]) -> str | None:
+    if cls.open is Logger.open or cls.log is Logger.log:
+        return "must define `open` and `log`"
     try:
         cls()
     except Exception as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ CLOCKS = ("seconds", "device_hours", "observe_seconds", "peak_bytes")
 HELD_OUT = ("held_out_loss", "perplexity", "held_out_tokens")
 
 
-class Logger(ABC):
+class Logger:
     """Sends the rows of a run to a tool that shows them.
 
     Only rank 0 has loggers, and each is called by a thread of its own, so a slow one does not slow
@@ -30,19 +29,19 @@ class Logger(ABC):
     package: ClassVar[str] = ""
     """The module that it needs, if it may be missing. Imported in `open`."""
 
-    @abstractmethod
     def open(self, run: Path, config: Mapping[str, Any], step: int) -> None:
         """Begin, before the first row.
 
         run: the run directory. config: its config.toml. step: number of steps of the run so far, 0
         for a new one. Rows after `step` that an earlier process logged will come again.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def log(self, row: Mapping[str, Any]) -> None:
         """Log a row of metrics.jsonl, which has been written. Its "event" says what it is."""
+        raise NotImplementedError
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """End, after the last row. Not called after an error, nor when the process is killed."""
 
 

@@ -93,6 +93,38 @@ def lock(path: Path, busy: Callable[[str], str], wait: float = 0.0) -> Iterator[
         _release(path, descriptor)
 
 
+class Sign:
+    """Tells whether a lock is held by a living process, without taking it or writing anything.
+
+    The process of another machine, or of a container, is dead when it has stopped to renew the
+    lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._state, self._seen = path, _state(path), time.monotonic()
+        # It may have died long ago. Then the first beats that are missing show it.
+        old = self._state is not None and time.time() - self._state[2] / 1e9 > PATIENCE
+        self._patience = 2 * BEAT if old else PATIENCE
+
+    def holder(self) -> Holder | None:
+        """Return the process named in the lock, None without a lock or a name in it."""
+        return _holder(self._path)
+
+    def held(self) -> bool:
+        """Return whether there is a lock."""
+        return self._path.exists()
+
+    def alive(self) -> bool:
+        """Return whether the holder has given a sign of life."""
+        holder = self.holder()
+        if holder is not None and holder.machine == _me().machine:
+            return _runs(holder.pid)
+        state, now = _state(self._path), time.monotonic()
+        if state != self._state:
+            self._state, self._seen, self._patience = state, now, PATIENCE
+        return state is not None and now - self._seen < self._patience
+
+
 def _take(path: Path, me: Holder) -> int | None:
     """Return the descriptor of the lock, now ours, or None if it is held."""
     while True:
