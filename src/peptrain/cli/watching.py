@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.live import Live
 
 from peptrain.display.console import console, say
-from peptrain.display.watching import RunView
+from peptrain.display.watching import TALLEST, RunView
 from peptrain.errors import CheckpointError, Interrupted, PeptrainError
 from peptrain.runs.directory import LOCK, RunDir
 from peptrain.runs.lock import Holder, Sign
@@ -39,7 +39,7 @@ class Watched:
         """
         # The lock first: a process writes its last row before it releases the lock.
         held, holder = self._sign.held(), self._sign.holder()
-        self._running = held and self._sign.alive()
+        self._running = self._sign.alive()
         self._holder = holder or self._holder if held else None
         if not self._run.config_file.is_file():
             raise CheckpointError(f"{self.view.name}: the run has vanished: config.toml is missing")
@@ -48,6 +48,11 @@ class Watched:
             self.view.forget()
         self.view.add(rows)
         return self._running and self.view.last is None
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the next looks show if a process of another machine is still there."""
+        return self._sign.doubtful
 
     @property
     def standing(self) -> str:
@@ -85,7 +90,8 @@ def watch(path: Path, every: float = EVERY) -> None:
     Interrupted after Ctrl-C.
     """
     run = Watched(path)
-    running = run.look()
+    while (running := run.look()) and run.doubtful:
+        time.sleep(every)
     if running and console.is_terminal and not console.is_dumb_terminal:
         try:
             _follow(run, every)
@@ -95,7 +101,7 @@ def watch(path: Path, every: float = EVERY) -> None:
         for line in run.view.lines(run.standing, run.seconds_left):
             if line:
                 say(line)
-        for line in run.view.curve(console.width, 8, console.encoding):
+        for line in run.view.curve(console.width, TALLEST, console.encoding):
             say(line)
     run.check()
 

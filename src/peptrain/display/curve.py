@@ -36,7 +36,7 @@ def curve(values: Sequence[float], width: int, height: int, *, blocks: bool) -> 
     means = _means(values, width - margin - 2)
     highest, lowest = (f"{pick(means):.3f}".rjust(margin) for pick in (max, min))
     levels = [n + 1 for n in _levels(means, 8 * height)]
-    signs = [" ", *(BLOCKS if blocks else "    ####")]
+    signs = [" ", *(BLOCKS if blocks else "....####")]
     tick, axis = "┤│" if blocks else "+|"
     lines = []
     for row in reversed(range(height)):

@@ -18,8 +18,10 @@ from peptrain.display.terminal import Console
 from peptrain.display.training import ITEM, clock, events, held_out, perplexity, rates
 
 SIZES = ("hidden_size", "layers", "intermediate_size", "heads", "kv_heads")
-AROUND = 10
-"""Lines of the screen that are not for the curve."""
+TALLEST = 8
+"""Lines of the curve."""
+OTHERS = 4
+"""Lines around it: the bar, an empty one, the title, and the cursor's."""
 Row = Mapping[str, Any]
 
 
@@ -88,8 +90,10 @@ class RunView:
 
     def frame(self, console: Console, standing: str, left: float | None) -> RenderableType:
         """Return the state for a terminal, no wider and no taller than it."""
-        width, height = console.width, min(8, console.height - AROUND)
+        width = console.width
         texts = [wrapped(line, width, whole=ITEM) for line in self.lines(standing, left) if line]
+        used = sum(text.count("\n") + 1 for text in texts)
+        height = min(TALLEST, console.height - used - OTHERS)
         bar = Table.grid()
         bar.add_row(ProgressBar(total=self.steps, completed=self.step, width=min(60, width - 2)))
         parts: list[RenderableType] = [*map(Text, texts[:3]), bar, *map(Text, texts[3:])]
