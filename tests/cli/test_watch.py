@@ -82,7 +82,7 @@ def test_a_run_in_progress_is_shown_once_in_a_pipe_and_left_alone(run: Path, sai
     held = next(row for row in reversed(rows) if row["event"] == "eval")
     assert lines[3] == (
         f"loss {step['loss']:.3f}  held-out loss {held['held_out_loss']:.3f}  held-out perplexity"
-        f" {held['perplexity']:,.2f}  lr 1.0e-02  grad norm {step['grad_norm']:.2f}"
+        f" {held['perplexity']:,.2f}  lr {step['lr']:.1e}  grad norm {step['grad_norm']:.2f}"
         f"  {step['tokens_per_second']:,.0f} tokens/s"
     )
     assert lines[4] == "1 merge  evaluated at step 4  saved at step 4"
@@ -189,7 +189,7 @@ def test_a_terminal_follows_a_run_to_its_end(run: Path, monkeypatch: pytest.Monk
     }
     text = on_a_terminal(run, monkeypatch, happens)
     first, *_, last = frames(text)
-    assert first[0] == f"{run}: {BUSY}"[:80] or str(run) in first[0]
+    assert str(run) in first[0]
     joined = " ".join(" ".join(last).split())
     assert f"{run}: finished" in joined and "step 6 of 8" in joined
     assert "peak memory 3.00 GiB" in joined and "loss, steps 1 to 6" in joined
@@ -203,7 +203,7 @@ def test_a_frame_fits_into_the_terminal(
 ) -> None:
     short = Path(os.path.relpath(run))
     (run / LOCK).write_text(ALIVE)
-    with pytest.raises(Interrupted, match="no longer watching .*, which continues") as left:
+    with pytest.raises(Interrupted, match=r"no longer watching .*, which continues") as left:
         on_a_terminal(short, monkeypatch, {1: _interrupt}, width, height, encoding)
     assert left.value.code == 130
     console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding=encoding), width=width,

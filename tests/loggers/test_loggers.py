@@ -237,8 +237,8 @@ class Impostor(Kept):
 def test_a_bad_plugin_is_named_and_takes_nothing_along(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    offered = {"own": "Own", "bare": "Bare", "none": "NoName", "demanding": "Demanding",
-               "other": "Own", "tensorboard": "Impostor", "text": "EVERY", "gone": "Gone"}  # fmt: skip
+    offered = {"own": "Own", "bare": "Bare", "none": "NoName", "demanding": "Demanding"}
+    offered |= {"other": "Own", "tensorboard": "Impostor", "text": "EVERY", "gone": "Gone"}
     entries = [EntryPoint(k, f"{__name__}:{v}", "peptrain.loggers") for k, v in offered.items()]
     monkeypatch.setattr(peptrain.loggers, "entry_points", lambda group: entries)
     before = dict(LOGGERS)

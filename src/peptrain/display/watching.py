@@ -91,13 +91,15 @@ class RunView:
     def frame(self, console: Console, standing: str, left: float | None) -> RenderableType:
         """Return the state for a terminal, no wider and no taller than it."""
         width = console.width
-        texts = [wrapped(line, width, whole=ITEM) for line in self.lines(standing, left) if line]
-        used = sum(text.count("\n") + 1 for text in texts)
+        lines = [line for line in self.lines(standing, left) if line]
+        texts = [Text(wrapped(line, width, whole=ITEM)) for line in lines]
+        used = len(console.render_lines(Group(*texts)))
         height = min(TALLEST, console.height - used - OTHERS)
         bar = Table.grid()
         bar.add_row(ProgressBar(total=self.steps, completed=self.step, width=min(60, width - 2)))
-        parts: list[RenderableType] = [*map(Text, texts[:3]), bar, *map(Text, texts[3:])]
-        return Group(*parts, *map(Text, self.curve(width, height, console.encoding)))
+        return Group(
+            *texts[:3], bar, *texts[3:], *map(Text, self.curve(width, height, console.encoding))
+        )
 
     def curve(self, width: int, height: int, encoding: str) -> list[str]:
         """Return the loss over the steps as lines, or nothing before the second row."""
