@@ -65,8 +65,8 @@ def compare(
     ranks = launch().size
     check(ranks == 1, "WORLD_SIZE", ranks, "unset: compare starts its own processes")
     asked = load_grid(grid)
-    for run in asked.runs:
-        chosen(run.config.train.log_to)
+    for names in sorted({run.config.train.log_to for run in asked.runs}):
+        chosen(names)
     path, seq_len = asked.baseline.config.data.path, asked.baseline.config.train.seq_len
     corpus = Corpus.open(path) if path else default_corpus()  # prepared once, before any run
     epoch = corpus.windows(seq_len) * seq_len
