@@ -91,6 +91,10 @@ LONG = re.compile(
     r"|test_a_search_says_nothing_of_the_models_it_tries"
     r"|test_killed_anywhere_the_same_command_ends_with_the_same_bytes\[(?!held_out_by_hash)"
     r"|test_a_name_is_there_in_a_new_process_twice\[(?!LORO)"
+    r"|test_one_that_fails_is_off_after_one_line_and_the_run_is_the_same\[exit-(open|close)"
+    r"|test_one_that_hangs_is_left_behind\[(open|log)"
+    r"|test_a_killed_and_resumed_run_is_one_series\[wandb"
+    r"|test_a_run_made_longer_from_an_earlier_step_is_another_series"
     r"|test_(a_loop_of_ones_own_is_the_trainers_training|it_learns)\[(?!.*(full|bpt|loro))"
 )
 """Cases for the marker `slow`, beside those that carry it: the longest of their kind, by

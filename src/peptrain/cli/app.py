@@ -25,6 +25,7 @@ from peptrain.cli.reading import (
     list_methods,
     list_recipes,
     prepare_command,
+    watch_run,
 )
 from peptrain.cli.training import estimate_by, resume_command, run_demo, run_grid, train_by
 from peptrain.display.console import (
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if stdout.lost and args[0] in PRINTS_ONLY else 0
 
 
-PRINTS_ONLY = ("estimate", "eval", "methods", "recipes")
+PRINTS_ONLY = ("estimate", "eval", "methods", "recipes", "watch")
 """Commands that have failed when nobody could read what they print."""
 DESCRIPTION = f"""Parameter-efficient pre-training of language models ({__version__}).
 
@@ -100,6 +101,7 @@ def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandA
     app.command(by_method["estimate"], name="estimate")
     app.command(name="demo")(paragraphs(run_demo))
     app.command(name="compare")(paragraphs(run_grid))
+    app.command(name="watch")(paragraphs(watch_run))
     app.command(name="eval")(paragraphs(eval_run))
     app.command(name="analyze")(paragraphs(analyze_runs))
     app.command(name="export")(paragraphs(export_run))
