@@ -305,6 +305,8 @@ def preparing(copy: Copy) -> list[str]:
             "--held-out=0.02", f"--shard-tokens={SHARD}"]  # fmt: skip
 
 
+OF_LONGER = ("config.toml", "metrics.jsonl", "ends/*")
+"""Files in which a run that was made longer differs from others."""
 SMALL = [f"--model.{key.replace('_', '-')}={value}" for key, value in MODEL.items()]
 COMMANDS = [
     Command("resume", "begun", lambda c: ["resume", str(c.path)], lambda c, out: of_run(c.path)),
@@ -318,14 +320,16 @@ COMMANDS = [
     Command("train --config", "run", lambda c: [
         "train", f"--config={c.path}/config.toml", f"--run={c.made}"],
         lambda c, out: of_run(c.made), ("config.toml",)),
-    Command("resume", "longer", lambda c: ["resume", str(c.path)], lambda c, out: of_run(c.path)),
+    Command("resume", "longer", lambda c: ["resume", str(c.path)],
+            lambda c, out: of_run(c.path), OF_LONGER),
     Command("resume --train.steps", "longer", lambda c: [
-        "resume", str(c.path), f"--train.steps={STOP + 6}"], lambda c, out: of_run(c.path)),
+        "resume", str(c.path), f"--train.steps={STOP + 6}"],
+        lambda c, out: of_run(c.path), OF_LONGER),
     Command("eval RUN@STEP", "longer", lambda c: ["eval", f"{c.path}@{STOP}", "--device=cpu"],
-            printed),
+            printed, OF_LONGER),
     Command("train --continue-from", "longer", lambda c: training(
         c, on(c), f"--continue-from={c.path}@{STOP}", "--train.steps=7", method="lowrank"),
-        lambda c, out: of_run(c.made)),
+        lambda c, out: of_run(c.made), OF_LONGER),
     Command("export", "loro", lambda c: exporting(c, "factorised"),
             lambda c, out: of_files(c.made)),
     Command("resume", "copied", lambda c: ["resume", str(c.path)],

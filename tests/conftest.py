@@ -96,6 +96,47 @@ LONG = re.compile(
     r"|test_a_killed_and_resumed_run_is_one_series\[wandb"
     r"|test_a_run_made_longer_from_an_earlier_step_is_another_series"
     r"|test_(a_loop_of_ones_own_is_the_trainers_training|it_learns)\[(?!.*(full|bpt|loro))"
+    # Triton's interpreter
+    r"|test_(bpt_mlp|an_mlp|a_normed_mlp_with_its_residual)"
+    # dry runs
+    r"|test_the_peak_is_what_a_step_takes\[(?!full-8-4|loro-8-4)"
+    r"|test_(people_read_a_table|as_json_has_every_number|what_cannot_be_estimated_is_named)"
+    r"|test_a_rank_equal_to_the_tokens_or_to_another_matrix_is_told_apart"
+    r"|test_(the_command_shows_the_search|a_terminal_shows_what_is_tried)"
+    r"|test_(loro_s_exact_step_is_found|galore_s_new_bases_are_those|merges_are_counted_with)"
+    r"|test_(bpt_s_merge_draws_a_frame|settings_that_compile_are_estimated|methods_without_events)"
+    r"|test_(activations_that_are_computed_again|on_a_gpu_tensors_are_rounded_up)"
+    r"|test_a_merge_takes_what_was_foretold\[(?!relora)"
+    r"|test_(what_is_done_apart_is_an_event|every_phase_is_estimated|the_state_of_the_process_stays)"
+    r"|test_low_rank_and_full_steps_cost_what_arithmetic_says"
+    r"|test_the_steps_are_the_most_that_the_budget_pays"
+    r"|test_the_last_row_has_the_flops_of_the_estimate"
+    # methods of other packages
+    r"|test_it_goes_through_every_command|test_it_keeps_the_laws\[(?!silu)"
+    r"|test_(a_bad_package_is_named_and_takes|dropout_breaks_no_law|numbers_in_an_optimizers_state)"
+    r"|test_the_sites_are_what_may_be_adapted_whether"
+    # processes
+    r"|test_a_warm_started_run_goes_on_on_two_ranks"
+    r"|test_the_blocks_of_a_file_run_in_order\[docs/(methods|data|compare)"
+    # benchmarks
+    r"|test_(corruption|loop|speed|fast_forms|cpu_peft|merges|budget|first_table|data)$"
+    r"|test_the_smoke_tests_runs_change_phase"
+    # runs
+    r"|test_once_there_is_a_checkpoint_the_source_may_go\[(?!relora)"
+    r"|test_(a_wrong_fold_is_caught|methods_with_other_matrices_have_no_factorised)\w*\[(?!bpt|sltrain)"
+    r"|test_the_factorised_model_computes_and_generates_the_same\[(?!loro-config)"
+    r"|test_columns_that_other_operators_read_are_not_stacked"
+    r"|test_(runs_resumes_and_exports_as_without|outputs_gradients_and_steps_are)\w*\[(?!full|lora)"
+    r"|test_a_kill_around_an_event_changes_no_bit\[(?!relora|bpt)"
+    r"|test_three_phases_and_a_kill_in_any_of_them\[(?!2)"
+    r"|test_a_kill_near_the_boundary_costs_nothing\[(?!5)"
+    r"|test_with_wsd_a_run_becomes_longer\w*\[(?!relora|full)"
+    r"|test_the_configuration_of_(the|a)_run_replays_it\[(?!.*bpt)"
+    r"|test_the_learning_rate_is_0_next_to_the_switch_and_to_each_reset\[(?!4)"
+    r"|test_divergence_names_the_step_the_rate_and_the_last_good_checkpoint\[(?!100)"
+    r"|test_accumulation_is_one_big_batch\[(?!bpt)"
+    r"|test_a_resume_under_another_number_of_ranks_weighs"
+    r"|test_before_the_first_checkpoint_the_source_is_read_again"
 )
 """Cases for the marker `slow`, beside those that carry it: the longest of their kind, by
 `--durations`. What is left of a kind stays in the default run."""
