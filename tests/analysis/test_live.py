@@ -33,7 +33,7 @@ def stored(run: Path) -> list[Choice]:
 
 def prepared(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
     """Choose so, whatever the times, and find that it costs nothing."""
-    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given: choice)
+    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given, spent: choice)
     monkeypatch.setattr(Dynamics, "_keep_the_budget", lambda *given: None)
 
 
@@ -48,11 +48,29 @@ def prepared(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
     ],
 )
 def test_layers_and_interval_keep_the_budget(cost: float, budget: float, wanted: Choice) -> None:
-    found = choose(20, 1020, layers=8, log_every=10, seconds=1.0, cost=cost, budget=budget)
+    trial = budget * 20  # as much as the steps before it allow
+    found = choose(20, 1020, layers=8, log_every=10, seconds=1.0, cost=cost, budget=budget,
+                   spent=trial)  # fmt: skip
     assert found == wanted
     if found.every:
         measured = math.ceil(8 / found.stride)
-        assert cost * measured <= budget * found.every
+        assert trial + cost * measured * (1000 // found.every) <= budget * 1020
+
+
+@pytest.mark.parametrize(
+    "spent, wanted",
+    [
+        (0.4, Choice(20, 40, 1)),
+        (10.4, Choice(20, 40, 2)),
+        (20.4, Choice(20, 0, 8)),
+        (30.0, Choice(20, 0, 8)),
+    ],
+)
+def test_the_trial_counts(spent: float, wanted: Choice) -> None:
+    """Of 20.4 s for 1020 steps, 8 layers in 0.8 s may take what it leaves."""
+    found = choose(20, 1020, layers=8, log_every=10, seconds=1.0, cost=0.1, budget=0.02,
+                   spent=spent)  # fmt: skip
+    assert found == wanted
 
 
 def test_what_was_chosen_is_said_in_one_line() -> None:
@@ -135,7 +153,7 @@ def test_what_takes_more_than_the_budget_is_measured_half_as_often(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The choices are stored, and a run that was killed and resumed obeys them again."""
-    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given: Choice(2, 2, 2))
+    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given, spent: Choice(2, 2, 2))
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     costly = {**SETTINGS, "observe_budget": 1e-6}
     train(tiny("full", corpus, whole, train=costly))
@@ -143,7 +161,7 @@ def test_what_takes_more_than_the_budget_is_measured_half_as_often(
     assert {x["step"] for x in rows(whole, "dynamics")} == {4, 8}
     with pytest.raises(Killed):
         train(tiny("full", corpus, parted, train=costly), kill_at("step", 9))
-    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given: pytest.fail("again"))
+    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given, spent: pytest.fail("again"))
     shutil.rmtree(parted / "checkpoints" / "step-00000008")  # to measure step 8 a second time
     resume(parted)
     assert stored(parted) == stored(whole)
@@ -195,7 +213,7 @@ from support import tiny
 import peptrain.analysis.live as live
 from peptrain.training.loop import train
 
-live.choose = lambda *given: live.Choice(2, 3, 2)
+live.choose = lambda *given, spent: live.Choice(2, 3, 2)
 settings = {"observe": "dynamics", "observe_budget": 1.0, "device": "cpu", "micro_batch": 1}
 live.Dynamics._keep_the_budget = lambda *given: None
 train(tiny("relora", Path(sys.argv[1]), Path(sys.argv[2]), train=settings))

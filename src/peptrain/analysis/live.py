@@ -43,19 +43,30 @@ class Choice:
 
 
 def choose(
-    step: int, steps: int, layers: int, log_every: int, seconds: float, cost: float, budget: float
+    step: int,
+    steps: int,
+    layers: int,
+    log_every: int,
+    seconds: float,
+    cost: float,
+    budget: float,
+    spent: float,
 ) -> Choice:
     """Return the choice after `step` of `steps` steps, each of which takes `seconds`.
 
-    cost: seconds to measure one layer. The interval is the shortest multiple of `log_every` within
-    the budget: cost x layers <= budget x seconds x every. Layers are left out until `ENOUGH`
-    measurements fit into the rest of the run, or only one layer is left. `every` is 0 if none fits.
+    cost: seconds to measure one layer. spent: seconds that the trial took. What is left of the
+    budget, budget x seconds x steps - spent, is for the steps that are left. The interval is the
+    shortest multiple of `log_every` within it. Layers are left out until `ENOUGH` measurements fit
+    into the rest of the run, or only one layer is left. `every` is 0 if none fits.
     """
     left = steps - step
+    allowed = (budget * seconds * steps - spent) / max(left, 1)
+    if allowed <= 0:
+        return Choice(step, 0, layers)
     every, stride = 0, 1
     for stride in [*range(1, layers), layers]:
         measured = math.ceil(layers / stride)
-        every = math.ceil(cost * measured / (budget * seconds * log_every)) * log_every
+        every = math.ceil(cost * measured / (allowed * log_every)) * log_every
         if left // max(every, 1) >= ENOUGH or measured == 1:
             break
     return Choice(step, max(every, log_every) if every <= left else 0, stride)
@@ -142,15 +153,19 @@ class Dynamics:
         layers = len(decoder_layers(model)[1])
 
         def chosen() -> list[Choice]:
-            cost = self._cost(model, layers)
-            found = choose(step, self.steps, layers, self.log_every, per_step, cost, self.budget)
+            first, cost = self._cost(model, layers), self._cost(model, layers)
+            found = choose(step, self.steps, layers, self.log_every, per_step, cost, self.budget,
+                           spent=first + cost)  # fmt: skip
             log.info("%s", described(found, layers, self.budget))
             return self._store([found])
 
         self._choices = self._agreed(chosen)
 
     def _cost(self, model: nn.Module, layers: int) -> float:
-        """Return the seconds of a measurement of layer 0, with a kept weight to subtract."""
+        """Return the seconds of a measurement of layer 0, with a kept weight to subtract.
+
+        On a GPU the first one takes several times as long, because it loads a library.
+        """
         begin = time.perf_counter()
         self._before = self._kept(model, layers)
         list(self._rows(model, layers))
@@ -193,8 +208,9 @@ def described(choice: Choice, layers: int, budget: float) -> str:
     """Return what was chosen, in one line."""
     if not choice.every:
         return (
-            f"train.observe: one layer takes more than train.observe_budget {budget:g} of the time"
-            " of this run, so nothing is measured"
+            f"train.observe: to try one layer and measure it again takes more than"
+            f" train.observe_budget {budget:g} of the time of this run, so nothing is measured;"
+            " `peptrain analyze` measures its checkpoints"
         )
     what = "every layer" if choice.stride == 1 else f"every {choice.stride}th layer"
     count = math.ceil(layers / choice.stride)
