@@ -24,7 +24,9 @@ from peptrain.cli.reading import (
     export_run,
     list_methods,
     list_recipes,
+    plot_command,
     prepare_command,
+    write_report,
 )
 from peptrain.cli.training import estimate_by, resume_command, run_demo, run_grid, train_by
 from peptrain.display.console import (
@@ -102,6 +104,8 @@ def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandA
     app.command(name="compare")(paragraphs(run_grid))
     app.command(name="eval")(paragraphs(eval_run))
     app.command(name="analyze")(paragraphs(analyze_runs))
+    app.command(name="plot")(paragraphs(plot_command()))
+    app.command(name="report")(paragraphs(write_report))
     app.command(name="export")(paragraphs(export_run))
     app.command(data, name="data")
     app.command(name="methods")(paragraphs(list_methods))

@@ -1,0 +1,62 @@
+"""Write one figure of runs or of a comparison, and its numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from peptrain.errors import ConfigError
+from peptrain.figures.catalogue import FIGURES
+from peptrain.figures.panel import Drawn
+from peptrain.figures.read import is_comparison, read
+from peptrain.figures.source import LABELS, Axis, View
+from peptrain.figures.style import imported, rendered
+from peptrain.files import write_atomically
+from peptrain.settings.fields import check
+
+log = logging.getLogger("peptrain")
+SUFFIXES = ("svg", "png", "pdf")
+
+
+def plot(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    figure: str | None = None,
+    x: Axis = "tokens",
+    what: str = "weight",
+) -> Path:
+    """Draw runs, or a directory of `compare`, to `out`; return it. Its numbers go to OUT.csv.
+
+    The suffix of `out` is .svg, .png or .pdf. figure: a name in docs/report.md, by default the
+    loss, of a comparison the loss over learning rates. x: of curves over training. what: of
+    dynamics. The runs may be in training.
+
+    Raises ConfigError for a setting, CheckpointError for what can't be read, PeptrainError where
+    matplotlib is missing or the runs lack what the figure shows.
+    """
+    suffix = out.suffix.removeprefix(".")
+    check(suffix in SUFFIXES, "--out", out, "a name that ends in .svg, .png or .pdf")
+    name = figure or ("rates" if is_comparison(paths[0]) else "loss") if paths else "loss"
+    check(name in FIGURES, "--figure", name, f"one of {', '.join(FIGURES)}")
+    check(x in LABELS, "--x", x, f"one of {', '.join(LABELS)}")
+    imported("matplotlib")
+    source = read(paths)
+    drawn = FIGURES[name](source, View(x=x, what=what))
+    for note in (*source.warnings, *drawn.notes):
+        log.warning("%s", note)
+    write(drawn, out, name)
+    return out
+
+
+def write(drawn: Drawn, out: Path, name: str) -> None:
+    """Write a figure and its numbers. Raises ConfigError if they can't be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out.with_suffix(".csv"), drawn.csv())
+        write_atomically(out, [rendered(drawn.figure, out.suffix.removeprefix("."), name)])
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: can't be written: {error.strerror}; choose another place"
+        ) from error
