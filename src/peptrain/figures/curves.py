@@ -21,10 +21,10 @@ from peptrain.figures.source import (
 from peptrain.figures.style import Look, look, styled
 
 TRAINING, HELD_OUT = ("step",), ("eval", "end")
-SYMBOLS = {"merge": "|", "exact step": "|", "reset": "x", "phase": "D"}
+SYMBOLS = {"merge": ("|", 5), "exact step": ("+", 5), "reset": ("x", 5), "phase": ("D", 3.5)}
 MOST_ROWS = 12
 """Of the strip of events, and its groups with names."""
-BEGINNING = 0.1
+BEGINNING = 0.2
 """Share of a training that the range of the loss leaves out if it has enough rows."""
 ENOUGH = 20
 
@@ -69,7 +69,7 @@ def loss(source: Source, view: View) -> Drawn:
     rates = [(r, *curve(r.run, TRAINING, "lr", view.x)) for r in runs]
     norms = [(r, *curve(r.run, TRAINING, "grad_norm", view.x)) for r in runs]
     under = [("learning rate", rates), ("gradient norm", norms)]
-    shown = [(name, found) for name, found in under if any(x for _, x, _ in found)]
+    shown = [(name, lines) for name, lines in under if any(x for _, x, _ in lines)]
     strip = [0.2 + 0.1 * min(len(events), MOST_ROWS)] if events else []
     with styled():
         made, rows = sheet([2.5, *strip, *[0.95] * len(shown)], legend=_lines(source), sharex=True)
@@ -87,13 +87,14 @@ def loss(source: Source, view: View) -> Drawn:
         _fit(panel.axes, [*trained, *held])
         if events:
             _strip(made.panel(next(axes), "events", LABELS[view.x], "run"), events)
-        for name, found in shown:
+        for name, lines in shown:
             part = made.panel(next(axes), name, LABELS[view.x], name)
-            for r, x, y in found:
+            for r, x, y in lines:
                 if x:
                     part.line(name, r.line, x, y, r.look, lw=0.9)
             part.axes.set_ylabel(name.replace(" ", "\n"))
-        _finish(made, rows, source, view.x)
+        happened = {event for _, found in events for event, _ in found}
+        _finish(made, rows, source, view.x, [name for name in SYMBOLS if name in happened])
     return Drawn(_over("Loss", view.x), _loss_caption(events, view.x), made.figure, made.numbers,
                  notes)  # fmt: skip
 
@@ -106,8 +107,8 @@ def _loss_caption(events: Sequence[Any], x: Axis) -> str:
     said = "Thin: training loss, mean of the steps of a row. With markers: held-out loss."
     if events:
         said += (
-            " The strip shows merges and LORO's exact steps (bars), resets (crosses) and new phases"
-            " (diamonds), each at the first row after it."
+            " The strip shows merges, exact steps (of LORO), resets of moments and new phases, each"
+            " at the first row after it."
         )
     if x == "flops":
         said += " FLOPs: tokens times the mean FLOPs per token of the whole run."
@@ -117,7 +118,7 @@ def _loss_caption(events: Sequence[Any], x: Axis) -> str:
 
 
 def _fit(axes: Any, curves: Sequence[tuple[_Labelled, list[float], list[float]]]) -> None:
-    """Leave the first tenth of a longer training out of the range of y, but not of the numbers."""
+    """Leave the first fifth of a longer training out of the range of y, but not of the numbers."""
     end = max(max(x) for _, x, _ in curves if x)
     later = [v for _, xs, ys in curves for x, v in zip(xs, ys, strict=True) if x >= BEGINNING * end]
     if max(len(x) for _, x, _ in curves) < ENOUGH or not later:
@@ -132,31 +133,33 @@ def _strip(panel: Panel, events: Sequence[tuple[_Labelled, list[tuple[str, float
         for name in (*EVENTS.values(), "phase"):
             at = [x for event, x in found if event == name]
             if at:
-                panel.line(name, r.line, at, [n] * len(at), r.look, ls="none",
-                           marker=SYMBOLS[name], ms=3.5 if name == "phase" else 5)  # fmt: skip
+                marker, size = SYMBOLS[name]
+                panel.line(
+                    name, r.line, at, [n] * len(at), r.look, ls="none", marker=marker, ms=size
+                )
     panel.axes.set(ylim=(len(events) - 0.4, -0.6), yticks=[])
     panel.axes.set_ylabel("events", rotation=0, ha="right", va="center")
     panel.axes.grid(False)
     panel.axes.spines["left"].set_visible(False)
 
 
-def _lines(source: Source) -> int:
+def _lines(source: Source, symbols: int = 0) -> int:
     """Return the lines of the legend."""
     names = [shortened(name) for name in source.groups]
     columns = 1 if max(map(len, names)) > 26 else 2
-    return -(-len(names) // columns)
+    return -(-(len(names) + symbols) // columns)
 
 
-def _finish(made: Any, rows: Any, source: Source, x: Axis) -> None:
+def _finish(made: Any, rows: Any, source: Source, x: Axis, symbols: Sequence[str] = ()) -> None:
     """Label the shared x axis and put the legend."""
     last = rows[-1][0]
     last.set_xlabel(LABELS[x])
     engineering(last.xaxis)
     styles = [look(n) for n in range(len(source.groups))]
-    made.legend(
-        [(name, {"color": s.colour, "ls": s.dash, "marker": s.marker})
-         for name, s in zip(source.groups, styles, strict=True)]
-    )  # fmt: skip
+    lines = [(name, {"color": s.colour, "ls": s.dash, "marker": s.marker})
+             for name, s in zip(source.groups, styles, strict=True)]  # fmt: skip
+    signs = [(name, {"ls": "none", "marker": SYMBOLS[name][0]}) for name in symbols]
+    made.legend([*lines, *signs])
 
 
 def speed(source: Source, view: View) -> Drawn:

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from peptrain.figures.panel import Drawn, Panel, engineering, sheet
+from peptrain.display.terminal import one_line
+from peptrain.figures.panel import Drawn, Panel, engineering, plain, sheet
 from peptrain.figures.source import NotMeasured, Row, RunRows, Source, View, number
 from peptrain.figures.style import Look, imported, look, styled
 from peptrain.ops.student import half_width
@@ -51,7 +52,7 @@ def measured(run: RunRows, what: str, column: str) -> dict[str, Points]:
         value = number(row, column)
         scaled = None if value is None else scale(value)
         finite = scaled if scaled is not None and math.isfinite(scaled) else None
-        found.setdefault(str(module), {}).setdefault(step, {})[layer] = finite
+        found.setdefault(one_line(str(module)), {}).setdefault(step, {})[layer] = finite
     return found
 
 
@@ -76,6 +77,13 @@ def _grid(
     for spare in flat[len(modules) :]:
         spare.set_visible(False)
     return made, flat[: len(modules)]
+
+
+def _lowest(axes: Sequence[Any], label: str) -> None:
+    """Label the x axis of the lowest panel of each column, where the others share it."""
+    for ax in axes[-2:]:
+        ax.set_xlabel(label)
+        ax.tick_params(labelbottom=True)
 
 
 def _nothing(column: str, what: str, source: Source) -> NotMeasured:
@@ -162,8 +170,9 @@ def _caption(explained: str, over: str) -> str:
     if over == "layers":
         return (
             f"{explained.capitalize()}, one panel for each matrix. Solid lines and filled bands:"
-            " mean and 95 % interval (Student's t) over the measured layers of one run. Hollow: in"
-            " some layers it is not finite, and the others are averaged."
+            " mean and 95 % interval (Student's t) over the measured layers of one run, cut off"
+            " where it is very wide. Hollow: in some layers the value is not finite, and the mean"
+            " is that of the others."
         )
     return (
         f"{explained.capitalize()}, one panel for each matrix. Dashed and dotted lines: mean and"
@@ -174,13 +183,26 @@ def _caption(explained: str, over: str) -> str:
 
 def _ends(made: Any, axes: Sequence[Any], label: str, groups: Mapping[str, Any]) -> None:
     made.figure.supylabel(label, fontsize=9)
-    made.figure.supxlabel("steps", fontsize=9)
-    for ax in axes:
-        engineering(ax.xaxis)
-        ax.xaxis.set_major_locator(imported("matplotlib.ticker").MaxNLocator(4, integer=True))
+    _lowest(axes, "steps")
+    axes[0].xaxis.set_major_locator(imported("matplotlib.ticker").MaxNLocator(4, integer=True))
+    engineering(axes[0].xaxis)
+    _fit(axes[0], made.numbers)
     styles = [look(n) for n in range(len(groups))]
     made.legend([(name, {"color": s.colour, "ls": s.dash, "marker": s.marker})
                  for name, s in zip(groups, styles, strict=True)])  # fmt: skip
+
+
+def _fit(ax: Any, numbers: Sequence[Mapping[str, Any]]) -> None:
+    """Cut off wide bands, as those of two layers are, where they would flatten the lines."""
+    means = [row["y"] for row in numbers if "y" in row]
+    ends = [row[end] for row in numbers for end in ("low", "high") if end in row]
+    if not means:
+        return
+    low, high = min(means), max(means)
+    span = (high - low) or abs(high) / 10 or 1.0
+    bottom = max(min([low, *ends]), low - span)
+    top = min(max([high, *ends]), high + span)
+    ax.set_ylim(bottom - span / 20, top + span / 20)
 
 
 per, condition, frobenius = (_each(column, "layers") for column in MEASURES)
@@ -212,7 +234,7 @@ def layers(source: Source, view: View) -> Drawn:
             ax.set_title(_short(module))
             ax.grid(False)
         made.figure.supylabel("layer", fontsize=9)
-        made.figure.supxlabel("steps", fontsize=9)
+        _lowest(axes, "steps")
         made.figure.colorbar(image, ax=axes, label="PER", aspect=40, location="bottom")
     return Drawn(
         f"PER of {view.what} in each layer: {run.name}",
@@ -240,16 +262,15 @@ def _ticks(ax: Any, steps: Sequence[int], numbers: Sequence[int]) -> None:
 
 def spectra(source: Source, view: View) -> Drawn:
     """Histogram of singular values of the last analyzed step."""
-    found = {run.name: _sigmas(run, view.what) for run in source.runs}
+    found = {run.name: sigmas for run in source.runs if (sigmas := _sigmas(run, view.what))}
     modules = list(dict.fromkeys(m for of_run in found.values() for m in of_run))
     if not modules:
         known = dict.fromkeys(str(row.get("what")) for run in source.runs for row in run.spectra)
-        names = ", ".join(found) or "no run"
+        names = ", ".join(run.name for run in source.runs) or "no run"
         repair = f"choose --what from {', '.join(known)}" if known else "run `peptrain analyze RUN`"
         raise NotMeasured(f"spectra: no singular values of {view.what} ({names}); {repair}")
-    groups = {run.name: [run] for run in source.runs}
     with styled():
-        made, axes = _grid(modules, 1.35, -(-len(groups) // 2))
+        made, axes = _grid(modules, 1.35, -(-len(found) // 2))
         for ax, module in zip(axes, modules, strict=True):
             panel = made.panel(ax, module, "singular value", "number of singular values")
             every = [s for of_run in found.values() for s in of_run.get(module, ())]
@@ -264,11 +285,12 @@ def spectra(source: Source, view: View) -> Drawn:
             ax.set_title(_short(module))
             ax.set_yscale("symlog", linthresh=1)
             ax.set_ylim(bottom=0)
+            plain(ax.yaxis)
         made.figure.supylabel("number", fontsize=9)
-        made.figure.supxlabel("singular value", fontsize=9)
+        _lowest(axes, "singular value")
         made.legend([(name, {"color": look(n).colour, "ls": look(n).dash})
-                     for n, name in enumerate(groups)])  # fmt: skip
-    steps = {run.name: _step(run) for run in source.runs if found[run.name]}
+                     for n, name in enumerate(found)])  # fmt: skip
+    steps = {run.name: _step(run) for run in source.runs if run.name in found}
     said = ", ".join(f"{name} at step {step}" for name, step in steps.items())
     return Drawn(
         f"Singular values of {view.what}",
@@ -289,7 +311,7 @@ def _sigmas(run: RunRows, what: str) -> dict[str, list[float]]:
         if row.get("what") == what and row.get("module") != "ov":
             given = [float(s) for s in str(row.get("sigma", "")).split()]
             finite = [sigma for sigma in given if math.isfinite(sigma) and sigma >= 0]
-            found.setdefault(str(row.get("module")), []).extend(finite)
+            found.setdefault(one_line(str(row.get("module"))), []).extend(finite)
     return {module: values for module, values in found.items() if values}
 
 

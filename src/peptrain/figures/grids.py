@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
-from peptrain.figures.panel import Drawn, engineering, sheet
+from peptrain.display.terminal import one_line
+from peptrain.figures.panel import Drawn, engineering, plain, sheet
 from peptrain.figures.source import NotMeasured, Row, Source, View, number
 from peptrain.figures.style import look, styled
 from peptrain.ops.student import half_width
@@ -23,8 +25,12 @@ LOSS = "held-out loss (nats per token)"
 def _trials(source: Source) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in source.trials:
-        found.setdefault(str(row.get("configuration")), []).append(row)
+        found.setdefault(_label(row, "configuration"), []).append(row)
     return found
+
+
+def _label(row: Row, key: str) -> str:
+    return one_line(str(row.get(key)))
 
 
 def _nothing(source: Source) -> NotMeasured:
@@ -35,7 +41,7 @@ def _nothing(source: Source) -> NotMeasured:
 
 def rates(source: Source, view: View) -> Drawn:
     """Held-out loss over the learning rate, a line for each configuration."""
-    lines = {str(line.get("label")): line for line in source.lines}
+    lines = {_label(line, "label"): line for line in source.lines}
     made_of = {
         name: by_rate for name, rows in _trials(source).items() if (by_rate := _by_rate(rows))
     }
@@ -56,14 +62,14 @@ def rates(source: Source, view: View) -> Drawn:
             panel.line("mean over seeds", name, list(by_rate), means, style, marker=style.marker)
             best = number(lines.get(name, {}), "lr")
             if best in by_rate:
-                edge = {} if not place else {"mfc": "none"}
                 at = statistics.fmean(by_rate[best])
                 panel.line("best", name, [best], [at], style, ls="none", marker="o", ms=9,
-                           mfc="none", mew=1.4 if not edge else 0.8)  # fmt: skip
+                           mfc="none")  # fmt: skip
                 notes.append(f"{name}: best at {best:g}, {PLACES.get(place, place)}")
             handles.append((name, {"color": style.colour, "ls": style.dash,
                                    "marker": style.marker}))  # fmt: skip
         panel.axes.set(xscale="log", xlabel="learning rate", ylabel=LOSS)
+        _rates_as_ticks(panel.axes, sorted({lr for by_rate in made_of.values() for lr in by_rate}))
         made.legend(handles)
     return Drawn(
         "Held-out loss over the learning rate",
@@ -71,6 +77,13 @@ def rates(source: Source, view: View) -> Drawn:
         " finished. At the edge of the rates tried a better one may lie beyond.",
         made.figure, made.numbers, notes,
     )  # fmt: skip
+
+
+def _rates_as_ticks(axes: Any, tried: Sequence[float]) -> None:
+    """Put the ticks at the rates that were tried, where they are not too many."""
+    if len(tried) <= 8:
+        axes.set_xticks(tried)
+    plain(axes.xaxis)
 
 
 def _by_rate(rows: Sequence[Row]) -> dict[float, list[float]]:
@@ -94,9 +107,9 @@ COSTS = (
 def frontier(source: Source, view: View) -> Drawn:
     """Held-out loss over trainable parameters, bytes and seconds, each at its best rate."""
     points = {
-        str(line.get("label")): [
+        _label(line, "label"): [
             row
-            for row in _trials(source).get(str(line.get("label")), [])
+            for row in _trials(source).get(_label(line, "label"), [])
             if row.get("state") == "finished" and row.get("lr") == line.get("lr")
         ]
         for line in source.lines

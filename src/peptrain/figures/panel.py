@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peptrain.figures.style import COLOURS, FAINT, INK, WIDTH, Look, imported
+from peptrain.figures.style import INK, WIDTH, Look, imported
 
 COLUMNS = ("panel", "x_axis", "y_axis", "mark", "line", "x", "y", "low", "high", "value")
 LONGEST = 44
@@ -66,7 +66,7 @@ class Panel:
     ) -> None:  # fmt: skip
         """Draw y over x. A single point gets a marker, which a line would not show."""
         label = self._keep(mark, line, x=x, y=y)
-        given = {"color": look.colour, "linestyle": look.dash} | style
+        given = {"color": look.colour, "ls": look.dash} | style
         if len(x) == 1:
             given["marker"] = given.get("marker") or look.marker
         self.axes.plot(x, y, label=label, **given)
@@ -158,11 +158,14 @@ def shortened(name: str) -> str:
     return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
 
 
+def plain(axis: Any) -> None:
+    """Label a logarithmic axis with 0.001, 0.01, since formulas are switched off."""
+    ticker = imported("matplotlib.ticker")
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def engineering(axis: Any) -> None:
     """Label an axis with 1 k, 20 M, 3 G."""
     formatter = imported("matplotlib.ticker").EngFormatter
     axis.set_major_formatter(formatter(sep=""))
-
-
-__all__ = ["COLOURS", "COLUMNS", "FAINT", "Drawn", "Panel", "Sheet", "engineering", "sheet",
-           "shortened"]  # fmt: skip

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import csv
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peptrain.analysis.table import read_table
+from peptrain.display.terminal import one_line
 from peptrain.errors import CheckpointError
 from peptrain.figures.source import Row, RunRows, Source
 from peptrain.files import leading_out, read_json, read_json_object
 from peptrain.runs.directory import RunDir
 from peptrain.settings import toml
 
-log = logging.getLogger("peptrain")
 COMPARISON = "runs.json"
 SPECTRA = ".spectra"
 
@@ -52,10 +51,10 @@ def _names(paths: Sequence[Path]) -> list[str]:
     parts = [path.resolve().parts for path in paths]
     longest = max(map(len, parts))
     for length in range(1, longest + 1):
-        names = ["/".join(part[-length:]) for part in parts]
+        names = [one_line("/".join(part[-length:])) for part in parts]
         if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
+            break
+    return names
 
 
 def read_run(path: Path, name: str, configuration: str = "") -> RunRows:
@@ -92,7 +91,8 @@ def _tables(folder: Path) -> dict[int, Path]:
 
 
 def _table(path: Path) -> list[dict[str, Any]]:
-    return _sound(path, lambda: read_table(path))
+    found: list[dict[str, Any]] = _sound(path, lambda: read_table(path))
+    return found
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
@@ -120,12 +120,15 @@ def _comparison(path: Path) -> Source:
         else []
         for key in ("runs", "configurations")
     )
-    return from_comparison(path, trials, lines)
+    about = {key: value for key, value in content.items() if key not in ("runs", "configurations")}
+    return from_comparison(path, trials, lines, about)
 
 
-def from_comparison(path: Path, trials: Sequence[Row], lines: Sequence[Row]) -> Source:
-    """Return the entries of a comparison, and its runs: of each configuration those at the best
-    rate, or all while that is not known."""
+def from_comparison(path: Path, trials: Sequence[Row], lines: Sequence[Row], about: Row) -> Source:
+    """Return the entries of a comparison, and its runs.
+
+    Of each configuration they are those at the best rate, or all while that is not known.
+    """
     best = {line.get("label"): line.get("lr") for line in lines}
     runs, left_out = [], []
     for trial in trials:
@@ -137,7 +140,7 @@ def from_comparison(path: Path, trials: Sequence[Row], lines: Sequence[Row]) -> 
         if leading_out(path, [f"runs/{name}"]) is not None:
             left_out.append(f"{name}: leads out of {path}, and is not read")
         elif (place / "config.toml").is_file():
-            runs.append(read_run(place, name, str(label)))
+            runs.append(read_run(place, one_line(name), one_line(str(label))))
         else:
             left_out.append(f"{name}: not there yet")
-    return Source(runs, trials, lines, left_out)
+    return Source(runs, trials, lines, about, left_out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -81,6 +80,8 @@ class Source:
     """"runs" of the runs.json of `compare`: an entry for each run of the grid."""
     lines: Sequence[Row] = ()
     """"configurations" of it: an entry for each configuration, at its best learning rate."""
+    about: Row = field(default_factory=dict)
+    """The rest of runs.json: what is equal, caption and notes."""
     left_out: Sequence[str] = ()
     """What was not read, and why."""
 
@@ -124,10 +125,10 @@ def _but_seed(run: RunRows) -> dict[str, Any]:
 
 def number(row: Row, key: str) -> float | None:
     """Return a finite number of a row, None if it has none there."""
-    value = row.get(key)
-    if type(value) not in (int, float) or not abs(value) < LARGEST:  # type: ignore[operator]
+    value: Any = row.get(key)
+    if type(value) not in (int, float) or not abs(value) < LARGEST:
         return None
-    return value if math.isfinite(value) else None  # type: ignore[arg-type,return-value]
+    return value  # type: ignore[no-any-return]
 
 
 LABELS: dict[Axis, str] = {

@@ -47,7 +47,7 @@ def imported(module: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise PeptrainError(
-            f"figures need the package {error.name}; install it with: pip install"
+            f"figures and reports need the package {error.name}; install it with: pip install"
             " 'peptrain[report]'"
         ) from error
 
@@ -85,10 +85,13 @@ def styled() -> Iterator[None]:
 def rendered(figure: Any, suffix: str, name: str) -> bytes:
     """Return the figure as svg, png or pdf, without a date. name: unique in a page of several."""
     file = io.BytesIO()
-    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+    about = {
+        "svg": dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        "pdf": {"CreationDate": None},
+    }
     with styled():
         imported("matplotlib").rcParams["svg.hashsalt"] = "peptrain"
-        figure.savefig(file, format=suffix, dpi=200, metadata=dates[suffix])
+        figure.savefig(file, format=suffix, dpi=200, metadata=about.get(suffix))
     if suffix != "svg":
         return file.getvalue()
     text = file.getvalue().decode()
