@@ -27,7 +27,7 @@ def _log10(value: float) -> float:
 MEASURES: dict[str, tuple[str, str, Callable[[float], float]]] = {
     "per": ("PER", "effective rank / min(n, m)", float),
     "condition": ("log10 condition", "condition number over the structural rank", _log10),
-    "frobenius": ("Frobenius norm", "norm", float),
+    "frobenius": ("Frobenius norm", "Frobenius norm", float),
 }
 """Axis, explanation and scale of the columns that are drawn."""
 
@@ -124,7 +124,7 @@ def _each(column: str, over: str) -> Callable[[Source, View], Drawn]:
         return Drawn(f"{label} of {view.what}, over {over}", _caption(explained, over),
                      made.figure, made.numbers, [])  # fmt: skip
 
-    draw.__doc__ = f"{MEASURES[column][1].capitalize()} over steps, with bands over {over}."
+    draw.__doc__ = f"{MEASURES[column][0]} over steps, with bands over {over}."
     return draw
 
 
@@ -167,16 +167,15 @@ _SERIES = {"layers": _layers, "seeds": _seeds}
 
 
 def _caption(explained: str, over: str) -> str:
+    first = explained[0].upper() + explained[1:]
     if over == "layers":
         return (
-            f"{explained.capitalize()}, one panel for each matrix. Solid lines and filled bands:"
-            " mean and 95 % interval (Student's t) over the measured layers of one run, cut off"
+            f"{first}, one panel for each matrix. Solid lines and filled bands: mean and 95 % interval (Student's t) over the measured layers of one run, cut off"
             " where it is very wide. Hollow: in some layers the value is not finite, and the mean"
             " is that of the others."
         )
     return (
-        f"{explained.capitalize()}, one panel for each matrix. Dashed and dotted lines: mean and"
-        " 95 % interval (Student's t) over seeds of the mean over layers. Steps that every seed"
+        f"{first}, one panel for each matrix. Dashed and dotted lines: mean and 95 % interval (Student's t) over seeds of the mean over layers. Steps that every seed"
         " has."
     )
 

@@ -6,17 +6,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from peptrain.errors import ConfigError
 from peptrain.figures.catalogue import FIGURES
-from peptrain.figures.panel import Drawn
 from peptrain.figures.read import is_comparison, read
+from peptrain.figures.save import SUFFIXES, save
 from peptrain.figures.source import LABELS, Axis, View
-from peptrain.figures.style import imported, rendered
-from peptrain.files import write_atomically
+from peptrain.figures.style import imported
 from peptrain.settings.fields import check
 
 log = logging.getLogger("peptrain")
-SUFFIXES = ("svg", "png", "pdf")
 
 
 def plot(
@@ -46,17 +43,5 @@ def plot(
     drawn = FIGURES[name](source, View(x=x, what=what))
     for note in (*source.warnings, *drawn.notes):
         log.warning("%s", note)
-    write(drawn, out, name)
+    save(drawn, out, name)
     return out
-
-
-def write(drawn: Drawn, out: Path, name: str) -> None:
-    """Write a figure and its numbers. Raises ConfigError if they can't be written."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out.with_suffix(".csv"), drawn.csv())
-        write_atomically(out, [rendered(drawn.figure, out.suffix.removeprefix("."), name)])
-    except OSError as error:
-        raise ConfigError(
-            f"--out {out}: can't be written: {error.strerror}; choose another place"
-        ) from error

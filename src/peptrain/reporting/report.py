@@ -107,7 +107,7 @@ def _sections(source: Source) -> Iterator[Section]:
 
 
 def _settings(source: Source) -> Section:
-    made = Section("What differs")
+    made = Section("What differs" if len(source.runs) > 1 else "Run")
     differ = differing(source)
     if len(source.runs) > 1:
         same = "Nothing differs between the settings of the runs."
