@@ -170,13 +170,14 @@ def _caption(explained: str, over: str) -> str:
     first = explained[0].upper() + explained[1:]
     if over == "layers":
         return (
-            f"{first}, one panel for each matrix. Solid lines and filled bands: mean and 95 % interval (Student's t) over the measured layers of one run, cut off"
-            " where it is very wide. Hollow: in some layers the value is not finite, and the mean"
-            " is that of the others."
+            f"{first}, one panel for each matrix. Solid lines and filled bands: mean and 95 %"
+            " interval (Student's t) over the measured layers of one run, cut off where it is very"
+            " wide. Hollow: in some layers the value is not finite, and the mean is that of the"
+            " others."
         )
     return (
-        f"{first}, one panel for each matrix. Dashed and dotted lines: mean and 95 % interval (Student's t) over seeds of the mean over layers. Steps that every seed"
-        " has."
+        f"{first}, one panel for each matrix. Dashed and dotted lines: mean and 95 % interval"
+        " (Student's t) over seeds of the mean over layers, at the steps that every seed has."
     )
 
 
