@@ -15,7 +15,7 @@ def test_a_comparison_draws_beside_its_table_and_again_when_it_is_resumed(
     fakes: Fakes,
     corpus: Path,
     tmp_path: Path,
-    drawn: None,  # noqa: F811
+    drawn: None,
 ) -> None:
     fakes.does = {("full", 1e-3, 0): 3.5, ("full", 2e-3, 1): "killed"}
     out = tmp_path / "out"

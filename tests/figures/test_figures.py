@@ -241,9 +241,7 @@ def test_what_is_not_there_is_named_with_what_is(runs: Source, tmp_path: Path) -
     with pytest.raises(NotMeasured, match="choose --what from weight, from_start"):
         FIGURES["per"](runs, View(what="nothing"))
     bare = read([run(tmp_path / "bare", [*steps(4), end(4)])])
-    with pytest.raises(
-        NotMeasured, match=r"train with --train\.observe dynamics, or run `peptrain"
-    ):
+    with pytest.raises(NotMeasured, match=r"train with --train\.observe dynamics, or run `pep"):
         FIGURES["condition"](bare, View())
     with pytest.raises(NotMeasured, match="differ in their seed alone"):
         FIGURES["per-seeds"](Source(runs.runs[:1]), View())
