@@ -16,6 +16,8 @@ from peptrain.ops.student import half_width
 BIN = 0.05
 """Width of the bins of a spectrum, that of ReLoRA's Figure 3."""
 MOST_BINS = 400
+LEAST = {"layers": 1, "seeds": 2}
+"""Runs of a group that has been measured."""
 Points = dict[int, dict[int, float | None]]
 """By step and layer; None where a value is not finite."""
 
@@ -99,30 +101,33 @@ def _nothing(column: str, what: str, source: Source) -> NotMeasured:
 
 def _each(column: str, over: str) -> Callable[[Source, View], Drawn]:
     def draw(source: Source, view: View) -> Drawn:
-        found = {run.name: measured(run, view.what, column) for run in source.runs}
-        modules = list(dict.fromkeys(m for of_run in found.values() for m in of_run))
-        groups = source.groups
-        if over == "seeds":
-            groups = {name: group for name, group in groups.items() if len(group) > 1}
-        if not modules:
+        every = {run.name: measured(run, view.what, column) for run in source.runs}
+        found = {name: values for name, values in every.items() if values}
+        if not found:
             raise _nothing(column, view.what, source)
+        groups = {
+            label: names
+            for label, group in source.groups.items()
+            if len(names := [run.name for run in group if run.name in found]) >= LEAST[over]
+        }
         if not groups:
             raise NotMeasured(
-                f"{column} over seeds: needs runs that differ in their seed alone"
-                f" ({', '.join(found)})"
+                f"{column} of {view.what} over seeds: needs two runs that differ in their seed"
+                f" alone ({', '.join(found)})"
             )
+        modules = list(dict.fromkeys(m for of_run in found.values() for m in of_run))
         label, explained, _ = MEASURES[column]
         with styled():
             made, axes = _grid(modules, 1.35, -(-len(groups) // 2), sharex=True, sharey=True)
             for ax, module in zip(axes, modules, strict=True):
                 panel = made.panel(ax, module, "steps", label)
                 ax.set_title(_short(module))
-                for n, group in enumerate(groups.values()):
-                    series = [(r.name, found[r.name].get(module, {})) for r in group]
-                    _SERIES[over](panel, series, look(n), list(groups)[n])
+                for n, (group, names) in enumerate(groups.items()):
+                    series = [(name, found[name].get(module, {})) for name in names]
+                    _SERIES[over](panel, series, look(n), group)
             _ends(made, axes, label, groups)
-        return Drawn(f"{label} of {view.what}, over {over}", _caption(explained, over),
-                     made.figure, made.numbers, [])  # fmt: skip
+        title = f"{label} of {view.what}, over {over}"
+        return Drawn(title, _caption(explained, over), made.figure, made.numbers)
 
     draw.__doc__ = f"{MEASURES[column][0]} over steps, with bands over {over}."
     return draw

@@ -28,8 +28,12 @@ from peptrain.reporting.tables import (
 
 MOST_HEAT_MAPS = 3
 """A report has those of the first runs only."""
-WHATS = ("weight", "update", "from_start", "from_warm", "gradient")
-"""Of dynamics, those that a report shows."""
+DYNAMICS = (
+    *((name, "weight") for name in ("per", "condition", "frobenius")),
+    *((name, what) for what in ("update", "from_start") for name in ("per", "frobenius")),
+    ("per", "gradient"),
+)
+"""What a report shows of what was measured. `peptrain plot` shows all."""
 
 
 @dataclass
@@ -140,20 +144,19 @@ def _dynamics(source: Source) -> Section:
     made = Section("Learning dynamics")
     rows = [row for run in source.runs for row in (*run.of("dynamics"), *run.analysis)]
     found = {str(row.get("what")) for row in rows}
-    whats = [what for what in WHATS if what in found]
-    if not whats:
+    if not found:
         made.missing.append(
             "not measured: train with --train.observe dynamics, or run `peptrain analyze RUN`"
         )
         return made
     over_seeds = any(group[1:] for group in source.groups.values())
-    for what in whats:
-        for name in ("per", "condition", "frobenius"):
+    for name, what in DYNAMICS:
+        if what in found:
             made.draw(name, source, View(what=what))
             if over_seeds:
                 made.draw(f"{name}-seeds", source, View(what=what))
     for run in source.runs[:MOST_HEAT_MAPS]:
-        made.draw("layers", replace(source, runs=[run]), View(what=whats[0]))
+        made.draw("layers", replace(source, runs=[run]), View())
     if left := [run.name for run in source.runs[MOST_HEAT_MAPS:]]:
         made.missing.append(
             f"layer by layer: shown of the first {MOST_HEAT_MAPS} runs; of {', '.join(left)} with"
