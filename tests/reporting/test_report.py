@@ -292,7 +292,7 @@ def test_a_browser_shows_it_without_a_word_or_a_request(
     assert chromium.open(reports / f"{name}.html", width, scheme) == []
     seen: Any = chromium.value(SEEN)
     assert seen["wide"] <= width and seen["figures"] > 0
-    assert seen["narrowest"] >= 9, "pixels of the letters in figures"
+    assert seen["smallest"] >= 10, "pixels of the letters in figures"
     light = scheme == "light"
     assert seen["page"] == ("rgb(255, 255, 255)" if light else "rgb(20, 23, 28)")
     assert seen["paper"] == seen["page"]
@@ -307,7 +307,7 @@ SEEN = """(() => {
   return {
     wide: document.documentElement.scrollWidth,
     figures: document.querySelectorAll("figure svg").length,
-    narrowest: Math.min(...texts.map(t => parseFloat(t.style.fontSize) * scale(t))),
+    smallest: Math.min(...texts.map(t => parseFloat(t.style.fontSize) * scale(t))),
     page: style("body", "backgroundColor"),
     paper: style("figure svg path", "fill"),
     ink: style("figure svg text", "fill"),

@@ -13,8 +13,8 @@ from typing import Any
 
 from peptrain.errors import PeptrainError
 
-WIDTH = 5.0
-"""Inches of a figure: 360 units, so that 9 pt stays legible on a phone of 360 to 400 pixels."""
+WIDTH = 4.5
+"""Inches of a figure: 324 units, so that letters of 9 have 10 pixels on a phone 400 wide."""
 INK, FAINT, PAPER = "#1f2328", "#d8dce2", "#ffffff"
 COLOURS = ("#0072b2", "#d55e00", "#008a65", "#aa4499", "#9a6b00", "#5f6670", "#882255")
 """From those of Okabe and Ito and of Tol, with a contrast of at least 3 to 1 on white."""
@@ -30,7 +30,7 @@ SETTINGS = {
     "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
     "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": FAINT, "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.titlesize": 9,
-    "axes.titlelocation": "left", "font.size": 9, "legend.fontsize": 8.5, "legend.frameon": False,
+    "axes.titlelocation": "left", "font.size": 9, "legend.fontsize": 9, "legend.frameon": False,
     "legend.handlelength": 2.6, "lines.linewidth": 1.4, "lines.markersize": 3.5,
     "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER,
     "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7,
