@@ -18,8 +18,10 @@ from made import analyzed, comparison, finished, run, steps
 from peptrain.cli.app import main
 from peptrain.errors import CheckpointError, ConfigError
 from peptrain.figures.catalogue import FIGURES
+from peptrain.figures.read import read
 from peptrain.reporting.plot import plot
 from peptrain.reporting.report import report
+from peptrain.reporting.tables import Table, common, differing
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +87,20 @@ def test_a_report_of_a_run_has_everything_and_needs_nothing(folder: Path, tmp_pa
     assert not list(tmp_path.glob("out/.*"))
 
 
+def test_the_settings_that_differ_are_first_with_the_longer_list_downwards(
+    tmp_path: Path,
+) -> None:
+    made = [run(tmp_path / name, optim_lr=lr) for name, lr in (("a", 1e-3), ("b", 0.5))]
+    assert differing(read(made)) == Table(["run", "optim.lr"], [["a", "0.001"], ["b", "0.5"]])
+    other = run(tmp_path / "c", optim_lr=1e-3, optim_kind="sgd", train_seed=3, optim_x=True)
+    assert differing(read([made[0], other])) == Table(
+        ["setting", "a", "c"],
+        [["train.seed", "0", "3"], ["optim.kind", "–", "sgd"], ["optim.x", "–", "true"]],
+    )
+    same = read([made[0], run(tmp_path / "d")])
+    assert differing(same).heads == ["run"] and common(same).rows[0] == ["method.name", "full"]
+
+
 @pytest.mark.slow
 def test_a_report_of_a_comparison_of_forty(folder: Path, tmp_path: Path) -> None:
     page = contained(report([folder / "forty"], tmp_path / "report.html"))
@@ -147,7 +163,12 @@ def test_a_run_in_training_is_read_while_it_holds_its_lock(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "suffix, start", [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")]
+    "suffix, start",
+    [
+        ("svg", b"<?xml"),
+        pytest.param("png", b"\x89PNG", marks=pytest.mark.slow),
+        pytest.param("pdf", b"%PDF", marks=pytest.mark.slow),
+    ],
 )
 def test_a_plot_is_of_the_kind_of_its_name_and_the_same_each_time(
     suffix: str, start: bytes, folder: Path, tmp_path: Path

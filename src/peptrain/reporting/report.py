@@ -114,10 +114,10 @@ def _settings(source: Source) -> Section:
     made = Section("What differs" if len(source.runs) > 1 else "Run")
     differ = differing(source)
     if len(source.runs) > 1:
-        same = "Nothing differs between the settings of the runs."
-        made.text = "" if len(differ.heads) > 1 else same
-    if len(differ.heads) > 1:
-        made.tables.append(differ)
+        if len(differ.heads) > 1 and differ.rows:
+            made.tables.append(differ)
+        else:
+            made.text = "The settings of the runs are the same."
     if source.runs:
         made.tables.append(states(source))
         made.folded["Settings that all runs share" if source.runs[1:] else "Settings"] = common(

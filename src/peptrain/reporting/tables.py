@@ -36,12 +36,20 @@ def shown(value: Any) -> str:
 
 
 def differing(source: Source) -> Table:
-    """Return the settings that are not the same in all runs, a row for each run."""
+    """Return the settings that are not the same in all runs.
+
+    What there is more of, runs or settings, has the rows, as a page has more height than width.
+    """
     keys = dict.fromkeys(key for run in source.runs for key in run.settings)
     values = {key: [run.settings.get(key) for run in source.runs] for key in keys}
-    differ = [key for key, found in values.items() if any(v != found[0] for v in found)]
-    rows = [[run.name, *(shown(run.settings.get(key)) for key in differ)] for run in source.runs]
-    return Table(["run", *map(one_line, differ)], rows)
+    differ = {key: found for key, found in values.items() if any(v != found[0] for v in found)}
+    names = [run.name for run in source.runs]
+    lines = [[one_line(key), *map(shown, found)] for key, found in differ.items()]
+    if len(differ) > len(names):
+        return Table(["setting", *names], lines)
+    columns = zip(["run", *names], *lines, strict=True)
+    heads, *rows = ([*column] for column in columns)
+    return Table(heads, rows)
 
 
 def common(source: Source) -> Table:
