@@ -1,6 +1,7 @@
 """Damage every file of runs, corpora, comparisons and exports, one at a time, and run each command.
 
-    python benchmarks/corruption.py [--only 'run/config.toml' 'corpus/*'] [--flips 8] [--json FILE]
+    python benchmarks/corruption.py [--only 'run/config.toml' 'corpus/*'] [--flips 8]
+                                    [--workers 1] [--json FILE]
 
 Each case is a fresh copy with one damaged file, in which one command runs in this process. Its
 outcome is one of
@@ -24,6 +25,7 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -34,7 +36,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
@@ -135,49 +137,59 @@ def replayed(copy: Copy, file: Path) -> bool:
     return replace(given, run=None) == replace(made, run=None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sweep:
-    """All cases, and what happened in them."""
+    """What is damaged, and how. Each process copies subjects into a folder of its own."""
 
     subjects: Subjects
     folder: Path
-    cases: list[dict[str, str]] = field(default_factory=list)
+    flips: int
+    seed: int
+
+    def jobs(self, only: list[str]) -> Iterator[tuple[int, Path]]:
+        """Yield (number of the command, file of its subject) for each that `only` selects."""
+        for number, command in enumerate(COMMANDS):
+            if only and not any(fnmatch(command.subject, p.partition("/")[0]) for p in only):
+                continue  # without making the subject
+            subject = self.subjects.get(command.subject)
+            for file in (f.relative_to(subject) for f in files_in(subject)):
+                read = any(fnmatch(str(file), name) for name in command.only)
+                if read and selected(command, file, only):
+                    yield number, file
 
     def copy(self, command: Command) -> Copy:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
-        path = self.folder / command.subject
+        folder = self.folder / f"case-{os.getpid()}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        path = folder / command.subject
         shutil.copytree(self.subjects.get(command.subject), path)
         return Copy(self.subjects, path)
 
-    def damage(self, command: Command, only: list[str], flips: int, seed: int) -> None:
-        """Run the command on every damaged file of its subject that `only` selects."""
-        if only and not any(fnmatch(command.subject, p.partition("/")[0]) for p in only):
-            return
-        copy = self.copy(command)
-        files = [f.relative_to(copy.path) for f in files_in(copy.path)]
-        asked = [f for f in files if any(fnmatch(str(f), name) for name in command.only)]
-        asked = [f for f in asked if selected(command, f, only)]
-        if not asked:
-            return
-        whole = ran(command, copy)
+    def undamaged(self, command: Command) -> Ran:
+        whole = ran(command, self.copy(command))
         checked(whole.status or bool(whole.raised))
-        for file in asked:
-            content = (self.subjects.get(command.subject) / file).read_bytes()
-            draw = random.Random(f"{seed} {file}")
-            flipped = flips if command.values else 0
-            for name, damaged in damages(content, file.suffix, flipped, draw).items():
-                copy = self.copy(command)
-                put(copy.path / file, damaged)
-                one = ran(command, copy)
-                found = classify(command, one, whole, copy.path / file, copy)
-                said = one.raised or one.err or one.out
-                place = f"{command.subject}/{file}"
-                self.cases.append({"file": place, "command": command.name, "damage": name,
-                                   "class": found, "said": said[-2000:]})  # fmt: skip
-                if found in BAD:
-                    last = said.strip().splitlines()[-1:] or [""]
-                    print(f"{found}: {place}, {name}, {command.name}: {last[0][:200]}", flush=True)
+        return whole
+
+    def damage(self, number: int, file: Path) -> list[dict[str, str]]:
+        """Run a command on a file, damaged in every way."""
+        command, cases = COMMANDS[number], []
+        content = (self.subjects.get(command.subject) / file).read_bytes()
+        draw = random.Random(f"{self.seed} {file}")
+        flipped = self.flips if command.values else 0
+        whole = self.undamaged(command)
+        for name, damaged in damages(content, file.suffix, flipped, draw).items():
+            copy = self.copy(command)
+            put(copy.path / file, damaged)
+            one = ran(command, copy)
+            found = classify(command, one, whole, copy.path / file, copy)
+            said = one.raised or one.err or one.out
+            place = f"{command.subject}/{file}"
+            cases.append({"file": place, "command": command.name, "damage": name,
+                          "class": found, "said": said[-2000:]})  # fmt: skip
+            if found in BAD:
+                last = said.strip().splitlines()[-1:] or [""]
+                print(f"{found}: {place}, {name}, {command.name}: {last[0][:200]}", flush=True)
+        return cases
 
 
 def selected(command: Command, file: Path, only: list[str]) -> bool:
@@ -231,20 +243,28 @@ def main(argv: list[str] | None = None) -> int:
                       help="patterns of SUBJECT/FILE, such as 'run/*' (default: all)")  # fmt: skip
     made.add_argument("--flips", type=int, default=8, help="of bits, digits and keys, per file")
     made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--workers", type=int, default=1, help="processes")
     made.add_argument("--json", type=Path, help="write every case to this file")
     args = made.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="peptrain-corruption-") as name:
         folder = Path(name).resolve()
-        sweep = Sweep(Subjects(folder), folder / "case")
+        sweep = Sweep(Subjects(folder), folder, args.flips, args.seed)
         with patch.dict(os.environ, PEPTRAIN_CACHE=str(folder / "cache")):
-            for command in COMMANDS:
-                sweep.damage(command, args.only, args.flips, args.seed)
-    print("\n".join(table(sweep.cases)))
-    total = Counter(case["class"] for case in sweep.cases)
-    print(f"\n{len(sweep.cases)} cases: " + ", ".join(f"{n} {c}" for c, n in total.most_common()))
+            jobs = list(sweep.jobs(args.only))
+            for number in {number for number, _ in jobs}:
+                sweep.undamaged(COMMANDS[number])  # makes what it reads, before any fork
+            if args.workers == 1:
+                found = [sweep.damage(*job) for job in jobs]
+            else:
+                with multiprocessing.get_context("fork").Pool(args.workers) as pool:
+                    found = pool.starmap(sweep.damage, jobs, chunksize=1)
+    cases = [case for of_file in found for case in of_file]
+    print("\n".join(table(cases)))
+    total = Counter(case["class"] for case in cases)
+    print(f"\n{len(cases)} cases: " + ", ".join(f"{n} {c}" for c, n in total.most_common()))
     if args.json:
-        args.json.write_text(json.dumps({"cases": sweep.cases}, indent=1), encoding="utf-8")
+        args.json.write_text(json.dumps({"cases": cases}, indent=1), encoding="utf-8")
     return 1 if any(total[c] for c in BAD) else 0
 
 

@@ -68,9 +68,13 @@ SHOWN = {
 
 
 def kept(steps: int) -> dict[str, list[int]]:
-    """Return the steps to keep, and those to analyze: starts, true updates, a merge, the end."""
+    """Return the steps to keep, and those to analyze: starts, true updates, a merge, the end.
+
+    The rate of the first step of a phase is 0, so that its second one is measured too.
+    """
     quarter = steps // 4
-    first, last = [0, 1, quarter, quarter + 1], [3 * quarter, steps - 1, steps]
+    first = [0, 1, 2, quarter, quarter + 1, quarter + 2]
+    last = [3 * quarter, steps - 1, steps]
     return {"keep": sorted({*first, 2 * quarter, *last}), "analyze": sorted({*first, *last})}
 
 

@@ -3,13 +3,14 @@
     python benchmarks/soak.py [--runs 100] [--seed 0] [--only NUMBER ...] [--json FILE]
 
 Every run is killed by SIGKILL one to three times: by the clock, in a save, between a save and its
-row of metrics, at a change of phase, while the run is created, while it is resumed. In the end
-every file of every checkpoint must have the same bytes as in the run that nobody killed, and
-metrics.jsonl the same rows, apart from the throughput. All methods take turns, on the CPU, with a
-cosine schedule, accumulation, clipping, evaluations and periodic events. The exit status is 1 if
-any run differs. --only repeats single runs. Their moments depend on --seed and their number alone,
-except for what the clock decides. A run that ended before the clock killed it is repeated with an
-earlier moment, so that each is killed at least once.
+row of metrics, at a change of phase, while the run is created, while it is resumed, while it is
+made longer. In the end every file of every checkpoint must have the same bytes as in the run that
+nobody killed, and metrics.jsonl the same rows, apart from the throughput. All methods take turns,
+on the CPU, with accumulation, clipping, evaluations and periodic events. The schedule is cosine, or
+wsd in runs that are made longer, which are compared with one that had all its steps from the
+beginning. The exit status is 1 if any run differs. --only repeats single runs. Their moments depend
+on --seed and their number alone, except for what the clock decides. A run that ended before the
+clock killed it is repeated with an earlier moment, so that each is killed at least once.
 
 A killed process is a fork of this one, so that it need not import PyTorch again.
 """
@@ -30,6 +31,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,11 @@ MAY_DIFFER = {*MEASURED, "crc32"}
 """Values of a row that measure time, and the checksum over them."""
 LONGEST = 120.0
 """Seconds after which a process has hung."""
+PLANNED = 12
+"""Steps of a run before it is made longer."""
+WSD = {"kind": "wsd", "decay": 4, "warmup": 2}
+LENGTHENING = r"open .*/\.longer\.json\..*"
 SAVED, SAVING = r"os\.rename .*/checkpoints/step-\d+", r"os\.mkdir .*/checkpoints/\.step-.*"
-CREATED = r"os\.rename .*/config\.toml"
 HEADER = ("killed", "runs", "kills", "same weights, moments and state", "same rows")
 
 
@@ -101,6 +106,8 @@ def moment(kind: str, draw: random.Random, duration: float, ends: Sequence[int])
         return Moment(kind, after=end, events=draw.randint(1, 16))
     if kind == "while it is created":
         return Moment(kind, events=draw.randint(1, 12))
+    if kind == LENGTHENED:
+        return Moment(kind, after=LENGTHENING, events=draw.randint(1, 36))
     assert kind == "while it is resumed"
     return Moment(kind, events=draw.randint(1, 24))
 
@@ -111,9 +118,9 @@ def earlier(when: Moment) -> Moment:
     return replace(when, seconds=when.seconds / 2, nth=max(1, when.nth - 1))
 
 
-BOUNDARY = "at a change of phase"
+BOUNDARY, LENGTHENED = "at a change of phase", "while it is made longer"
 KINDS = (BOUNDARY, "by the clock", "in a save", "between a save and its row",
-         "while it is created", "while it is resumed")  # fmt: skip
+         "while it is created", "while it is resumed", LENGTHENED)  # fmt: skip
 
 
 def kill_self_at(when: Moment, run: Path) -> None:
@@ -139,7 +146,7 @@ def kill_self_at(when: Moment, run: Path) -> None:
 
 
 def process(action: Callable[[], object], when: Moment | None, run: Path) -> str:
-    """Run `action` in a fork of this process. Return "killed", "finished" or its traceback."""
+    """Run `action` in a fork of this process. Return "killed", "finished" or what it printed."""
     log = run.with_suffix(".log")
     child = os.fork()
     if child == 0:
@@ -147,6 +154,9 @@ def process(action: Callable[[], object], when: Moment | None, run: Path) -> str
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             try:
+                # Repairs PyTorch's pool in one thread: several that find it broken by the fork, as
+                # in the first backward pass on fake tensors, abort the process.
+                torch.set_num_threads(1)
                 if when is not None and when.seconds is None:
                     kill_self_at(when, run)
                 action()
@@ -156,7 +166,7 @@ def process(action: Callable[[], object], when: Moment | None, run: Path) -> str
                 os._exit(1)
         os._exit(0)
     status = wait(child, when, run)
-    if os.WIFSIGNALED(status):
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return "killed"
     return "finished" if status == 0 else log.read_text(encoding="utf-8", errors="replace")
 
@@ -201,22 +211,27 @@ class Case:
     kinds: tuple[str, ...]
 
     @property
+    def longer(self) -> bool:
+        """Whether the run is made longer."""
+        return LENGTHENED in self.kinds
+
+    @property
     def reference(self) -> str:
-        return f"{self.variant}, {self.precision}"
+        return f"{self.variant}, {self.precision}" + ", wsd" * self.longer
 
     @property
     def method(self) -> Method:
         name, settings = VARIANTS[self.variant]
         return small(METHODS[name], **settings)
 
-    def config(self, corpus: Path, run: Path) -> RunConfig[Any]:
+    def config(self, corpus: Path, run: Path, steps: int = STEPS) -> RunConfig[Any]:
         return small_run(
             self.method,
             corpus,
             run,
             optim={"clip": 0.5, "weight_decay": 0.01},
-            schedule={"kind": "cosine", "warmup": 2},
-            train=TRAIN | {"precision": self.precision},
+            schedule=WSD if self.longer else {"kind": "cosine", "warmup": 2},
+            train=TRAIN | {"precision": self.precision, "steps": steps},
         )
 
     def ends(self) -> tuple[int, ...]:
@@ -230,12 +245,13 @@ def cases(runs: int, seed: int) -> list[Case]:
     for number in range(runs):
         draw = random.Random(f"{seed}/{number}")
         case = Case(number, names[number % len(names)], draw.choice(PRECISIONS), ())
-        own = [kinds[number % len(kinds)]]
+        own = [kinds[(number + number // len(names)) % len(kinds)]]
         if own == ["while it is resumed"]:
             own = ["by the clock", *own]
         if case.ends() and draw.random() < 0.5:
             own = [BOUNDARY]
-        own += draw.choices([k for k in kinds if k != "while it is created"], k=draw.randint(0, 2))
+        anywhere = [k for k in kinds if k not in ("while it is created", LENGTHENED)]
+        own += draw.choices(anywhere, k=draw.randint(0, 2))
         made.append(replace(case, kinds=tuple(own[:3])))
     return made
 
@@ -248,6 +264,13 @@ def reference(case: Case, folder: Path) -> float:
     return time.perf_counter() - began
 
 
+def begin(case: Case, corpus: Path, run: Path, steps: int = STEPS) -> object:
+    """Train the run of a case, resume it, or make it longer."""
+    if not (run / "config.toml").exists():
+        return train(case.config(corpus, run, steps))
+    return resume(run, steps=steps if case.longer else None)
+
+
 def soak(case: Case, folder: Path, duration: float, seed: int) -> dict[str, Any]:
     """Kill, resume and compare one run."""
     run, draw = folder / "runs" / str(case.number), random.Random(f"{seed}/{case.number}/moments")
@@ -255,10 +278,10 @@ def soak(case: Case, folder: Path, duration: float, seed: int) -> dict[str, Any]
                              "precision": case.precision, "killed": []}  # fmt: skip
     for kind in (*case.kinds, None):
         when = moment(kind, draw, duration, case.ends()) if kind else None
-        made = (run / "config.toml").exists()
-        start = (
-            (lambda: resume(run)) if made else (lambda: train(case.config(folder / "corpus", run)))
-        )
+        start = partial(begin, case, folder / "corpus", run)
+        if kind == LENGTHENED:
+            planned = process(partial(start, steps=PLANNED), None, run)
+            assert planned == "finished", planned
         ended = process(start, when, run)
         while ended == "finished" and when and when.seconds is not None and not found["killed"]:
             shutil.rmtree(run)
@@ -298,7 +321,8 @@ def different_rows(run: Path, whole: Path) -> list[Any]:
 
     one, other = rows(run), rows(whole)
     if len(one) != len(other):
-        return [[len(one), len(other)]]
+        places = [{f"{row['event']} {row['step']}" for row in rows} for rows in (one, other)]
+        return [[len(one), len(other), *sorted(places[0] ^ places[1])]]
     return [[a, b] for a, b in zip(one, other, strict=True) if a != b]
 
 

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +26,7 @@ from peptrain.errors import Interrupted, PeptrainError
 from peptrain.exporting.factorised import load_factorised
 from peptrain.methods import METHODS
 from peptrain.testing import MODEL, TRAIN, small, small_corpus, small_run
-from peptrain.training.loop import train
+from peptrain.training.loop import resume, train
 from peptrain.training.metrics import MEASURED
 
 STOP, SHARD, CORPUS = 5, 4000, "corpus"
@@ -53,7 +52,13 @@ class Subjects:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.get = cache(self._make)
+        self.made: dict[str, Path] = {}
+
+    def get(self, name: str) -> Path:
+        """Return a subject's directory. Made once, also for processes forked after that."""
+        if name not in self.made:
+            self.made[name] = self._make(name)
+        return self.made[name]
 
     def _make(self, name: str) -> Path:
         path = self.folder / name
@@ -102,6 +107,24 @@ class Subjects:
 
         with contextlib.suppress(Interrupted):
             self._train("relora", path, stop)
+
+    def _longer(self, path: Path) -> None:
+        """A run of 5 steps that was made longer, and then interrupted."""
+        config = small_run(
+            small(METHODS["lowrank"]),
+            self.get(CORPUS),
+            path,
+            schedule={"kind": "wsd", "warmup": 0, "decay": 1},
+            train={"steps": STOP, "checkpoint_every": 2, "keep": 3, "device": "cpu"},
+        )
+        train(config)
+
+        def stop(row: Any) -> None:
+            if (row["event"], row["step"]) == ("step", STOP + 2):
+                signal.raise_signal(signal.SIGTERM)
+
+        with contextlib.suppress(Interrupted):
+            resume(path, stop, steps=STOP + 4)
 
     def _loro(self, path: Path) -> None:
         self._train("loro", path, lambda row: None)
@@ -282,6 +305,8 @@ def preparing(copy: Copy) -> list[str]:
             "--held-out=0.02", f"--shard-tokens={SHARD}"]  # fmt: skip
 
 
+OF_LONGER = ("config.toml", "metrics.jsonl", "ends/*")
+"""Files in which a run that was made longer differs from others."""
 SMALL = [f"--model.{key.replace('_', '-')}={value}" for key, value in MODEL.items()]
 COMMANDS = [
     Command("resume", "begun", lambda c: ["resume", str(c.path)], lambda c, out: of_run(c.path)),
@@ -295,6 +320,16 @@ COMMANDS = [
     Command("train --config", "run", lambda c: [
         "train", f"--config={c.path}/config.toml", f"--run={c.made}"],
         lambda c, out: of_run(c.made), ("config.toml",)),
+    Command("resume", "longer", lambda c: ["resume", str(c.path)],
+            lambda c, out: of_run(c.path), OF_LONGER),
+    Command("resume --train.steps", "longer", lambda c: [
+        "resume", str(c.path), f"--train.steps={STOP + 6}"],
+        lambda c, out: of_run(c.path), OF_LONGER),
+    Command("eval RUN@STEP", "longer", lambda c: ["eval", f"{c.path}@{STOP}", "--device=cpu"],
+            printed, OF_LONGER),
+    Command("train --continue-from", "longer", lambda c: training(
+        c, on(c), f"--continue-from={c.path}@{STOP}", "--train.steps=7", method="lowrank"),
+        lambda c, out: of_run(c.made), OF_LONGER),
     Command("export", "loro", lambda c: exporting(c, "factorised"),
             lambda c, out: of_files(c.made)),
     Command("resume", "copied", lambda c: ["resume", str(c.path)],

@@ -28,6 +28,7 @@ LEVELS = (
     "methods",
     "data",
     "config.py",
+    "loggers",
     "execution",
     "runs",
     "eval",
@@ -168,7 +169,8 @@ def test_every_random_number_has_an_address(file: str) -> None:
             assert not of_random or node.func.attr == "Random", f"{file}:{node.lineno}"
 
 
-HEAVY = ("transformers", "tyro", "tokenizers", "rich", "datasets", "pyarrow")
+HEAVY = ("transformers", "tyro", "tokenizers", "rich", "datasets", "pyarrow",
+         "tensorboard", "trackio", "wandb")  # fmt: skip
 
 
 def test_importing_the_package_is_cheap() -> None:
@@ -177,6 +179,7 @@ import sys
 import peptrain
 print([m for m in {HEAVY!r} if m in sys.modules])
 import peptrain.config, peptrain.runs.checkpoint, peptrain.runs.build, peptrain.data
+import peptrain.loggers.sending
 print([m for m in {HEAVY!r} if m in sys.modules])
 """
     done = subprocess.run(

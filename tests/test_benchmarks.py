@@ -121,7 +121,7 @@ def test_dynamics(numbers: Any, smoke_folder: Path, monkeypatch: pytest.MonkeyPa
     rows = numbers("dynamics")
     found = json.loads((smoke_folder / "out" / "relora-warm-0" / "env.json").read_text())
     assert found[0]["threads"] == max(1, cores() // 2)
-    assert {row["step"] for row in rows} == {0, 1, 2, 3, 6, 7, 8}
+    assert {row["step"] for row in rows} == {0, 1, 2, 3, 4, 6, 7, 8}
     cycles = [row for row in rows if row["what"] == "cycle"]
     assert [row["step"] for row in cycles] == [6] and 0 <= cycles[0]["overlap"] <= 1
     assert not (smoke_folder / "out" / "runs" / "relora-warm-0").exists()

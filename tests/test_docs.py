@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCS]
 every_file = pytest.mark.parametrize("name", NAMES)
-LONG = {"README.md", "docs/new-method.md", "docs/estimate.md"}
+LONG = {"README.md", "docs/new-method.md", "docs/estimate.md", "docs/loggers.md"}
 """Whose blocks take half a minute."""
 RUN = {"bash", "sh", "python", "toml"}
 FILE = re.compile(r"# ([\w./-]+\.(?:py|toml))\n")

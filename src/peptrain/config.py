@@ -89,6 +89,9 @@ class TrainConfig:
     many layers and as often as the budget allows (docs/dynamics.md)."""
     observe_budget: float = added(0.02, before=0.02)
     """Largest share of the training time that train.observe may take, above 0 and at most 1."""
+    log_to: str = added("", before="")
+    """Loggers that get the rows of metrics.jsonl too, such as tensorboard,trackio: tensorboard,
+    trackio, wandb, or one of another package (docs/loggers.md). Unset: none."""
 
     def __post_init__(self) -> None:
         fits = 0 < self.observe_budget <= 1
@@ -103,6 +106,9 @@ class TrainConfig:
             check_whole(f"train.{key}", getattr(self, key), 0, 2**63 - 1)
         listed = re.fullmatch(r"|log|\d{1,9}( *, *\d{1,9})*", self.keep_at)
         check(bool(listed), "train.keep_at", self.keep_at, "log, or steps such as 0,1,5000")
+        listed = re.fullmatch(r"|[\w.-]+( *, *[\w.-]+)*", self.log_to)
+        wanted = "names of loggers such as tensorboard,trackio"
+        check(bool(listed), "train.log_to", self.log_to, wanted)
         fits = self.memory_budget == 1 or (0 <= self.memory_budget < 1 and self.compile)
         wanted = "in [0, 1], and 1 without train.compile"
         check(fits, "train.memory_budget", self.memory_budget, wanted)
@@ -222,12 +228,14 @@ def _evaluating(train: TrainConfig, least: int) -> TrainConfig:
 
 
 def as_named(config: RunConfig[M], written: RunConfig[M]) -> RunConfig[M]:
-    """Return `config` with the eval_tokens of 0.1.0 where `written`, its source, leaves it unset.
+    """Return `config` without loggers, and with the eval_tokens of 0.1.0 where `written` has none.
 
-    `compare` names its runs by this configuration. Evaluations don't affect the training, so a
-    run of 0.1.0 is still the run that is asked for, although it evaluated at least 8,192 tokens at
-    a time, more than a short run trains.
+    `compare` names its runs by this configuration, since neither affects the training. So finished
+    runs need not be trained again for a logger. A run of 0.1.0 is still the run that is asked for,
+    although it evaluated at least 8,192 tokens at a time, more than a short run trains.
+    written: the configuration before it was resolved.
     """
+    config = replace(config, train=replace(config.train, log_to=""))
     if written.train.eval_tokens is not None:
         return config
     return replace(config, train=_evaluating(config.train, least=8_192))

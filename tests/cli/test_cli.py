@@ -110,7 +110,7 @@ def spaced(text: str) -> str:
 every_method = pytest.mark.parametrize("name", METHODS)
 COMMANDS = [
     "", *(f"{command}{name}" for command in ("train", "estimate") for name in
-          ("", *(f" {name}" for name in METHODS))), "resume", "demo", "compare", "eval",
+          ("", *(f" {name}" for name in METHODS))), "resume", "demo", "compare", "watch", "eval",
     "analyze", "plot", "report", "export", "data", "data prepare", "methods", "recipes",
 ]  # fmt: skip
 
@@ -752,7 +752,7 @@ def test_a_file_gets_a_line_for_each_row_and_none_twice(
 ) -> None:
     given = flags("bpt", corpus, train__eval_every=2, train__checkpoint_every=4, train__log_every=2)
     said = peptrain_("train bpt --run run", *given)
-    start, *lines, evaluating, end = said.out.splitlines()
+    start, *lines, evaluating, curves, end = said.out.splitlines()
     assert start == "bpt  run: 0.01M of 0.02M parameters trainable, 8 steps of 64 tokens in fp32"
     evals = {row["step"]: row for row in rows(Path("run"), "eval")}
     for step in (2, 4, 6, 8):
@@ -771,6 +771,12 @@ def test_a_file_gets_a_line_for_each_row_and_none_twice(
     assert not lines
     (last,) = rows(Path("run"), "end")
     assert evaluating == f"bpt  evaluating on all {last['held_out_tokens']} held-out tokens"
+    first, least = rows(Path("run"))[0]["loss"], rows(Path("run"))[-1]["loss"]
+    before, after = evals[2]["perplexity"], last["perplexity"]
+    wanted = (
+        rf"loss {first:.3f} █.*▁ {least:.3f}  held-out perplexity {before:.2f} █..▁ {after:.2f}"
+    )
+    assert re.fullmatch(rf"bpt  {wanted}", curves) and len(curves) < 80
     assert end.startswith("bpt  finished: held-out perplexity ")
 
 

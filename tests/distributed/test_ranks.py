@@ -48,6 +48,9 @@ def test_two_ranks_make_a_run_longer_and_branch_it(out: Path, corpus: Path) -> N
     assert [row["step"] for row in rows(out / "branch")][-1] == 10
     for name, weight in newest(out / "alone").model.items():
         close(weight, newest(out / "branch").model[name], 1e-8)
+    assert len(list((out / "extended" / "tensorboard").iterdir())) == 2, (
+        "of rank 0, trained and resumed"
+    )
 
 
 def test_a_replica_that_differs_is_named_on_every_rank_and_not_saved(out: Path) -> None:

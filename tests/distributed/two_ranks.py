@@ -37,7 +37,9 @@ def main(corpus: Path, out: Path) -> None:
             trainer.train(tiny("full", corpus, out / case, train=differs if rank else {}))
         except PeptrainError as error:
             (out / f"{case}-rank{rank}").write_text(f"{type(error).__name__}: {error}")
-    begun = tiny("loro", corpus, out / "extended", train={**KEPT, "steps": 5})
+    begun = tiny(
+        "loro", corpus, out / "extended", train={**KEPT, "steps": 5, "log_to": "tensorboard"}
+    )
     trainer.train(begun)
     trainer.resume(out / "extended", steps=8)
     trainer.train(replace(begun, run=out / "branch", continue_from=out / "extended@8",

@@ -25,7 +25,7 @@ def test_show_prints_what_the_command_prints_beside_an_observer(
     assert start.startswith(
         f"full  {run}: 0.01M of 0.01M parameters trainable, 3 steps of 64 tokens"
     )
-    assert [line.split("  loss")[0] for line in steps if "  loss" in line] == [
+    assert [line.split("  loss")[0] for line in steps if " of 3  loss" in line] == [
         f"full  step {n} of 3" for n in (1, 2, 3)
     ]
     assert steps[-1].startswith("full  finished: held-out perplexity ") and not said.err

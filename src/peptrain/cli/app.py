@@ -27,6 +27,7 @@ from peptrain.cli.reading import (
     plot_command,
     prepare_command,
     write_report,
+    watch_run,
 )
 from peptrain.cli.training import estimate_by, resume_command, run_demo, run_grid, train_by
 from peptrain.display.console import (
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if stdout.lost and args[0] in PRINTS_ONLY else 0
 
 
-PRINTS_ONLY = ("estimate", "eval", "methods", "recipes")
+PRINTS_ONLY = ("estimate", "eval", "methods", "recipes", "watch")
 """Commands that have failed when nobody could read what they print."""
 DESCRIPTION = f"""Parameter-efficient pre-training of language models ({__version__}).
 
@@ -102,6 +103,7 @@ def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandA
     app.command(by_method["estimate"], name="estimate")
     app.command(name="demo")(paragraphs(run_demo))
     app.command(name="compare")(paragraphs(run_grid))
+    app.command(name="watch")(paragraphs(watch_run))
     app.command(name="eval")(paragraphs(eval_run))
     app.command(name="analyze")(paragraphs(analyze_runs))
     app.command(name="plot")(paragraphs(plot_command()))

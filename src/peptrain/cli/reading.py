@@ -178,6 +178,21 @@ def export_run(
         say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
 
 
+def watch_run(run: Positional[Path]) -> None:
+    """Show a run in progress: steps, losses, rates, the time left, and the curve of the loss.
+
+    It ends with the run, or after Ctrl-C, which does not stop the run. In a pipe or a file it
+    prints the state once. The exit code is 1 if the run crashed, diverged, vanished or is not
+    running.
+
+    Args:
+        run: Run directory.
+    """
+    from peptrain.cli.watching import watch
+
+    watch(run)
+
+
 def prepare_command() -> Callable[..., None]:
     """Build `peptrain data prepare`, whose flags need PyTorch."""
     from peptrain.cli.progress import preparing

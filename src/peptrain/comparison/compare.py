@@ -25,6 +25,7 @@ from peptrain.display.training import count
 from peptrain.distributed.launch import launch
 from peptrain.errors import CheckpointError, Interrupted
 from peptrain.files import write_atomically
+from peptrain.loggers import chosen
 from peptrain.models.hf import config_file
 from peptrain.runs.directory import RunDir
 from peptrain.runs.init_from import contents, sha256
@@ -66,6 +67,8 @@ def compare(
     ranks = launch().size
     check(ranks == 1, "WORLD_SIZE", ranks, "unset: compare starts its own processes")
     asked = load_grid(grid)
+    for names in sorted({run.config.train.log_to for run in asked.runs}):
+        chosen(names)
     path, seq_len = asked.baseline.config.data.path, asked.baseline.config.train.seq_len
     corpus = Corpus.open(path) if path else default_corpus()  # prepared once, before any run
     epoch = corpus.windows(seq_len) * seq_len

@@ -16,9 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from peptrain.display.console import console, say, wrapped
+from peptrain.display.curve import has_blocks, sparkline
 
 EVENTS = {"merges": "merge", "exact_steps": "exact step"}
 """Counts reported by methods that are shown with the loss, and one of them in words."""
+LONGEST_CURVE = 16
+"""Characters of the loss and of the perplexity at the end of a run, so that both fit into a line of
+80."""
 ITEM = r"\S+( \S+)*"
 """Words with one space between them."""
 Row = Mapping[str, Any]
@@ -86,12 +90,17 @@ class TrainingProgress:
         self._live: Live | None = None
         self._time = self._evaluation = TimeLeft(0)
         self._evaluated = ""
+        self._losses: list[float] = []
+        self._held_out: list[float] = []
 
     def __call__(self, row: Row) -> None:
         """Show a row."""
         event, was_evaluating = row["event"], bool(self._evaluated)
         self._seen |= row
         self._evaluated = ""
+        for values, key in ((self._losses, "loss"), (self._held_out, "held_out_loss")):
+            if key in row:
+                values.append(row[key])
         if event == "start":
             self._start()
         elif event == "step":
@@ -103,9 +112,10 @@ class TrainingProgress:
             self._evaluating(row, begins=not was_evaluating)
         elif event == "end":
             self.close()
+            self._say_curves()
             run = shlex.quote(self._seen["run"])
             self._say(
-                f"finished: {_held_out(row)} (loss {row['held_out_loss']:.4f}); evaluate with"
+                f"finished: {held_out(row)} (loss {row['held_out_loss']:.4f}); evaluate with"
                 f" `peptrain eval {run}`, export with `peptrain export {run} --out DIR`"
             )
         elif event in NOTES:
@@ -130,7 +140,7 @@ class TrainingProgress:
         else:
             at = f" from step {step}" if step else ""
             self._say(
-                f"{run}: {_trainable(seen)}, {count(steps, 'step')} of"
+                f"{run}: {trainable(seen)}, {count(steps, 'step')} of"
                 f" {count(seen['tokens_per_step'], 'token')} in {seen['precision']}{at}"
             )
         if self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -145,6 +155,19 @@ class TrainingProgress:
                 self._say(f"evaluating on all {count(total, 'held-out token')}")
         self._evaluation.update(done, total)
         self._evaluated = f"evaluating: {done:,} of {count(total, 'held-out token')}"
+
+    def _say_curves(self) -> None:
+        """Say how the losses of this process went, if there are at least two."""
+        blocks, parts = has_blocks(self._console.encoding), []
+        if len(self._losses) > 1:
+            line = sparkline(self._losses, LONGEST_CURVE, blocks=blocks)
+            parts.append(f"loss {self._losses[0]:.3f} {line} {self._losses[-1]:.3f}")
+        if len(self._held_out) > 1:
+            line = sparkline(self._held_out, LONGEST_CURVE, blocks=blocks)
+            first, last = (perplexity(self._held_out[n]) for n in (0, -1))
+            parts.append(f"held-out perplexity {first} {line} {last}")
+        if parts:
+            self._say("  ".join(parts))
 
     def _frame(self) -> RenderableType:
         """Return the live display. It is drawn by another thread, whose clock goes on."""
@@ -170,41 +193,50 @@ class TrainingProgress:
             return
         yield f"loss {seen['loss']:.3f}"
         if "held_out_loss" in seen:
-            yield _held_out(seen)
+            yield held_out(seen)
         else:
-            yield f"perplexity {_perplexity(seen['loss'])}"
-        yield self._rates()
+            yield f"perplexity {perplexity(seen['loss'])}"
+        yield rates(seen)
         yield f"{seen['tokens_per_second']:,.0f} tokens/s"
-        yield from (count(seen[name], one) for name, one in EVENTS.items() if name in seen)
-
-    def _rates(self) -> str:
-        """The learning rate, followed by those of named parameter groups in brackets."""
-        named = {k.removeprefix("lr_"): v for k, v in self._seen.items() if k.startswith("lr_")}
-        listed = ", ".join(f"{name} {rate:.1e}" for name, rate in named.items())
-        return f"lr {self._seen['lr']:.1e}" + (f" ({listed})" if listed else "")
+        yield from events(seen)
 
     def _say(self, text: str) -> None:
         say(text, to=self._console, lead=f"{self._seen['method']}  ", style="bold")
 
 
-def _trainable(row: Row) -> str:
+def rates(row: Row) -> str:
+    """Return the learning rate in words, followed by those of named parameter groups."""
+    named = {k.removeprefix("lr_"): v for k, v in row.items() if k.startswith("lr_")}
+    listed = ", ".join(f"{name} {rate:.1e}" for name, rate in named.items())
+    return f"lr {row['lr']:.1e}" + (f" ({listed})" if listed else "")
+
+
+def events(row: Row) -> list[str]:
+    """Return the counts of a method's events in words, such as its merges."""
+    return [count(row[name], one) for name, one in EVENTS.items() if name in row]
+
+
+def trainable(row: Row) -> str:
+    """Return the numbers of parameters in words."""
     trainable, total = (row[key] / 1e6 for key in ("trainable", "parameters"))
     return f"{trainable:.2f}M of {total:.2f}M parameters trainable"
 
 
-def _perplexity(loss: float) -> str:
+def perplexity(loss: float) -> str:
+    """Return the perplexity of a loss, written out."""
     value = math.exp(loss) if loss < 700 else math.inf
     return f"{value:,.2f}" if value < 1e6 else f"{value:.1e}"
 
 
-def _held_out(row: Row) -> str:
-    return f"held-out perplexity {_perplexity(row['held_out_loss'])}"
+def held_out(row: Row) -> str:
+    """Return the held-out perplexity of an evaluation in words."""
+    return f"held-out perplexity {perplexity(row['held_out_loss'])}"
 
 
 NOTES: dict[str, Callable[[Row], str]] = {
-    "phase": lambda row: f"{_trainable(row)} from now on",
+    "phase": lambda row: f"{trainable(row)} from now on",
     "eval": lambda row: (
-        f"{_held_out(row)} (loss {row['held_out_loss']:.3f})"
+        f"{held_out(row)} (loss {row['held_out_loss']:.3f})"
         f" over {count(row['held_out_tokens'], 'token')}"
     ),
     "checkpoint": lambda row: "checkpoint saved",

@@ -31,8 +31,8 @@ from peptrain.runs.lock import lock
 log = logging.getLogger("peptrain")
 NEWEST = 16_384  # bytes read from the end of the metrics: dozens of rows
 CONTENTS = ("config.toml", "env.json", "metrics.jsonl", "eval.json", "model.json", "tokenizer",
-            "checkpoints", "ends", "longer.json", "analysis",
-            "observe.json")  # fmt: skip
+            "checkpoints", "ends", "longer.json", "analysis", "observe.json",
+            "tensorboard", "trackio.json", "wandb.json")  # fmt: skip
 LAST = ("end", "diverged")
 """Events that end a run; a resumed run drops their rows."""
 LOCK = "lock"
@@ -191,8 +191,8 @@ class RunDir:
         checked = f'"{CHECKSUM}": "'.encode() in content
         for number, line in enumerate(complete, 1):
             if line.strip():
-                yield number, line, _row(line, checked)
-        if (row := _row(last, checked)) is not None:
+                yield number, line, as_row(line, checked)
+        if (row := as_row(last, checked)) is not None:
             yield len(complete) + 1, last, row
 
     def newest(self, event: str) -> dict[str, Any] | None:
@@ -204,7 +204,7 @@ class RunDir:
             while True:
                 file.seek(max(0, size - read))
                 lines = file.read(min(size, read)).split(b"\n")
-                rows = map(_row, reversed(lines))  # the first line may be cut off
+                rows = map(as_row, reversed(lines))  # the first line may be cut off
                 found = next((r for r in rows if r is not None and r["event"] == event), None)
                 if found is not None or read >= size:
                     return found
@@ -276,7 +276,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return f'{text[:-1]}, "{CHECKSUM}": "{crc32(text.encode()):08x}"}}\n'
 
 
-def _row(line: bytes, checked: bool = False) -> dict[str, Any] | None:
+def as_row(line: bytes, checked: bool = False) -> dict[str, Any] | None:
     """Parse a line of metrics.jsonl. Return None if it is damaged.
 
     checked: whether it must have a checksum, as all rows of a file or, of 0.1.0, none have.

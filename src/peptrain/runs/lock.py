@@ -93,6 +93,46 @@ def lock(path: Path, busy: Callable[[str], str], wait: float = 0.0) -> Iterator[
         _release(path, descriptor)
 
 
+class Sign:
+    """Tells whether a lock is held by a living process, without taking it or writing anything.
+
+    The process of another machine, or of a container, is dead when it has stopped to renew the
+    lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._seen = path, time.monotonic()
+        self._state = _state(path) if self.held() else None
+        # It may have died long ago. The clocks of two machines differ, so that is not sure before
+        # the next beats are missing too.
+        old = self._state is not None and time.time() - self._state[2] / 1e9 > PATIENCE
+        self._patience = 2 * BEAT if old else PATIENCE
+        self.doubtful = False
+        """Whether the next seconds show if the holder is alive."""
+
+    def holder(self) -> Holder | None:
+        """Return the process named in the lock, None without a lock or a name in it."""
+        return _holder(self._path) if self.held() else None
+
+    def held(self) -> bool:
+        """Return whether there is a lock. A pipe, which might be read forever, is none."""
+        return self._path.is_file()
+
+    def alive(self) -> bool:
+        """Return whether the lock is held and its holder gives signs of life."""
+        if not self.held():
+            return False
+        holder = self.holder()
+        if holder is not None and holder.machine == _me().machine:
+            return _runs(holder.pid)
+        state, now = _state(self._path), time.monotonic()
+        if state != self._state:
+            self._state, self._seen, self._patience = state, now, PATIENCE
+        alive = state is not None and now - self._seen < self._patience
+        self.doubtful = alive and self._patience < PATIENCE
+        return alive
+
+
 def _take(path: Path, me: Holder) -> int | None:
     """Return the descriptor of the lock, now ours, or None if it is held."""
     while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,8 @@ from peptrain.config import RunConfig, dump
 from peptrain.data import Corpus
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError
+from peptrain.loggers import chosen
+from peptrain.loggers.sending import Loggers, sending
 from peptrain.methods.base import Method
 from peptrain.models.hf import config_file
 from peptrain.optim.schedule import ScheduleConfig
@@ -108,6 +111,19 @@ def _first_files(
         checkpoint.save(run.checkpoints, own, checkpoint.Keep(1))
     if file := config_file(config.model):
         shutil.copyfile(file, run.model_file)
+
+
+def loggers_of(
+    config: RunConfig[Method], run: RunDir, step: int
+) -> contextlib.AbstractContextManager[Loggers]:
+    """Return the open loggers of a run that begins or continues at `step`, before its rewind.
+
+    A run that had ended there has been logged. It is only evaluated again, with the same result.
+    """
+    if step == config.train.steps and run.newest("end") is not None:
+        return contextlib.nullcontext(Loggers())
+    settings = tomllib.loads(run.config_file.read_text(encoding="utf-8"))
+    return sending(chosen(config.train.log_to), run.path, settings, step)
 
 
 def how_to_resume(run: RunDir) -> str:

@@ -19,6 +19,7 @@ from peptrain.distributed.world import World, world
 from peptrain.errors import Diverged, Interrupted
 from peptrain.estimation.phases import flops_per_token
 from peptrain.eval.perplexity import Evaluation, held_out_loss
+from peptrain.loggers import chosen
 from peptrain.methods.base import Method, Metrics
 from peptrain.models.hf import count_non_embedding, count_parameters
 from peptrain.models.probe import check_causal
@@ -37,6 +38,7 @@ from peptrain.training.begin import (
     create_run,
     first_checkpoint,
     how_to_resume,
+    loggers_of,
     make_longer,
     to_resume,
 )
@@ -123,6 +125,7 @@ def _train(
 ) -> Result:
     stop = held.enter_context(stop_on_signals())
     stop.at_once = "stopped before the first step" + (f"; {how_to_resume(run)}" if run else "")
+    here.on_main(lambda: chosen(config.train.log_to))
     path, again = config.data.path, run is not None  # a resume verifies the shards again
     corpus = Corpus.open(path, verify_again=again) if path else default_corpus(verify_again=again)
     check_corpus(corpus, config)
@@ -143,6 +146,7 @@ def _train(
     metrics_log = MetricsLog(run, here, observe, tokens_per_step)
     tool = instrument(config.train, run, here)
     if here.main:
+        metrics_log.loggers = held.enter_context(loggers_of(config, run, state.step))
         run.rewind(state.step, state.rows)
         checkpoint.delete_old(run.checkpoints, state.step, state.keep)  # a kill left them
         metrics_log.continue_clocks()

@@ -16,6 +16,7 @@ from torch import Tensor
 from peptrain.distributed.world import World
 from peptrain.errors import Diverged, Unsupported
 from peptrain.eval.perplexity import Evaluation, Watch
+from peptrain.loggers.sending import Loggers
 from peptrain.runs.directory import RunDir
 
 log = logging.getLogger("peptrain")
@@ -58,6 +59,7 @@ class MetricsLog:
     world: World
     observe: Observer
     tokens_per_step: int
+    loggers: Loggers = field(default_factory=Loggers)
     _steps: list[tuple[int, Mapping[str, float], Tensor]] = field(default_factory=list)
     _norms: dict[int, Tensor] = field(default_factory=dict)
     _metrics: dict[str, Tensor | float] = field(default_factory=dict)
@@ -188,9 +190,10 @@ class MetricsLog:
             self.observe(self.record(event, **row))
 
     def record(self, event: str, **row: Any) -> dict[str, Any]:
-        """Write one row to the file only. Return it."""
+        """Write one row to the file, and after that to the loggers. Return it."""
         row = {"event": event, **row, **self._measured()}
         self.run.record(row)
+        self.loggers(row)
         return row
 
     def _measured(self) -> dict[str, float]:
