@@ -26,8 +26,8 @@ from peptrain.cli.reading import (
     list_recipes,
     plot_command,
     prepare_command,
-    write_report,
     watch_run,
+    write_report,
 )
 from peptrain.cli.training import estimate_by, resume_command, run_demo, run_grid, train_by
 from peptrain.display.console import (
