@@ -177,6 +177,25 @@ def cheap_ends() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def undrawn() -> Iterator[None]:
+    """Draw no figures of comparisons, which takes longer than to read their runs."""
+    import peptrain.comparison.compare
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peptrain.comparison.compare, "draw", lambda *args: None)
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the figures of the test's comparisons after all."""
+    import peptrain.comparison.compare
+    from peptrain.comparison.draw import draw
+
+    monkeypatch.setattr(peptrain.comparison.compare, "draw", draw)
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count the FLOPs of the test's runs after all."""

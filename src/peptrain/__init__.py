@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from peptrain.exporting.export import export as export
     from peptrain.exporting.factorised import load_factorised as load_factorised
     from peptrain.methods import *  # noqa: F403
+    from peptrain.reporting.plot import plot as plot
+    from peptrain.reporting.report import report as report
     from peptrain.training.loop import resume as resume
     from peptrain.training.loop import train as train
 
@@ -37,6 +39,8 @@ FACE = {
     "evaluate": "eval.run",
     "export": "exporting.export",
     "load_factorised": "exporting.factorised",
+    "plot": "reporting.plot",
+    "report": "reporting.report",
     "Corpus": "data",
     "RunConfig": "config",
     "TrainConfig": "config",

@@ -118,6 +118,16 @@ def test_what_is_measured_is_what_analyze_measures(
             assert x[key] == pytest.approx(same[key], rel=1e-6), (key, x)
 
 
+def test_an_update_is_measured_where_the_weight_is_the_parameter_itself(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full training in float64 on a CPU: the kept weight must not change with the parameter."""
+    prepared(monkeypatch, Choice(2, 2, 1))
+    train(tiny("full", corpus, tmp_path / "run", train={**SETTINGS, "steps": 4}))
+    found = [x for x in rows(tmp_path / "run", "dynamics") if x["what"] == "update"]
+    assert found and all(x["frobenius"] > 0 for x in found)
+
+
 def test_watching_changes_no_weight_and_no_other_row(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,7 +131,8 @@ class Dynamics:
 
     def _kept(self, model: nn.Module, stride: int) -> dict[str, Tensor]:
         chosen = self._chosen(model, stride)
-        return {name: weight_of(layer, self.here.device).cpu() for name, layer in chosen}
+        # A copy: in float64 on a CPU the dense weight is the parameter itself.
+        return {name: weight_of(layer, self.here.device).cpu().clone() for name, layer in chosen}
 
     def _rows(self, model: nn.Module, stride: int) -> Iterator[dict[str, Any]]:
         for name, layer in self._chosen(model, stride):

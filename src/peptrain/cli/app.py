@@ -24,8 +24,10 @@ from peptrain.cli.reading import (
     export_run,
     list_methods,
     list_recipes,
+    plot_command,
     prepare_command,
     watch_run,
+    write_report,
 )
 from peptrain.cli.training import estimate_by, resume_command, run_demo, run_grid, train_by
 from peptrain.display.console import (
@@ -104,6 +106,8 @@ def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandA
     app.command(name="watch")(paragraphs(watch_run))
     app.command(name="eval")(paragraphs(eval_run))
     app.command(name="analyze")(paragraphs(analyze_runs))
+    app.command(name="plot")(paragraphs(plot_command()))
+    app.command(name="report")(paragraphs(write_report))
     app.command(name="export")(paragraphs(export_run))
     app.command(data, name="data")
     app.command(name="methods")(paragraphs(list_methods))

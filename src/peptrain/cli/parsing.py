@@ -37,8 +37,8 @@ MARKERS = (
 UNSET = tyro.conf.arg(help_behavior_hint="")
 """For an argument whose text says what happens without it: do not print `(default: None)`."""
 TRUTHS = {"true": True, "false": False, "True": True, "False": False}
-COMMANDS = ("train", "resume", "estimate", "demo", "compare", "watch", "eval", "analyze", "export",
-            "data", "methods", "recipes")  # fmt: skip
+COMMANDS = ("train", "resume", "estimate", "demo", "compare", "watch", "eval", "analyze", "plot",
+            "report", "export", "data", "methods", "recipes")  # fmt: skip
 COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
 SHELLS = ("bash", "zsh", "fish")
 Command = TypeVar("Command", bound=Callable[..., None])

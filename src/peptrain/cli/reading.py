@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from rich.markup import escape
 from rich.table import Table
@@ -99,6 +99,55 @@ def analyze_runs(
             written = analyze(runs, **given, watch=show)
     for path in written:
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
+def plot_command() -> Callable[..., None]:
+    """Return `plot`, whose flags have the names of the figures."""
+    from peptrain.figures.catalogue import FIGURES
+
+    def command(
+        runs: Positional[tuple[Path, ...]],
+        out: Annotated[Path, arg(aliases=["-o"])],
+        figure: Any = None,
+        x: Literal["tokens", "steps", "time", "flops"] = "tokens",
+        what: str = "weight",
+    ) -> None:
+        """Draw a figure of runs or of a comparison, and write its numbers as CSV.
+
+        The runs may be in training.
+
+        Args:
+            runs: Run directories, or one directory of `peptrain compare`.
+            out: File to write, .svg, .png or .pdf. The numbers go beside it, to .csv.
+            figure: What to draw (docs/report.md). Unset: loss, and of a comparison rates.
+            x: x axis of curves over training. time: seconds of training steps.
+            what: Matrices of dynamics: weight, update, from_start and so on (docs/dynamics.md).
+        """
+        from peptrain.reporting.plot import plot
+
+        written = plot(runs, out, figure=figure, x=x, what=what)
+        for path in (written, written.with_suffix(".csv")):
+            console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+    names = cast(Any, Literal)[tuple(FIGURES)]
+    command.__annotations__["figure"] = Annotated[names | None, UNSET]
+    return command
+
+
+def write_report(
+    runs: Positional[tuple[Path, ...]], out: Annotated[Path, arg(aliases=["-o"])]
+) -> None:
+    """Write a report of runs or of a comparison: one HTML file that opens offline.
+
+    The runs may be in training.
+
+    Args:
+        runs: Run directories, or one directory of `peptrain compare`.
+        out: HTML file to write.
+    """
+    from peptrain.reporting.report import report
+
+    console.print(str(report(runs, out)), markup=False, highlight=False, soft_wrap=True)
 
 
 def export_run(

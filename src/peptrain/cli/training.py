@@ -177,8 +177,8 @@ def run_grid(
     Args:
         grid: TOML file: [base] holds the settings of all runs, each [[grid]] block a set of runs.
             Any value may be a list. equal = "tokens", "flops" or "time".
-        out: Directory for the runs and the table, as Markdown, CSV, LaTeX and JSON. With an
-            existing one the same command resumes unfinished runs and keeps finished ones.
+        out: Directory for the runs, the table, as Markdown, CSV, LaTeX and JSON, and its figures.
+            With an existing one the same command resumes unfinished runs and keeps finished ones.
         workers: Number of simultaneous runs. Unset: one per GPU, or one per CPU core.
         debug: Print the traceback of an error, also in the logs of the runs.
     """

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from peptrain.comparison.draw import draw
 from peptrain.comparison.equal_cost import allot, clock, count_flops, kept
 from peptrain.comparison.grid import Grid, GridRun, load_grid, unstated
 from peptrain.comparison.summary import Outcome, outcome, summarize
@@ -49,6 +50,7 @@ def compare(
         settings/NAME.toml    configurations they were started with
         costs/NAME.json       FLOPs or seconds per step, unless the grid is at equal tokens
         table.md, table.csv, table.tex, runs.json
+        figures/NAME.svg, NAME.csv  if matplotlib is installed
 
     workers: number of concurrent runs. Unset: one per GPU, or one per core without GPUs.
     debug: whether the log of a run that fails has the traceback.
@@ -200,3 +202,4 @@ def _write(out: Path, made: Comparison, outcomes: Sequence[Outcome]) -> None:
     said = {"equal": made.equal, "caption": made.caption, "notes": made.notes}
     content = {**said, "runs": runs, "configurations": lines}
     write_atomically(out / "runs.json", json.dumps(content, indent=1) + "\n")
+    draw(out, runs, lines)

@@ -1,0 +1,171 @@
+"""Figures that keep every number that is drawn on them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peptrain.figures.style import INK, WIDTH, Look, imported
+
+COLUMNS = ("panel", "x_axis", "y_axis", "mark", "line", "x", "y", "low", "high", "value")
+LONGEST = 44
+"""Characters of a name in a legend. The numbers have all of it."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure, and the numbers in it."""
+
+    title: str
+    caption: str
+    """What it shows, and how to read it."""
+    figure: Any
+    """A matplotlib Figure."""
+    numbers: Sequence[dict[str, Any]]
+    """A row for each point that is drawn, with COLUMNS."""
+    notes: Sequence[str] = ()
+    """What is missing, and why."""
+
+    def csv(self) -> str:
+        """Return the numbers as CSV. Names that a spreadsheet would take for a formula get a '."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: _cell(v) for k, v in row.items()} for row in self.numbers)
+        return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+
+
+@dataclass
+class Panel:
+    """Axes, and the numbers drawn on them. Each artist is labelled "mark|line"."""
+
+    axes: Any
+    name: str
+    x_axis: str
+    y_axis: str
+    numbers: list[dict[str, Any]]
+
+    def _keep(self, mark: str, line: str, **columns: Iterable[float]) -> str:
+        about = {"panel": self.name, "x_axis": self.x_axis, "y_axis": self.y_axis,
+                 "mark": mark, "line": line}  # fmt: skip
+        for values in zip(*columns.values(), strict=True):
+            self.numbers.append({**about, **dict(zip(columns, values, strict=True))})
+        return f"{mark}|{line}"
+
+    def line(
+        self, mark: str, line: str, x: Sequence[float], y: Sequence[float], look: Look,
+        **style: Any,
+    ) -> None:  # fmt: skip
+        """Draw y over x. A single point gets a marker, which a line would not show."""
+        label = self._keep(mark, line, x=x, y=y)
+        given = {"color": look.colour, "ls": look.dash} | style
+        if len(x) == 1:
+            given["marker"] = given.get("marker") or look.marker
+        self.axes.plot(x, y, label=label, **given)
+
+    def band(
+        self, mark: str, line: str, x: Sequence[float], low: Sequence[float],
+        high: Sequence[float], look: Look,
+    ) -> None:  # fmt: skip
+        """Fill between low and high."""
+        label = self._keep(mark, line, x=x, low=low, high=high)
+        self.axes.fill_between(x, low, high, color=look.colour, alpha=0.22, lw=0, label=label)
+
+    def outline(
+        self, mark: str, line: str, x: Sequence[float], low: Sequence[float],
+        high: Sequence[float], look: Look,
+    ) -> None:  # fmt: skip
+        """Draw low and high as dotted lines without a filling."""
+        label = self._keep(mark, line, x=x, low=low, high=high)
+        for ends in (low, high):
+            self.axes.plot(x, ends, color=look.colour, ls=(0, (1, 1.4)), lw=0.9, label=label)
+
+    def intervals(
+        self, mark: str, line: str, x: Sequence[float], low: Sequence[float],
+        high: Sequence[float], look: Look,
+    ) -> None:  # fmt: skip
+        """Draw a vertical bar from low to high at each x."""
+        label = self._keep(mark, line, x=x, low=low, high=high)
+        self.axes.vlines(x, low, high, color=look.colour, lw=1.2, label=label)
+
+    def stairs(
+        self, mark: str, line: str, edges: Sequence[float], counts: Sequence[float], look: Look
+    ) -> None:
+        """Draw counts of bins, whose left edges are x."""
+        label = self._keep(mark, line, x=edges[:-1], y=counts)
+        self.axes.stairs(counts, edges, color=look.colour, ls=look.dash, lw=1.2, label=label)
+
+    def cells(
+        self, mark: str, line: str, xs: Sequence[float], ys: Sequence[float],
+        values: Sequence[Sequence[float]], limits: tuple[float, float],
+    ) -> Any:  # fmt: skip
+        """Colour a cell for each of `ys` (rows) and `xs`, in places 0, 1, ...; NaN stays empty."""
+        flat = [(x, y, values[i][j]) for i, y in enumerate(ys) for j, x in enumerate(xs)]
+        known = [entry for entry in flat if not math.isnan(entry[2])]
+        columns = zip(*known, strict=True) if known else ((), (), ())
+        keys = ("x", "y", "value")
+        label = self._keep(mark, line, **dict(zip(keys, columns, strict=True)))
+        return self.axes.imshow(
+            values, aspect="auto", origin="lower", cmap="viridis", vmin=limits[0], vmax=limits[1],
+            interpolation="nearest", label=label,
+        )  # fmt: skip
+
+
+@dataclass
+class Sheet:
+    """A figure of panels."""
+
+    figure: Any
+    numbers: list[dict[str, Any]] = field(default_factory=list)
+
+    def panel(self, axes: Any, name: str, x_axis: str, y_axis: str) -> Panel:
+        """Return the panel of `axes`, whose label becomes its name."""
+        axes.set_label(name)
+        return Panel(axes, name, x_axis, y_axis, self.numbers)
+
+    def legend(self, handles: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """Put a legend under the panels, of (name, style of a line)."""
+        line = imported("matplotlib.lines").Line2D
+        made = [line([], [], **{"color": INK, **style}) for _, style in handles]
+        names = [shortened(name) for name, _ in handles]
+        longest = max(map(len, names), default=0)
+        columns = 3 if longest <= 14 else 2 if longest <= 26 else 1
+        self.figure.legend(
+            made, names, loc="outside lower left", ncols=min(columns, len(made) or 1)
+        )
+
+
+def sheet(rows: Sequence[float], *, columns: int = 1, legend: int = 0, **given: Any) -> Any:
+    """Return a Sheet with its axes: a list of rows, each `rows` inches high. legend: its lines."""
+    figure_class = imported("matplotlib.figure").Figure
+    size = (WIDTH, sum(rows) + 0.45 + 0.18 * legend)
+    figure = figure_class(figsize=size, layout="constrained")
+    made = figure.subplots(len(rows), columns, squeeze=False, height_ratios=rows, **given)
+    return Sheet(figure), made
+
+
+def shortened(name: str) -> str:
+    """Return a name whose middle is left out if it is long."""
+    half = (LONGEST - 1) // 2
+    return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
+
+
+def plain(axis: Any) -> None:
+    """Label a logarithmic axis with 0.001, 0.01, since formulas are switched off."""
+    ticker = imported("matplotlib.ticker")
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def engineering(axis: Any) -> None:
+    """Label an axis with 1 k, 20 M, 3 G."""
+    formatter = imported("matplotlib.ticker").EngFormatter
+    axis.set_major_formatter(formatter(sep=""))

@@ -1,0 +1,146 @@
+"""Read run directories and comparisons as rows, without a lock, also while they are written."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peptrain.analysis.table import read_table
+from peptrain.display.terminal import one_line
+from peptrain.errors import CheckpointError
+from peptrain.figures.source import Row, RunRows, Source
+from peptrain.files import leading_out, read_json, read_json_object
+from peptrain.runs.directory import RunDir
+from peptrain.settings import toml
+
+COMPARISON = "runs.json"
+SPECTRA = ".spectra"
+
+
+def read(paths: Sequence[Path]) -> Source:
+    """Read runs, or one directory of `compare`, of which the runs at the best rates are taken.
+
+    Raises CheckpointError for a path that is neither, for the same run twice, and for damaged
+    tables; ConfigError for a config.toml that is not TOML.
+    """
+    if not paths:
+        raise CheckpointError("no run is given; give run directories or one of `peptrain compare`")
+    compared = [path for path in paths if is_comparison(path)]
+    if compared and len(paths) > 1:
+        raise CheckpointError(
+            f"{compared[0]}: is a comparison, which is drawn alone; leave out the other paths"
+        )
+    if compared:
+        return _comparison(compared[0])
+    twice = [str(path) for path, n in Counter(p.resolve() for p in paths).items() if n > 1]
+    if twice:
+        raise CheckpointError(f"{twice[0]}: given twice; leave out one of them")
+    return Source([read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)])
+
+
+def is_comparison(path: Path) -> bool:
+    """Return whether a directory is one that `compare` has written."""
+    return (path / COMPARISON).is_file() and not (path / "config.toml").exists()
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths that tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    longest = max(map(len, parts))
+    for length in range(1, longest + 1):
+        names = [one_line("/".join(part[-length:])) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def read_run(path: Path, name: str, configuration: str = "") -> RunRows:
+    """Read what a run directory contains."""
+    run = RunDir.open(path)
+    tables = _tables(path / "analysis")
+    last = max(tables, default=None)
+    spectra = path / "analysis" / f"{last}{SPECTRA}.csv"
+    return RunRows(
+        name=name,
+        rows=list(run.metrics()),
+        settings=_flat(toml.read(run.config_file, "")),
+        analysis=[row for step in sorted(tables) for row in _table(tables[step])],
+        spectra=_table(spectra) if spectra.is_file() else [],
+        evaluations=_entries(path / "eval.json"),
+        data=next((str(e["data"]) for e in _entries(path / "env.json") if "data" in e), ""),
+        configuration=configuration,
+    )
+
+
+def _flat(table: Row, before: str = "") -> dict[str, Any]:
+    """Return the values of nested tables by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= (
+            _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+        )
+    return found
+
+
+def _tables(folder: Path) -> dict[int, Path]:
+    """Return the tables of an analysis by step."""
+    return {int(path.stem): path for path in folder.glob("*.csv") if path.stem.isdecimal()}
+
+
+def _table(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = _sound(path, lambda: read_table(path))
+    return found
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a JSON list; none if there is no such file."""
+    if not path.exists():
+        return []
+    return [entry for entry in _sound(path, lambda: read_json(path, list)) if type(entry) is dict]
+
+
+def _sound(path: Path, reading: Callable[[], Any]) -> Any:
+    try:
+        return reading()
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error}); delete it, or restore it from a copy of the run"
+        ) from error
+
+
+def _comparison(path: Path) -> Source:
+    file = path / COMPARISON
+    content = _sound(file, lambda: read_json_object(file))
+    trials, lines = (
+        [entry for entry in content.get(key, []) if type(entry) is dict]
+        if isinstance(content.get(key, []), list)
+        else []
+        for key in ("runs", "configurations")
+    )
+    about = {key: value for key, value in content.items() if key not in ("runs", "configurations")}
+    return from_comparison(path, trials, lines, about)
+
+
+def from_comparison(path: Path, trials: Sequence[Row], lines: Sequence[Row], about: Row) -> Source:
+    """Return the entries of a comparison, and its runs.
+
+    Of each configuration they are those at the best rate, or all while that is not known.
+    """
+    best = {line.get("label"): line.get("lr") for line in lines}
+    runs, left_out = [], []
+    for trial in trials:
+        label = trial.get("configuration")
+        if best.get(label) not in (None, trial.get("lr")):
+            continue
+        name = Path(str(trial.get("run"))).name
+        place = path / "runs" / name
+        if leading_out(path, [f"runs/{name}"]) is not None:
+            left_out.append(f"{name}: leads out of {path}, and is not read")
+        elif (place / "config.toml").is_file():
+            runs.append(read_run(place, one_line(name), one_line(str(label))))
+        else:
+            left_out.append(f"{name}: not there yet")
+    return Source(runs, trials, lines, about, left_out)

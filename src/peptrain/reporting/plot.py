@@ -1,0 +1,47 @@
+"""Write one figure of runs or of a comparison, and its numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from peptrain.figures.catalogue import FIGURES
+from peptrain.figures.read import is_comparison, read
+from peptrain.figures.save import SUFFIXES, save
+from peptrain.figures.source import LABELS, Axis, View
+from peptrain.figures.style import imported
+from peptrain.settings.fields import check
+
+log = logging.getLogger("peptrain")
+
+
+def plot(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    figure: str | None = None,
+    x: Axis = "tokens",
+    what: str = "weight",
+) -> Path:
+    """Draw runs, or a directory of `compare`, to `out`; return it. Its numbers go to OUT.csv.
+
+    The suffix of `out` is .svg, .png or .pdf. figure: a name in docs/report.md, by default the
+    loss, of a comparison the loss over learning rates. x: of curves over training. what: of
+    dynamics. The runs may be in training.
+
+    Raises ConfigError for a setting, CheckpointError for what can't be read, PeptrainError where
+    matplotlib is missing or the runs lack what the figure shows.
+    """
+    suffix = out.suffix.removeprefix(".")
+    check(suffix in SUFFIXES, "--out", out, "a name that ends in .svg, .png or .pdf")
+    name = figure or ("rates" if is_comparison(paths[0]) else "loss") if paths else "loss"
+    check(name in FIGURES, "--figure", name, f"one of {', '.join(FIGURES)}")
+    check(x in LABELS, "--x", x, f"one of {', '.join(LABELS)}")
+    imported("matplotlib")
+    source = read(paths)
+    drawn = FIGURES[name](source, View(x=x, what=what))
+    for note in (*source.warnings, *drawn.notes):
+        log.warning("%s", note)
+    save(drawn, out, name)
+    return out

@@ -1,0 +1,192 @@
+"""Write a report of runs or of a comparison: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from peptrain.errors import ConfigError
+from peptrain.figures.catalogue import FIGURES
+from peptrain.figures.panel import Drawn
+from peptrain.figures.read import read
+from peptrain.figures.source import Axis, NotMeasured, Source, View
+from peptrain.figures.style import dark_css, imported, rendered
+from peptrain.files import write_atomically
+from peptrain.reporting.tables import (
+    Table,
+    common,
+    compared,
+    differing,
+    evaluations,
+    shown,
+    states,
+)
+
+MOST_HEAT_MAPS = 3
+"""A report has those of the first runs only."""
+DYNAMICS = (
+    *((name, "weight") for name in ("per", "condition", "frobenius")),
+    *((name, what) for what in ("update", "from_start") for name in ("per", "frobenius")),
+    ("per", "gradient"),
+)
+"""What a report shows of what was measured. `peptrain plot` shows all."""
+
+
+@dataclass
+class Section:
+    """A part of the report: tables, figures, and what it lacks."""
+
+    title: str
+    text: str = ""
+    tables: list[Table] = field(default_factory=list)
+    folded: dict[str, Table] = field(default_factory=dict)
+    """Tables behind a summary."""
+    figures: list[tuple[Drawn, str]] = field(default_factory=list)
+    """With their SVG."""
+    missing: list[str] = field(default_factory=list)
+
+    def draw(self, name: str, source: Source, view: View) -> None:
+        """Add a figure, or why it can't be drawn."""
+        try:
+            drawn = FIGURES[name](source, view)
+        except NotMeasured as error:
+            self.missing.append(str(error))
+            return
+        unique = re.sub(r"\W+", "-", f"{self.title}-{len(self.figures)}").lower()
+        svg = rendered(drawn.figure, "svg", unique).decode()
+        self.figures.append((drawn, _inline(svg)))
+
+
+def report(paths: Sequence[Path], out: Path) -> Path:
+    """Write a report of runs, or of a directory of `compare`, to the HTML file `out`; return it.
+
+    It contains its figures and their numbers, opens offline and has no scripts. The runs may be in
+    training. Raises ConfigError if `out` can't be written, CheckpointError for what can't be read,
+    PeptrainError where matplotlib or jinja2 is missing.
+    """
+    jinja = imported("jinja2")
+    imported("matplotlib")
+    source = read(paths)
+    environment = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined)
+    template = environment.from_string(
+        files("peptrain.reporting").joinpath("report.html").read_text(encoding="utf-8")
+    )
+    html = template.render(
+        title=_title(source, paths), warnings=source.warnings, sections=list(_sections(source)),
+        dark=dark_css(),
+    )  # fmt: skip
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, html)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: can't be written: {error.strerror}; choose another place"
+        ) from error
+    return out
+
+
+def _title(source: Source, paths: Sequence[Path]) -> str:
+    if source.trials:
+        return f"Comparison {shown(paths[0].resolve().name)}"
+    names = [run.name for run in source.runs]
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} runs"
+
+
+def _inline(svg: str) -> str:
+    """Return an SVG without what only a file of its own needs."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"', "", svg, count=3)
+
+
+def _sections(source: Source) -> Iterator[Section]:
+    yield from (_settings(source), _curves(source), _dynamics(source), _speed(source))
+    yield _held_out(source)
+    if source.trials:
+        yield _comparison(source)
+
+
+def _settings(source: Source) -> Section:
+    made = Section("What differs" if len(source.runs) > 1 else "Run")
+    differ = differing(source)
+    if len(source.runs) > 1:
+        if len(differ.heads) > 1 and differ.rows:
+            made.tables.append(differ)
+        else:
+            made.text = "The settings of the runs are the same."
+    if source.runs:
+        made.tables.append(states(source))
+        made.folded["Settings that all runs share" if source.runs[1:] else "Settings"] = common(
+            source
+        )
+    return made
+
+
+def _curves(source: Source) -> Section:
+    made = Section("Curves")
+    over: tuple[Axis, ...] = ("tokens", "time")
+    for x in over:
+        made.draw("loss", source, View(x=x))
+    return made
+
+
+def _speed(source: Source) -> Section:
+    made = Section("Memory and throughput")
+    made.draw("speed", source, View())
+    return made
+
+
+def _dynamics(source: Source) -> Section:
+    made = Section("Learning dynamics")
+    rows = [row for run in source.runs for row in (*run.of("dynamics"), *run.analysis)]
+    found = {str(row.get("what")) for row in rows}
+    if not found:
+        made.missing.append(
+            "not measured: train with --train.observe dynamics, or run `peptrain analyze RUN`"
+        )
+        return made
+    over_seeds = any(group[1:] for group in source.groups.values())
+    for name, what in DYNAMICS:
+        if what in found:
+            made.draw(name, source, View(what=what))
+            if over_seeds:
+                made.draw(f"{name}-seeds", source, View(what=what))
+    for run in source.runs[:MOST_HEAT_MAPS]:
+        made.draw("layers", replace(source, runs=[run]), View())
+    if left := [run.name for run in source.runs[MOST_HEAT_MAPS:]]:
+        made.missing.append(
+            f"layer by layer: shown of the first {MOST_HEAT_MAPS} runs; of {', '.join(left)} with"
+            " `peptrain plot RUN --figure layers`"
+        )
+    spectra = {str(row.get("what")) for run in source.runs for row in run.spectra}
+    for what in ("from_warm", "from_start", "weight"):
+        if what in spectra:
+            made.draw("spectra", source, View(what=what))
+            break
+    return made
+
+
+def _held_out(source: Source) -> Section:
+    made = Section("Held-out results")
+    table = evaluations(source)
+    if table.rows:
+        made.text = "Of `peptrain eval`. Losses of different corpora can't be compared."
+        made.tables.append(table)
+    else:
+        made.missing.append("no run was evaluated with `peptrain eval`")
+    return made
+
+
+def _comparison(source: Source) -> Section:
+    made = Section("Comparison", text=shown(source.about.get("caption") or ""))
+    if source.lines:
+        made.tables.append(compared(source))
+    notes: Any = source.about.get("notes")
+    made.missing += [shown(note) for note in notes] if isinstance(notes, list) else []
+    for name in ("rates", "frontier"):
+        made.draw(name, source, View())
+    return made

@@ -1,0 +1,129 @@
+"""The tables of a report: settings that differ, states of runs, evaluations, the comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from peptrain.comparison.summary import Line
+from peptrain.comparison.table import COSTS, Comparison
+from peptrain.display.terminal import one_line
+from peptrain.errors import CheckpointError
+from peptrain.figures.source import RunRows, Source, number
+
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. The first column names the rows."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def shown(value: Any) -> str:
+    """Return a value as text, a number with at most six digits."""
+    if value is None:
+        return UNKNOWN
+    if type(value) is float:
+        return f"{value:.6g}"
+    if type(value) is int:
+        return f"{value:,}"
+    return one_line(str(value).lower() if type(value) is bool else str(value))
+
+
+def differing(source: Source) -> Table:
+    """Return the settings that are not the same in all runs.
+
+    What there is more of, runs or settings, has the rows, as a page has more height than width.
+    """
+    keys = dict.fromkeys(key for run in source.runs for key in run.settings)
+    values = {key: [run.settings.get(key) for run in source.runs] for key in keys}
+    differ = {key: found for key, found in values.items() if any(v != found[0] for v in found)}
+    names = [run.name for run in source.runs]
+    lines = [[one_line(key), *map(shown, found)] for key, found in differ.items()]
+    if len(differ) > len(names):
+        return Table(["setting", *names], lines)
+    columns = zip(["run", *names], *lines, strict=True)
+    heads, *rows = ([*column] for column in columns)
+    return Table(heads, rows)
+
+
+def common(source: Source) -> Table:
+    """Return the settings that all runs share."""
+    first, *others = (run.settings for run in source.runs)
+    same = [
+        [one_line(key), shown(value)]
+        for key, value in first.items()
+        if all(key in other and other[key] == value for other in others)
+    ]
+    return Table(["setting", "value"], same)
+
+
+def states(source: Source) -> Table:
+    """Return how far each run is, and what its last rows say."""
+    heads = ["run", "state", "held-out loss", "ppl", "trainable", "tokens", "tokens/s",
+             "training s", "peak GiB"]  # fmt: skip
+    return Table(heads, [_state(run) for run in source.runs])
+
+
+def _state(run: RunRows) -> list[str]:
+    held = _last(run, "held_out_loss", "eval", "end")
+    peak = _last(run, "peak_bytes", "step", "eval", "end")
+    trainable = _last(run, "trainable", "phase", "end")
+    speed = _last(run, "tokens_per_second", "step", "end")
+    seconds = _last(run, "seconds", "step", "eval", "end")
+    ppl = None if held is None or held >= 700 else math.exp(held)
+    return [
+        run.name,
+        run.state,
+        _known(held, ".4f"),
+        _known(ppl, ".2f"),
+        _known(trainable, ",.0f"),
+        _known(_last(run, "tokens", "step"), ",.0f"),
+        _known(speed, ",.0f"),
+        _known(seconds, ",.1f"),
+        _known(None if peak is None else peak / 2**30, ".2f"),
+    ]
+
+
+def _last(run: RunRows, key: str, *events: str) -> float | None:
+    values = [value for row in run.of(*events) if (value := number(row, key)) is not None]
+    return values[-1] if values else None
+
+
+def _known(value: float | None, form: str) -> str:
+    return UNKNOWN if value is None else format(value, form)
+
+
+def evaluations(source: Source) -> Table:
+    """Return the entries of every eval.json."""
+    rows = []
+    for run in source.runs:
+        for entry in run.evaluations:
+            rows.append(
+                [run.name, *(shown(entry.get(key)) for key in ("step", "loss", "perplexity")),
+                 shown(entry.get("tokens")), shown(entry.get("data"))[:12],
+                 "yes" if entry.get("legacy") is True else "no"]
+            )  # fmt: skip
+    return Table(["run", "step", "loss", "ppl", "tokens", "corpus", "legacy"], rows)
+
+
+def compared(source: Source) -> Table:
+    """Return the comparison's table, as `compare` prints it. Raises CheckpointError if damaged."""
+    equal = source.about.get("equal")
+    known = {field.name for field in fields(Line)}
+    try:
+        lines = [Line(**{k: v for k, v in line.items() if k in known}) for line in source.lines]
+        made = Comparison(lines, equal if equal in COSTS else "tokens", 0)
+        columns = made.columns
+        rows = [[one_line(str(show(line))) for show in columns.values()] for line in lines]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"runs.json: a configuration is damaged ({error}); repeat `peptrain compare` to write"
+            " it again"
+        ) from error
+    return Table(list(columns), rows)
