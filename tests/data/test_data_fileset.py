@@ -158,6 +158,25 @@ def test_files_that_are_held_out_are_left_out_by_whatever_path(tmp_path):
     assert find_files(roundabout, "inputs", {apart.resolve()}) == [roundabout / kept.name]
 
 
+@pytest.mark.parametrize("name", ["test.jsonl", "wiki-valid-00000-of-00001.txt", "VAL/a.txt"])
+def test_a_held_out_set_among_the_inputs_is_named(tmp_path, caplog, name):
+    """A word of its name says so. One that is given apart, or alone, is what was asked for."""
+    parts = ["train.jsonl", "latest.txt", "devices.txt"] if "/" not in name else ["train/b.txt"]
+    for part in (*parts, name):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        write(tmp_path / part, b"{}")
+    file = tmp_path / name
+    assert file in find_files(tmp_path, "inputs")
+    (said,) = [r.getMessage() for r in caplog.records if "trained on" in r.getMessage()]
+    assert said.startswith(f"inputs: {file} is trained on too")
+    assert said.endswith(f"give `--held-out-inputs {file}`")
+    caplog.clear()
+    find_files(tmp_path, "inputs", [file.resolve()])
+    find_files(file, "inputs")
+    find_files(tmp_path, "held_out_inputs")
+    assert not [r for r in caplog.records if "trained on" in r.getMessage()]
+
+
 def test_missing_foreign_and_empty_inputs_are_named(tmp_path):
     with pytest.raises(DataError, match=r"inputs: .*nowhere: no such file"):
         find_files(tmp_path / "nowhere", "inputs")

@@ -126,12 +126,12 @@ def write_costs(file: Path, kind: str, costs: Sequence[float]) -> None:
 def _read_costs(file: Path, equal: str, phases: int) -> list[float]:
     """Read what `write_costs` wrote, or 0.1.0, without a checksum. Raise ValueError if damaged."""
     content = read_json_object(file)
-    costs, expected = content.get(KINDS[equal]), content.get(CHECKSUM)
+    costs = content.get(KINDS[equal])
     if not isinstance(costs, list) or len(costs) != phases:
         raise ValueError(f"{KINDS[equal]}: must be a list of {phases} numbers")
     if not all(type(cost) in (int, float) and 0 < cost < LARGEST for cost in costs):
         raise ValueError(f"{KINDS[equal]}: must be positive numbers")
-    if expected not in (None, _checksum(costs)):
+    if CHECKSUM in content and content[CHECKSUM] != _checksum(costs):
         raise ValueError("its content differs from what was written")
     return costs
 

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import random
+import shlex
 import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ from peptrain.data.sources.names import (
     content_suffix,
     is_card,
     is_metadata,
+    is_test_set,
     split_name,
 )
 from peptrain.data.sources.parquet import read_rows
 from peptrain.data.sources.text import looks_like, read_pieces, unreadable
 from peptrain.errors import DataError
 
+INPUTS = "inputs"
 NAMED = 5  # folders or kinds of files in a message
 CHECKED = 1000  # text files whose first line is looked at
 LEVELS = 32  # of subdirectories
@@ -129,7 +132,22 @@ def find_files(path: Path, key: str, apart: Collection[Path] = ()) -> list[Path]
         content, packer = split_name(file)
         if content in UNREAD_PACKERS or (content == PARQUET_SUFFIX and packer):
             raise DataError(f"{key}: {file} has an unsupported format; unpack it first")
-    return [file for file in files if file.resolve() not in apart]
+    files = [file for file in files if file.resolve() not in apart]
+    if key == INPUTS and path.is_dir():
+        _warn_of_held_out(path, files)
+    return files
+
+
+def _warn_of_held_out(root: Path, files: Sequence[Path]) -> None:
+    """Log a warning if a few files, by their names, are a test or validation set."""
+    named = [file for file in files if is_test_set(file.relative_to(root))]
+    if named and len(named) < len(files):
+        more = f" and {len(named) - 1} more" if named[1:] else ""
+        log.warning(
+            "%s: %s%s is trained on too, although its name is that of held-out text; if it should"
+            " not be, give `--held-out-inputs %s`",
+            *(INPUTS, named[0], more, shlex.join(map(str, named[:NAMED]))),
+        )
 
 
 def _check_is_file(path: Path, key: str) -> None:

@@ -14,6 +14,7 @@ UNREAD_PACKERS = (".zip", ".7z", ".lz4", ".rar", ".tar", ".tgz", ".tbz2", ".txz"
 PART = re.compile(r"[-._](?:(?:part|shard|chunk|split)[-._]?)?\d+(?:[-._]of[-._]\d+)?$", re.I)
 """The end of the name of one of several files: -00000-of-00002, .00000, .part-1."""
 CARDS = {"readme", "license", "licence", "copying", "notice", "citation", "contributing"}
+HELD_OUT = {"test", "valid", "validation", "val", "dev", "heldout", "eval"}
 METADATA = {
     *("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"),
     *("metadata.json", "manifest.json", "croissant.json", "config.json", "tokenizer.json"),
@@ -45,6 +46,12 @@ def content_suffix(path: Path) -> str:
 def is_card(path: Path) -> bool:
     """Return whether it is a README, a license or the like, as text."""
     return path.name.lower().partition(".")[0] in CARDS and content_suffix(path) in TEXT_SUFFIXES
+
+
+def is_test_set(path: Path) -> bool:
+    """Return whether its name, or that of its folder, is that of a test or validation set."""
+    words = re.split(r"[^a-z]+", "/".join(path.parts[-2:]).lower())
+    return not HELD_OUT.isdisjoint(words)
 
 
 def is_metadata(path: Path) -> bool:
