@@ -207,7 +207,8 @@ def test_costs_are_measured_once(tmp_path: Path) -> None:
 
 DAMAGES = [
     "", "null", "[1.0]", "{}", "[" * 10**5, "9" * 5000, '{"flops": 2.0}', '{"flops": [2.0, 2.0]}',
-    '{"flops": [-2.0]}', '{"flops": [2.0], "sha256": null}', '{"flops": [1e999]}', '{"flops": ["2.0"]}', '{"seconds": [2.0]}',
+    '{"flops": [-2.0]}', '{"flops": [2.0], "sha256": null}', '{"flops": [1e999]}',
+    '{"flops": ["2.0"]}', '{"seconds": [2.0]}',
 ]  # fmt: skip
 
 
