@@ -170,9 +170,13 @@ class Ranks:
     additive: bool = False
     """Whether W changes only by s B A, so by at most r in a cycle that begins with B A = 0."""
 
+    fresh: bool = False
+    """Whether B A is 0, as just after a merge."""
+
     def change(self, merges: int) -> int:
         """Return the rank of the change since a step at which B A was 0, after `merges` merges."""
-        return min(self.full, (merges + 1) * self.factors) if self.additive else self.update
+        cycles = max(1, merges if self.fresh else merges + 1)
+        return min(self.full, cycles * self.factors) if self.additive else self.update
 
 
 def ranks_of(layer: Linear) -> Ranks:
@@ -191,7 +195,8 @@ def ranks_of(layer: Linear) -> Ranks:
     if any(p.ndim == 1 and p.numel() > 1 for p in names.values()):
         return Ranks(full, full, full, inner)
     additive = "weight" in names
-    return Ranks(full, full if additive else inner, min(full, 2 * inner), inner, additive)
+    fresh = not all(p.any() for p in factors.values())
+    return Ranks(full, full if additive else inner, min(full, 2 * inner), inner, additive, fresh)
 
 
 @dataclass(frozen=True)
