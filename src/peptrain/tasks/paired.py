@@ -72,7 +72,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """
     n, less = only_a + only_b, min(only_a, only_b)
     if n < EXACT:
-        return min(1.0, 2 * sum(math.comb(n, k) for k in range(less + 1)) / 2**n)
+        return min(1.0, sum(math.comb(n, k) for k in range(less + 1)) / 2.0 ** (n - 1))
     return two_sided(max(0, abs(only_a - only_b) - 1) / math.sqrt(n))
 
 

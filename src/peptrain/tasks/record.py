@@ -18,7 +18,7 @@ from peptrain.tasks.measure import Measured, Values
 
 log = logging.getLogger("peptrain")
 FOLDER = "eval"
-KEYS = ("step", "task", "task_data", "positions", "weights")
+KEYS = ("step", "task", "task_data", "positions", "weights", "scorer")
 """What identifies a result."""
 
 
@@ -73,6 +73,15 @@ def record(run: RunDir, found: Measured, about: Mapping[str, Any]) -> None:
 
 def _is_of(line: str, step: int) -> bool:
     return line.startswith(f'{{"step": {step}, ')
+
+
+def record_more(run: RunDir, entry: Mapping[str, Any]) -> None:
+    """Append an entry without items to eval.json. If that fails, a warning is logged."""
+    try:
+        with lock(run.path / "eval.json.lock", lambda holder: f"in use by {holder}", WAIT):
+            run.append("eval.json", entry)
+    except (OSError, CheckpointError) as error:
+        log.warning("%s: the result could not be saved: %s", run.path / "eval.json", error)
 
 
 def lines(found: Measured, step: int | None) -> list[str]:

@@ -13,57 +13,75 @@ import torch
 from peptrain.errors import ConfigError
 from peptrain.settings.fields import check_whole
 from peptrain.tasks.files import first, items_of, read_rows
+from peptrain.tasks.harness import measure_by_harness
 from peptrain.tasks.measure import Measured, checksum, measure
 from peptrain.tasks.paired import Paired, paired
 from peptrain.tasks.record import find, record
 from peptrain.tasks.score import Watch
 from peptrain.tasks.subject import Subject
-from peptrain.tasks.table import GROUPS, Item, Task
+from peptrain.tasks.table import GROUPS, Item, Row, Task
 
 log = logging.getLogger("peptrain")
-Chosen = Mapping[str, tuple[Task, Sequence[tuple[int, Item]]]]
-"""Tasks by name, each with its items and their numbers."""
 Show = Callable[[str, int, int], None]
 """Called with the name of a task, and the sequences scored and in all."""
 
 
-def read_tasks(tasks: Sequence[Task], data: Path | None, limit: int | None = None) -> Chosen:
+@dataclass(frozen=True)
+class Questions:
+    """A task with its data."""
+
+    task: Task
+    rows: Sequence[Row]
+    items: Sequence[tuple[int, Item]]
+    """The items to measure, with the numbers of their rows."""
+
+
+def read_tasks(
+    tasks: Sequence[Task], data: Path | None, limit: int | None = None
+) -> list[Questions]:
     """Read the items of tasks, before any model is opened.
 
     limit: the first items of each task, of each of BLiMP's paradigms; None is all. Raises
     DataError for data that are missing or damaged.
     """
     check_whole("--limit", limit, 1)
-    every = {task.name: items_of(task, read_rows(task, data)) for task in tasks}
-    return {task.name: (task, first(every[task.name], limit)) for task in tasks}
+    every = [(task, read_rows(task, data)) for task in tasks]
+    return [Questions(task, rows, first(items_of(task, rows), limit)) for task, rows in every]
 
 
 def evaluate_tasks(
     subject: Subject,
-    chosen: Chosen,
+    questions: Sequence[Questions],
     *,
     positions: int | None = None,
+    harness: bool = False,
     device: torch.device | str = "cpu",
     show: Show = lambda name, done, total: None,
 ) -> list[Measured]:
     """Measure the tasks. Of a run each result is recorded as soon as it is known.
 
     What was recorded before, of the same weights and items, is not measured again. positions: the
-    most tokens that the model reads at once; unset: those of the subject.
+    most tokens that the model reads at once; unset: those of the subject. harness: measure by the
+    lm-evaluation-harness. Raises Unsupported if that is not installed.
     """
     check_whole("--positions", positions, 1)
     judge = subject.judge(torch.device(device), positions)
     found = []
-    for task, items in chosen.values():
-        about = {
-            "step": subject.step,
-            "positions": judge.positions,
-            "weights": subject.weights,
-        }
+    about = {
+        "step": subject.step,
+        "positions": judge.positions,
+        "weights": subject.weights,
+        "scorer": "harness" if harness else "own",
+    }
+    for one in questions:
+        task, items = one.task, one.items
         wanted = {**about, "task": task.name, "task_data": checksum(items)}
         known = find(subject.run, wanted) if subject.run else None
         if known is None:
-            known = measure(judge, task, items, _shown(show, task.name))
+            if harness:
+                known = measure_by_harness(subject, judge, task, one.rows, items)
+            else:
+                known = measure(judge, task, items, _shown(show, task.name))
             if subject.run is not None:
                 record(subject.run, known, about)
         else:
@@ -97,16 +115,17 @@ class Against:
         return {"against": self.b, "tests": tests}
 
 
-def compared(
-    a: Subject, of_a: Sequence[Measured], b: Subject, of_b: Sequence[Measured]
-) -> Against:
+def compared(a: Subject, of_a: Sequence[Measured], b: Subject, of_b: Sequence[Measured]) -> Against:
     """Test on each task that has an accuracy whether A and B differ.
 
     Their tokenizers may differ, since the items are the same, but a warning says so.
     """
     if a.encoder.vocabulary != b.encoder.vocabulary:
-        log.warning("--against %s: its tokenizer differs from that of %s: accuracies of the same"
-                    " items are tested, but log-likelihoods can't be compared", b.path, a.path)  # fmt: skip
+        log.warning(
+            "--against %s: its tokenizer differs from that of %s: accuracies of the same items are"
+            " tested, but log-likelihoods can't be compared",
+            *(b.path, a.path),
+        )
     tests = {
         one.task: paired(one.rows, other.rows)
         for one, other in zip(of_a, of_b, strict=True)

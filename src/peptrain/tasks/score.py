@@ -96,7 +96,9 @@ def _batch_scores(
 ) -> list[Score]:
     longest = len(batch[0].tokens) - 1
     ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    rows, columns, targets = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
     for n, (tokens, scored) in enumerate(batch):
         read = len(tokens) - 1
         ids[n, :read] = torch.tensor(tokens[:-1])
@@ -104,8 +106,8 @@ def _batch_scores(
         columns += range(read - scored, read)
         targets += tokens[-scored:]
     logits = model(input_ids=ids.to(device), use_cache=False).logits
-    logs, best = _predicted(logits, *(torch.tensor(x, device=device) for x in (rows, columns,
-                                                                             targets)))  # fmt: skip
+    places = (torch.tensor(x, device=device) for x in (rows, columns, targets))
+    logs, best = _predicted(logits, *places)
     sums, at = [], 0
     for _, scored in batch:
         part = slice(at, at + scored)
@@ -114,8 +116,9 @@ def _batch_scores(
     return sums
 
 
-def _predicted(logits: Tensor, rows: Tensor, columns: Tensor, targets: Tensor) -> tuple[Tensor,
-                                                                                        Tensor]:
+def _predicted(
+    logits: Tensor, rows: Tensor, columns: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return log p of each target in float64, and whether it has the largest logit, on the CPU."""
     logs, best = [], []
     step = max(1, LOGITS // logits.shape[-1])

@@ -109,9 +109,9 @@ def spans(
 ) -> list[Span]:
     """Return the tokens of each (context, continuation), cut on the left to what the model reads.
 
-    A space at the end of a context belongs to the continuation. Both are encoded as one text, and
-    the continuation is what follows the tokens of the context alone. Without a context it follows
-    the encoder's prefix. names: of the requests, for errors. Raises DataError for a continuation
+    A space at the end of a context belongs to the continuation. Both are encoded as one text, of
+    which the continuation has as many tokens as it has more than the context alone. They follow the
+    tokens of the context alone or, without a context, the encoder's prefix. names: of the requests, for errors. Raises DataError for a continuation
     that has no tokens or more than the model has positions.
     """
     split = [_moved(*request) for request in requests]
@@ -120,11 +120,12 @@ def spans(
     found = []
     for (context, continuation), name in zip(split, names, strict=True):
         if context:
-            whole, at = joint[context + continuation], len(joint[context])
+            before = joint[context]
+            after = joint[context + continuation][len(before) :]
         else:
-            own = alone[continuation]
-            whole, at = (own if own[:1] == [encoder.prefix] else [encoder.prefix, *own]), 1
-        found.append(_cut(whole, len(whole) - at, positions, name, continuation))
+            before, after = [encoder.prefix], alone[continuation]
+            after = after[1:] if after[:1] == before else after
+        found.append(_cut([*before, *after], len(after), positions, name, continuation))
     return found
 
 

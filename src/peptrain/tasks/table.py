@@ -70,8 +70,8 @@ CATEGORY = {"s-selection": "argument_structure"}
 def _blimp(row: Row) -> Item:
     """The model has to prefer the grammatical one of two sentences."""
     sentences = (row["sentence_good"], row["sentence_bad"])
-    term = row["linguistics_term"]
-    groups = (row["UID"], CATEGORY.get(term, term))
+    term: str = row["linguistics_term"]
+    groups: tuple[str, ...] = (row["UID"], CATEGORY.get(term, term))
     return Item(tuple(("", f" {s}") for s in sentences), 0, tuple(map(len, sentences)), groups)
 
 
