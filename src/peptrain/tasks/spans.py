@@ -111,8 +111,9 @@ def spans(
 
     A space at the end of a context belongs to the continuation. Both are encoded as one text, of
     which the continuation has as many tokens as it has more than the context alone. They follow the
-    tokens of the context alone or, without a context, the encoder's prefix. names: of the requests, for errors. Raises DataError for a continuation
-    that has no tokens or more than the model has positions.
+    tokens of the context alone or, without a context, the encoder's prefix. names: of the requests,
+    for errors. Raises DataError for a continuation that has no tokens or more than the model has
+    positions.
     """
     split = [_moved(*request) for request in requests]
     joint = encoder.ids((part for c, k in split if c for part in (c, c + k)), special=True)
