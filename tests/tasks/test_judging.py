@@ -156,7 +156,7 @@ def test_bad_tasks_are_refused_before_anything_is_written(
     made: Path, corpus: Path, tmp_path: Path
 ) -> None:
     config = tiny("full", corpus, tmp_path / "run", train={"seq_len": 64})
-    with pytest.raises(ConfigError, match="eval.tasks: unknown task 'blimb'"):
+    with pytest.raises(ConfigError, match=r"eval\.tasks: unknown task 'blimb'"):
         train(with_tasks(config, made / "data", tasks="blimb"))
     with pytest.raises(DataError, match="is missing, for piqa"):
         train(with_tasks(config, tmp_path, tasks="piqa"))
@@ -164,9 +164,9 @@ def test_bad_tasks_are_refused_before_anything_is_written(
     with pytest.raises(DataError, match="only 4 positions"):
         train(with_tasks(short, made / "data", tasks="piqa"))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ConfigError, match="eval.tasks_data: must be the directory"):
+    with pytest.raises(ConfigError, match=r"eval\.tasks_data: must be the directory"):
         EvalConfig(tasks="blimp")
-    with pytest.raises(ConfigError, match="eval.items"):
+    with pytest.raises(ConfigError, match=r"eval\.items"):
         EvalConfig(items=0)
 
 

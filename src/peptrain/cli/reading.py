@@ -68,8 +68,8 @@ def eval_run(
         return
     asked = (("--tasks-data", tasks_data), ("--limit", limit), ("--positions", positions),
              ("--against", against), ("--harness", harness or None), ("--out", out))  # fmt: skip
-    for name, value in asked:
-        check(value is None, name, str(value), "given with --tasks")
+    for flag, given in asked:
+        check(given is None, flag, str(given), "given with --tasks")
     for one in every:
         _held_out(one, next(iter(data), None), batch_size, legacy, device)
     say(f"export the model with `peptrain export {shlex.quote(str(run))} --out DIR`")

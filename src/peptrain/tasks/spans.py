@@ -5,7 +5,7 @@ Contexts and continuations are split as by the lm-evaluation-harness.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -59,7 +59,7 @@ class Encoder:
         return bool(self.prefix_text) and text.startswith(self.prefix_text)
 
 
-def plain_encoder(tokenizer: Tokenizer, end: int, special: dict[str, str]) -> Encoder:
+def plain_encoder(tokenizer: Tokenizer, end: int, special: Mapping[str, str]) -> Encoder:
     """Return the encoder of a run's tokenizer, which never adds special tokens.
 
     special: the tokens that its directory configures; bos_token begins texts.
