@@ -139,12 +139,10 @@ def _train(
         run = create_run(config, corpus, here, held, saved)
     elif here.main:
         restore_run_tokenizer(run, corpus)
-    tokens_per_step = config.train.batch_size * config.train.seq_len
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    metrics_log = MetricsLog(run, here, observe, tokens_per_step)
+    metrics_log = MetricsLog(run, here, observe, config.train.batch_size * config.train.seq_len)
     tool = instrument(config.train, run, here)
-    tasks.announce()
     if here.main:
         run.rewind(state.step, state.rows)
         checkpoint.delete_old(run.checkpoints, state.step, state.keep)  # a kill left them

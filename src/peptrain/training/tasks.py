@@ -45,6 +45,7 @@ class TasksInTraining:
             items = items_of(task, read_rows(task, asked.tasks_data))
             self._tasks.append((task, subsample(items, asked.items)))
         self._count()
+        self._announce()
 
     def _count(self) -> None:
         """Count sequences and tokens. Raises DataError for a continuation that does not fit."""
@@ -61,9 +62,9 @@ class TasksInTraining:
             self._sequences += len(made)
             self._tokens += sum(len(span.tokens) - 1 for span in made)
 
-    def announce(self) -> None:
+    def _announce(self) -> None:
         """Log on rank 0 what an evaluation costs."""
-        if self._tasks and self._world.main:
+        if self._world.main:
             names = ", ".join(task.name for task, _ in self._tasks)
             steps = self._tokens / (PASS * self._tokens_per_step)
             log.info("eval.tasks: %s: %s sequences of %s tokens at each held-out evaluation, the"
