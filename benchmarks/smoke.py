@@ -10,8 +10,8 @@ affect the others. The exit status is 1 if any check failed. The output of faile
 
 from __future__ import annotations
 
-import json
 import argparse
+import json
 import os
 import signal
 import subprocess
