@@ -11,6 +11,7 @@ affect the others. The exit status is 1 if any check failed. The output of faile
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -53,6 +54,8 @@ SCRIPTS = {
     "dynamics": f"{MODEL} --data={{corpus}} --out={{out}} --runs={{out}}/runs --steps=8 --rank=4"
     " --batch-size=2 --seq-len=16 --probe=1 --processes=1 {no_compile} --seeds 0"
     " --only relora-warm",
+    "tasks": f"{MODEL} --data={{corpus}} --tasks-data={{tasks}} --out={{out}}/judged --steps=4"
+    " --rank=4 --batch-size=2 --seq-len=64 {no_compile} --seeds 0 1 --only full bpt",
     "cpu_peft": f"{MODEL} --set=train.compile=false {RUN} --log-every=2 --rounds=1"
     " lora:rank=4 lora:rank=4:train_rest=false full",
 }
@@ -99,6 +102,7 @@ def arguments(text: str, *, device: str, folder: Path) -> list[str]:
         "corpus": str(folder / "corpus"),
         "text": str(folder / "text.txt"),
         "out": str(folder / "out"),
+        "tasks": str(folder / "tasks"),
         "compile": "false" if eager else "true",
         "eager": "--set=train.compile=false" if eager else "",
         "no_compile": "--no-compile" if eager else "",
@@ -108,13 +112,18 @@ def arguments(text: str, *, device: str, folder: Path) -> list[str]:
 
 
 def make_corpus(folder: Path) -> None:
-    """Write the project's documentation as text, and prepare it with 320 token ids."""
+    """Write the project's documentation as text, prepare it with 320 token ids; items of a task."""
     from peptrain.data import PrepareConfig, prepare
 
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = folder / "text.txt"
     text.write_text("\n\n".join(d.read_text(encoding="utf-8") for d in documents), encoding="utf-8")
     prepare(PrepareConfig(inputs=(text,), out=folder / "corpus", vocab_size=320, held_out=0.02))
+    items = folder / "tasks" / "piqa" / "validation.jsonl"
+    items.parent.mkdir(parents=True)
+    choices = {"sol1": "Turn the key.", "sol2": "Eat the key."}
+    made = [{"goal": f"Open door {n}.", **choices, "label": n % 2} for n in range(6)]
+    items.write_text("".join(json.dumps(item) + "\n" for item in made), encoding="utf-8")
 
 
 def all_checks(device: str, folder: Path) -> list[Check]:

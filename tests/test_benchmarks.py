@@ -128,6 +128,20 @@ def test_dynamics(numbers: Any, smoke_folder: Path, monkeypatch: pytest.MonkeyPa
     assert numbers("dynamics") == rows
 
 
+@pytest.mark.slow
+def test_tasks(numbers: Any, smoke_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every run is judged, and a second call prints the same from the results."""
+    found = numbers("tasks")
+    assert [(row["run"], row["seed"]) for row in found] == [
+        ("full", 0), ("full", 1), ("bpt", 0), ("bpt", 1)
+    ]  # fmt: skip
+    out = capsys.readouterr().out
+    assert "| piqa | acc_norm |" in out and "| minus full | bpt |" in out
+    assert "left out: --tasks-data:" in out
+    assert not (smoke_folder / "out" / "judged" / "runs" / "bpt-0").exists()
+    assert numbers("tasks") == found
+
+
 def test_merges(numbers: Any) -> None:
     rows = numbers("merges")
     assert [r["event"] for r in rows] == ["merge", "merge", "exact step"]

@@ -166,6 +166,7 @@ def test_a_command_that_is_not_run_can_be_parsed(
         *("peptrain.data.prepare", "peptrain.exporting.export.export"),
         *("peptrain.analysis.analyze.analyze", "peptrain.analysis.line.write_line"),
         *("peptrain.reporting.plot.plot", "peptrain.reporting.report.report"),
+        "peptrain.cli.judging.judge",
     ):
         monkeypatch.setattr(target, work)
     if "--help" in line:

@@ -18,6 +18,7 @@ from peptrain.optim.schedule import ScheduleConfig
 from peptrain.settings import toml
 from peptrain.settings.fields import (
     added,
+    added_section,
     as_before,
     check,
     check_whole,
@@ -129,6 +130,24 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Tasks that are measured at each held-out evaluation (docs/evaluation.md)."""
+
+    tasks: str = added("", before="")
+    """Tasks such as blimp or blimp,piqa. Unset: none."""
+    tasks_data: Path | None = added(None, before=None)
+    """Directory with copies of their data sets."""
+    items: int = added(1000, before=1000)
+    """Items of each task, a fixed random choice that is the same in all runs."""
+
+    def __post_init__(self) -> None:
+        check_whole("eval.items", self.items, 1)
+        given = not self.tasks.strip() or self.tasks_data is not None
+        wanted = f"the directory with the data of eval.tasks {self.tasks}"
+        check(given, "eval.tasks_data", self.tasks_data, wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Generic[M]):
     """All settings of a run. `resolved` fills in the unset; the run directory stores the result."""
 
@@ -138,6 +157,7 @@ class RunConfig(Generic[M]):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = added_section(EvalConfig)
     init_from: Path | None = None
     """Start from the weights of this run or Hugging Face directory. If no model setting is given,
     the model is taken from it too. Unset: initialise the weights."""
@@ -170,6 +190,7 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
         config,
         model=_resolved_model(config.model),
         data=DataConfig(path=_absolute(config.data.path)),
+        eval=replace(config.eval, tasks_data=_absolute(config.eval.tasks_data)),
         init_from=_absolute(config.init_from),
         continue_from=_absolute(config.continue_from),
         method=method,
@@ -241,7 +262,7 @@ def as_named(config: RunConfig[M], written: RunConfig[M]) -> RunConfig[M]:
     return replace(config, train=_evaluating(config.train, least=8_192))
 
 
-SECTIONS = ("method", "model", "optim", "schedule", "train", "data")
+SECTIONS = ("method", "model", "optim", "schedule", "train", "data", "eval")
 
 
 def parse(table: Mapping[str, Any]) -> RunConfig[Method]:

@@ -158,8 +158,8 @@ def test_essence_is_the_dump_without_what_was_added() -> None:
         for line in dump(config).splitlines(keepends=True):
             section = line.strip("[]\n") if line.startswith("[") else section
             new = before(getattr(config, section)) if section else {}
-            kept += [line] if line.split(" = ")[0] not in new else []
-        assert essence(config) == "".join(kept)
+            kept += [line] if line.split(" = ")[0] not in new and section != "eval" else []
+        assert essence(config) == "".join(kept).rstrip("\n") + "\n"  # the section eval is new
 
 
 def test_a_value_that_toml_cannot_say_is_no_value_of_an_added_setting() -> None:

@@ -146,9 +146,16 @@ def test_the_run_directory_is_not_in_its_own_configuration() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_resolving_leaves_nothing_unset_and_is_idempotent(name: str) -> None:
     full = resolved(RunConfig(method=METHODS[name]()), world_size=1, on_gpu=False)
-    optional = {"config", "path", "run", "family", "cuda_graph", "exact_cap", "momentum"} | {
-        f.name for f in fields(ModelConfig)
-    }
+    optional = {
+        "config",
+        "path",
+        "run",
+        "family",
+        "cuda_graph",
+        "exact_cap",
+        "momentum",
+        "tasks_data",
+    } | {f.name for f in fields(ModelConfig)}
     optional.add(
         "warm_start_warmup"
     )  # follows schedule.warmup, which may change when a run goes on

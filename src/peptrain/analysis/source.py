@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -91,7 +91,7 @@ def open_source(path: Path) -> Source:
     equivalent.
     """
     if not is_run(path):
-        return Source(str(path), path, _pretrained(path))
+        return Source(str(path), path, pretrained(path, torch.float32))
     opened = open_run(path)
     method = opened.config.method
     if not method.has_dense_equivalent:
@@ -104,9 +104,13 @@ def open_source(path: Path) -> Source:
     return Source(f"{opened.run.path}@{saved.step}", opened.run.path, opened.model, opened)
 
 
-def _pretrained(path: Path) -> PreTrainedModel:
+def pretrained(path: Path, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+    """Load the model of a Hugging Face directory.
+
+    Raises CheckpointError if it can't be read or lacks weights.
+    """
     try:
-        model, report = load_model(path, torch.float32)
+        model, report = load_model(path, dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError, Unsupported) as error:
         raise CheckpointError(f"{path}: can't be read: {error}") from error
     if lacking := sorted(

@@ -10,55 +10,98 @@ from typing import Annotated, Any, Literal, cast
 
 from rich.markup import escape
 from rich.table import Table
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from peptrain import recipes
 from peptrain.cli.parsing import UNSET
 from peptrain.display.console import console, print_wide, say
 from peptrain.display.training import count
+from peptrain.settings.fields import check
 
 
 def eval_run(
     run: Positional[Path],
-    data: Annotated[Path | None, UNSET] = None,
+    data: Annotated[tuple[Path, ...], UseAppendAction, UNSET] = (),
+    tasks: Annotated[str, UNSET] = "",
+    tasks_data: Annotated[Path | None, UNSET] = None,
+    limit: Annotated[int | None, UNSET] = None,
+    positions: Annotated[int | None, UNSET] = None,
+    against: Annotated[Path | None, UNSET] = None,
+    harness: bool = False,
+    out: Annotated[Path | None, UNSET] = None,
     batch_size: Annotated[int | None, UNSET] = None,
     legacy: bool = False,
     step: Annotated[str | None, UNSET] = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
-    """Compute the held-out perplexity of a run, per token.
+    """Compute the held-out perplexity of a run, per token, or judge a model by tasks.
 
     Args:
-        run: Run directory, or RUN@STEP for the checkpoint of a step.
-        data: Prepared corpus whose held-out part to use. Unset: that of the run.
+        run: Run directory, or RUN@STEP for the checkpoint of a step. With --tasks or --data also a
+            Hugging Face directory.
+        data: Prepared corpus whose held-out part to use; give it once per corpus for the perplexity
+            of each and their macro mean. Unset: that of the run.
+        tasks: Tasks such as blimp,piqa; bpt for nine accuracies and their mean; or all
+            (docs/evaluation.md).
+        tasks_data: Directory with copies of the data sets.
+        limit: Use only the first items of each task. Unset: all.
+        positions: Most tokens that the model reads at once. Unset: seq_len of a run, or what a
+            config.json says.
+        against: Another model, measured on the same items, for paired tests.
+        harness: Measure by the lm-evaluation-harness (pip install 'peptrain[eval]').
+        out: Write the results of tasks to this JSON file. A run also keeps its own in eval.json.
         batch_size: Sequences per forward pass. Changes only speed and memory, except with legacy.
         legacy: Divide by batches + 1, as the papers' repositories do, to match their tables.
         step: Step of the checkpoint, or all that are kept. Unset: the latest.
         device: auto uses a GPU if there is one.
     """
+    from peptrain.runs.select import chosen
+
+    every = chosen(run, step)
+    if tasks or len(data) > 1 or not is_of_run(run):
+        from peptrain.cli.judging import judge
+
+        for name, value in (("--batch-size", batch_size), ("--legacy", legacy)):
+            check(not value, name, value, "left out with tasks, or several corpora")
+        judge(every, tasks, tasks_data, limit=limit, positions=positions, against=against,
+              harness=harness, out=out, data=data, device=device)  # fmt: skip
+        return
+    asked = (("--tasks-data", tasks_data), ("--limit", limit), ("--positions", positions),
+             ("--against", against), ("--harness", harness or None), ("--out", out))  # fmt: skip
+    for flag, given in asked:
+        check(given is None, flag, str(given), "given with --tasks")
+    for one in every:
+        _held_out(one, next(iter(data), None), batch_size, legacy, device)
+    say(f"export the model with `peptrain export {shlex.quote(str(run))} --out DIR`")
+
+
+def is_of_run(path: Path) -> bool:
+    """Return whether a path is not that of a Hugging Face directory, without importing PyTorch."""
+    return (path / "config.toml").is_file() or not (path / "config.json").is_file()
+
+
+def _held_out(
+    one: Path,
+    data: Path | None,
+    batch_size: int | None,
+    legacy: bool,
+    device: Literal["auto", "cpu", "cuda"],
+) -> None:
     from peptrain.cli.progress import measuring
     from peptrain.distributed.world import world
     from peptrain.eval.run import evaluate
-    from peptrain.runs.select import at, chosen
+    from peptrain.runs.select import at
 
     note = " (legacy: divided by batches + 1, which flatters the model)" if legacy else ""
-    for one in chosen(run, step):
-        with world(device) as here, measuring(console) as watch:
-            result = evaluate(
-                one,
-                data=data,
-                batch_size=batch_size,
-                legacy=legacy,
-                device=here.device,
-                watch=watch,
-            )
-        number = at(one)[1]
-        say(
-            f"{'' if number is None else f'step {number}  '}"
-            f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"
-            f"  over {count(result.tokens, 'token')}{note}"
-        )
-    say(f"export the model with `peptrain export {shlex.quote(str(run))} --out DIR`")
+    with world(device) as here, measuring(console) as watch:
+        result = evaluate(one, data=data, batch_size=batch_size, legacy=legacy, device=here.device,
+                          watch=watch)  # fmt: skip
+    number = at(one)[1]
+    say(
+        f"{'' if number is None else f'step {number}  '}"
+        f"perplexity {result.perplexity:.3f}  loss {result.loss:.4f}"
+        f"  over {count(result.tokens, 'token')}{note}"
+    )
 
 
 def analyze_runs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peptrain.comparison.grid import GridRun
@@ -82,6 +82,8 @@ class Line:
     state_bytes: int | None = None
     """Bytes of the optimizer's moments, in the phase that has the most of them."""
     tokens_per_second: float | None = None
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    """Mean results of `eval.tasks` over the seeds, such as blimp_acc."""
     errors: tuple[str, ...] = ()
     """Errors of failed runs, which the next call retries."""
     diverged: tuple[str, ...] = ()
@@ -135,7 +137,19 @@ def _line(group: Sequence[Outcome]) -> Line:
         trainable=seeds[0]["trainable"],
         state_bytes=seeds[0]["state_bytes"],
         tokens_per_second=statistics.fmean(end["tokens_per_second"] for end in seeds),
+        tasks=_tasks(seeds),
     )
+
+
+RESULTS = ("_acc", "_acc_norm", "_byte_perplexity")
+"""How the results of tasks that are columns end."""
+
+
+def _tasks(ends: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean of each result that all the last rows have."""
+    names = [key for key in ends[0] if key.endswith(RESULTS)]
+    known = [key for key in names if all(isinstance(end.get(key), float) for end in ends)]
+    return {key: statistics.fmean(end[key] for end in ends) for key in known}
 
 
 def _place(best: float, tried: Sequence[float]) -> str:

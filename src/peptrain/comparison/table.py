@@ -38,7 +38,12 @@ class Comparison:
     @property
     def columns(self) -> dict[str, Callable[[Line], str]]:
         """Formatters of the columns, by header."""
-        return COLUMNS | COSTS[self.equal]
+        return COLUMNS | {name: _task(name) for name in self.tasks} | COSTS[self.equal]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The results of tasks that some line has."""
+        return list(dict.fromkeys(name for line in self.lines for name in line.tasks))
 
     @property
     def caption(self) -> str:
@@ -113,6 +118,10 @@ def _loss(line: Line) -> str:
         return "failed" if line.errors else "diverged" if line.diverged else "unfinished"
     interval = "" if line.half_width is None else f" ± {line.half_width:.3f}"
     return f"{line.loss:.3f}{interval}"
+
+
+def _task(name: str) -> Callable[[Line], str]:
+    return lambda line: _known(lambda value: f"{value:.4f}", line.tasks.get(name))
 
 
 def _rate(line: Line) -> str:
@@ -198,7 +207,7 @@ def as_csv(comparison: Comparison) -> str:
         ["configuration", "method", "held_out_loss", "interval_95_low", "interval_95_high",
          "perplexity", "trainable_parameters", "optimizer_state_bytes", "tokens_per_second",
          "training_steps", "training_tokens", "training_flops", "training_seconds",
-         "best_lr", "best_lr_place", "seeds", "runs_finished", "runs", "errors"]
+         "best_lr", "best_lr_place", "seeds", "runs_finished", "runs", "errors", *comparison.tasks]
     )  # fmt: skip
     for line in comparison.lines:
         low, high = interval(line)
@@ -208,7 +217,8 @@ def as_csv(comparison: Comparison) -> str:
              line.cost if comparison.equal == "flops" else None,
              line.cost if comparison.equal == "time" else None,
              line.lr, line.place, line.seeds, line.finished, line.runs,
-             "; ".join((*line.diverged, *line.errors))]
+             "; ".join((*line.diverged, *line.errors)),
+             *(line.tasks.get(name) for name in comparison.tasks)]
         )  # fmt: skip
     return out.getvalue()
 

@@ -31,7 +31,7 @@ from peptrain.runs.lock import lock
 log = logging.getLogger("peptrain")
 NEWEST = 16_384  # bytes read from the end of the metrics: dozens of rows
 CONTENTS = ("config.toml", "env.json", "metrics.jsonl", "eval.json", "model.json", "tokenizer",
-            "checkpoints", "ends", "longer.json", "analysis", "observe.json",
+            "checkpoints", "ends", "longer.json", "analysis", "eval", "observe.json",
             "tensorboard", "trackio.json", "wandb.json")  # fmt: skip
 LAST = ("end", "diverged")
 """Events that end a run; a resumed run drops their rows."""

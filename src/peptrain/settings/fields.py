@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, field, fields, replace
 from difflib import get_close_matches
@@ -140,6 +140,12 @@ def added(default: Any, *, before: Any) -> Any:
     be None once it is resolved, since TOML can't express None.
     """
     return _with(default, before=before)
+
+
+def added_section(factory: Callable[[], S]) -> S:
+    """Return a field for a section that earlier versions don't have, with `added` fields only."""
+    made: S = field(default_factory=factory, metadata={"added": True})
+    return made
 
 
 def essential(default: Any) -> Any:

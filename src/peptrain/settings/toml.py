@@ -148,6 +148,7 @@ def dump(config: Any, leave_out: Callable[[Field[Any], object], bool] = _is_unse
     """Return a dataclass of leaves and sections as TOML.
 
     Leaves for which `leave_out(field, value)` is true are left out, by default those that are None.
+    So is a section that older versions don't have (`added_section`) if it has no leaves left.
     Raises ConfigError for a text or path that is not UTF-8, which TOML can't express.
     """
     return "\n".join(_lines(config, leave_out))
@@ -159,11 +160,14 @@ def _lines(config: Any, leave_out: Callable[[Field[Any], object], bool]) -> Iter
         value = getattr(config, section.name)
         if not is_dataclass(value):
             continue
+        leaves = list(_leaves(value, leave_out, f"{section.name}."))
+        if section.metadata.get("added") and not leaves:
+            continue
         yield f"[{section.name}]"
         name = getattr(type(value), "name", None)
         if isinstance(name, str):
             yield f"name = {_literal(name)}"
-        yield from _leaves(value, leave_out, f"{section.name}.")
+        yield from leaves
         yield ""
 
 

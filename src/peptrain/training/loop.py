@@ -55,6 +55,7 @@ from peptrain.training.state import (
     restore,
     save,
 )
+from peptrain.training.tasks import TasksInTraining
 
 log = logging.getLogger("peptrain")
 
@@ -129,6 +130,7 @@ def _train(
     path, again = config.data.path, run is not None  # a resume verifies the shards again
     corpus = Corpus.open(path, verify_again=again) if path else default_corpus(verify_again=again)
     check_corpus(corpus, config)
+    tasks = TasksInTraining(config, corpus, here)
     identity = identity_of(config, corpus.fingerprint)
     check_ranks(config, identity, here)
     saved = first_checkpoint(config, run, identity)
@@ -140,10 +142,9 @@ def _train(
         run = create_run(config, corpus, here, held, saved)
     elif here.main:
         restore_run_tokenizer(run, corpus)
-    tokens_per_step = config.train.batch_size * config.train.seq_len
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    metrics_log = MetricsLog(run, here, observe, tokens_per_step)
+    metrics_log = MetricsLog(run, here, observe, config.train.batch_size * config.train.seq_len)
     tool = instrument(config.train, run, here)
     if here.main:
         metrics_log.loggers = held.enter_context(loggers_of(config, run, state.step))
@@ -159,22 +160,23 @@ def _train(
         if saved is None and config.train.keeps(0):
             _save(state, run, here, identity, metrics_log)
         del saved
-        _loop(config, state, corpus, run, metrics_log, stop, identity, tool)
+        _loop(config, state, corpus, run, metrics_log, stop, identity, tool, tasks)
         while state.step < config.train.steps:
             del state  # so that the moments of both phases are never in memory at once
             state = restore(config, checkpoint.latest(run.checkpoints), here)
             _announce(state, metrics_log)
             metrics_log.pause()
-            _loop(config, state, corpus, run, metrics_log, stop, identity, tool)
+            _loop(config, state, corpus, run, metrics_log, stop, identity, tool, tasks)
         stop.at_once = f"stopped before the end of the last evaluation; {how_to_resume(run)}"
         held_out = _evaluate(config, state, corpus, run, metrics_log, limit=0)
+        judged = tasks.measure(state.model)
     except Diverged as error:
         metrics_log.write("diverged", step=state.step, error=str(error))
         raise
     result = _result(run, state, held_out, metrics_log)
     counts = _counts(config, state, here) if here.main else {}
     stop.at_once = None
-    metrics_log.end(state.step, held_out, **counts, state_bytes=result.state_bytes)
+    metrics_log.end(state.step, held_out, **counts, **judged, state_bytes=result.state_bytes)
     return result
 
 
@@ -218,6 +220,7 @@ def _loop(
     stop: Stop,
     identity: Mapping[str, Any],
     tool: Instrument,
+    tasks: TasksInTraining,
 ) -> None:
     """Train to the end of the current phase and save a checkpoint there."""
     t, here, optimizer = config.train, metrics_log.world, state.optimizer
@@ -239,7 +242,7 @@ def _loop(
         if evaluating:
             assert t.eval_tokens is not None
             held_out = _evaluate(config, state, corpus, run, metrics_log, limit=t.eval_tokens)
-            metrics_log.evaluation(state.step, held_out)
+            metrics_log.evaluation(state.step, held_out, tasks.measure(state.model))
         if saving:
             _save(state, run, here, identity, metrics_log)
         if saving or evaluating or observing:

@@ -30,7 +30,7 @@ An observer cannot influence the training."""
 
 MEASURED = (
     *("time", "seconds", "device_hours", "tokens_per_second", "peak_bytes"),
-    "observe_seconds",
+    *("observe_seconds", "tasks_seconds"),
 )
 """Values of rows that depend on the machine and the moment. All others are those of an
 uninterrupted run, bit for bit on a CPU."""
@@ -162,11 +162,13 @@ class MetricsLog:
 
         return watch
 
-    def evaluation(self, step: int, held_out: Evaluation) -> None:
-        """Write a row for an evaluation during training."""
-        self.write("eval", step=step, **_fields(held_out))
+    def evaluation(
+        self, step: int, held_out: Evaluation, tasks: Mapping[str, float | None]
+    ) -> None:
+        """Write a row for an evaluation during training. tasks: the results of `eval.tasks`."""
+        self.write("eval", step=step, **_fields(held_out), **tasks)
 
-    def end(self, step: int, held_out: Evaluation, **counts: float) -> None:
+    def end(self, step: int, held_out: Evaluation, **counts: float | None) -> None:
         """Write the last row: the evaluation on the full held-out set and `counts` of the run."""
         rate = self.median_throughput()
         self.write("end", step=step, **_fields(held_out), tokens_per_second=rate, **counts)

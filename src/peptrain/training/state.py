@@ -102,7 +102,8 @@ def keep_of(config: RunConfig[Method]) -> checkpoint.Keep:
 
 def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: World) -> None:
     """Raise ConfigError, on every rank, unless all have the same settings and the same corpus."""
-    own = {**other_settings(config), **identity}
+    asked = {"eval.tasks": config.eval.tasks, "eval.items": config.eval.items}
+    own = {**other_settings(config), **identity, **asked}
     first = here.agree(own)
     steps_first = sorted(own.keys() | first.keys(), key=lambda key: (key != "train.steps", key))
     unlike = [

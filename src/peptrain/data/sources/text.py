@@ -89,6 +89,18 @@ def read_pieces(
         raise unreadable(path, error) from error
 
 
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield each line of a plain or packed file. Raise DataError if it can't be read as UTF-8.
+
+    A line that is too long is cut off (`LARGEST_RECORD`).
+    """
+    try:
+        with path.open("rb") as raw:
+            yield from _checked(_lines(_unpacked(raw, path)), path)
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
+
+
 def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
     packer = split_name(path)[1]
     if packer == ".zst":  # the standard library has it since Python 3.14

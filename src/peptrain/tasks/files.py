@@ -1,0 +1,149 @@
+"""Read local copies of the data sets, in the columns that they have at Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from peptrain.data.sources.base import imported
+from peptrain.data.sources.names import JSON_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIXES, split_name
+from peptrain.data.sources.text import read_bytes, read_lines, unreadable
+from peptrain.errors import DataError
+from peptrain.rng import Rng
+from peptrain.tasks.table import Item, Row, Task
+
+SUFFIXES = (*JSON_SUFFIXES, PARQUET_SUFFIX, *TEXT_SUFFIXES)
+MOST = 1_000_000
+"""Rows of a data set. The largest here has 67,000."""
+HEADING = re.compile(r"^ = [^=\n](?:.*[^=\n])? = ?$", re.MULTILINE)
+"""The title of a page in the raw text of WikiText. Sections have two or more signs."""
+
+
+def read_rows(task: Task, directory: Path | None) -> list[Row]:
+    """Return the rows of a task's data.
+
+    Raises DataError if there is no such file, saying where to get it, or if it can't be read.
+    """
+    rows: list[Row] = []
+    for file in data_files(task, directory):
+        for row in _rows(file):
+            rows.append(row)
+            if len(rows) > MOST:
+                raise DataError(f"{file}: more than {MOST:,} rows; give a file of the data set")
+    return rows
+
+
+def data_files(task: Task, directory: Path | None) -> list[Path]:
+    """Return the files of a task: of its first split that is there, in several parts or one."""
+    wanted = f"{task.folder}/{task.splits[0]}.jsonl"
+    if directory is None:
+        raise DataError(
+            f"--tasks-data: must be given for {task.name} (got None); it is the directory of"
+            f" {wanted}, a copy of the Hugging Face data set {task.source}"
+        )
+    folder = directory / task.folder
+    if folder.is_dir():
+        names = sorted(p for p in folder.iterdir() if split_name(p)[0] in SUFFIXES)
+        for split in task.splits:
+            if found := [p for p in names if re.match(rf"{re.escape(split)}[-.]", p.name)]:
+                return found
+    raise DataError(
+        f"--tasks-data: {directory / wanted} (or .jsonl.xz, .parquet) is missing, for"
+        f" {task.name}; save the split {task.splits[0]} of the Hugging Face data set"
+        f" {task.source} there"
+    )
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    suffix = split_name(file)[0]
+    if suffix == PARQUET_SUFFIX:
+        yield from _of_parquet(file)
+    elif suffix in TEXT_SUFFIXES:
+        yield from ({"page": page} for page in pages(_text(file)))
+    else:
+        for number, line in enumerate(read_lines(file), 1):
+            if line.strip():
+                yield _object(line, f"{file}:{number}")
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_bytes(file).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 at byte {error.start}; fetch it again") from error
+
+
+def pages(text: str) -> list[str]:
+    """Split the raw text of WikiText at the titles of its pages."""
+    starts = [match.start() for match in HEADING.finditer(text)]
+    if not starts:
+        return [text] if text else []
+    return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+
+
+def _object(line: bytes, where: str) -> Row:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); fetch the file again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: a JSON {type(found).__name__}, but each line must be an object")
+    return found
+
+
+def _of_parquet(file: Path) -> Iterator[Row]:
+    pyarrow, parquet = imported("pyarrow", str(file)), imported("pyarrow.parquet", str(file))
+    try:
+        with parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(1024):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise unreadable(file, error) from error
+
+
+def items_of(task: Task, rows: Iterable[Row]) -> list[Item]:
+    """Return the items of a task. Raises DataError, naming the row, for one that lacks a column."""
+    items = []
+    for number, row in enumerate(rows):
+        try:
+            items.append(_checked(task.item(row)))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            what = f"no column {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(
+                f"{task.name}: row {number}: {what}; it must have {task.columns}, as in the Hugging"
+                f" Face data set {task.source}"
+            ) from error
+    if not items:
+        raise DataError(f"{task.name}: the data have no rows; fetch {task.source} again")
+    return items
+
+
+def _checked(item: Item) -> Item:
+    for text in (text for request in item.requests for text in request):
+        text.encode()  # ValueError for half a surrogate pair, which JSON can spell
+    return item
+
+
+def first(items: list[Item], limit: int | None) -> list[tuple[int, Item]]:
+    """Return the first `limit` items with their numbers; None is all.
+
+    Of BLiMP they are the first of each paradigm.
+    """
+    seen: dict[str, int] = {}
+    kept = []
+    for number, item in enumerate(items):
+        part = item.groups[0] if item.groups else ""
+        seen[part] = seen.get(part, 0) + 1
+        if limit is None or seen[part] <= limit:
+            kept.append((number, item))
+    return kept
+
+
+def subsample(items: list[Any], count: int) -> list[tuple[int, Any]]:
+    """Return `count` items with their numbers: a fixed random choice, the same for all runs."""
+    draw = Rng(0)
+    order = sorted(range(len(items)), key=lambda number: draw.integer("item", number))
+    return [(number, items[number]) for number in sorted(order[:count])]
