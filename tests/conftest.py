@@ -142,12 +142,47 @@ LONG = re.compile(
 `--durations`. What is left of a kind stays in the default run."""
 
 
+EXHAUSTIVE = re.compile(
+    r"test_every_preset_has_its_closed_form"
+    r"|test_a_recipe_says_what_it_is_and_what_it_counts\[(?!loro-350m-loro\])"
+    r"|test_the_counts_are_the_papers\[(?!.*350m)"
+    r"|test_moments_come_back_in_the_dtype_that_they_had\[(?!bpt|lora)"
+    r"|test_the_peak_is_what_a_step_takes\[(?!bpt|relora)"
+    r"|test_a_kill_around_an_event_changes_no_bit\[(?!loro|galore)"
+    r"|test_the_first_loss_is_that_of_the_source\[(?!full|lora)"
+    r"|test_a_name_is_there_in_a_new_process_twice\[(?!train|METHODS)"
+    r"|test_low_precision_trains_on_a_cpu\[(?!.*galore)"
+    r"|test_accumulation_is_one_big_batch\[(?!full|loro|relora)"
+    r"|test_the_configuration_of_(the|a)_run_replays_it\[(?!.*(full|loro|relora))"
+    r"|test_lora_and_relora"
+    r"|test_a_finished_run_that_is_given_more_steps\w*\[(?!relora|loro)"
+    r"|test_(runs_resumes_and_exports_as_without|outputs_gradients_and_steps_are)\w*\[(?!bpt|loro)"
+    r"|test_with_wsd_a_run_becomes_longer\w*\[(?!bpt|loro)"
+    r"|test_with_the_same_settings_a_branch_becomes\w*\[(?!galore)"
+    r"|test_a_run_killed_in_its_first_step_resumes\w*\[(?!galore)"
+    r"|test_killed_at_any_step_of_the_way_it_becomes\w*\[(?!6|9)"
+    r"|test_(recomputed_activations_change_no_loss|looking_at_a_training_changes_no_bit)"
+    r"\[(?!.*galore)"
+    r"|test_every_method_can_be_analyzed\[(?!.*(loro|galore))"
+    r"|test_(a_loop_of_ones_own_is_the_trainers_training|it_learns)\[(?!.*galore)"
+    r"|test_a_method_trains_and_its_run_is_evaluated_and_exported\[(?!.*(bpt|galore))"
+    r"|test_the_factorised_model_computes_and_generates_the_same\[(?!loro|lowrank-olmo2)"
+    r"|test_the_papers_memory"
+    r"|test_a_preset_says_which_sizes_of_a_recipe_it_leaves\[--model"
+    r"|test_a_thousand_mutated_files|test_five_hundred_mutated_lines"
+)
+"""Slow cases that the marker `exhaustive` leaves to a release: the others of a kind, of which some
+are in the slow or the default run."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the long cases, before pytest chooses by markers."""
     for item in items:
         if LONG.match(item.name):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow") and EXHAUSTIVE.match(item.name):
+            item.add_marker(pytest.mark.exhaustive)
 
 
 def pytest_collection_finish() -> None:

@@ -304,6 +304,14 @@ def test_mutated_files_and_lines(
 
 
 @pytest.mark.slow
+def test_two_hundred_mutated_files_and_fifty_lines(
+    outcome: Callable[[list[str]], str], corpus: Path, tmp_path: Path
+) -> None:
+    assert sum(run_files(outcome, corpus, tmp_path, 200, seed=2).values()) == 200
+    assert sum(run_lines(outcome, 50, seed=2).values()) == 50
+
+
+@pytest.mark.slow
 def test_a_thousand_mutated_files(
     outcome: Callable[[list[str]], str], corpus: Path, tmp_path: Path
 ) -> None:
