@@ -1,4 +1,4 @@
-"""Run by torchrun from test_ranks.py: measure tasks during a training on two ranks."""
+"""Run by torchrun from test_two_ranks_judge.py: measure tasks during a training on two ranks."""
 
 import sys
 from dataclasses import replace
