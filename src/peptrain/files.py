@@ -90,11 +90,15 @@ def _create(path: Path, *, directory: bool) -> tuple[Path, int]:
         if directory:
             made.mkdir()
             flags = os.O_RDONLY | os.O_DIRECTORY
-        with contextlib.suppress(FileNotFoundError):  # another process took it for a stray
+        try:
             descriptor = os.open(made, flags | os.O_NOFOLLOW, 0o666)
-            if try_flock(descriptor) is not False and is_open_file(made, descriptor):
-                return made, descriptor
-            os.close(descriptor)
+        except FileNotFoundError:
+            if directory:
+                continue  # another process took it for a stray
+            raise  # a directory that takes no files, such as /proc
+        if try_flock(descriptor) is not False and is_open_file(made, descriptor):
+            return made, descriptor
+        os.close(descriptor)
 
 
 def _remove_strays(directory: Path) -> None:
