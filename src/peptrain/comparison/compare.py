@@ -106,6 +106,10 @@ def _make(out: Path) -> None:
             raise CheckpointError(
                 f"{out / part}: a link, which is never followed; replace it by a directory"
             )
+        if (out / part).exists() and not (out / part).is_dir():
+            raise CheckpointError(
+                f"{out / part}: not a directory; move it away and run the same command again"
+            )
     try:
         for part in ("runs", "logs", "settings"):
             (out / part).mkdir(parents=True, exist_ok=True)
