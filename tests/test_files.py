@@ -54,6 +54,29 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.M
     assert precious.read_text() == "precious"
 
 
+def test_a_device_and_a_pipe_are_not_replaced(tmp_path: Path) -> None:
+    """With the rights of root, `-o /dev/null` would make it a file for all processes."""
+    os.mkfifo(tmp_path / "pipe")
+    unused = Path(f"/dev/peptrain-{secrets.token_hex(8)}")
+    (tmp_path / "dev").symlink_to("/dev")
+    try:
+        for path in (tmp_path / "pipe", unused, tmp_path / "dev" / unused.name):
+            with pytest.raises(OSError, match="not a regular file"):
+                write_atomically(path, "text")
+    finally:
+        unused.unlink(missing_ok=True)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_place_that_takes_no_files_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not an endless loop: there is one name to draw."""
+    names = iter(["0" * 16])
+    monkeypatch.setattr(peptrain.files, "token_hex", lambda n: next(names))
+    with pytest.raises(FileNotFoundError):
+        write_atomically(Path("/proc/figure.svg"), "text")
+
+
 def test_json_is_not_read_from_a_pipe(tmp_path: Path) -> None:
     """Nobody may ever write to it."""
     os.mkfifo(tmp_path / "pipe.json")

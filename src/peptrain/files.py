@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from secrets import token_hex
@@ -28,10 +30,12 @@ LONGEST = 50  # characters kept of a name, so that the rest fits into the 255 by
 def write_atomically(path: Path, content: str | Iterable[bytes | memoryview]) -> None:
     """Write `path` so that a kill or a full disk leaves the complete old or new file.
 
-    If `path` is a link, the link is replaced, and not the file it leads to.
+    If `path` is a link, the link is replaced, and not the file it leads to. Raises OSError if it
+    can't be written, also for a device or a pipe, which would be replaced by a file.
     """
     chunks = [content.encode()] if isinstance(content, str) else content
     try:
+        _check_replaceable(path)
         temporary, descriptor = _create(path, directory=False)
         try:
             with open(descriptor, "wb", closefd=False) as file:
@@ -45,6 +49,14 @@ def write_atomically(path: Path, content: str | Iterable[bytes | memoryview]) ->
             os.close(descriptor)
     except OSError as error:  # when the disk is full, it lacks the file name
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise OSError for a device, a pipe or a socket, and for any name in /dev, such as stdout."""
+    mode = path.lstat().st_mode if os.path.lexists(path) else stat.S_IFREG
+    plain = any(kind(mode) for kind in (stat.S_ISREG, stat.S_ISLNK, stat.S_ISDIR))
+    if not plain or os.path.realpath(path.parent) == "/dev":
+        raise OSError(errno.EINVAL, "not a regular file")
 
 
 @contextlib.contextmanager
@@ -78,11 +90,15 @@ def _create(path: Path, *, directory: bool) -> tuple[Path, int]:
         if directory:
             made.mkdir()
             flags = os.O_RDONLY | os.O_DIRECTORY
-        with contextlib.suppress(FileNotFoundError):  # another process took it for a stray
+        try:
             descriptor = os.open(made, flags | os.O_NOFOLLOW, 0o666)
-            if try_flock(descriptor) is not False and is_open_file(made, descriptor):
-                return made, descriptor
-            os.close(descriptor)
+        except FileNotFoundError:
+            if directory:
+                continue  # another process took it for a stray
+            raise  # a directory that takes no files, such as /proc
+        if try_flock(descriptor) is not False and is_open_file(made, descriptor):
+            return made, descriptor
+        os.close(descriptor)
 
 
 def _remove_strays(directory: Path) -> None:

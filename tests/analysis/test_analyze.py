@@ -16,7 +16,7 @@ from peptrain.analysis import analyze as module
 from peptrain.analysis.analyze import analyze
 from peptrain.analysis.measures import EXTRA
 from peptrain.analysis.source import open_source, weight_of
-from peptrain.analysis.table import read_table
+from peptrain.analysis.table import Output, read_table
 from peptrain.cli.app import main
 from peptrain.errors import CheckpointError, ConfigError, DataError
 from peptrain.exporting.export import export
@@ -314,3 +314,15 @@ def test_extra_columns_are_there_in_every_table(relora: Path) -> None:
     (line, *_) = read_table(relora / "analysis" / "1.csv")
     assert set(EXTRA) <= line.keys()
     assert EVENT == 3  # the merges of this page
+
+
+@pytest.mark.parametrize("name", ["40.csv", "40.spectra.csv"])
+def test_a_table_that_is_missing_or_changed_is_measured_again(name: str, tmp_path: Path) -> None:
+    output, asked = Output(tmp_path, "40"), {"step": 40}
+    output.write([], "run", 40, {**asked, "seconds": 1.0})
+    assert output.finished(asked) and not output.finished({"step": 41})
+    file = tmp_path / name
+    for content in ("", "run,step\n", None):
+        output.write([], "run", 40, asked)
+        file.write_text(content) if content is not None else file.unlink()
+        assert not output.finished(asked), content

@@ -438,6 +438,42 @@ def test_a_place_that_can_not_be_made_is_named(fakes: Fakes, corpus: Path, tmp_p
         compare(write_grid(tmp_path, corpus), tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    "name", ["table.md", "runs.json", "settings/{}.toml", "costs", "logs", "lock"]
+)
+def test_what_is_in_the_place_of_a_file_is_named_with_the_repair(
+    name: str, fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    grid = write_grid(tmp_path, corpus, {"train.seed": 0, "optim.lr": 1e-3})
+    out = tmp_path / "out"
+    path = out / name.format(load_grid(grid).runs[0].name)
+    if "{" in name:
+        compare(grid, out)
+        path = next(out.glob("settings/*"))
+        path.unlink()
+        shutil.rmtree(next(out.glob("runs/*")))
+    path.mkdir(parents=True)
+    (path / "x").touch()
+    if name in ("costs", "logs"):
+        shutil.rmtree(path)
+        path.touch()
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(path))}.*; .*run the same command"):
+        compare(grid, out)
+
+
+@pytest.mark.parametrize("part", ["runs", "logs", "settings", "costs", "figures"])
+def test_nothing_is_written_through_a_link(
+    part: str, fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    for folder in ("out", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "out" / part).symlink_to(tmp_path / "elsewhere")
+    grid = write_grid(tmp_path, corpus, {"train.seed": 0, "optim.lr": 1e-3})
+    with pytest.raises(CheckpointError, match=f"out/{part}: a link, which is never followed; "):
+        compare(grid, tmp_path / "out")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

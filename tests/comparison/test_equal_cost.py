@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from oracles import algebra, footprint
 from support import rows, tiny, write_grid
 
+import peptrain.comparison.equal_cost
 from peptrain.comparison import timing
 from peptrain.comparison.compare import compare
 from peptrain.comparison.equal_cost import Timing, allot, clock, count_flops, kept, write_costs
-from peptrain.comparison.grid import Grid, GridRun, expand
+from peptrain.comparison.grid import Grid, GridRun, expand, load_grid
 from peptrain.comparison.workers import Job, alone
 from peptrain.config import resolved
 from peptrain.errors import CheckpointError, ConfigError, Interrupted, PeptrainError
@@ -336,3 +338,24 @@ def test_a_comparison_at_an_equal_budget(
     monkeypatch.setattr(Job, "command", never)
     monkeypatch.setattr(Timing, "command", never)
     assert compare(grid, out, 1) == made and made.equal == equal
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_while_flops_are_counted_is_no_failure_and_is_not_lost(
+    number: int, code: int, swallowed: bool, corpus: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def estimate(config: Any) -> SimpleNamespace:
+        try:
+            signal.raise_signal(number)
+        except Interrupted:
+            if not swallowed:
+                raise
+        return SimpleNamespace(phases=[])
+
+    monkeypatch.setattr(peptrain.comparison.equal_cost, "estimate", estimate)
+    grid = load_grid(write_grid(tmp_path, corpus))
+    with pytest.raises(Interrupted, match="run the same command to continue") as stopped:
+        count_flops(grid.runs[0], tmp_path / "costs.json")
+    assert stopped.value.code == code and not (tmp_path / "costs.json").exists()

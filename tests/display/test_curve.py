@@ -59,3 +59,8 @@ def test_labels_are_the_highest_and_lowest_mean() -> None:
     first, *_, last = curve(values, 57, 8, blocks=True)
     means = [sum(values[n : n + 20]) / 20 for n in range(0, 1000, 20)]
     assert first.startswith(f"{means[0]:.3f} ┤█") and last.startswith(f"{means[-1]:.3f} ┤█")
+
+
+def test_values_with_labels_wider_than_the_terminal_are_drawn() -> None:
+    lines = curve([1e308, -1e308], 40, 3, blocks=False)
+    assert len(lines) == 3 and all(line.count("|") + line.count("+") <= 2 for line in lines)

@@ -211,8 +211,23 @@ def test_what_can_not_be_drawn_is_one_line_with_its_repair(
     (tmp_path / "file").write_text("")
     inside = str(tmp_path / "file" / "a.svg")
     assert "can't be written: " in said(capsys, "plot", one, "-o", inside)
-    assert "can't be written: " in said(capsys, "report", one, "-o", inside)
+    page = inside.replace(".svg", ".html")
+    assert "can't be written: " in said(capsys, "report", one, "-o", page)
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_no_file_of_a_run_or_comparison_is_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = analyzed(run(tmp_path / "run", steps(4)))
+    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    for name in ("metrics.jsonl", "config.toml"):
+        assert "ends in .html" in said(capsys, "report", str(made), "-o", str(made / name))
+    table = str(made / "analysis" / "40.svg")
+    assert "40.csv is not the numbers of a figure" in said(capsys, "plot", str(made), "-o", table)
+    assert {path: path.read_bytes() for path in made.rglob("*") if path.is_file()} == before
+    for _ in range(2):
+        plot([made], tmp_path / "again.svg")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from peptrain.cli.app import main
 from peptrain.errors import CheckpointError, ConfigError, DataError
 from peptrain.eval.run import evaluate
 from peptrain.runs.checkpoint import Keep, available, latest, save
-from peptrain.runs.directory import RunDir
+from peptrain.runs.directory import RunDir, as_row
 from peptrain.testing import newest, small_corpus
 from peptrain.training.loop import resume, train
 
@@ -219,3 +219,12 @@ def test_the_command_says_it_in_one_line(run: Path, capsys: pytest.CaptureFixtur
     for command in (["eval", str(run)], ["export", str(run), "--out", str(run / "out")]):
         assert main(command) == 1
         assert capsys.readouterr().err.startswith(f"error: {run}/checkpoints: none of the 2 ")
+
+
+@pytest.mark.parametrize("key", ["lr", "lr_embeddings"])
+@pytest.mark.parametrize("value", ['"x"', "null", "[]"])
+def test_a_row_whose_rate_is_no_number_is_damaged(key: str, value: str) -> None:
+    """Rows of 0.1.0 have no checksum, and `peptrain watch` formats the rates."""
+    row = f'{{"event": "step", "step": 1, "loss": 2.0, "{key}": %s}}'
+    assert as_row((row % value).encode()) is None
+    assert as_row((row % "0.1").encode()) is not None

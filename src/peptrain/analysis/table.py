@@ -15,9 +15,11 @@ from typing import Any
 
 from peptrain.analysis.measures import EXTRA, Row
 from peptrain.errors import CheckpointError
-from peptrain.files import no_links, read_json_object, write_atomically
+from peptrain.files import no_links, read_json_object, sha256sums, write_atomically
 
 SPECTRA = ("run", "step", "layer", "module", "what", "head", "sigma")
+CHECKSUM = "sha256"
+"""Key in the JSON of the checksums of the CSV files. It is written last."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,16 @@ class Output:
         return self.directory / f"{self.stem}.json"
 
     def finished(self, asked: Mapping[str, Any]) -> bool:
-        """Return whether the same was measured before: the JSON is written last."""
+        """Return whether the same was measured before, and its tables are as they were written."""
         try:
             found = read_json_object(self.json)
-        except ValueError:
+            tables = [f"{self.stem}.csv", f"{self.stem}.spectra.csv"]
+            if not all((self.directory / name).is_file() for name in tables):
+                return False
+            sums = sha256sums(self.directory, tables)
+        except (OSError, ValueError):
+            return False
+        if found.get(CHECKSUM, sums) != sums:  # 0.1.0 had none
             return False
         return all(found.get(key) == value for key, value in asked.items())
 
@@ -69,7 +77,9 @@ def write_tables(
         for suffix, content in files.items():
             given = content if isinstance(content, str) else [content]
             write_atomically(directory / f"{stem}.{suffix}", given)
-        write_atomically(directory / f"{stem}.json", json.dumps(about, indent=1) + "\n")
+        tables = (f"{stem}.{suffix}" for suffix in files if suffix.endswith("csv"))
+        said = {**about, CHECKSUM: sha256sums(directory, tables)}
+        write_atomically(directory / f"{stem}.json", json.dumps(said, indent=1) + "\n")
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or directory}: can't be written: {error.strerror}; choose another"

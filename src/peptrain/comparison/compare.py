@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +35,8 @@ from peptrain.settings.fields import check, check_whole, each_line_once
 from peptrain.training.signals import BY_SYSTEM
 
 log = logging.getLogger("peptrain")
+PARTS = ("runs", "logs", "settings", "costs", "figures")
+"""Directories in the output directory."""
 
 
 @each_line_once()
@@ -59,9 +63,9 @@ def compare(
     grid adds runs. Runs that are no longer in the grid are left in place.
 
     Raises what `load_grid` and `allot` raise; DataError if the corpus is missing or shorter than
-    one window; CheckpointError if another call is working in `out`, if `out` can't be created, or
-    if a run's config.toml was changed; PeptrainError if steps can't be timed; Interrupted after a
-    signal such as Ctrl-C or SIGTERM, once the running runs are saved.
+    one window; CheckpointError if another call is working in `out`, if a file in it can't be read
+    or written, or if a run's config.toml was changed; PeptrainError if steps can't be timed;
+    Interrupted after a signal such as Ctrl-C or SIGTERM, once the running runs are saved.
     """
     check_whole("--workers", workers, 1)
     ranks = launch().size
@@ -75,7 +79,7 @@ def compare(
     asked = _identified(asked, corpus)
     gpus = _gpus(asked.runs)
     _make(out)
-    with alone(out) as lock:
+    with _naming_files(), alone(out) as lock:
         planned = _within_budget(asked, out, gpus, lock)
         _tell_of_other_vocabularies(planned, out)
         before = [outcome(run, _place(run, out)) for run in planned]
@@ -97,12 +101,36 @@ def compare(
 
 
 def _make(out: Path) -> None:
+    for part in PARTS:
+        if (out / part).is_symlink():
+            raise CheckpointError(
+                f"{out / part}: a link, which is never followed; replace it by a directory"
+            )
+        if (out / part).exists() and not (out / part).is_dir():
+            raise CheckpointError(
+                f"{out / part}: not a directory; move it away and run the same command again"
+            )
     try:
         for part in ("runs", "logs", "settings"):
             (out / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"--out {out}: can't be created: {error.strerror}; choose another directory"
+        ) from error
+
+
+@contextlib.contextmanager
+def _naming_files() -> Iterator[None]:
+    """Raise CheckpointError with the repair for a file that can't be read or written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        how = "free some space" if full else "move it away, or change its permissions"
+        raise CheckpointError(
+            f"{error.filename}: {error.strerror}; {how}, and run the same command again"
         ) from error
 
 

@@ -19,6 +19,7 @@ from peptrain.estimation.estimate import estimate
 from peptrain.files import read_json_object, write_atomically
 from peptrain.runs.build import bounds
 from peptrain.settings.fields import quiet
+from peptrain.training.signals import stop_on_signals
 
 log = logging.getLogger("peptrain")
 Costs = Callable[[GridRun], Sequence[float]]
@@ -147,8 +148,12 @@ def count_flops(run: GridRun, file: Path) -> None:
     optimizer, spread evenly over the steps of their phase.
     """
     log.info("counting the FLOPs of %s", run.label)
-    with quiet():
+    said = "stopped while FLOPs were counted; run the same command to continue"
+    with quiet(), stop_on_signals() as stop:
+        stop.at_once = said
         phases = estimate(run.config).phases
+    if stop.code:  # an exception in a callback of a library is lost
+        raise Interrupted(said, stop.code)
     tokens = run.tokens // run.steps
     extra = (sum(e.times * e.flops for e in p.events) / (p.last - p.first) for p in phases)
     each = [tokens * p.flops_per_token + more for p, more in zip(phases, extra, strict=True)]

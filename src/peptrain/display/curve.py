@@ -33,7 +33,7 @@ def curve(values: Sequence[float], width: int, height: int, *, blocks: bool) -> 
     """
     highest, lowest = (f"{pick(values):.3f}" for pick in (max, min))
     margin = max(len(highest), len(lowest))
-    means = _means(values, width - margin - 2)
+    means = _means(values, max(1, width - margin - 2))
     highest, lowest = (f"{pick(means):.3f}".rjust(margin) for pick in (max, min))
     levels = [n + 1 for n in _levels(means, 8 * height)]
     signs = [" ", *(BLOCKS if blocks else "....####")]

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peptrain.figures.catalogue import FIGURES
+from peptrain.figures.panel import COLUMNS
 from peptrain.figures.read import is_comparison, read
 from peptrain.figures.save import SUFFIXES, save
 from peptrain.figures.source import LABELS, Axis, View
 from peptrain.figures.style import imported
+from peptrain.files import no_links
 from peptrain.settings.fields import check
 
 log = logging.getLogger("peptrain")
+LONGEST = 1000
+"""Bytes of the first line of a CSV that are read."""
 
 
 def plot(
@@ -30,8 +34,9 @@ def plot(
     loss, of a comparison the loss over learning rates. x: of curves over training. what: of
     dynamics. The runs may be in training.
 
-    Raises ConfigError for a setting, CheckpointError for what can't be read, PeptrainError where
-    matplotlib is missing or the runs lack what the figure shows.
+    Raises ConfigError for a setting, and where OUT.csv is a file of something else;
+    CheckpointError for what can't be read; PeptrainError where matplotlib is missing or the runs
+    lack what the figure shows.
     """
     suffix = out.suffix.removeprefix(".")
     check(suffix in SUFFIXES, "--out", out, "a name that ends in .svg, .png or .pdf")
@@ -39,9 +44,20 @@ def plot(
     check(name in FIGURES, "--figure", name, f"one of {', '.join(FIGURES)}")
     check(x in LABELS, "--x", x, f"one of {', '.join(LABELS)}")
     imported("matplotlib")
+    _check_numbers(out)
     source = read(paths)
     drawn = FIGURES[name](source, View(x=x, what=what))
     for note in (*source.warnings, *drawn.notes):
         log.warning("%s", note)
     save(drawn, out, name)
     return out
+
+
+def _check_numbers(out: Path) -> None:
+    """Check that OUT.csv does not exist, or has the numbers of a figure, to be replaced."""
+    file = out.with_suffix(".csv")
+    if file.is_file():
+        with open(file, "rb", opener=no_links) as other:
+            columns = other.readline(LONGEST)
+        what = f"another name, since {file.name} is not the numbers of a figure"
+        check(columns == f"{','.join(COLUMNS)}\n".encode(), "--out", out, what)

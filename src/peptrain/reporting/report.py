@@ -25,7 +25,9 @@ from peptrain.reporting.tables import (
     shown,
     states,
 )
+from peptrain.settings.fields import check
 
+SUFFIXES = (".html", ".htm")
 MOST_HEAT_MAPS = 3
 """A report has those of the first runs only."""
 DYNAMICS = (
@@ -65,11 +67,12 @@ def report(paths: Sequence[Path], out: Path) -> Path:
     """Write a report of runs, or of a directory of `compare`, to the HTML file `out`; return it.
 
     It contains its figures and their numbers, opens offline and has no scripts. The runs may be in
-    training. Raises ConfigError if `out` can't be written, CheckpointError for what can't be read,
-    PeptrainError where matplotlib or jinja2 is missing.
+    training. Raises ConfigError if `out` can't be written or is not named .html, CheckpointError
+    for what can't be read, PeptrainError where matplotlib or jinja2 is missing.
     """
     jinja = imported("jinja2")
     imported("matplotlib")
+    check(out.suffix in SUFFIXES, "--out", out, "a name that ends in .html")
     source = read(paths)
     environment = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined)
     template = environment.from_string(

@@ -291,6 +291,7 @@ def as_row(line: bytes, checked: bool = False) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     values = [row.get(key) for key in REQUIRED.get(event, ())]
+    values += [row[key] for key in row if key == "lr" or key.startswith("lr_")]
     sound = type(row.get("step")) is int and all(_is_number(v) for v in values)
     return row if sound and (event != "diverged" or type(row.get("error")) is str) else None
 

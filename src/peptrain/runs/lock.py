@@ -78,10 +78,10 @@ def lock(path: Path, busy: Callable[[str], str], wait: float = 0.0) -> Iterator[
                 raise CheckpointError(busy(str(_holder(path) or "another process")))
             time.sleep(POLL)
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: can't be written: {error.strerror}; make its directory writable, or copy that"
-            " to another place"
-        ) from error
+        how = "make its directory writable, or copy that to another place"
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            how = "it is no file of ours, so remove it, and run the same command again"
+        raise CheckpointError(f"{path}: can't be written: {error.strerror}; {how}") from error
     done = threading.Event()
     beat = threading.Thread(target=_renew, args=(descriptor, done), daemon=True)
     beat.start()
