@@ -137,6 +137,10 @@ LONG = re.compile(
     r"|test_accumulation_is_one_big_batch\[(?!bpt)"
     r"|test_a_resume_under_another_number_of_ranks_weighs"
     r"|test_before_the_first_checkpoint_the_source_is_read_again"
+    r"|test_(what_rank_0_finds_ends_every_rank|what_can_not_be_drawn_is_one_line)"
+    r"|test_(at_an_equal_budget_each_run_is_started|a_comparison_draws_beside_its_table)"
+    r"|test_a_preset_says_which_sizes_of_a_recipe_it_leaves"
+    r"|test_the_estimate_has_the_optimizers_bytes\[0.0"
 )
 """Cases for the marker `slow`, beside those that carry it: the longest of their kind, by
 `--durations`. What is left of a kind stays in the default run."""

@@ -30,6 +30,8 @@ from peptrain.runs.identity import check_settings, other_settings
 from peptrain.runs.init_from import branching_point, compare_tokenizers
 from peptrain.runs.select import at
 from peptrain.runs.tokenizer import write_run_tokenizer
+from peptrain.training.metrics import MetricsLog
+from peptrain.training.state import TrainState
 
 log = logging.getLogger("peptrain")
 
@@ -124,6 +126,28 @@ def loggers_of(
         return contextlib.nullcontext(Loggers())
     settings = tomllib.loads(run.config_file.read_text(encoding="utf-8"))
     return sending(chosen(config.train.log_to), run.path, settings, step)
+
+
+def checkpoint_row(state: TrainState) -> dict[str, int]:
+    """Return the values of the row of a checkpoint."""
+    return {"step": state.step, "state_bytes": state.state_bytes[-1]}
+
+
+def take_back_later(
+    config: RunConfig[Method], run: RunDir, state: TrainState, metrics_log: MetricsLog
+) -> None:
+    """Take back rows after the checkpoint of `state`, and checkpoints that a kill left.
+
+    Writes the checkpoint's row if the process was killed before it did.
+    """
+    run.rewind(state.step, state.rows)
+    checkpoint.delete_old(run.checkpoints, state.step, state.keep)
+    metrics_log.continue_clocks()
+    if config.continue_from is not None and state.step == at(config.continue_from)[1]:
+        return  # a copy of the other run's checkpoint
+    written = (row["step"] for row in run.metrics() if row["event"] == "checkpoint")
+    if state.state_bytes and state.step not in written:
+        metrics_log.record("checkpoint", **checkpoint_row(state))
 
 
 def how_to_resume(run: RunDir) -> str:

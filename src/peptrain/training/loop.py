@@ -32,14 +32,15 @@ from peptrain.runs.directory import RunDir
 from peptrain.runs.environment import record_environment
 from peptrain.runs.identity import identity_of
 from peptrain.runs.init_from import with_inherited_model
-from peptrain.runs.select import at
 from peptrain.runs.tokenizer import restore_run_tokenizer
 from peptrain.training.begin import (
+    checkpoint_row,
     create_run,
     first_checkpoint,
     how_to_resume,
     loggers_of,
     make_longer,
+    take_back_later,
     to_resume,
 )
 from peptrain.training.instruments import Instrument, instrument
@@ -148,10 +149,7 @@ def _train(
     tool = instrument(config.train, run, here)
     if here.main:
         metrics_log.loggers = held.enter_context(loggers_of(config, run, state.step))
-        run.rewind(state.step, state.rows)
-        checkpoint.delete_old(run.checkpoints, state.step, state.keep)  # a kill left them
-        metrics_log.continue_clocks()
-        _write_missing_row(config, run, state, metrics_log)
+        take_back_later(config, run, state, metrics_log)
         record_environment(run, here, corpus.fingerprint)
         observe(_start(config, run, state, corpus))
     _announce(state, metrics_log)
@@ -188,22 +186,7 @@ def _save(
     metrics_log: MetricsLog,
 ) -> None:
     save(state, run, here, identity)
-    metrics_log.write("checkpoint", **_checkpoint_row(state))
-
-
-def _checkpoint_row(state: TrainState) -> dict[str, int]:
-    return {"step": state.step, "state_bytes": state.state_bytes[-1]}
-
-
-def _write_missing_row(
-    config: RunConfig[Method], run: RunDir, state: TrainState, metrics_log: MetricsLog
-) -> None:
-    """Write the row of the latest checkpoint if the process was killed before it did."""
-    if config.continue_from is not None and state.step == at(config.continue_from)[1]:
-        return  # a copy of the other run's checkpoint
-    written = (row["step"] for row in run.metrics() if row["event"] == "checkpoint")
-    if state.state_bytes and state.step not in written:
-        metrics_log.record("checkpoint", **_checkpoint_row(state))
+    metrics_log.write("checkpoint", **checkpoint_row(state))
 
 
 def _announce(state: TrainState, metrics_log: MetricsLog) -> None:
