@@ -55,7 +55,7 @@ SCRIPTS = {
     " --batch-size=2 --seq-len=16 --probe=1 --processes=1 {no_compile} --seeds 0"
     " --only relora-warm",
     "tasks": f"{MODEL} --data={{corpus}} --tasks-data={{tasks}} --out={{out}}/judged --steps=4"
-    " --rank=4 --batch-size=2 --seq-len=64 {no_compile} --seeds 0 1 --only full bpt",
+    " --rank=4 --batch-size=2 --seq-len=64 {no_compile} --seeds 0 --only full bpt",
     "cpu_peft": f"{MODEL} --set=train.compile=false {RUN} --log-every=2 --rounds=1"
     " lora:rank=4 lora:rank=4:train_rest=false full",
 }

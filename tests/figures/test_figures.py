@@ -217,7 +217,7 @@ def test_a_run_with_one_row_is_drawn_with_markers(tmp_path: Path) -> None:
 
 
 def test_a_row_of_another_version_lends_what_it_has(tmp_path: Path) -> None:
-    rows = [{"event": "step", "step": 1, "loss": 3.0, "new": {"a": [1]}, "lr": "fast",
+    rows = [{"event": "step", "step": 1, "loss": 3.0, "new": {"a": [1]}, "optim": "fast",
              "grad_norm": None, "tokens": 10**400, "seconds": True},
             {"event": "surprise", "step": 1, "value": 3}]  # fmt: skip
     source = read([run(tmp_path / "run", rows)])
