@@ -33,7 +33,7 @@ def stored(run: Path) -> list[Choice]:
 
 def prepared(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
     """Choose so, whatever the times, and find that it costs nothing."""
-    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given, spent: choice)
+    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given: choice)
     monkeypatch.setattr(Dynamics, "_keep_the_budget", lambda *given: None)
 
 
@@ -71,6 +71,20 @@ def test_the_trial_counts(spent: float, wanted: Choice) -> None:
     found = choose(20, 1020, layers=8, log_every=10, seconds=1.0, cost=0.1, budget=0.02,
                    spent=spent)  # fmt: skip
     assert found == wanted
+
+
+@pytest.mark.parametrize("budget, tries, measured", [(1.0, 2, True), (1e-6, 1, False)])
+def test_a_layer_is_tried_twice_where_that_fits_into_the_budget(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: float, tries: int,
+    measured: bool,
+) -> None:  # fmt: skip
+    """The first trial loads libraries, so that the second tells what a measurement takes."""
+    costs = iter([2e-3, 1e-6])
+    monkeypatch.setattr(Dynamics, "_cost", lambda *given: next(costs))
+    run = tmp_path / "run"
+    train(tiny("full", corpus, run, train={**SETTINGS, "observe_budget": budget}))
+    assert len(list(costs)) == 2 - tries
+    assert (stored(run)[0].every > 0) == measured
 
 
 def test_what_was_chosen_is_said_in_one_line() -> None:
@@ -163,7 +177,7 @@ def test_what_takes_more_than_the_budget_is_measured_half_as_often(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The choices are stored, and a run that was killed and resumed obeys them again."""
-    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given, spent: Choice(2, 2, 2))
+    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given: Choice(2, 2, 2))
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     costly = {**SETTINGS, "observe_budget": 1e-6}
     train(tiny("full", corpus, whole, train=costly))
@@ -171,7 +185,7 @@ def test_what_takes_more_than_the_budget_is_measured_half_as_often(
     assert {x["step"] for x in rows(whole, "dynamics")} == {4, 8}
     with pytest.raises(Killed):
         train(tiny("full", corpus, parted, train=costly), kill_at("step", 9))
-    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given, spent: pytest.fail("again"))
+    monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given: pytest.fail("again"))
     shutil.rmtree(parted / "checkpoints" / "step-00000008")  # to measure step 8 a second time
     resume(parted)
     assert stored(parted) == stored(whole)
@@ -223,7 +237,7 @@ from support import tiny
 import peptrain.analysis.live as live
 from peptrain.training.loop import train
 
-live.choose = lambda *given, spent: live.Choice(2, 3, 2)
+live.choose = lambda *given: live.Choice(2, 3, 2)
 settings = {"observe": "dynamics", "observe_budget": 1.0, "device": "cpu", "micro_batch": 1}
 live.Dynamics._keep_the_budget = lambda *given: None
 train(tiny("relora", Path(sys.argv[1]), Path(sys.argv[2]), train=settings))

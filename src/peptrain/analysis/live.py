@@ -154,19 +154,20 @@ class Dynamics:
         layers = len(decoder_layers(model)[1])
 
         def chosen() -> list[Choice]:
-            first, cost = self._cost(model, layers), self._cost(model, layers)
+            spent = cost = self._cost(model, layers)
+            # On a GPU the first one loads a library and takes several times as long as the next.
+            if 2 * cost <= self.budget * per_step * self.steps:
+                cost = self._cost(model, layers)
+                spent += cost
             found = choose(step, self.steps, layers, self.log_every, per_step, cost, self.budget,
-                           spent=first + cost)  # fmt: skip
+                           spent)  # fmt: skip
             log.info("%s", described(found, layers, self.budget))
             return self._store([found])
 
         self._choices = self._agreed(chosen)
 
     def _cost(self, model: nn.Module, layers: int) -> float:
-        """Return the seconds of a measurement of layer 0, with a kept weight to subtract.
-
-        On a GPU the first one takes several times as long, because it loads a library.
-        """
+        """Return the seconds of a measurement of layer 0, with a kept weight to subtract."""
         begin = time.perf_counter()
         self._before = self._kept(model, layers)
         list(self._rows(model, layers))
@@ -209,7 +210,7 @@ def described(choice: Choice, layers: int, budget: float) -> str:
     """Return what was chosen, in one line."""
     if not choice.every:
         return (
-            f"train.observe: to try one layer and measure it again takes more than"
+            "train.observe: to try one layer and measure it again takes more than"
             f" train.observe_budget {budget:g} of the time of this run, so nothing is measured;"
             " `peptrain analyze` measures its checkpoints"
         )
