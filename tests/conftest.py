@@ -193,7 +193,7 @@ EXHAUSTIVE = re.compile(
     r"|test_an_absurd_learning_rate_leaves_no_broken_checkpoint"
     r"|test_a_run_is_measured_as_it_was_at_its_end"
     r"|test_a_preset_says_which_sizes_of_a_recipe_it_leaves\[--model"
-    r"|test_(llama_7b_takes_seconds_and_less_than_2_gb|they_are_so_for_more_runs)"
+    r"|test_llama_7b_takes_seconds_and_less_than_2_gb\[(?!full)|test_they_are_so_for_more_runs"
     r"|test_a_comparison_at_an_equal_budget\[flops"
     r"|test_a_thousand_mutated_files|test_five_hundred_mutated_lines"
 )
