@@ -189,7 +189,13 @@ class Sweep:
             if found in BAD:
                 last = said.strip().splitlines()[-1:] or [""]
                 print(f"{found}: {place}, {name}, {command.name}: {last[0][:200]}", flush=True)
+        total = Counter(case["class"] for case in cases)
+        print(f"{command.subject}/{file}, {command.name}: {counted(total)}", flush=True)
         return cases
+
+
+def counted(total: Counter[str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in total.most_common())
 
 
 def selected(command: Command, file: Path, only: list[str]) -> bool:
@@ -262,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = [case for of_file in found for case in of_file]
     print("\n".join(table(cases)))
     total = Counter(case["class"] for case in cases)
-    print(f"\n{len(cases)} cases: " + ", ".join(f"{n} {c}" for c, n in total.most_common()))
+    print(f"\n{len(cases)} cases: {counted(total)}")
     if args.json:
         args.json.write_text(json.dumps({"cases": cases}, indent=1), encoding="utf-8")
     return 1 if any(total[c] for c in BAD) else 0
