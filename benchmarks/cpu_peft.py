@@ -50,7 +50,7 @@ from transformers import (
 )
 
 from peptrain.config import DataConfig, RunConfig
-from peptrain.data import Corpus, default_corpus
+from peptrain.data import configured_corpus
 from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
 from peptrain.models.hf import count_parameters
@@ -106,7 +106,7 @@ def peft_model(config: RunConfig[Method], kind: str) -> nn.Module:
 def rows_of(config: RunConfig[Method]) -> list[dict[str, torch.Tensor]]:
     """Return the first sequences that peptrain would train on."""
     t = config.train
-    corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
+    corpus = configured_corpus(config.data.path)
     shape = {"rank": 0, "world": 1, "batch_size": t.batch_size, "seq_len": t.seq_len}
     batches = [corpus.batch(seed=t.seed, step=i, **shape) for i in range(t.steps)]
     return [{"input_ids": row[:-1], "labels": row[:-1]} for row in torch.cat(batches)]

@@ -17,6 +17,7 @@ from peptrain.analysis.analyze import analyze
 from peptrain.analysis.live import FILE, Choice, Dynamics, choose, described
 from peptrain.analysis.table import read_table
 from peptrain.config import resolved
+from peptrain.distributed.world import world
 from peptrain.errors import CheckpointError, ConfigError
 from peptrain.methods.lowrank import LowRank
 from peptrain.runs.directory import NEWEST, RunDir
@@ -173,7 +174,7 @@ def test_a_resume_continues_one_series(
     assert differences(newest(tmp_path / "whole"), newest(parted)) == []
 
 
-def test_what_takes_more_than_the_budget_is_measured_half_as_often(
+def test_what_takes_more_than_the_budget_is_not_measured_again(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The choices are stored, and a run that was killed and resumed obeys them again."""
@@ -181,15 +182,28 @@ def test_what_takes_more_than_the_budget_is_measured_half_as_often(
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     costly = {**SETTINGS, "observe_budget": 1e-6}
     train(tiny("full", corpus, whole, train=costly))
-    assert stored(whole) == [Choice(2, 2, 2), Choice(4, 4, 2), Choice(8, 8, 2)]
-    assert {x["step"] for x in rows(whole, "dynamics")} == {4, 8}
+    assert stored(whole) == [Choice(2, 2, 2), Choice(4, 0, 2)]
+    assert {x["step"] for x in rows(whole, "dynamics")} == {4}
     with pytest.raises(Killed):
-        train(tiny("full", corpus, parted, train=costly), kill_at("step", 9))
+        train(tiny("full", corpus, parted, train=costly), kill_at("step", 5))
     monkeypatch.setattr("peptrain.analysis.live.choose", lambda *given: pytest.fail("again"))
-    shutil.rmtree(parted / "checkpoints" / "step-00000008")  # to measure step 8 a second time
+    shutil.rmtree(parted / "checkpoints" / "step-00000004")  # to measure step 4 a second time
     resume(parted)
     assert stored(parted) == stored(whole)
     assert untimed(parted) == untimed(whole)
+
+
+@pytest.mark.parametrize("took, every", [(0.9, 20), (1.1, 30), (4.0, 90), (60.0, 0)])
+def test_a_dearer_measurement_makes_them_rarer(tmp_path: Path, took: float, every: int) -> None:
+    """At step 100 of 1000, of 1 s each: 50.5 s are allowed and 6 s spent. 900 steps are left."""
+    with world("cpu") as here:
+        tool = Dynamics(tmp_path, here, steps=1000, log_every=10, budget=0.05)
+        first = Choice(20, 20, 1)
+        tool._choices, tool._mark = [first], (20, 30.0)
+        tool._keep_the_budget(first, 100, 110.0, spent=6.0, took=took)
+    assert tool._choices == [first, *([] if every == 20 else [Choice(100, every, 1)])]
+    allowed = 0.05 * 1010 - 6.0 - took
+    assert every == 0 or took * (900 // every) <= allowed
 
 
 def test_a_damaged_choice_is_named(corpus: Path, tmp_path: Path) -> None:

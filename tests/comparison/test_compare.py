@@ -192,7 +192,7 @@ def test_another_corpus_in_the_same_place_is_another_run(
     grid = write_grid(tmp_path, corpus)
     compare(grid, tmp_path / "out")
     other = SimpleNamespace(fingerprint="another", windows=lambda seq_len: 1)
-    monkeypatch.setattr(Corpus, "open", lambda path: other)
+    monkeypatch.setattr(Corpus, "open", lambda path, verify_again: other)
     compare(grid, tmp_path / "out")
     assert len(set(fakes.started)) == 8
 

@@ -59,25 +59,32 @@ def choose(
     shortest multiple of `log_every` within it. Layers are left out until `ENOUGH` measurements fit
     into the rest of the run, or only one layer is left. `every` is 0 if none fits.
     """
-    left = steps - step
-    allowed = (budget * seconds * steps - spent) / max(left, 1)
+    left, allowed = steps - step, budget * seconds * steps - spent
     if allowed <= 0:
         return Choice(step, 0, layers)
     every, stride = 0, 1
     for stride in [*range(1, layers), layers]:
         measured = math.ceil(layers / stride)
-        every = math.ceil(cost * measured / (allowed * log_every)) * log_every
+        every = interval(left, log_every, cost * measured, allowed)
         if left // max(every, 1) >= ENOUGH or measured == 1:
             break
-    return Choice(step, max(every, log_every) if every <= left else 0, stride)
+    return Choice(step, every if every <= left else 0, stride)
+
+
+def interval(left: int, log_every: int, cost: float, allowed: float) -> int:
+    """Return the shortest multiple of `log_every` steps between measurements, each of which takes
+    `cost` seconds, so that all in the `left` steps take at most `allowed`, which is above 0.
+    """
+    return max(1, math.ceil(cost * left / (allowed * log_every))) * log_every
 
 
 class Dynamics:
     """Measures W and the last update of every matrix in the chosen layers.
 
-    Until a choice is made it times a row of steps and one layer. When measurements take more than
-    the budget, the interval is doubled. Choices are stored with their steps, and everything else
-    depends on the step and the weights alone, so that a resumed run continues the series.
+    Until a choice is made it times a row of steps and one layer. When a measurement takes longer
+    than that layer did, so that the ones to come would not fit into the budget, the interval grows.
+    Choices are stored with their steps, and everything else depends on the step and the weights
+    alone, so that a resumed run continues the series.
     """
 
     def __init__(
@@ -87,8 +94,8 @@ class Dynamics:
         self.steps, self.log_every = steps, log_every
         self._choices: list[Choice] = self._agreed(lambda: _stored(self.file))
         self._mark: tuple[int, float] | None = None
-        self._spent = 0.0
-        """Seconds that this process took to measure since `_mark`."""
+        self._copying = 0.0
+        """Seconds that this process took to keep weights, which are training time."""
         self._before: dict[str, Tensor] = {}
 
     def due(self, model: nn.Module, step: int) -> bool:
@@ -101,13 +108,15 @@ class Dynamics:
         if (choice := self._at(step + 1)) and self.here.main:
             begin = time.perf_counter()
             self._before = self._kept(model, choice.stride)
-            self._spent += time.perf_counter() - begin
+            self._copying += time.perf_counter() - begin
         return self._at(step) is not None
 
-    def measure(self, model: nn.Module, step: int, seconds: float) -> Iterator[dict[str, Any]]:
+    def measure(
+        self, model: nn.Module, step: int, seconds: float, spent: float
+    ) -> Iterator[dict[str, Any]]:
         """Yield a row for each matrix and each of `weight` and `update`; none on other ranks.
 
-        seconds: the training time up to this step.
+        seconds: the training time up to this step. spent: what earlier measurements took.
         """
         if not self._choices:
             self._choose(model, step, seconds)
@@ -116,9 +125,9 @@ class Dynamics:
             if self.here.main:
                 yield from self._rows(model, choice.stride)
             self._before = {}
-            self._spent += time.perf_counter() - begin
             if choice == self._choices[-1]:
-                self._keep_the_budget(choice, step, seconds)
+                took = time.perf_counter() - begin
+                self._keep_the_budget(choice, step, seconds, spent + self._copying, took)
 
     def _at(self, step: int) -> Choice | None:
         """Return the choice by which `step` is measured, None if it is not."""
@@ -174,23 +183,30 @@ class Dynamics:
         self._before = {}
         return time.perf_counter() - begin
 
-    def _keep_the_budget(self, choice: Choice, step: int, seconds: float) -> None:
-        """Double the interval if measurements took too much since the choice or the start."""
+    def _keep_the_budget(
+        self, choice: Choice, step: int, seconds: float, spent: float, took: float
+    ) -> None:
+        """Measure less often if the measurements to come, like this one, exceed the budget."""
         if self._mark is None:  # the first measurement after a resume
-            self._mark, self._spent = (step, seconds), 0.0
+            self._mark = step, seconds
             return
-        share = self._spent / (seconds - self._mark[1])
+        per_step = (seconds - self._mark[1]) / (step - self._mark[0])
+        left = self.steps - step
+        allowed = self.budget * (seconds + per_step * left) - spent - took
 
-        def slower() -> list[Choice]:
-            if share <= self.budget:
+        def rarer() -> list[Choice]:
+            if took * (left // choice.every) <= allowed:
                 return self._choices
-            log.info("train.observe: took %.2g of the training time, so it measures every %d steps"
-                     " from now on", share, 2 * choice.every)  # fmt: skip
-            return self._store(
-                [*self._choices, replace(choice, after=step, every=2 * choice.every)]
-            )
+            every = interval(left, self.log_every, took, allowed) if allowed > 0 else left + 1
+            if every == choice.every:
+                return self._choices
+            every = every if every <= left else 0
+            often = f"measures every {every} steps from now on" if every else "measures no more"
+            log.info("train.observe: a measurement took %.2g s, more than the first one, so it %s",
+                     took, often)  # fmt: skip
+            return self._store([*self._choices, replace(choice, after=step, every=every)])
 
-        self._choices = self._agreed(slower)
+        self._choices = self._agreed(rarer)
 
     def _agreed(self, find: Callable[[], list[Choice]]) -> list[Choice]:
         """Return rank 0's result of `find` on every rank, or raise its error on every rank."""

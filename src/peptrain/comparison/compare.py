@@ -22,7 +22,7 @@ from peptrain.comparison.summary import Outcome, outcome, summarize
 from peptrain.comparison.table import Comparison, as_csv, latex, markdown
 from peptrain.comparison.workers import Job, Status, alone, visible_gpus, work
 from peptrain.config import RunConfig, as_named, dump, load
-from peptrain.data import Corpus, default_corpus
+from peptrain.data import Corpus, configured_corpus
 from peptrain.display.training import count
 from peptrain.distributed.launch import launch
 from peptrain.errors import CheckpointError, Interrupted
@@ -74,7 +74,7 @@ def compare(
     for names in sorted({run.config.train.log_to for run in asked.runs}):
         chosen(names)
     path, seq_len = asked.baseline.config.data.path, asked.baseline.config.train.seq_len
-    corpus = Corpus.open(path) if path else default_corpus()  # prepared once, before any run
+    corpus = configured_corpus(path)  # prepared once, before any run
     epoch = corpus.windows(seq_len) * seq_len
     asked = _identified(asked, corpus)
     gpus = _gpus(asked.runs)

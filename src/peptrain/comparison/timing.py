@@ -15,7 +15,7 @@ from pathlib import Path
 
 from peptrain.comparison.equal_cost import write_costs
 from peptrain.config import RunConfig, load
-from peptrain.data import Corpus, default_corpus
+from peptrain.data import Corpus, configured_corpus
 from peptrain.distributed.world import World, world
 from peptrain.errors import PeptrainError
 from peptrain.execution.prepare import prepare
@@ -40,7 +40,7 @@ def step_seconds(config: RunConfig[Method]) -> list[float]:
     Runs the trainer's own steps on the corpus and synchronizes after each. The learning rate is 0,
     so that training can't diverge.
     """
-    corpus = Corpus.open(config.data.path) if config.data.path else default_corpus()
+    corpus = configured_corpus(config.data.path)
     begins = bounds(config)[:-1]
     with world(config.train.device) as here:
         return [_of_phase(config, corpus, here, *which) for which in enumerate(begins)]

@@ -2,7 +2,7 @@
 
 from peptrain.data.config import PrepareConfig
 from peptrain.data.corpus import Corpus
-from peptrain.data.embedded import default_corpus, embedded_documents
+from peptrain.data.embedded import configured_corpus, default_corpus, embedded_documents
 from peptrain.data.prepare import Prepared, ProgressReport, prepare
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "PrepareConfig",
     "Prepared",
     "ProgressReport",
+    "configured_corpus",
     "default_corpus",
     "embedded_documents",
     "prepare",

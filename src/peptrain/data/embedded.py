@@ -25,6 +25,19 @@ UNREAD_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dis
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
+def configured_corpus(path: Path | None, *, verify_again: bool = False) -> Corpus:
+    """Open the corpus of the setting `data.path`, the default one if it is unset.
+
+    Raises DataError that names the setting. `verify_again` is that of `Corpus.open`.
+    """
+    if path is None:
+        return default_corpus(verify_again=verify_again)
+    try:
+        return Corpus.open(path, verify_again=verify_again)
+    except DataError as error:
+        raise DataError(f"data.path: {error}") from error
+
+
 def default_corpus(vocab_size: int = 4096, *, verify_again: bool = False) -> Corpus:
     """Return the default corpus, with a byte-level BPE of `vocab_size`, prepared once and cached.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from peptrain.data import Corpus, default_corpus
+from peptrain.data import Corpus, configured_corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import CheckpointError, DataError
 from peptrain.eval.perplexity import (
@@ -75,8 +75,7 @@ def corpus_of(opened: Opened, data: Path | None) -> Corpus:
 
     Raises DataError for one that was prepared with another tokenizer, or changed since.
     """
-    source = data or opened.config.data.path
-    corpus = Corpus.open(source) if source else default_corpus()
+    corpus = Corpus.open(data) if data else configured_corpus(opened.config.data.path)
     _check_ids(opened.run, vocabulary_size(opened.model), corpus)
     if data is None and corpus.fingerprint != opened.saved.identity.get("data"):
         raise DataError(

@@ -23,10 +23,13 @@ class Instrument(Protocol):
         """
         ...
 
-    def measure(self, model: nn.Module, step: int, seconds: float) -> Iterable[Mapping[str, Any]]:
-        """Return rows for metrics.jsonl. seconds: the training time up to this step.
+    def measure(
+        self, model: nn.Module, step: int, seconds: float, spent: float
+    ) -> Iterable[Mapping[str, Any]]:
+        """Return rows for metrics.jsonl.
 
-        Must be called on every rank. Only rank 0's rows are written.
+        seconds: the training time up to this step. spent: the time of earlier measurements. Must be
+        called on every rank. Only rank 0's rows are written.
         """
         ...
 
@@ -37,7 +40,9 @@ class Nothing:
     def due(self, model: nn.Module, step: int) -> bool:
         return False
 
-    def measure(self, model: nn.Module, step: int, seconds: float) -> Iterable[Mapping[str, Any]]:
+    def measure(
+        self, model: nn.Module, step: int, seconds: float, spent: float
+    ) -> Iterable[Mapping[str, Any]]:
         return ()
 
 

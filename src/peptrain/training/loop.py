@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peptrain.config import RunConfig, resolved
-from peptrain.data import Corpus, default_corpus
+from peptrain.data import Corpus, configured_corpus
 from peptrain.distributed.world import World, world
 from peptrain.errors import Diverged, Interrupted
 from peptrain.estimation.phases import flops_per_token
@@ -128,8 +128,8 @@ def _train(
     stop = held.enter_context(stop_on_signals())
     stop.at_once = "stopped before the first step" + (f"; {how_to_resume(run)}" if run else "")
     here.on_main(lambda: chosen(config.train.log_to))
-    path, again = config.data.path, run is not None  # a resume verifies the shards again
-    corpus = Corpus.open(path, verify_again=again) if path else default_corpus(verify_again=again)
+    again = run is not None  # a resume verifies the shards again
+    corpus = configured_corpus(config.data.path, verify_again=again)
     check_corpus(corpus, config)
     tasks = TasksInTraining(config, corpus, here)
     identity = identity_of(config, corpus.fingerprint)

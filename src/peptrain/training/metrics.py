@@ -143,11 +143,14 @@ class MetricsLog:
                 )
 
     def observation(
-        self, event: str, step: int, measure: Callable[[float], Iterable[Mapping[str, Any]]]
+        self,
+        event: str,
+        step: int,
+        measure: Callable[[float, float], Iterable[Mapping[str, Any]]],
     ) -> None:
-        """Write the rows of `measure`, which gets the seconds of training up to `step`."""
+        """Write the rows of `measure`, which gets the seconds of training and of observations."""
         begin = time.perf_counter()
-        found = list(measure(self._seconds))
+        found = list(measure(self._seconds, self._observe_seconds))
         self._observe_seconds += time.perf_counter() - begin
         for row in found:
             self.write(event, step=step, **row)
