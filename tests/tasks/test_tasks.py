@@ -250,11 +250,12 @@ def test_copies_of_the_data_are_read(suffix: str, tmp_path: Path) -> None:
     assert read_rows(TASKS["piqa"], tmp_path) == ROWS["piqa"] * 3
 
 
-def test_the_raw_text_of_wikitext_is_split_at_titles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_raw_text_of_wikitext_is_split_at_titles(end: str, tmp_path: Path) -> None:
     text = " = A = \n one\n = = B = = \n two\n = C D = \n three\n"
     assert pages(text) == [" = A = \n one\n = = B = = \n two\n", " = C D = \n three\n"]
     (tmp_path / "wikitext").mkdir()
-    (tmp_path / "wikitext" / "test.txt").write_text(text)
+    (tmp_path / "wikitext" / "test.txt").write_text(text, newline=end)
     rows = read_rows(TASKS["wikitext"], tmp_path)
     assert [row["page"] for row in rows] == pages(text)
 
@@ -265,9 +266,9 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
         read_rows(task, None)
     with pytest.raises(DataError, match=r"piqa/validation.jsonl .* is missing.*baber/piqa"):
         read_rows(task, tmp_path)
-    (tmp_path / "piqa").mkdir()
     with pytest.raises(DataError, match=r"swde/validation.jsonl .* is missing.*/based-swde-v2 "):
         read_rows(TASKS["swde"], tmp_path)
+    (tmp_path / "piqa").mkdir()
     file = tmp_path / "piqa" / "validation.jsonl"
     file.write_text('{"goal": "x"}\n[]\n')
     with pytest.raises(DataError, match=r"validation.jsonl:2: a JSON list"):
