@@ -31,6 +31,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "arc_challenge": [{"question": "How many bark?", "choices": CHOICES, "answerKey": "B"}],
     "wikitext": [{"page": " = A B = \n The s ' of x @-@ y , is ( so ) . \n"},
                  {"page": " = C = \n \" q \" = = d = = \n"}, {"page": " = É = \n 1 @,@ 000 ; \n"}],
+    "swde": [
+        {"text": f"\n<h1>Mr {n}</h1> <dl><dt>Eyes</dt><dd>red</dd> <dt>Height of {n} in cm</dt>\n",
+         "value": f" {150 + n} ", "key": "height", "doc_id": f"{n}.htm"} for n in range(20)
+    ],
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What happens to one of two ranks ends both, in one line, and costs no saved step."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,24 @@ def test_a_rank_with_other_settings_ends_all_before_anything_is_written(
 ) -> None:
     said = {(out / f"{case}-rank{rank}").read_text() for rank in (0, 1)}
     assert len(said) == 1 and said.pop().startswith(f"ConfigError: {named}; start")
+    assert not (out / case).exists()
+
+
+@pytest.mark.parametrize(
+    "case, named",
+    [
+        ("missing", r"DataError: rank 1: .*missing-data1/piqa/validation.jsonl .* is missing"),
+        ("damaged", r"DataError: rank 1: .*damaged-data1/piqa/validation.jsonl:1: a JSON list"),
+        ("shorter", r"ConfigError: eval.tasks_data: items of piqa: '\w+' on rank 1, '\w+' on r"),
+        ("no-corpus", r"DataError: rank 1: .*nowhere"),
+    ],
+)
+def test_data_that_one_rank_lacks_end_all_before_anything_is_written(
+    case: str, named: str, out: Path
+) -> None:
+    said = {(out / f"{case}-rank{rank}").read_text() for rank in (0, 1)}
+    [line] = said
+    assert re.match(named, line) and "\n" not in line
     assert not (out / case).exists()
 
 

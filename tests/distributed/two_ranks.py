@@ -11,13 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from support import tiny
+from task_rows import write_data
 
 import peptrain.training.loop as trainer
+from peptrain.config import EvalConfig
 from peptrain.errors import PeptrainError
 
 AT = 5
 OTHERWISE: dict[str, dict[str, Any]] = {"longer": {"steps": 9}, "seeded": {"seed": 1}}
+SPOILED = {"missing": None, "damaged": "[]", "shorter": ""}
+"""What rank 1 has in place of the first line of a task's file; None: no file."""
 KEPT = {"checkpoint_every": 2, "micro_batch": 1}
+
+
+def told(file: Path, config: Any) -> None:
+    """Train, and write the error that ends it to `file`."""
+    try:
+        trainer.train(config)
+    except PeptrainError as error:
+        file.write_text(f"{type(error).__name__}: {error}")
 
 
 def main(corpus: Path, out: Path) -> None:
@@ -33,10 +45,19 @@ def main(corpus: Path, out: Path) -> None:
         return done
 
     for case, differs in OTHERWISE.items():
-        try:
-            trainer.train(tiny("full", corpus, out / case, train=differs if rank else {}))
-        except PeptrainError as error:
-            (out / f"{case}-rank{rank}").write_text(f"{type(error).__name__}: {error}")
+        told(out / f"{case}-rank{rank}",
+             tiny("full", corpus, out / case, train=differs if rank else {}))  # fmt: skip
+    for case, line in SPOILED.items():
+        file = write_data(out / f"{case}-data{rank}", times=2) / "piqa" / "validation.jsonl"
+        if rank and line is None:
+            file.unlink()
+        elif rank:
+            file.write_text("\n".join([line or "", *file.read_text().splitlines()[1:]]))
+        asked = EvalConfig(tasks="boolq,piqa", tasks_data=file.parents[1])
+        config = tiny("full", corpus, out / case, train={"seq_len": 64})
+        told(out / f"{case}-rank{rank}", replace(config, eval=asked))
+    told(out / f"no-corpus-rank{rank}",
+         tiny("full", out / "nowhere" if rank else corpus, out / "no-corpus"))  # fmt: skip
     begun = tiny(
         "loro", corpus, out / "extended", train={**KEPT, "steps": 5, "log_to": "tensorboard"}
     )
@@ -46,10 +67,7 @@ def main(corpus: Path, out: Path) -> None:
                           train=replace(begun.train, steps=10)))  # fmt: skip
     trainer.advance = struck
     for case in ("differs", "killed"):
-        try:
-            trainer.train(tiny("full", corpus, out / case, train=KEPT))
-        except PeptrainError as error:
-            (out / f"{case}-rank{rank}").write_text(f"{type(error).__name__}: {error}")
+        told(out / f"{case}-rank{rank}", tiny("full", corpus, out / case, train=KEPT))
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def test_several_corpora_have_a_macro_mean(
         (["data", "--tasks", "piqa"], "neither a run directory (no config.toml) nor a Hugging"),
         (["dense"], "--tasks: must be given for"),
         (["full", "--limit", "3"], "--limit: must be given with --tasks"),
+        (["full", "--tasks", "swde"], "--tasks: swde generates text"),
         (["full", "--tasks", "piqa", "--harness"], "--harness: needs the lm-evaluation-harness"),
     ],
 )

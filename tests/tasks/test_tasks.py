@@ -19,7 +19,7 @@ from peptrain.tasks.measure import Judge, measure
 from peptrain.tasks.paired import mcnemar, paired, two_sided, z_of_proportions
 from peptrain.tasks.score import scores
 from peptrain.tasks.spans import Encoder, Span, page_spans, spans
-from peptrain.tasks.table import GROUPS, TASKS, chosen_tasks, detokenized
+from peptrain.tasks.table import GROUPS, SCORED, TASKS, chosen_tasks, detokenized
 
 V, END = 260, 256
 
@@ -80,7 +80,7 @@ def test_every_task_has_rows_here() -> None:
     assert len(GROUPS["bpt"]) == 9
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", SCORED)
 def test_a_model_that_knows_the_answers_scores_1(name: str) -> None:
     task, chosen = TASKS[name], items(name)
     if task.kind == "page":
@@ -250,13 +250,14 @@ def test_copies_of_the_data_are_read(suffix: str, tmp_path: Path) -> None:
     assert read_rows(TASKS["piqa"], tmp_path) == ROWS["piqa"] * 3
 
 
-def test_the_raw_text_of_wikitext_is_split_at_titles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_raw_text_of_wikitext_is_split_at_titles(end: str, tmp_path: Path) -> None:
     text = " = A = \n one\n = = B = = \n two\n = C D = \n three\n"
     assert pages(text) == [" = A = \n one\n = = B = = \n two\n", " = C D = \n three\n"]
     (tmp_path / "wikitext").mkdir()
-    (tmp_path / "wikitext" / "test.txt").write_text(text)
+    (tmp_path / "wikitext" / "test.txt").write_text(text, newline=end)
     rows = read_rows(TASKS["wikitext"], tmp_path)
-    assert "".join(row["page"] for row in rows) == text
+    assert [row["page"] for row in rows] == pages(text)
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
@@ -265,6 +266,8 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
         read_rows(task, None)
     with pytest.raises(DataError, match=r"piqa/validation.jsonl .* is missing.*baber/piqa"):
         read_rows(task, tmp_path)
+    with pytest.raises(DataError, match=r"swde/validation.jsonl .* is missing.*/based-swde-v2 "):
+        read_rows(TASKS["swde"], tmp_path)
     (tmp_path / "piqa").mkdir()
     file = tmp_path / "piqa" / "validation.jsonl"
     file.write_text('{"goal": "x"}\n[]\n')
@@ -280,8 +283,18 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_task_is_told_the_nearest() -> None:
     assert [t.name for t in chosen_tasks("piqa, bpt", "--tasks")][:2] == ["piqa", "lambada_openai"]
-    assert len(chosen_tasks("all", "--tasks")) == len(TASKS)
+    assert len(chosen_tasks("all", "--tasks", harness=True)) == len(TASKS) - 1
     with pytest.raises(ConfigError, match=r"--tasks: unknown task 'helaswag'; did you mean 'hell"):
         chosen_tasks("piqa,helaswag", "--tasks")
     with pytest.raises(ConfigError, match="unknown task ''"):
         chosen_tasks(",", "--tasks")
+
+
+def test_a_task_that_generates_is_left_to_the_harness() -> None:
+    """Neither bpt nor all names it."""
+    for group in ("bpt", "all"):
+        assert "swde" not in [task.name for task in chosen_tasks(group, "--tasks", harness=True)]
+    assert [t.name for t in chosen_tasks("all,swde", "--tasks", True)] == [*SCORED, "swde"]
+    for key in ("--tasks", "eval.tasks"):
+        with pytest.raises(ConfigError, match=rf"^{key}: swde generates text, .* --harness` \(nee"):
+            chosen_tasks("piqa,swde", key)

@@ -43,7 +43,8 @@ def judge(
         raise ConfigError(f"--tasks: must be given for {paths[0]}, or --data (got none)")
     if against is not None and not tasks:
         raise ConfigError("--against: needs --tasks")
-    questions = read_tasks(chosen_tasks(tasks, "--tasks"), tasks_data, limit) if tasks else []
+    chosen = chosen_tasks(tasks, "--tasks", harness) if tasks else []
+    questions = read_tasks(chosen, tasks_data, limit)
     entries: list[dict[str, Any]] = []
     with world(device) as here:
         for path in paths:

@@ -41,14 +41,15 @@ def eval_run(
             Hugging Face directory.
         data: Prepared corpus whose held-out part to use; give it once per corpus for the perplexity
             of each and their macro mean. Unset: that of the run.
-        tasks: Tasks such as blimp,piqa; bpt for nine accuracies and their mean; or all
-            (docs/evaluation.md).
-        tasks_data: Directory with copies of the data sets.
+        tasks: Tasks such as blimp,piqa; bpt for nine accuracies and their mean; or all that the own
+            scorer measures (docs/evaluation.md).
+        tasks_data: Directory with copies of the data sets. None comes with peptrain.
         limit: Use only the first items of each task. Unset: all.
         positions: Most tokens that the model reads at once. Unset: seq_len of a run, or what a
             config.json says.
         against: Another model, measured on the same items, for paired tests.
-        harness: Measure by the lm-evaluation-harness (pip install 'peptrain[eval]').
+        harness: Measure by the lm-evaluation-harness (pip install 'peptrain[eval]'). Only it has
+            swde, which was tested on made-up pages, not on the real data.
         out: Write the results of tasks to this JSON file. A run also keeps its own in eval.json.
         batch_size: Sequences per forward pass. Changes only speed and memory, except with legacy.
         legacy: Divide by batches + 1, as the papers' repositories do, to match their tables.

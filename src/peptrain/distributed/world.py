@@ -97,6 +97,27 @@ class World:
         if error is not None:
             raise error
 
+    def on_all(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank and return its value. A PeptrainError of one is raised on all.
+
+        It names the rank, unless all failed alike. Raised on one rank alone, it would leave the
+        others waiting. `action` must not communicate.
+        """
+        if self.size == 1:
+            return action()
+        own: PeptrainError | None = None
+        try:
+            found = action()
+        except PeptrainError as raised:
+            own = raised
+        errors = self.gather(own)
+        for rank, error in enumerate(errors):
+            if error is not None:
+                if len({str(one) for one in errors}) > 1:
+                    error.args = (f"rank {rank}: {error}", *error.args[1:])
+                raise error from own
+        return found
+
     def parallelize(self, module: nn.Module) -> nn.Module:
         """Wrap `module` in DistributedDataParallel if there are several processes.
 

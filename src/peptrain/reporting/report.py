@@ -107,10 +107,17 @@ def _inline(svg: str) -> str:
 
 
 def _sections(source: Source) -> Iterator[Section]:
-    yield from (_settings(source), _curves(source), _dynamics(source), _speed(source))
-    yield _held_out(source)
+    """Return what there is to show. Why something is missing is said where first."""
+    made = [_settings(source), _curves(source), _dynamics(source), _speed(source),
+            _held_out(source)]  # fmt: skip
     if source.trials:
-        yield _comparison(source)
+        made.append(_comparison(source))
+    said: set[str] = set()
+    for section in made:
+        section.missing = [why for why in dict.fromkeys(section.missing) if why not in said]
+        said.update(section.missing)
+        if section.text or section.tables or section.figures or section.missing:
+            yield section
 
 
 def _settings(source: Source) -> Section:

@@ -70,8 +70,9 @@ def _rows(file: Path) -> Iterator[Row]:
 
 
 def _text(file: Path) -> str:
+    """Return a text with the line ends of WikiText, which some copies have as \\r\\n."""
     try:
-        return read_bytes(file).decode()
+        return read_bytes(file).decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 at byte {error.start}; fetch it again") from error
 

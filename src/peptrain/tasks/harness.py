@@ -11,15 +11,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from peptrain.errors import Unsupported
+from peptrain.errors import DataError, Unsupported
 from peptrain.models.auto import load_tokenizer
 from peptrain.runs.tokenizer import copy_run_tokenizer
-from peptrain.tasks.measure import Judge, Measured, checksum, mean
+from peptrain.tasks.measure import Judge, Measured, checksum, mean, summary
 from peptrain.tasks.subject import Subject
 from peptrain.tasks.table import Item, Row, Task
 
 PREFIX = "peptrain_"
 """Before the names of tasks, so that they are not the harness's own, which download."""
+GENERATED = 48
+"""Most tokens that the harness's swde generates. The model has to have room for more than these."""
 
 
 def measure_by_harness(
@@ -32,37 +34,51 @@ def measure_by_harness(
 ) -> Measured:
     """Measure a task as `measure` does, but by the harness: its texts, its scores, its metrics.
 
-    rows: all rows of the data set. Raises Unsupported if the harness is not installed.
+    rows: all rows of the data set. Raises Unsupported if the harness is not installed, DataError
+    for a model that reads too few positions to generate text.
     """
-    lm_eval = _imported()
+    lm_eval, of_model = _imported()
+    if task.kind == "text" and judge.positions <= GENERATED:
+        raise DataError(
+            f"{task.name}: generates {GENERATED} tokens, but the model reads only"
+            f" {judge.positions} positions; leave the task out, or give more with --positions"
+        )
     with tempfile.TemporaryDirectory() as folder, _without_processes():
-        lm = import_module("lm_eval.models.huggingface").HFLM(
+        lm = of_model(
             pretrained=judge.model, tokenizer=_tokenizer(subject, Path(folder)),
             max_length=judge.positions, batch_size=batch_size, device=str(judge.model.device),
         )  # fmt: skip
         parts = _parts(task, rows, chosen)
-        for name, numbers in parts.items():
-            _write_task(Path(folder), task, name, [rows[n] for n in numbers])
-        manager = import_module("lm_eval.tasks").TaskManager(include_path=folder)
+        asked = [
+            _asked(Path(folder), task, name, [rows[n] for n in numbers])
+            for name, numbers in parts.items()
+        ]
+        # Without the harness's own tasks, whose thousands of files take 10 s to list.
+        manager = import_module("lm_eval.tasks").TaskManager(
+            include_path=folder, include_defaults=False
+        )
         made = lm_eval.simple_evaluate(
-            model=lm, tasks=[PREFIX + name for name in parts], task_manager=manager,
-            bootstrap_iters=1000, log_samples=True,
+            model=lm, tasks=asked, task_manager=manager, bootstrap_iters=1000, log_samples=True,
         )  # fmt: skip
-    values = {name: _values(made["results"][PREFIX + name]) for name in parts}
     found = {
         numbers[sample["doc_id"]]: _row(task, sample)
         for name, numbers in parts.items()
         for sample in made["samples"][PREFIX + name]
     }
     numbered = [{"id": number, **found[number]} for number, _ in chosen]
-    whole = mean(list(values.values())) if task.name == "blimp" else values[task.name]
-    groups = values if task.name == "blimp" else {}
+    if task.kind == "text":  # the harness gives no standard error
+        whole, groups = summary(task, numbered)
+    else:
+        values = {name: _values(made["results"][PREFIX + name]) for name in parts}
+        whole = mean(list(values.values())) if task.name == "blimp" else values[task.name]
+        groups = values if task.name == "blimp" else {}
     return Measured(task.name, len(chosen), checksum(chosen), whole, groups, numbered)
 
 
-def _imported() -> Any:
+def _imported() -> tuple[Any, Any]:
+    """Return the harness and its class of models, which needs packages of its own."""
     try:
-        return import_module("lm_eval")
+        return import_module("lm_eval"), import_module("lm_eval.models.huggingface").HFLM
     except ImportError as error:
         raise Unsupported(
             f"--harness: needs the lm-evaluation-harness ({error}); install it with"
@@ -101,6 +117,30 @@ def _parts(
     for number, _ in chosen:
         parts.setdefault(str(rows[number]["UID"]), []).append(number)
     return parts
+
+
+def _asked(folder: Path, task: Task, name: str, rows: Sequence[Row]) -> Any:
+    """Return a task on `rows` as the harness takes it: the name of a file's, or a task."""
+    if task.kind == "text":
+        return _text_task(task, name, rows)
+    _write_task(folder, task, name, rows)
+    return PREFIX + name
+
+
+def _text_task(task: Task, name: str, rows: Sequence[Row]) -> Any:
+    """Return the harness's task with `rows` as its data. It is a class that takes no settings."""
+    module, _, stock = task.stock.rpartition(".")
+    columns = task.columns.split(", ")
+    kept = [{column: row[column] for column in columns} for row in rows]
+    data = {task.splits[0]: import_module("datasets").Dataset.from_list(kept)}
+
+    def download(self: Any, *args: object) -> None:
+        self.dataset = data
+
+    parent = getattr(import_module(f"lm_eval.tasks.{module}"), stock)
+    made = type(stock, (parent,), {"download": download})()
+    made.config.task = PREFIX + name
+    return made
 
 
 def _write_task(folder: Path, task: Task, name: str, rows: Sequence[Row]) -> None:
@@ -142,6 +182,8 @@ def _row(task: Task, sample: Mapping[str, Any]) -> dict[str, Any]:
     if task.kind == "page":
         value = found[0]
         return {"log_likelihoods": [float(value[0] if isinstance(value, list | tuple) else value)]}
+    if task.kind == "text":
+        return {"generated": found[0], "correct": bool(sample["contains"])}
     return {
         "log_likelihoods": [float(one[0]) for one in found],
         "correct": bool(sample["acc"]),

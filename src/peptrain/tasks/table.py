@@ -22,7 +22,8 @@ class Item:
     """One question: which texts are scored, and what is correct."""
 
     requests: tuple[tuple[str, str], ...]
-    """Pairs of a context and the continuation whose log-likelihood is measured."""
+    """Pairs of a context and the continuation whose log-likelihood is measured, or that a
+    generated text has to contain."""
     gold: int = 0
     """Index of the correct request."""
     lengths: tuple[int, ...] = ()
@@ -37,9 +38,10 @@ class Task:
 
     name: str
     """Also the harness's name."""
-    kind: Literal["choice", "word", "page"]
+    kind: Literal["choice", "word", "page", "text"]
     """choice: is the correct continuation the likeliest? word: is each token of the continuation
-    the likeliest? page: how likely is a document?"""
+    the likeliest? page: how likely is a document? text: does what the model generates contain the
+    continuation? The own scorer generates nothing, so that only the harness measures these."""
     item: Callable[[Row], Item]
     folder: str
     """Folder of the data, below the directory of all."""
@@ -51,7 +53,7 @@ class Task:
     normalized: bool = False
     """Whether acc_norm, by log-likelihood per character, is reported too."""
     stock: str = ""
-    """File of the task in the harness."""
+    """File of the task in the harness; of kind text its class."""
     chance: float | None = None
     """Accuracy of guessing, where all items have as many choices."""
 
@@ -140,6 +142,11 @@ def _wikitext(row: Row) -> Item:
     return Item((("", detokenized(page)),), 0, lengths)
 
 
+def _swde(row: Row) -> Item:
+    """The text of a page ends where the value belongs that the model has to generate."""
+    return Item(((row["text"].strip(), row["value"].strip()),))
+
+
 MARKS = (
     *((f" @{sign}@ ", sign) for sign in "-,."),
     *((f" {sign} ", f"{sign} ") for sign in ":;.!?,"),
@@ -203,6 +210,8 @@ TASKS = {
         Task("wikitext", "page", _wikitext, "wikitext",
              ("test", "wikitext-raw.test"), "EleutherAI/wikitext_document_level"
              " (wikitext-2-raw-v1)", "page", stock="wikitext/wikitext.yaml"),
+        Task("swde", "text", _swde, "swde", ("validation",), "hazyresearch/based-swde-v2",
+             "text, value", stock="swde.task.SWDE"),
     )
 }  # fmt: skip
 GROUPS = {
@@ -210,12 +219,15 @@ GROUPS = {
             "arc_easy", "arc_challenge"),
 }  # fmt: skip
 """bpt: the nine tasks whose mean accuracy (acc, not acc_norm) BPT's tables call Avg."""
+SCORED = tuple(name for name, task in TASKS.items() if task.kind != "text")
+"""What `all` stands for: the tasks of the own scorer."""
 
 
-def chosen_tasks(listed: str, key: str) -> list[Task]:
+def chosen_tasks(listed: str, key: str, harness: bool = False) -> list[Task]:
     """Return the tasks of a list such as "blimp,piqa". A group stands for its tasks.
 
-    Raises ConfigError, which names `key`, for an unknown one.
+    harness: whether the harness measures them. Raises ConfigError, which names `key`, for an
+    unknown task, and without the harness for one that generates text.
     """
     known = [*TASKS, *GROUPS, "all"]
     names: dict[str, None] = {}
@@ -225,6 +237,13 @@ def chosen_tasks(listed: str, key: str) -> list[Task]:
             raise ConfigError(
                 f"{key}: unknown task {shown(name)}; {hint}choose from {', '.join(known)}"
             )
-        parts = TASKS if name == "all" else GROUPS.get(name, (name,))
+        parts = SCORED if name == "all" else GROUPS.get(name, (name,))
         names |= dict.fromkeys(parts)
+    for name in names:
+        if TASKS[name].kind == "text" and not harness:
+            raise ConfigError(
+                f"{key}: {name} generates text, which only the lm-evaluation-harness measures; use"
+                f" `peptrain eval RUN --tasks {name} --tasks-data DIR --harness` (needs pip install"
+                " 'peptrain[eval]')"
+            )
     return [TASKS[name] for name in names]

@@ -129,11 +129,9 @@ def _train(
     stop.at_once = "stopped before the first step" + (f"; {how_to_resume(run)}" if run else "")
     here.on_main(lambda: chosen(config.train.log_to))
     again = run is not None  # a resume verifies the shards again
-    corpus = configured_corpus(config.data.path, verify_again=again)
-    check_corpus(corpus, config)
-    tasks = TasksInTraining(config, corpus, here)
+    corpus, tasks = here.on_all(lambda: _read(config, here, verify_again=again))
     identity = identity_of(config, corpus.fingerprint)
-    check_ranks(config, identity, here)
+    check_ranks(config, {**identity, **tasks.data}, here)
     saved = first_checkpoint(config, run, identity)
     state = restore(config, saved, here)
     check_vocabulary(state.model, corpus)
@@ -176,6 +174,15 @@ def _train(
     stop.at_once = None
     metrics_log.end(state.step, held_out, **counts, **judged, state_bytes=result.state_bytes)
     return result
+
+
+def _read(
+    config: RunConfig[Method], here: World, *, verify_again: bool
+) -> tuple[Corpus, TasksInTraining]:
+    """Open the corpus and the data of tasks. Raises DataError for what is missing or damaged."""
+    corpus = configured_corpus(config.data.path, verify_again=verify_again)
+    check_corpus(corpus, config)
+    return corpus, TasksInTraining(config, corpus, here)
 
 
 def _save(

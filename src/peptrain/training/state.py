@@ -101,7 +101,7 @@ def keep_of(config: RunConfig[Method]) -> checkpoint.Keep:
 
 
 def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: World) -> None:
-    """Raise ConfigError, on every rank, unless all have the same settings and the same corpus."""
+    """Raise ConfigError, on every rank, unless all have the same settings and the same data."""
     asked = {"eval.tasks": config.eval.tasks, "eval.items": config.eval.items}
     own = {**other_settings(config), **identity, **asked}
     first = here.agree(own)
@@ -114,7 +114,7 @@ def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: Wo
     found = [line for line in here.gather(unlike[0] if unlike else None) if line]
     if found:
         raise ConfigError(
-            f"{found[0]}; start every process with the same command, on the same prepared corpus"
+            f"{found[0]}; start every process with the same command, on the same data"
         )
 
 

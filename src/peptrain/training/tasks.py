@@ -12,7 +12,7 @@ from peptrain.data.tokenizer import load_tokenizer
 from peptrain.distributed.world import World
 from peptrain.methods.base import Method
 from peptrain.tasks.files import items_of, read_rows, subsample
-from peptrain.tasks.measure import Judge, finite, measure
+from peptrain.tasks.measure import Judge, checksum, finite, measure
 from peptrain.tasks.spans import page_spans, plain_encoder, spans
 from peptrain.tasks.table import Item, Task, chosen_tasks
 
@@ -70,6 +70,11 @@ class TasksInTraining:
             log.info("eval.tasks: %s: %s sequences of %s tokens at each held-out evaluation, the"
                      " work of about %.2g training steps", names, f"{self._sequences:,}",
                      f"{self._tokens:,}", steps)  # fmt: skip
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Checksums of the items, in which all processes must agree."""
+        return {f"eval.tasks_data: items of {t.name}": checksum(c) for t, c in self._tasks}
 
     def measure(self, model: PreTrainedModel) -> dict[str, float | None]:
         """Return the results, named TASK_METRIC, and the seconds taken. Called on every rank."""
