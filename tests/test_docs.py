@@ -245,6 +245,8 @@ def as_text(section: Any, key: str) -> str:
         return "as `--schedule.warmup`"
     if key == "exact_cap":
         return "no limit"
+    if key == "init_std":
+        return "0.01 with normal"
     if key == "momentum":
         return "0 with sgd"
     if "same_as" in rule:

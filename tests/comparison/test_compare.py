@@ -696,6 +696,16 @@ def test_a_comparison_draws_beside_its_table_and_again_when_it_is_resumed(
     assert "3.5" in before and before != after and after.count("one seed") == 4
 
 
+def test_a_comparison_of_settings_is_drawn_over_them(
+    fakes: Fakes, corpus: Path, tmp_path: Path, drawn: None
+) -> None:
+    varied = {"method.name": "bpt", "method.rank": [1, 2], "train.seed": 0, "optim.lr": 1e-3}
+    compare(write_grid(tmp_path, corpus, varied), tmp_path / "out", workers=2)
+    with (tmp_path / "out/figures/grid.csv").open() as file:
+        found = [(row["line"], float(row["x"])) for row in csv.DictReader(file)]
+    assert found == [("bpt", 1), ("bpt", 2)]
+
+
 def test_without_matplotlib_it_says_so_in_one_line_and_goes_on(
     fakes: Fakes, corpus: Path, tmp_path: Path, drawn: None,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,

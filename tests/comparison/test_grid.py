@@ -1,8 +1,10 @@
 """What a grid's file describes: its runs, their names, and what it may not say."""
 
 import math
+import re
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,12 @@ from oracles import algebra
 
 from peptrain import recipes
 from peptrain.comparison.grid import GridRun, expand, load_grid, unstated
-from peptrain.config import dump, parse, resolved
+from peptrain.config import RunConfig, dump, parse, resolved
 from peptrain.errors import ConfigError
+from peptrain.methods import Full
+from peptrain.models.sites import find_sites
+from peptrain.optim import schedule
+from peptrain.runs.build import build
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -244,6 +250,33 @@ def test_the_examples_have_a_tuned_baseline(name: str, methods: set[str]) -> Non
     found = load_grid(EXAMPLES / f"{name}.toml").runs
     assert {r.method for r in found} == methods
     assert {len({r.lr for r in found if r.label == one.label}) for one in found} == {3}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_run_of_an_example_is_one_that_can_begin(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each phase of each line is built, with one layer and few tokens, and gets its optimizer."""
+    asked = path.read_text(encoding="utf-8")
+    assert asked.startswith("# ") and f"peptrain compare examples/{path.name} --out runs/" in asked
+    start = re.search(r'^init_from = "(.*)"', asked, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    if start is not None:  # trained by a command in the file's head
+        assert f"--run {start[1]}\n" in asked
+        Path(start[1], "checkpoints").mkdir(parents=True)
+        begun = resolved(RunConfig(method=Full()), world_size=1, on_gpu=False)
+        Path(start[1], "config.toml").write_text(dump(begun))
+    found = load_grid(path)
+    for run in {run.configuration: run for run in found.runs}.values():
+        model = replace(run.config.model, layers=1, vocab_size=64)
+        config = replace(run.config, model=model)
+        ends = config.method.phases(config.train.steps)
+        for phase in range(len(ends) + 1):
+            sites = find_sites(one := build(config, phase))
+            config.method.optimizer(one, sites, config.optim, phase)
+        factors = config.method.schedule(schedule.build(config.schedule, config.train.steps))
+        assert all(0 <= factors(step) <= 1 for step in range(config.train.steps))
+    assert not [said for said in caplog.messages if "nothing merges" in said or "longer" in said]
 
 
 def test_what_differs_unsaid_is_told() -> None:

@@ -72,22 +72,34 @@ def finished(path: Path, **settings: Any) -> Path:
     return run(path, rows, **settings)
 
 
-def analyzed(path: Path, what: str = "from_start") -> Path:
-    """Add the tables of an analysis at step 40."""
+MODULES = ("self_attn.q_proj", "mlp.down_proj")
+
+
+def analyzed(path: Path, what: str = "from_start", seed: int = 3) -> Path:
+    """Add the tables of an analysis at steps 20 and 40."""
     folder = path / "analysis"
     folder.mkdir()
-    lines, spectra = (
-        ["run,step,layer,module,what,head,per"],
-        ["run,step,layer,module,what,head,sigma"],
-    )
-    draw = random.Random(3)
-    for layer in range(2):
-        for module in ("self_attn.q_proj", "mlp.down_proj"):
-            sigma = " ".join(f"{draw.random():.6e}" for _ in range(8))
-            lines.append(f"x,40,{layer},{module},{what},,0.5")
-            spectra.append(f"x,40,{layer},{module},{what},,{sigma}")
-    (folder / "40.csv").write_text("\n".join(lines) + "\n")
-    (folder / "40.spectra.csv").write_text("\n".join(spectra) + "\n")
+    draw = random.Random(seed)
+    for step in (20, 40):
+        lines, spectra = (
+            ["run,step,layer,module,what,head,per"],
+            ["run,step,layer,module,what,head,sigma"],
+        )
+        for layer in range(2):
+            for module in MODULES:
+                sigma = " ".join(f"{draw.random() * step / 40:.6e}" for _ in range(8))
+                lines.append(f"x,{step},{layer},{module},{what},,0.5")
+                spectra.append(f"x,{step},{layer},{module},{what},,{sigma}")
+        (folder / f"{step}.csv").write_text("\n".join(lines) + "\n")
+        (folder / f"{step}.spectra.csv").write_text("\n".join(spectra) + "\n")
+    return path
+
+
+def line(path: Path, losses: Sequence[float]) -> Path:
+    """The directory of `analyze --line`."""
+    path.mkdir(parents=True)
+    rows = [f"a@1,b@1,{n / 10},{loss},640" for n, loss in enumerate(losses)]
+    (path / "line.csv").write_text("\n".join(["one,other,alpha,loss,tokens", *rows]) + "\n")
     return path
 
 
@@ -125,4 +137,27 @@ def comparison(path: Path) -> Path:
     about = {"equal": "tokens", "caption": "Held-out loss after 640 tokens.", "notes": []}
     text = json.dumps({**about, "runs": trials, "configurations": lines})
     (path / "runs.json").write_text(text)
+    return path
+
+
+def ablation(path: Path, configurations: Sequence[tuple[str, Row, Row]], **last: Any) -> Path:
+    """A comparison at one rate with two seeds: (method, settings of its block, of config.toml).
+
+    The loss is 3, plus a hundredth for each configuration before, plus a thousandth of the seed.
+    last: values of the last rows, lists with one for each configuration.
+    """
+    trials, lines = [], []
+    for n, (method, settings, resolved) in enumerate(configurations):
+        pairs = (f"{key.removeprefix('method.')}={value}" for key, value in settings.items())
+        label = " ".join((method, *pairs))
+        for seed in (0, 1):
+            row = end(40, 3 + n / 100 + seed / 1000, **{k: v[n] for k, v in last.items()})
+            given = {k.replace(".", "_", 1): v for k, v in {**resolved, **settings}.items()}
+            place = run(path / "runs" / f"{n}-seed{seed}", [*steps(4), row], train_seed=seed,
+                        method_name=method, **given)  # fmt: skip
+            trials.append({"run": str(place.relative_to(path)), "configuration": label, "lr": 1e-3,
+                           "method": method, "settings": settings, "seed": seed,
+                           "state": "finished", **row})  # fmt: skip
+        lines.append({"label": label, "method": method, "lr": 1e-3, "loss": 3 + n / 100})
+    (path / "runs.json").write_text(json.dumps({"runs": trials, "configurations": lines}))
     return path

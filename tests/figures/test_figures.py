@@ -14,7 +14,19 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from made import RATES, TOKENS, analyzed, comparison, dynamics, end, finished, run, steps
+from made import (
+    RATES,
+    TOKENS,
+    ablation,
+    analyzed,
+    comparison,
+    dynamics,
+    end,
+    finished,
+    line,
+    run,
+    steps,
+)
 
 from peptrain.figures.catalogue import FIGURES
 from peptrain.figures.panel import Drawn
@@ -24,7 +36,9 @@ from peptrain.figures.style import COLOURS, DARK, FAINT, INK, PAPER, rendered
 from peptrain.ops.student import student_t
 
 SEEDS = ("per-seeds", "condition-seeds", "frobenius-seeds")
-OF_GRID = ("rates", "frontier")
+OF_GRID = ("rates", "frontier", "grid", "scaling")
+OF_SPECTRA = ("spectra", "spectrum-heatmap")
+LOSSES = (3.0, 5.5, 9.25, 3.5)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +49,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         analyzed(finished(made / f"full-{seed}", train_seed=seed))
     finished(made / "other", method_name="other")
     comparison(made / "forty")
+    line(made / "line", LOSSES)
+    sizes = [{"model.hidden_size": d} for d in (64, 128)]
+    ablation(made / "settings", [
+        ("full", {}, {}),
+        *[("bpt", {"method.rank": r, **d}, {}) for d in sizes for r in (4, 8)],
+    ], non_embedding_trainable=[10**5, 10**4, 2 * 10**4, 10**5, 2 * 10**5],
+        peak_bytes=[2**30 * n for n in (8, 4, 5, 6, 7)])  # fmt: skip
     return made
 
 
@@ -49,13 +70,17 @@ def forty(folder: Path) -> Source:
 
 
 @pytest.fixture(scope="module")
-def draw(runs: Source, forty: Source) -> Callable[..., Drawn]:
+def draw(folder: Path, runs: Source, forty: Source) -> Callable[..., Drawn]:
     """Draw a figure by its name, of the source that has what it needs."""
+    one, of = Source(runs.runs[:1]), {"line": read([folder / "line"])}
+    of |= dict.fromkeys(("rates", "frontier"), forty) | dict.fromkeys(
+        ("layers", OF_SPECTRA[1]), one
+    )
+    of |= dict.fromkeys(("grid", "scaling"), read([folder / "settings"]))
 
     def drawn(name: str) -> Drawn:
-        one = Source(runs.runs[:1])
-        source = forty if name in OF_GRID else one if name == "layers" else runs
-        return FIGURES[name](source, View(what="from_start" if name == "spectra" else "weight"))
+        what = "from_start" if name in OF_SPECTRA else "weight"
+        return FIGURES[name](of.get(name, runs), View(what=what))
 
     return drawn
 
@@ -75,6 +100,8 @@ def points(artist: Any) -> list[tuple[float, ...]]:
     if kind == "StepPatch":
         values, edges, _ = artist.get_data()
         return list(zip(edges[:-1], values, strict=True))
+    if kind == "Rectangle":
+        return [(artist.get_x() + artist.get_width() / 2, artist.get_height())]
     assert kind == "AxesImage", kind
     data = np.ma.filled(artist.get_array(), math.nan)
     return [(value,) for row in data for value in row if not math.isnan(value)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from chromium import PROGRAM, Browser, browser
-from made import analyzed, comparison, finished, run, steps
+from made import analyzed, comparison, finished, line, run, steps
 
 from peptrain.cli.app import main
 from peptrain.errors import CheckpointError, ConfigError
@@ -131,6 +131,13 @@ def test_a_report_of_a_run_that_has_not_ended(
 def test_a_run_without_a_row_has_a_report_that_says_so_once(tmp_path: Path) -> None:
     page = contained(report([run(tmp_path / "new")], tmp_path / "report.html"))
     assert page.text.count("loss: metrics.jsonl has no row with a loss yet (new)") == 1
+
+
+def test_a_report_of_lines_between_models_has_nothing_else(tmp_path: Path) -> None:
+    made = [line(tmp_path / name, (3.0, 8.0, 3.5)) for name in ("loro-full", "full-full")]
+    page = contained(report(made, tmp_path / "report.html"))
+    assert "loro-full, full-full" in page.text and "Perplexity along the line" in page.text
+    assert page.tags.count("figure") == 1 and "Curves" not in page.text
 
 
 def test_runs_that_share_nothing_are_said_to(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def test_resolving_leaves_nothing_unset_and_is_idempotent(name: str) -> None:
         "family",
         "cuda_graph",
         "exact_cap",
+        "init_std",
         "momentum",
         "tasks_data",
     } | {f.name for f in fields(ModelConfig)}

@@ -161,9 +161,10 @@ def plot_command() -> Callable[..., None]:
         The runs may be in training.
 
         Args:
-            runs: Run directories, or one directory of `peptrain compare`.
+            runs: Run directories, one directory of `peptrain compare`, or directories of `peptrain
+                analyze --line`.
             out: File to write, .svg, .png or .pdf. The numbers go beside it, to .csv.
-            figure: What to draw (docs/report.md). Unset: loss, and of a comparison rates.
+            figure: What to draw (docs/report.md). Unset: loss, rates of a comparison, or the line.
             x: x axis of curves over training. time: seconds of training steps.
             what: Matrices of dynamics: weight, update, from_start and so on (docs/dynamics.md).
         """

@@ -14,7 +14,7 @@ from peptrain.figures.source import NotMeasured, Row, View
 from peptrain.figures.style import imported
 
 log = logging.getLogger("peptrain")
-NAMES = ("rates", "frontier", "loss")
+NAMES = ("rates", "frontier", "grid", "scaling", "loss")
 
 
 def draw(out: Path, trials: Sequence[Row], lines: Sequence[Row]) -> None:

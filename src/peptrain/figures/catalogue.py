@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peptrain.figures import curves, dynamics, grids
+from peptrain.figures import ablations, curves, dynamics, grids, line, spectra
 from peptrain.figures.panel import Drawn
 from peptrain.figures.source import Source, View
 
@@ -20,7 +20,13 @@ FIGURES: dict[str, Figure] = {
     "condition-seeds": dynamics.condition_seeds,
     "frobenius-seeds": dynamics.frobenius_seeds,
     "layers": dynamics.layers,
-    "spectra": dynamics.spectra,
+    "spectra": spectra.spectra,
+    "singular-histogram": spectra.singular_histogram,
+    "small-singular": spectra.small_singular,
+    "spectrum-heatmap": spectra.spectrum_heatmap,
     "rates": grids.rates,
     "frontier": grids.frontier,
+    "grid": ablations.grid,
+    "scaling": ablations.scaling,
+    "line": line.line,
 }

@@ -1,4 +1,4 @@
-"""Learning dynamics: ranks, condition numbers, norms and spectra of the matrices of runs."""
+"""Learning dynamics: ranks, condition numbers and norms of the matrices of runs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from peptrain.display.terminal import one_line
-from peptrain.figures.panel import Drawn, Panel, engineering, plain, sheet
+from peptrain.figures.panel import (
+    Drawn,
+    Panel,
+    engineering,
+    label_lowest,
+    panels,
+    short,
+    some_ticks,
+)
 from peptrain.figures.source import NotMeasured, Row, RunRows, Source, View, number
 from peptrain.figures.style import Look, imported, look, styled
 from peptrain.ops.student import half_width
 
-BIN = 0.05
-"""Width of the bins of a spectrum, that of ReLoRA's Figure 3."""
-MOST_BINS = 400
 LEAST = {"layers": 1, "seeds": 2}
 """Runs of a group that has been measured."""
 Points = dict[int, dict[int, float | None]]
@@ -63,31 +68,6 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), half_width(values) or 0.0
 
 
-def _short(module: str) -> str:
-    """self_attn.q_proj -> q, mlp.down_proj -> down."""
-    return module.rpartition(".")[2].removesuffix("_proj")
-
-
-def _grid(
-    modules: Sequence[str], height: float, legend: int, **given: Any
-) -> tuple[Any, list[Any]]:
-    """Return a Sheet with two columns of axes, one for each module, as many as there are."""
-    columns = min(2, len(modules))
-    rows = -(-len(modules) // columns)
-    made, axes = sheet([height] * rows, columns=columns, legend=legend, **given)
-    flat = [ax for row in axes for ax in row]
-    for spare in flat[len(modules) :]:
-        spare.set_visible(False)
-    return made, flat[: len(modules)]
-
-
-def _lowest(axes: Sequence[Any], label: str) -> None:
-    """Label the x axis of the lowest panel of each column, where the others share it."""
-    for ax in axes[-2:]:
-        ax.set_xlabel(label)
-        ax.tick_params(labelbottom=True)
-
-
 def _nothing(column: str, what: str, source: Source) -> NotMeasured:
     names = ", ".join(run.name for run in source.runs) or "no run"
     known = dict.fromkeys(
@@ -118,10 +98,10 @@ def _each(column: str, over: str) -> Callable[[Source, View], Drawn]:
         modules = list(dict.fromkeys(m for of_run in found.values() for m in of_run))
         label, explained, _ = MEASURES[column]
         with styled():
-            made, axes = _grid(modules, 1.35, -(-len(groups) // 2), sharex=True, sharey=True)
+            made, axes = panels(modules, 1.35, -(-len(groups) // 2), sharex=True, sharey=True)
             for ax, module in zip(axes, modules, strict=True):
                 panel = made.panel(ax, module, "steps", label)
-                ax.set_title(_short(module))
+                ax.set_title(short(module))
                 for n, (group, names) in enumerate(groups.items()):
                     series = [(name, found[name].get(module, {})) for name in names]
                     _SERIES[over](panel, series, look(n), group)
@@ -188,7 +168,7 @@ def _caption(explained: str, over: str) -> str:
 
 def _ends(made: Any, axes: Sequence[Any], label: str, groups: Mapping[str, Any]) -> None:
     made.figure.supylabel(label, fontsize=9)
-    _lowest(axes, "steps")
+    label_lowest(axes, "steps")
     axes[0].xaxis.set_major_locator(imported("matplotlib.ticker").MaxNLocator(4, integer=True))
     engineering(axes[0].xaxis)
     _fit(axes[0], made.numbers)
@@ -229,17 +209,17 @@ def layers(source: Source, view: View) -> Drawn:
         raise _nothing("per", view.what, source)
     limits = min(known), max(known)
     with styled():
-        made, axes = _grid(list(found), 1.45, 0, sharex=True, sharey=True)
+        made, axes = panels(list(found), 1.45, 0, sharex=True, sharey=True)
         for ax, (module, points) in zip(axes, found.items(), strict=True):
             panel = made.panel(ax, module, "steps", "layer")
             steps, numbers = sorted(points), _numbers(points.values())
             cells = [[_or_nan(points[s].get(layer)) for s in steps] for layer in numbers]
             image = panel.cells("PER", run.name, steps, numbers, cells, limits)
-            _ticks(ax, steps, numbers)
-            ax.set_title(_short(module))
+            some_ticks(ax, steps, numbers)
+            ax.set_title(short(module))
             ax.grid(False)
         made.figure.supylabel("layer", fontsize=9)
-        _lowest(axes, "steps")
+        label_lowest(axes, "steps")
         made.figure.colorbar(image, ax=axes, label="PER", aspect=40, location="bottom")
     return Drawn(
         f"PER of {view.what} in each layer: {run.name}",
@@ -255,73 +235,3 @@ def _numbers(points: Iterable[Mapping[int, Any]]) -> list[int]:
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _ticks(ax: Any, steps: Sequence[int], numbers: Sequence[int]) -> None:
-    """Name a few columns and rows."""
-    places = range(0, len(steps), max(1, -(-len(steps) // 4)))
-    ax.set_xticks(list(places), [f"{steps[place]:,}" for place in places])
-    rows = range(0, len(numbers), max(1, -(-len(numbers) // 6)))
-    ax.set_yticks(list(rows), [str(numbers[row]) for row in rows])
-
-
-def spectra(source: Source, view: View) -> Drawn:
-    """Histogram of singular values of the last analyzed step."""
-    found = {run.name: sigmas for run in source.runs if (sigmas := _sigmas(run, view.what))}
-    modules = list(dict.fromkeys(m for of_run in found.values() for m in of_run))
-    if not modules:
-        known = dict.fromkeys(str(row.get("what")) for run in source.runs for row in run.spectra)
-        names = ", ".join(run.name for run in source.runs) or "no run"
-        repair = f"choose --what from {', '.join(known)}" if known else "run `peptrain analyze RUN`"
-        raise NotMeasured(f"spectra: no singular values of {view.what} ({names}); {repair}")
-    with styled():
-        made, axes = _grid(modules, 1.35, -(-len(found) // 2))
-        for ax, module in zip(axes, modules, strict=True):
-            panel = made.panel(ax, module, "singular value", "number of singular values")
-            every = [s for of_run in found.values() for s in of_run.get(module, ())]
-            width = BIN * max(1, math.ceil(max(every) / BIN / MOST_BINS))
-            bins = math.floor(max(every) / width) + 1
-            edges = [round(width * n, 10) for n in range(bins + 1)]
-            for n, (name, of_run) in enumerate(found.items()):
-                if module in of_run:
-                    panel.stairs(
-                        "count", name, edges, _counts(of_run[module], width, bins), look(n)
-                    )
-            ax.set_title(_short(module))
-            ax.set_yscale("symlog", linthresh=1)
-            ax.set_ylim(bottom=0)
-            plain(ax.yaxis)
-        made.figure.supylabel("number", fontsize=9)
-        _lowest(axes, "singular value")
-        made.legend([(name, {"color": look(n).colour, "ls": look(n).dash})
-                     for n, name in enumerate(found)])  # fmt: skip
-    steps = {run.name: _step(run) for run in source.runs if run.name in found}
-    said = ", ".join(f"{name} at step {step}" for name, step in steps.items())
-    return Drawn(
-        f"Singular values of {view.what}",
-        f"Number of singular values in bins of {BIN} (wider for very large values), of all layers"
-        f" together, one panel for each matrix: {said}.",
-        made.figure, made.numbers, [],
-    )  # fmt: skip
-
-
-def _step(run: RunRows) -> int | None:
-    return max((row["step"] for row in run.spectra if type(row.get("step")) is int), default=None)
-
-
-def _sigmas(run: RunRows, what: str) -> dict[str, list[float]]:
-    """Return the singular values of the last step by module."""
-    found: dict[str, list[float]] = {}
-    for row in run.spectra:
-        if row.get("what") == what and row.get("module") != "ov":
-            given = [float(s) for s in str(row.get("sigma", "")).split()]
-            finite = [sigma for sigma in given if math.isfinite(sigma) and sigma >= 0]
-            found.setdefault(one_line(str(row.get("module"))), []).extend(finite)
-    return {module: values for module, values in found.items() if values}
-
-
-def _counts(values: Sequence[float], width: float, bins: int) -> list[int]:
-    counts = [0] * bins
-    for value in values:
-        counts[min(math.floor(value / width), bins - 1)] += 1
-    return counts

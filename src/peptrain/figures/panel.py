@@ -103,6 +103,15 @@ class Panel:
         label = self._keep(mark, line, x=edges[:-1], y=counts)
         self.axes.stairs(counts, edges, color=look.colour, ls=look.dash, lw=1.2, label=label)
 
+    def bars(
+        self, mark: str, line: str, x: Sequence[float], heights: Sequence[float], look: Look,
+        width: float,
+    ) -> None:  # fmt: skip
+        """Draw bars from 0 to `heights`, centred at x."""
+        label = self._keep(mark, line, x=x, y=heights)
+        for bar in self.axes.bar(x, heights, width, color=look.colour):
+            bar.set_label(label)
+
     def cells(
         self, mark: str, line: str, xs: Sequence[float], ys: Sequence[float],
         values: Sequence[Sequence[float]], limits: tuple[float, float],
@@ -169,3 +178,36 @@ def engineering(axis: Any) -> None:
     """Label an axis with 1 k, 20 M, 3 G."""
     formatter = imported("matplotlib.ticker").EngFormatter
     axis.set_major_formatter(formatter(sep=""))
+
+
+def short(module: str) -> str:
+    """self_attn.q_proj -> q, mlp.down_proj -> down."""
+    return module.rpartition(".")[2].removesuffix("_proj")
+
+
+def panels(
+    modules: Sequence[str], height: float, legend: int, **given: Any
+) -> tuple[Any, list[Any]]:
+    """Return a Sheet with two columns of axes, one for each module, as many as there are."""
+    columns = min(2, len(modules))
+    rows = -(-len(modules) // columns)
+    made, axes = sheet([height] * rows, columns=columns, legend=legend, **given)
+    flat = [ax for row in axes for ax in row]
+    for spare in flat[len(modules) :]:
+        spare.set_visible(False)
+    return made, flat[: len(modules)]
+
+
+def label_lowest(axes: Sequence[Any], label: str) -> None:
+    """Label the x axis of the lowest panel of each column, where the others share it."""
+    for ax in axes[-2:]:
+        ax.set_xlabel(label)
+        ax.tick_params(labelbottom=True)
+
+
+def some_ticks(ax: Any, steps: Sequence[int], numbers: Sequence[int]) -> None:
+    """Name a few columns and rows."""
+    places = range(0, len(steps), max(1, -(-len(steps) // 4)))
+    ax.set_xticks(list(places), [f"{steps[place]:,}" for place in places])
+    rows = range(0, len(numbers), max(1, -(-len(numbers) // 6)))
+    ax.set_yticks(list(rows), [str(numbers[row]) for row in rows])

@@ -17,11 +17,13 @@ from peptrain.runs.directory import RunDir
 from peptrain.settings import toml
 
 COMPARISON = "runs.json"
-SPECTRA = ".spectra"
+LINE = "line.csv"
 
 
 def read(paths: Sequence[Path]) -> Source:
-    """Read runs, or one directory of `compare`, of which the runs at the best rates are taken.
+    """Read runs, one directory of `compare`, or directories of `analyze --line`.
+
+    Of a comparison the runs at the best rates are taken.
 
     Raises CheckpointError for a path that is neither, for the same run twice, and for damaged
     tables; ConfigError for a config.toml that is not TOML.
@@ -35,15 +37,30 @@ def read(paths: Sequence[Path]) -> Source:
         )
     if compared:
         return _comparison(compared[0])
+    lines = [path for path in paths if is_line(path)]
+    if lines and len(paths) > len(lines):
+        raise CheckpointError(
+            f"{lines[0]}: is a line between two models, which is drawn with other lines only; leave"
+            " out the other paths"
+        )
     twice = [str(path) for path, n in Counter(p.resolve() for p in paths).items() if n > 1]
     if twice:
         raise CheckpointError(f"{twice[0]}: given twice; leave out one of them")
-    return Source([read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)])
+    named = list(zip(paths, _names(paths), strict=True))
+    if lines:
+        tables = [(name, _table(path / LINE)) for path, name in named]
+        return Source(along=[{"pair": name, **row} for name, rows in tables for row in rows])
+    return Source([read_run(path, name) for path, name in named])
 
 
 def is_comparison(path: Path) -> bool:
     """Return whether a directory is one that `compare` has written."""
     return (path / COMPARISON).is_file() and not (path / "config.toml").exists()
+
+
+def is_line(path: Path) -> bool:
+    """Return whether a directory is one that `analyze --line` has written."""
+    return (path / LINE).is_file() and not (path / "config.toml").exists()
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -60,15 +77,13 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def read_run(path: Path, name: str, configuration: str = "") -> RunRows:
     """Read what a run directory contains."""
     run = RunDir.open(path)
-    tables = _tables(path / "analysis")
-    last = max(tables, default=None)
-    spectra = path / "analysis" / f"{last}{SPECTRA}.csv"
+    tables, spectra = _tables(path / "analysis", ""), _tables(path / "analysis", ".spectra")
     return RunRows(
         name=name,
         rows=list(run.metrics()),
         settings=_flat(toml.read(run.config_file, "")),
         analysis=[row for step in sorted(tables) for row in _table(tables[step])],
-        spectra=_table(spectra) if spectra.is_file() else [],
+        spectra=[row for step in sorted(spectra) for row in _table(spectra[step])],
         evaluations=_entries(path / "eval.json"),
         data=next((str(e["data"]) for e in _entries(path / "env.json") if "data" in e), ""),
         configuration=configuration,
@@ -85,9 +100,11 @@ def _flat(table: Row, before: str = "") -> dict[str, Any]:
     return found
 
 
-def _tables(folder: Path) -> dict[int, Path]:
-    """Return the tables of an analysis by step."""
-    return {int(path.stem): path for path in folder.glob("*.csv") if path.stem.isdecimal()}
+def _tables(folder: Path, kind: str) -> dict[int, Path]:
+    """Return the tables of an analysis by step, STEP.csv, or those of a kind: STEP.spectra.csv."""
+    ends = f"{kind}.csv"
+    steps = {path: path.name.removesuffix(ends) for path in folder.glob(f"*{ends}")}
+    return {int(step): path for path, step in steps.items() if step.isdecimal()}
 
 
 def _table(path: Path) -> list[dict[str, Any]]:

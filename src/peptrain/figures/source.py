@@ -30,7 +30,7 @@ class RunRows:
     analysis: Sequence[Row] = ()
     """Of RUN/analysis/STEP.csv."""
     spectra: Sequence[Row] = ()
-    """Of RUN/analysis/STEP.spectra.csv, of the last step."""
+    """Of RUN/analysis/STEP.spectra.csv."""
     evaluations: Sequence[Row] = ()
     """Of eval.json."""
     data: str = ""
@@ -84,6 +84,8 @@ class Source:
     """The rest of runs.json: what is equal, caption and notes."""
     left_out: Sequence[str] = ()
     """What was not read, and why."""
+    along: Sequence[Row] = ()
+    """Of the tables of `analyze --line`, each with the name of its "pair"."""
 
     @property
     def groups(self) -> dict[str, list[RunRows]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peptrain.figures.catalogue import FIGURES
 from peptrain.figures.panel import COLUMNS
-from peptrain.figures.read import is_comparison, read
+from peptrain.figures.read import is_comparison, is_line, read
 from peptrain.figures.save import SUFFIXES, save
 from peptrain.figures.source import LABELS, Axis, View
 from peptrain.figures.style import imported
@@ -31,8 +31,8 @@ def plot(
     """Draw runs, or a directory of `compare`, to `out`; return it. Its numbers go to OUT.csv.
 
     The suffix of `out` is .svg, .png or .pdf. figure: a name in docs/report.md, by default the
-    loss, of a comparison the loss over learning rates. x: of curves over training. what: of
-    dynamics. The runs may be in training.
+    loss, of a comparison the loss over learning rates, of directories of `analyze --line` those
+    lines. x: of curves over training. what: of dynamics. The runs may be in training.
 
     Raises ConfigError for a setting, and where OUT.csv is a file of something else;
     CheckpointError for what can't be read; PeptrainError where matplotlib is missing or the runs
@@ -40,7 +40,7 @@ def plot(
     """
     suffix = out.suffix.removeprefix(".")
     check(suffix in SUFFIXES, "--out", out, "a name that ends in .svg, .png or .pdf")
-    name = figure or ("rates" if is_comparison(paths[0]) else "loss") if paths else "loss"
+    name = figure or _usual(paths)
     check(name in FIGURES, "--figure", name, f"one of {', '.join(FIGURES)}")
     check(x in LABELS, "--x", x, f"one of {', '.join(LABELS)}")
     imported("matplotlib")
@@ -51,6 +51,13 @@ def plot(
         log.warning("%s", note)
     save(drawn, out, name)
     return out
+
+
+def _usual(paths: Sequence[Path]) -> str:
+    """Return the figure that is drawn where none is chosen."""
+    if not paths:
+        return "loss"
+    return "rates" if is_comparison(paths[0]) else "line" if is_line(paths[0]) else "loss"
 
 
 def _check_numbers(out: Path) -> None:

@@ -51,12 +51,12 @@ class Section:
     """With their SVG."""
     missing: list[str] = field(default_factory=list)
 
-    def draw(self, name: str, source: Source, view: View) -> None:
-        """Add a figure, or why it can't be drawn."""
+    def draw(self, name: str, source: Source, view: View, *, silent: bool = False) -> None:
+        """Add a figure, or why it can't be drawn unless `silent`."""
         try:
             drawn = FIGURES[name](source, view)
         except NotMeasured as error:
-            self.missing.append(str(error))
+            self.missing += [] if silent else [str(error)]
             return
         unique = re.sub(r"\W+", "-", f"{self.title}-{len(self.figures)}").lower()
         svg = rendered(drawn.figure, "svg", unique).decode()
@@ -95,7 +95,7 @@ def report(paths: Sequence[Path], out: Path) -> Path:
 def _title(source: Source, paths: Sequence[Path]) -> str:
     if source.trials:
         return f"Comparison {shown(paths[0].resolve().name)}"
-    names = [run.name for run in source.runs]
+    names = [run.name for run in source.runs] or [shown(path.resolve().name) for path in paths]
     return ", ".join(names) if len(names) <= 3 else f"{len(names)} runs"
 
 
@@ -108,6 +108,9 @@ def _inline(svg: str) -> str:
 
 def _sections(source: Source) -> Iterator[Section]:
     """Return what there is to show. Why something is missing is said where first."""
+    if source.along:
+        yield _between(source)
+        return
     made = [_settings(source), _curves(source), _dynamics(source), _speed(source),
             _held_out(source)]  # fmt: skip
     if source.trials:
@@ -118,6 +121,12 @@ def _sections(source: Source) -> Iterator[Section]:
         said.update(section.missing)
         if section.text or section.tables or section.figures or section.missing:
             yield section
+
+
+def _between(source: Source) -> Section:
+    made = Section("Between two models")
+    made.draw("line", source, View())
+    return made
 
 
 def _settings(source: Source) -> Section:
@@ -199,4 +208,6 @@ def _comparison(source: Source) -> Section:
     made.missing += [shown(note) for note in notes] if isinstance(notes, list) else []
     for name in ("rates", "frontier"):
         made.draw(name, source, View())
+    for name in ("grid", "scaling"):  # of those that vary settings or sizes
+        made.draw(name, source, View(), silent=True)
     return made
