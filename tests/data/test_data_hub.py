@@ -200,6 +200,7 @@ def test_killed_after_any_commit_it_goes_on_from_there(hub, config):
     assert number > 3
 
 
+@pytest.mark.slow
 def test_killed_in_a_mixture_of_a_stream_and_a_file_it_ends_with_the_same_bytes(
     hub, waits, config, by_file
 ):

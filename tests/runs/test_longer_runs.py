@@ -180,6 +180,7 @@ def test_killed_at_any_step_of_the_way_it_becomes_the_same_longer_run(
     assert is_longer(planned, tmp_path / "longer")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_becomes_longer_too(corpus: Path, tmp_path: Path) -> None:
     train(wsd("loro", corpus, tmp_path / "longer", LONGER))
     with pytest.raises(Killed):
@@ -188,7 +189,7 @@ def test_an_interrupted_run_becomes_longer_too(corpus: Path, tmp_path: Path) -> 
     assert is_longer(tmp_path / "run", tmp_path / "longer")
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("kind", ["cosine", pytest.param("linear", marks=pytest.mark.slow)])
 def test_other_schedules_need_the_one_that_follows(kind: str, corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = wsd("full", corpus, run)
