@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peptrain.analysis.table import write_tables
+
 Row = dict[str, Any]
 TOKENS = 2 * 8
 """Of a step."""
@@ -74,8 +76,6 @@ def finished(path: Path, **settings: Any) -> Path:
 
 def analyzed(path: Path, what: str = "from_start") -> Path:
     """Add the tables of an analysis at step 40."""
-    folder = path / "analysis"
-    folder.mkdir()
     lines, spectra = (
         ["run,step,layer,module,what,head,per"],
         ["run,step,layer,module,what,head,sigma"],
@@ -86,8 +86,9 @@ def analyzed(path: Path, what: str = "from_start") -> Path:
             sigma = " ".join(f"{draw.random():.6e}" for _ in range(8))
             lines.append(f"x,40,{layer},{module},{what},,0.5")
             spectra.append(f"x,40,{layer},{module},{what},,{sigma}")
-    (folder / "40.csv").write_text("\n".join(lines) + "\n")
-    (folder / "40.spectra.csv").write_text("\n".join(spectra) + "\n")
+    texts = {"csv": lines, "spectra.csv": spectra}
+    files = {suffix: "\n".join(text) + "\n" for suffix, text in texts.items()}
+    write_tables(path / "analysis", "40", files, {})
     return path
 
 

@@ -17,9 +17,9 @@ from peptrain.errors import CheckpointError, Unsupported
 from peptrain.models.auto import load_model
 from peptrain.models.sites import ReparamLinear, decoder_layers, find_sites
 from peptrain.runs.build import Opened, bounds, open_run
-from peptrain.runs.checkpoint import SUMS, available, step_of
+from peptrain.runs.checkpoint import available, step_of
 from peptrain.runs.directory import RunDir
-from peptrain.runs.select import at, find
+from peptrain.runs.select import at, checksums
 from peptrain.settings.fields import intervals
 
 if TYPE_CHECKING:
@@ -134,9 +134,7 @@ def digest(source: Source) -> str:
     if source.opened is None:
         files = sorted(source.path.glob("*.safetensors"))
         return " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
-    directory, _ = find(source.opened.run, source.opened.saved.step)
-    step = source.opened.saved.step
-    return (directory / f"step-{step:08d}" / SUMS).read_text(encoding="utf-8")
+    return checksums(source.opened.run, source.opened.saved.step)
 
 
 def weight_of(layer: Linear, device: torch.device | str = "cpu") -> Tensor:

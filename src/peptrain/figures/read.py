@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peptrain.analysis.table import read_table
-from peptrain.display.terminal import one_line
+from peptrain.analysis.table import check_table, read_table
+from peptrain.display.terminal import one_line, quoted
 from peptrain.errors import CheckpointError
 from peptrain.figures.source import Row, RunRows, Source
 from peptrain.files import leading_out, read_json, read_json_object
 from peptrain.runs.directory import RunDir
+from peptrain.runs.select import checksums
 from peptrain.settings import toml
 
 COMPARISON = "runs.json"
@@ -59,19 +60,19 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def read_run(path: Path, name: str, configuration: str = "") -> RunRows:
     """Read what a run directory contains."""
-    run = RunDir.open(path)
-    tables = _tables(path / "analysis")
-    last = max(tables, default=None)
-    spectra = path / "analysis" / f"{last}{SPECTRA}.csv"
+    run, left_out = RunDir.open(path), list[str]()
+    lines = {step: _table(run, step, "", left_out) for step in _steps(path / "analysis")}
+    last = max(lines, default=None)
     return RunRows(
         name=name,
         rows=list(run.metrics()),
         settings=_flat(toml.read(run.config_file, "")),
-        analysis=[row for step in sorted(tables) for row in _table(tables[step])],
-        spectra=_table(spectra) if spectra.is_file() else [],
+        analysis=[row for found in lines.values() for row in found],
+        spectra=[] if last is None else _table(run, last, SPECTRA, left_out),
         evaluations=_entries(path / "eval.json"),
         data=next((str(e["data"]) for e in _entries(path / "env.json") if "data" in e), ""),
         configuration=configuration,
+        left_out=left_out,
     )
 
 
@@ -85,14 +86,34 @@ def _flat(table: Row, before: str = "") -> dict[str, Any]:
     return found
 
 
-def _tables(folder: Path) -> dict[int, Path]:
-    """Return the tables of an analysis by step."""
-    return {int(path.stem): path for path in folder.glob("*.csv") if path.stem.isdecimal()}
+def _steps(folder: Path) -> list[int]:
+    """Return the steps of which there are tables of an analysis, ascending."""
+    return sorted(int(path.stem) for path in folder.glob("*.csv") if path.stem.isdecimal())
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = _sound(path, lambda: read_table(path))
-    return found
+def _table(run: RunDir, step: int, suffix: str, left_out: list[str]) -> list[dict[str, Any]]:
+    """Return the lines of a table of an analysis; none, with a note, if it is not as written.
+
+    It may be damaged, of other weights, or about to be written again by `peptrain analyze`.
+    """
+    path = run.path / "analysis" / f"{step}{suffix}.csv"
+    try:
+        check_table(path, f"{step}", _checksums(run, step))
+        return read_table(path)
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        left_out.append(
+            f"{path}: left out: {why}; repeat `peptrain analyze {quoted(run.path)}`, or delete it"
+        )
+        return []
+
+
+def _checksums(run: RunDir, step: int) -> str | None:
+    """Return the checksums of the checkpoint of a step, None if it is not kept."""
+    try:
+        return checksums(run, step)
+    except CheckpointError:
+        return None
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

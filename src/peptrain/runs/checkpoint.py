@@ -216,8 +216,13 @@ def delete_old(directory: Path, step: int, keep: Keep) -> None:
         shutil.rmtree(_path(directory, old), ignore_errors=True)
 
 
+def name_of(step: int) -> str:
+    """Return the name of the directory of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
 def _path(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}"
+    return directory / name_of(step)
 
 
 def last_good(directory: Path) -> str:

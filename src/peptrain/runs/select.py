@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from peptrain.errors import CheckpointError, ConfigError
-from peptrain.runs.checkpoint import available, step_of
+from peptrain.runs.checkpoint import SUMS, available, name_of, step_of
 from peptrain.runs.directory import RunDir
 from peptrain.runs.ends import config_file, ends
 from peptrain.settings.fields import check
@@ -51,6 +51,18 @@ def find(run: RunDir, step: int) -> tuple[Path, Path]:
             return directory, file
     kept = {step for place in places for step in map(step_of, available(place / "checkpoints"))}
     raise CheckpointError(f"{run.path}@{step}: no checkpoint of that step is kept; {_listed(kept)}")
+
+
+def checksums(run: RunDir, step: int) -> str:
+    """Return the checksums of the files of a checkpoint, which change with its weights.
+
+    Raises CheckpointError if it is not kept or they can't be read.
+    """
+    file = find(run, step)[0] / name_of(step) / SUMS
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: can't be read: {error}; choose another step") from error
 
 
 def _listed(steps: set[int]) -> str:
