@@ -55,7 +55,7 @@ def eval_run(
         step: Step of the checkpoint, or all that are kept. Unset: the latest.
         device: auto uses a GPU if there is one.
     """
-    from peptrain.runs.select import chosen
+    from peptrain.runs.select import chosen, may_vanish
 
     every = chosen(run, step)
     if tasks or len(data) > 1 or not is_of_run(run):
@@ -71,7 +71,8 @@ def eval_run(
     for flag, given in asked:
         check(given is None, flag, str(given), "given with --tasks")
     for one in every:
-        _held_out(one, next(iter(data), None), batch_size, legacy, device)
+        with may_vanish(one, step == "all"):
+            _held_out(one, next(iter(data), None), batch_size, legacy, device)
     say(f"export the model with `peptrain export {shlex.quote(str(run))} --out DIR`")
 
 
@@ -210,15 +211,16 @@ def export_run(
             the latest.
     """
     from peptrain.exporting.export import export
-    from peptrain.runs.select import at, chosen
+    from peptrain.runs.select import at, chosen, may_vanish
 
     loader = "transformers.AutoModelForCausalLM.from_pretrained"
     if form == "factorised":
         loader = "peptrain.load_factorised"
     for one in chosen(run, step):
         place = out / str(at(one)[1]) if step == "all" else out
-        export(one, place, form)
-        say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
+        with may_vanish(one, step == "all"):
+            export(one, place, form)
+            say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
 
 
 def watch_run(run: Positional[Path]) -> None:
