@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from peptrain import recipes
 from peptrain.cli.parsing import UNSET
 from peptrain.display.console import console, print_wide, say
+from peptrain.display.terminal import quoted
 from peptrain.display.training import count
 from peptrain.settings.fields import check
 
@@ -73,7 +73,7 @@ def eval_run(
     for one in every:
         with may_vanish(one, step == "all"):
             _held_out(one, next(iter(data), None), batch_size, legacy, device)
-    say(f"export the model with `peptrain export {shlex.quote(str(run))} --out DIR`")
+    say(f"export the model with `peptrain export {quoted(run)} --out DIR`")
 
 
 def is_of_run(path: Path) -> bool:
@@ -263,7 +263,7 @@ def prepare_command() -> Callable[..., None]:
             f" {made.losses}, {count(made.shards, 'shard')}{skipped}"
             f"{', resumed' if made.resumed else ''}"
         )
-        say(f"train on it with `peptrain train loro --data.path {shlex.quote(str(made.path))}`")
+        say(f"train on it with `peptrain train loro --data.path {quoted(made.path)}`")
 
     command.__annotations__["config"] = Annotated[Prepare, arg(name="")]
     return command

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from rich.live import Live
 
 from peptrain.display.console import console, say
+from peptrain.display.terminal import quoted
 from peptrain.display.watching import TALLEST, RunView
 from peptrain.errors import CheckpointError, Interrupted, PeptrainError
 from peptrain.runs.directory import LOCK, RunDir
@@ -77,7 +77,7 @@ class Watched:
             raise PeptrainError(f"{view.name}: diverged: {last['error']}")
         if last is None and not self._running:
             at = f"at step {view.step:,} of {view.steps:,}"
-            how = f"; resume it with `peptrain resume {shlex.quote(view.name)}`"
+            how = f"; resume it with `peptrain resume {quoted(view.name)}`"
             if self._holder:
                 raise PeptrainError(f"{view.name}: crashed {at}: {self._holder} is gone{how}")
             raise PeptrainError(f"{view.name}: not running, {at}{how}")

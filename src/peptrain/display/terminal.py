@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import rich.console
-from rich.console import ConsoleOptions, RenderableType
+from rich.console import ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 UNSAFE = re.compile(
@@ -16,6 +16,8 @@ UNSAFE = re.compile(
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # they change the direction of what follows
     "\u2028\u2029\ud800-\udfff]"  # other line ends, and the bytes of a path that is not UTF-8
 )
+NARROWEST = 20
+"""Columns. Below that lines of a table or of the help would be empty, and COLUMNS may say 0."""
 
 
 def escaped(text: str) -> str:
@@ -42,6 +44,16 @@ def quoted(path: Path | str) -> str:
 
 class Console(rich.console.Console):
     """rich's console. All text printed on it passes `render`, also that of logs and displays."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """The size of the terminal, or what COLUMNS says, but at least `NARROWEST` columns."""
+        width, height = super().size
+        return ConsoleDimensions(max(width, NARROWEST), height)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

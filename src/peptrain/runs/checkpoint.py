@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peptrain.display.terminal import quoted
 from peptrain.errors import CheckpointError
 from peptrain.files import open_up, read_json_object, scratch, sha256sums
 from peptrain.settings.fields import shown
@@ -230,7 +231,7 @@ def last_good(directory: Path) -> str:
     found = available(directory)
     if not found:
         return "there is no earlier checkpoint"
-    again = f"resume from it with `peptrain resume {directory.parent}`"
+    again = f"resume from it with `peptrain resume {quoted(directory.parent)}`"
     return f"the last good checkpoint is {found[-1]} ({again})"
 
 

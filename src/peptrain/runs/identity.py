@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peptrain.config import RunConfig
+from peptrain.display.terminal import quoted
 from peptrain.errors import CheckpointError
 from peptrain.methods.base import Method
 from peptrain.models.hf import config_file
@@ -91,11 +92,10 @@ def check_settings(
 
 def _instead(key: str, value: object, step: int, method: str, run: Path) -> str:
     if key == "train.steps":
-        return f"and make the run longer with `peptrain resume {run} --train.steps {value}`"
-    flag = f"--{key.replace('_', '-')} {value}"
+        return f"and make the run longer with `peptrain resume {quoted(run)} --train.steps {value}`"
+    point, flag = quoted(f"{run}@{step}"), f"--{key.replace('_', '-')} {value}"
     return (
-        "and change it in a new run, with"
-        f" `peptrain train {method} --continue-from {run}@{step} {flag}`"
+        f"and change it in a new run, with `peptrain train {method} --continue-from {point} {flag}`"
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from peptrain.config import RunConfig, dump
 from peptrain.data import Corpus
+from peptrain.display.terminal import quoted
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError
 from peptrain.loggers import chosen
@@ -152,4 +153,4 @@ def take_back_later(
 
 def how_to_resume(run: RunDir) -> str:
     """Name the command that resumes `run`."""
-    return f"resume with `peptrain resume {run.path}`"
+    return f"resume with `peptrain resume {quoted(run.path)}`"

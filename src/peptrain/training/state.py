@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from peptrain.config import RunConfig, load
 from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
+from peptrain.display.terminal import quoted
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError, ConfigError, DataError, Diverged
 from peptrain.execution.forward_backward import ForwardBackward
@@ -251,7 +252,7 @@ def diverged(what: str, run: RunDir) -> Diverged:
     if not found:
         return Diverged(f"{what}; there is no earlier checkpoint; train again {lower}")
     method = load(run.config_file).method.name
-    point = f"{run.path}@{checkpoint.step_of(found[-1])}"
+    point = quoted(f"{run.path}@{checkpoint.step_of(found[-1])}")
     return Diverged(
         f"{what}; the last good checkpoint is {found[-1]}, nothing was saved since; start a run"
         f" from it {lower}: `peptrain train {method} --continue-from {point} --optim.lr LR`"
