@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from support import tiny, tiny_method
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peptrain.adaptation import Adapted, adapt
 from peptrain.config import RunConfig, resolved
@@ -127,6 +128,49 @@ def test_linear_layers_that_others_read_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(16, 16), encoder, nn.Linear(16, 16))
     adapt(model, LoRA(rank=2), steps=4)
     assert [layer.site for layer in reparametrized(model)] == ["0", "2"]
+
+
+class Doubled(nn.Linear):
+    """A subclass with another formula."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    """A subclass that computes the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight.T) + self.bias
+
+
+def decoder(layer: nn.Linear) -> nn.Module:
+    """A Hugging Face decoder in which a subclass has the place of a matrix."""
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=40,
+                    num_attention_heads=2)
+    )  # fmt: skip
+    model.model.layers[0].mlp.up_proj = layer
+    return model
+
+
+@pytest.mark.parametrize("method", [BPT(rank=2), LORO(rank=2)])
+@pytest.mark.parametrize("hugging_face", [True, False])
+def test_only_layers_that_compute_a_linear_map_are_replaced(
+    hugging_face: bool, method: Method, caplog: pytest.LogCaptureFixture
+) -> None:
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    for layer, fits in ((Doubled(16, 16), False), (Renamed(16, 16), True), (normed, False)):
+        if hugging_face:
+            model = decoder(layer)
+        else:
+            model = nn.Sequential(nn.Linear(16, 16), nn.Sequential(layer))
+        with caplog.at_level("INFO", "peptrain"):
+            adapt(model, method, steps=4)
+        assert (layer not in set(model.modules())) is fits
+        name = "model.layers.0.mlp.up_proj" if hugging_face else "1.0"
+        assert (f"not x Wᵀ + bias: {name}" in caplog.text) is not fits
+        caplog.clear()
 
 
 class Tied(nn.Module):

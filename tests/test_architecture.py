@@ -17,7 +17,7 @@ ROOT = Path(peptrain.__file__).parent
 FILES = {str(p.relative_to(ROOT)): p for p in sorted(ROOT.rglob("*.py"))}
 
 LEVELS = (
-    "errors.py, files.py, rng.py",
+    "errors.py, files.py, rng.py, text.py",
     "settings",
     "distributed",
     "display",
@@ -46,7 +46,7 @@ LEVELS = (
     "__main__.py, __init__.py",
 )
 """The rooms, lowest first: a file imports from its own room and from lower ones."""
-OF_DATA = ("errors.py", "settings/fields.py", "files.py", "settings/__init__.py")
+OF_DATA = ("errors.py", "settings/fields.py", "files.py", "text.py", "settings/__init__.py")
 """What data may import of the rest: it could be a package of its own."""
 
 

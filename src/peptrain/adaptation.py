@@ -18,6 +18,7 @@ from peptrain.config import settled
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method, Metrics
 from peptrain.models.dense import densify
+from peptrain.models.probe import is_linear_map
 from peptrain.models.sites import Site, find_sites, reparametrized
 from peptrain.optim import schedule
 from peptrain.optim.adamw import (
@@ -190,6 +191,9 @@ def _sites(model: nn.Module, fresh: bool) -> list[Site]:
         sites = find_sites(model, fresh)
     else:
         sites = [Site(name, parent, _width(model), fresh) for name, parent in _linears(model)]
+    if own := [site.name for site in sites if not is_linear_map(site.linear)]:
+        log.info("not adapted because they are not x Wᵀ + bias: %s", ", ".join(own))
+    sites = [site for site in sites if site.name not in own]
     shared = _shared(model)
     if tied := [site.name for site in sites if id(site.linear.weight) in shared]:
         log.info("not adapted because their weights are shared: %s", ", ".join(tied))
@@ -201,14 +205,14 @@ READ_PAST_FORWARD = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the name and parent of every nn.Linear (subclasses excluded)."""
+    """Yield the name and parent of every nn.Linear, also of subclasses."""
     if isinstance(model, nn.Linear):
         raise ConfigError("model: a bare nn.Linear can't be replaced; wrap it in nn.Sequential")
     for parent_name, parent in model.named_modules():
         if isinstance(parent, READ_PAST_FORWARD):
             continue
         for name, module in parent.named_children():
-            if type(module) is nn.Linear:
+            if isinstance(module, nn.Linear):
                 yield f"{parent_name}.{name}".removeprefix("."), parent
 
 

@@ -11,10 +11,11 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
+from zlib import crc32
 
 J = TypeVar("J", dict[str, Any], list[Any])
 SUFFIX = ".peptrain-tmp"
@@ -22,6 +23,8 @@ SCRATCH = re.compile(r"\..+\.[0-9a-f]{16}" + re.escape(SUFFIX), re.DOTALL)
 """Names of unfinished files and directories. Random, so that nobody can put a link there first."""
 LARGEST_JSON = 64 << 20
 """Bytes. The weight index of a model of 10^5 matrices has 10^7."""
+CHECKSUM = "crc32"
+"""Key of the checksum of a small JSON object."""
 MOST_DIGITS = 1000
 """Of an integer in JSON. Python itself refuses more than 4,300."""
 LONGEST = 50  # characters kept of a name, so that the rest fits into the 255 bytes of a file name
@@ -167,6 +170,19 @@ def _integer(text: str) -> int:
     if len(text) > MOST_DIGITS:
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return JSON values with a checksum of them, its last key."""
+    text = json.dumps(values, sort_keys=True)
+    return {**values, CHECKSUM: f"{crc32(text.encode()):08x}"}
+
+
+def check_sealed(found: Mapping[str, Any]) -> None:
+    """Raise ValueError if values that `sealed` returned have changed. Older ones lack the key."""
+    values = {key: value for key, value in found.items() if key != CHECKSUM}
+    if CHECKSUM in found and sealed(values) != found:
+        raise ValueError("does not match its checksum")
 
 
 def sha256sums(directory: Path, names: Iterable[str]) -> str:

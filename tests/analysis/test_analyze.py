@@ -13,6 +13,7 @@ from support import tiny, tiny_method
 from torch import Tensor
 
 from peptrain.analysis import analyze as module
+from peptrain.analysis import source as sources
 from peptrain.analysis.analyze import analyze
 from peptrain.analysis.measures import EXTRA
 from peptrain.analysis.source import open_source, weight_of
@@ -307,6 +308,38 @@ def test_a_checkpoint_that_training_deletes_meanwhile_is_skipped(
     analyze([run], probe=0)
     assert "full@1: deleted by the training meanwhile, skipped" in caplog.text
     assert {p.stem for p in (run / "analysis").glob("*.json")} == {"0", "2", str(STEPS)}
+
+
+def test_a_comparison_with_a_step_that_training_deletes_meanwhile_is_left_out(
+    tmp_path: Path, corpus: Path, monkeypatch: Any
+) -> None:
+    run = trained(tmp_path, corpus, "full", keep_at="0,1,2", keep=1, checkpoint_every=0)
+    real = sources.kept_steps
+
+    def deleting(found: Any) -> list[int]:
+        steps = real(found)
+        shutil.rmtree(run / "checkpoints" / "step-00000001", ignore_errors=True)
+        return steps
+
+    monkeypatch.setattr(sources, "kept_steps", deleting)
+    assert analyze([Path(f"{run}@2")], probe=0) == [run / "analysis" / "2.csv"]
+    said = json.loads((run / "analysis" / "2.json").read_text())
+    assert said["compared_with"]["before"] is None
+    assert said["not_measured"]["update"] == "the checkpoint of step 1 was deleted meanwhile"
+
+
+def test_analyze_says_when_training_deletes_every_checkpoint(
+    tmp_path: Path, corpus: Path, monkeypatch: Any
+) -> None:
+    run = trained(tmp_path, corpus, "full", keep=1, checkpoint_every=0)
+
+    def deleting(found: Any) -> list[int]:
+        shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}", ignore_errors=True)
+        return [STEPS]
+
+    monkeypatch.setattr(module, "kept_steps", deleting)
+    with pytest.raises(CheckpointError, match=r"deleted every checkpoint .*--train\.keep"):
+        analyze([run], probe=0)
 
 
 def test_extra_columns_are_there_in_every_table(relora: Path) -> None:

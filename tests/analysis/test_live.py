@@ -19,6 +19,7 @@ from peptrain.analysis.table import read_table
 from peptrain.config import resolved
 from peptrain.distributed.world import world
 from peptrain.errors import CheckpointError, ConfigError
+from peptrain.files import CHECKSUM
 from peptrain.methods.lowrank import LowRank
 from peptrain.runs.directory import NEWEST, RunDir
 from peptrain.testing import STEPS, differences, newest
@@ -29,7 +30,8 @@ SETTINGS = {"observe": "dynamics", "observe_budget": 1.0, "device": "cpu", "chec
 
 
 def stored(run: Path) -> list[Choice]:
-    return [Choice(**entry) for entry in json.loads((run / FILE).read_text())]
+    entries = json.loads((run / FILE).read_text())
+    return [Choice(**{k: v for k, v in entry.items() if k != CHECKSUM}) for entry in entries]
 
 
 def prepared(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
@@ -210,7 +212,10 @@ def test_a_damaged_choice_is_named(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(Killed):
         train(tiny("full", corpus, run, train=SETTINGS), kill_at("checkpoint", 4))
-    for text in ("[]", '[{"after": 2}]', '[{"after": 2, "every": -1, "stride": 1}]', "{"):
+    (stored, *_) = json.loads((run / FILE).read_text())
+    changed = json.dumps([stored | {"every": stored["every"] + 1}])
+    wrong = ("[]", "[null]", '[{"after": 2}]', '[{"after": 2, "every": -1, "stride": 1}]', "{")
+    for text in (*wrong, changed):
         (run / FILE).write_text(text)
         with pytest.raises(CheckpointError, match=r"observe\.json: damaged .* delete it"):
             resume(run)

@@ -43,7 +43,7 @@ def raising(error: BaseException) -> None:
         (lambda: raising(torch.OutOfMemoryError(CUDA)), f"{MEMORY}: tried to allocate 20.00 GiB"),
         (lambda: raising(MemoryError()), f"out of memory{SMALLER}"),
         (allocate, f"out of memory: tried to allocate 4611686018427387904 bytes{SMALLER}"),
-        (lambda: raising(OSError(28, "No space left", "x")), "[Errno 28] No space left: 'x'"),
+        (lambda: raising(OSError(28, "No space left", "x")), "x: No space left; free some space"),
         (lambda: raising(ConfigError("train.steps: no")), "train.steps: no"),
     ],
 )  # fmt: skip
@@ -128,12 +128,31 @@ def test_home_is_expanded_in_every_path_of_the_command_line(
         assert main(line.split()) == 1
         said = capsys.readouterr().err
         assert f"{tmp_path}/x" in said and said.count("\n") == 1
-    for line in (["train", "full", "--run="], ["train", "--config="], ["eval", "~nobody-at-all"]):
-        assert main(line) == 1
-        assert capsys.readouterr().err.startswith("error: path: ")
+    assert main(["eval", "~nobody-at-all"]) == 1
+    assert capsys.readouterr().err.startswith("error: path: ")
 
 
 def test_an_unknown_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--tyro-print-completion", "ve"]) == 1
     wanted = "error: --tyro-print-completion: must be one of bash, zsh, fish (got 've')\n"
     assert capsys.readouterr().err == wanted
+
+
+@pytest.mark.parametrize("given", ["", "n" * 256, "d/" * 2100, "~"])
+@pytest.mark.parametrize(
+    "args, flag",
+    [(["eval", "A", "--data"], "--data"), (["export", "A", "--out="], "--out"), (["watch"], "path"),
+     (["train", "full", "--run"], "--run"), (["train", "full", "--config"], "--config")],
+)  # fmt: skip
+def test_what_is_no_path_is_an_error_that_names_its_flag(
+    args: list[str], flag: str, given: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Path, "home", lambda: raising(RuntimeError("No home.")))
+    monkeypatch.setattr(Path, "expanduser", lambda path: Path.home() if str(path) == "~" else path)
+    *rest, last = args
+    assert main([*rest, last + given] if last.endswith("=") else [*args, given]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {flag}: ") and said.count("\n") == 1
+    assert len(said) < 600 and ".;" not in said
+    assert said.strip().endswith((f"(got {given!r})", "give a shorter one", "the complete path"))

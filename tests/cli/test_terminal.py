@@ -4,6 +4,8 @@ import io
 import logging
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from peptrain.cli.app import main
-from peptrain.display.console import log_on, say
-from peptrain.display.terminal import UNSAFE, Console, escaped, one_line
+from peptrain.display.console import log_on, say, widen
+from peptrain.display.terminal import NARROWEST, Console
+from peptrain.text import UNSAFE, escaped, one_line, quoted
 
 BAD = "a\x1b[2Jb\x9b1mc\x85d\u202ee\udcfff\x1b]0;title\x1b\\"
 
@@ -105,3 +108,35 @@ def test_a_log_message_has_its_level_and_breaks_between_words(terminal: bool) ->
     *warning, info = out.getvalue().splitlines()
     assert (" ".join(warning), info) == (f"WARNING {LONG}", "INFO prepared")
     assert (len(warning) > 1) is terminal
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "5"])
+def test_a_terminal_of_no_width_is_one_of_twenty_columns(
+    columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system=None)
+    assert console.width == NARROWEST
+    say("one two three four five six", to=console)
+    assert out.getvalue() == "one two three four\nfive six\n"
+    widen()
+    assert shutil.get_terminal_size().columns >= NARROWEST
+    monkeypatch.setenv("COLUMNS", "33")
+    widen()
+    assert os.environ["COLUMNS"] == "33"
+
+
+@pytest.mark.parametrize("name", ["a", "a b", "-dash", "it's", "$x", "new\nline", "\x1b[1mred",
+                                  "\\'\t\x1b", "\N{PARTY POPPER}", "x\u2028y"])  # fmt: skip
+def test_a_path_in_a_command_that_is_printed_is_read_by_a_shell_as_it_is(
+    name: str, tmp_path: Path
+) -> None:
+    text = quoted(name)
+    assert not UNSAFE.search(text) and "\n" not in text
+    (tmp_path / name).write_text("found")
+    found = subprocess.run(
+        ["bash", "-c", f"cat {text}"], cwd=tmp_path, capture_output=True, timeout=60, text=True,
+        env=os.environ | {"LC_ALL": "C.UTF-8"},
+    )  # fmt: skip
+    assert found.stdout == "found", found.stderr

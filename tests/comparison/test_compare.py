@@ -29,8 +29,10 @@ import peptrain.comparison.workers
 import peptrain.runs.lock
 from peptrain.cli.app import main
 from peptrain.cli.progress import comparing, standing
+from peptrain.comparison import compare as module
 from peptrain.comparison.compare import compare
 from peptrain.comparison.grid import GridRun, load_grid
+from peptrain.comparison.table import Comparison, as_csv
 from peptrain.comparison.workers import Job, Status, Working, visible_gpus
 from peptrain.config import load
 from peptrain.data import Corpus
@@ -323,6 +325,26 @@ def test_a_signal_lets_runs_save_and_the_same_call_goes_on(
     assert "| full | unfinished |" in (out / "table.md").read_text()
     fakes.does = {}
     assert compare(grid, out, 2).lines[0].finished == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_while_the_table_is_written_ends_the_call_after_it(
+    number: int, fakes: Fakes, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+
+    def signalled(made: Comparison) -> str:
+        os.kill(os.getpid(), number)
+        return as_csv(made)
+
+    monkeypatch.setattr(module, "as_csv", signalled)
+    with pytest.raises(Interrupted, match=r"stopped and saved, 4 of 4 runs finished; run") as ended:
+        compare(grid, out, 2)
+    assert ended.value.code == (130 if number == signal.SIGINT else os.EX_TEMPFAIL)
+    monkeypatch.setattr(module, "as_csv", as_csv)
+    written = {name: (out / name).read_bytes() for name in ("table.csv", "table.md", "runs.json")}
+    assert written["table.csv"].decode() == as_csv(compare(grid, out, 2))
+    assert all((out / name).read_bytes() == content for name, content in written.items())
 
 
 def test_a_run_that_others_stopped_has_not_failed(

@@ -318,3 +318,14 @@ def test_nothing_is_said_of_steps_that_are_not_known_yet(caplog: pytest.LogCaptu
     caplog.clear()
     runs(f'equal = "flops"\n{text}')
     assert caplog.messages == [of_any]
+
+
+def test_a_product_of_too_many_runs_is_refused_before_it_is_expanded() -> None:
+    block = {"method": {"name": "full"}, "optim": {"lr": [n * 1e-6 for n in range(1, 20_001)]},
+             "train": {"seed": list(range(200))}}  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        expand({"grid": [block]})
+    assert str(error.value) == (
+        "[[grid]] 1: optim.lr, train.seed: 20,000 x 200 values are 4000000 runs, and a block has at"
+        " most 10,000; shorten a list"
+    )

@@ -161,6 +161,15 @@ def test_the_usual_end_tokens_are_found(name):
     assert end_id(word_level("a", "b", name), None) == 2
 
 
+def test_a_special_token_is_the_end_before_a_word_that_is_spelled_like_one():
+    tokenizer = word_level("a", "</s>", "<|im_end|>")
+    assert end_id(tokenizer, None) == 1
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    assert end_id(tokenizer, None) == 2
+    tokenizer.add_special_tokens(["</s>"])
+    assert end_id(tokenizer, None) == 1
+
+
 def test_a_named_end_token_is_taken_before_the_usual_ones():
     assert end_id(word_level("a", "</s>", "[SEP]"), "[SEP]") == 2
     with pytest.raises(ConfigError, match=r"eos_token: '<end>' is not in the tokenizer's vocab"):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peptrain.analysis.table import write_tables
+
 Row = dict[str, Any]
 TOKENS = 2 * 8
 """Of a step."""
@@ -77,8 +79,6 @@ MODULES = ("self_attn.q_proj", "mlp.down_proj")
 
 def analyzed(path: Path, what: str = "from_start", seed: int = 3) -> Path:
     """Add the tables of an analysis at steps 20 and 40."""
-    folder = path / "analysis"
-    folder.mkdir()
     draw = random.Random(seed)
     for step in (20, 40):
         lines, spectra = (
@@ -90,16 +90,23 @@ def analyzed(path: Path, what: str = "from_start", seed: int = 3) -> Path:
                 sigma = " ".join(f"{draw.random() * step / 40:.6e}" for _ in range(8))
                 lines.append(f"x,{step},{layer},{module},{what},,0.5")
                 spectra.append(f"x,{step},{layer},{module},{what},,{sigma}")
-        (folder / f"{step}.csv").write_text("\n".join(lines) + "\n")
-        (folder / f"{step}.spectra.csv").write_text("\n".join(spectra) + "\n")
+        texts = {"csv": lines, "spectra.csv": spectra}
+        files = {suffix: "\n".join(text) + "\n" for suffix, text in texts.items()}
+        write_tables(path / "analysis", f"{step}", files, {})
     return path
+
+
+def rewrite(path: Path, text: str, step: int = 40) -> None:
+    """Replace the singular values of a step by `text`, as another analysis would."""
+    table = (path / f"analysis/{step}.csv").read_text()
+    write_tables(path / "analysis", f"{step}", {"csv": table, "spectra.csv": text}, {})
 
 
 def line(path: Path, losses: Sequence[float]) -> Path:
     """The directory of `analyze --line`."""
-    path.mkdir(parents=True)
     rows = [f"a@1,b@1,{n / 10},{loss},640" for n, loss in enumerate(losses)]
-    (path / "line.csv").write_text("\n".join(["one,other,alpha,loss,tokens", *rows]) + "\n")
+    text = "\n".join(["one,other,alpha,loss,tokens", *rows]) + "\n"
+    write_tables(path, "line", {"csv": text}, {})
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import Row, ablation, analyzed, comparison, finished, line, run
+from made import Row, ablation, analyzed, comparison, finished, line, rewrite, run
 
 from peptrain.errors import CheckpointError
 from peptrain.figures.catalogue import FIGURES
@@ -69,10 +69,9 @@ def test_of_what_was_learned_all_runs_show_the_same(seeds: list[Path], tmp_path:
     warm = analyzed(finished(tmp_path / "warm"), what="from_warm")
     both = analyzed(finished(tmp_path / "both"), what="from_warm")
     for step in (20, 40):
-        table = both / f"analysis/{step}.spectra.csv"
-        head, *rows = table.read_text().splitlines()
+        head, *rows = (both / f"analysis/{step}.spectra.csv").read_text().splitlines()
         more = [row.replace("from_warm", "from_start") for row in rows]
-        table.write_text("\n".join([head, *rows, *more]) + "\n")
+        rewrite(both, "\n".join([head, *rows, *more]) + "\n", step)
 
     def said(paths: list[Path], what: str = "weight") -> tuple[str, list[str]]:
         drawn = FIGURES["small-singular"](read(paths), View(what=what))
@@ -103,9 +102,8 @@ def test_a_heat_map_has_the_mean_over_layers_of_each_singular_value(seeds: list[
 
 def test_a_singular_value_of_zero_has_no_logarithm_and_no_cell(tmp_path: Path) -> None:
     made = analyzed(finished(tmp_path / "run"))
-    table = made / "analysis/40.spectra.csv"
-    head, first, *_ = table.read_text().splitlines()
-    table.write_text(f"{head}\n{first.rpartition(',')[0]},1.0e+01 0.0e+00\n")
+    head, first, *_ = (made / "analysis/40.spectra.csv").read_text().splitlines()
+    rewrite(made, f"{head}\n{first.rpartition(',')[0]},1.0e+01 0.0e+00\n")
     drawn = FIGURES["spectrum-heatmap"](read([made]), View(what="from_start"))
     assert [(n["y"], n["value"]) for n in numbers(drawn, x=40)] == [(1, 1.0)]
 
@@ -123,9 +121,8 @@ def test_without_singular_values_a_figure_of_them_names_the_command(tmp_path: Pa
 
 def test_matrices_of_other_names_are_left_to_the_figure_of_all(tmp_path: Path) -> None:
     made = analyzed(finished(tmp_path / "run"))
-    table = made / "analysis/40.spectra.csv"
-    text = table.read_text().replace("self_attn.q_proj", "c_attn").replace("mlp.down_proj", "c_fc")
-    table.write_text(text)
+    text = (made / "analysis/40.spectra.csv").read_text()
+    rewrite(made, text.replace("self_attn.q_proj", "c_attn").replace("mlp.down_proj", "c_fc"))
     with pytest.raises(NotMeasured, match="the runs have c_attn, c_fc; take --figure spectra"):
         FIGURES["small-singular"](read([made]), View())
 

@@ -1,5 +1,6 @@
 """trackio and Weights & Biases, by stand-ins for their packages: no row twice, nothing online."""
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from support import Killed, kill_at, rows, tiny
 
 import peptrain.loggers
 from peptrain.errors import Diverged
+from peptrain.loggers.sending import sending
 from peptrain.training.loop import resume, train
 
 EVERY = {"checkpoint_every": 2, "eval_every": 2, "keep": 9}
@@ -94,6 +96,38 @@ def test_a_run_made_longer_from_an_earlier_step_is_another_series(
     first, second = (one["id"] for one in service.inits)
     assert first != second
     assert [step for step, _ in service.series(second, "train/loss")] == list(range(5, 13))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "null", "[]", "{}", '{"id": 5, "steps": 8, "sent": {}}', "[" * 100_000,
+     '{"id": "01234567", "steps": 8, "sent": [1]}', '{"id": "01234567", "steps": [], "sent": {}}',
+     '{"id": "../../up", "steps": 8, "sent": {}}',
+     '{"id": "01234567", "steps": 8, "sent": {"a": "b"}}',
+     '{"id": "01234567", "steps": 8, "sent": {"step": 3}, "crc32": "0"}'],
+)  # fmt: skip
+@either
+def test_a_damaged_series_is_named_and_nothing_is_sent(
+    name: str, content: str, service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / f"{name}.json"
+    file.write_text(content)
+    with sending(peptrain.loggers.chosen(name), tmp_path, {"train": {"steps": 8}}, 0) as send:
+        send({"event": "step", "step": 1, "loss": 1.0})
+    (said,) = caplog.messages
+    assert said.startswith(f"train.log_to: {name} is off and the run continues without it: {file}:")
+    assert said.endswith("; delete it to begin a new series") and file.read_text() == content
+    assert not service.logged and not service.inits
+
+
+def test_a_series_of_before_checksums_continues(service: Service, tmp_path: Path) -> None:
+    kept = {"id": "01234567", "steps": 8, "sent": {"step": 3}}
+    (tmp_path / "wandb.json").write_text(json.dumps(kept))
+    for step in (2, 4):
+        with sending(peptrain.loggers.chosen("wandb"), tmp_path, {"train": {"steps": 8}}, 2) as to:
+            to({"event": "step", "step": step, "loss": 1.0})
+    assert [one["id"] for one in service.inits] == ["01234567"] * 2
+    assert [step for _, step, _ in service.logged] == [4]
 
 
 def test_wandb_is_offline_unless_the_environment_says_otherwise(

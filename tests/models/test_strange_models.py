@@ -27,6 +27,10 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 16, "n_layer": 2, "n_
 JAMBA = LLAMA | {"model_type": "jamba", "attn_layer_period": 2, "attn_layer_offset": 1,
                  "num_experts": 1, "use_mamba_kernels": False}  # fmt: skip
 
+LLAMA4 = {"model_type": "llama4_text", "vocab_size": 300, "hidden_size": 16, "head_dim": 8,
+          "intermediate_size": 24, "intermediate_size_mlp": 24, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}  # fmt: skip
+
 
 def written(folder: Path, values: dict[str, Any]) -> Path:
     path = folder / "config.json"
@@ -35,7 +39,9 @@ def written(folder: Path, values: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(
-    "values, left", [(MAMBA, "dt_proj"), (BART, "encoder_attn")], ids=["mamba", "bart"]
+    "values, left",
+    [(MAMBA, "dt_proj"), (BART, "encoder_attn"), (LLAMA4, "router")],
+    ids=["mamba", "bart", "llama4"],
 )
 def test_a_matrix_that_is_not_used_as_a_linear_map_stays_dense(
     values: dict[str, Any], left: str, tmp_path: Path

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -240,8 +240,6 @@ def test_no_file_of_a_run_or_comparison_is_overwritten(
 @pytest.mark.parametrize(
     "name, content",
     [
-        ("analysis/3.csv", "run,step\n1,2,3\n"),
-        ("analysis/3.csv", b"\xff\xfe\n"),
         ("eval.json", "{}"),
         ("env.json", "["),
         ("config.toml", "="),
@@ -252,6 +250,49 @@ def test_a_damaged_file_is_named(name: str, content: str | bytes, tmp_path: Path
     (made / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises((CheckpointError, ConfigError), match=re.escape(f"{made / name}: ")):
         report([made], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("name", ["40.csv", "40.spectra.csv"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda table: table.write_bytes(b""),
+        lambda table: table.write_bytes(b"\xff\xfe\n"),
+        lambda table: table.write_text("run,step\n1,2,3\n"),
+        lambda table: table.write_bytes(table.read_bytes()[:-9]),
+        lambda table: table.write_text(table.read_text().replace(",40,1,", ",40,2,")),
+        lambda table: table.with_name("40.json").unlink(),
+        lambda table: table.with_name("40.json").write_text("null"),
+        lambda table: table.with_name("40.json").write_text('{"sha256": null}'),
+    ],
+    ids=["empty", "no text", "foreign", "cut", "changed", "no json", "null", "no checksum"],
+)
+def test_a_damaged_table_of_an_analysis_is_named_and_left_out(
+    damage: Callable[[Path], object], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = analyzed(run(tmp_path / "a run", steps(4)))
+    assert not read([made]).warnings and read([made]).runs[0].analysis
+    damage(made / "analysis" / name)
+    report([made], tmp_path / "report.html")
+    said = [line for line in caplog.messages if line.startswith(f"{made / 'analysis' / name}: ")]
+    assert len(said) == 1 and said[0].endswith(
+        f"; repeat `peptrain analyze '{made}'`, or delete it"
+    )
+    found = read([made]).runs[0]
+    left = found.spectra if "spectra" in name else found.analysis
+    assert {row["step"] for row in left} == {20}
+
+
+def test_tables_of_other_weights_than_a_checkpoint_has_are_left_out(tmp_path: Path) -> None:
+    made = analyzed(run(tmp_path / "run", steps(4)))
+    file = made / "analysis" / "40.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"weights": "those of then"}))
+    assert not read([made]).warnings, "the checkpoint is not kept"
+    checkpoint = made / "checkpoints" / "step-00000040"
+    checkpoint.mkdir()
+    (checkpoint / "SHA256SUMS").write_text("those of now")
+    stale, *_ = read([made]).warnings
+    assert stale.startswith(f"{made / 'analysis' / '40.csv'}: left out: of other weights")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from peptrain.runs.build import open_run
 from peptrain.runs.checkpoint import Keep
 from peptrain.runs.directory import RunDir
 from peptrain.runs.init_from import initial_weights
-from peptrain.runs.select import at, chosen
+from peptrain.runs.select import at, chosen, may_vanish
 from peptrain.testing import STEPS, differences, newest
 from peptrain.training.loop import resume, train
 
@@ -63,6 +63,24 @@ def test_the_steps_to_keep_are_saved_and_kept(
     train(tiny("bpt", corpus, run, train=settings))
     assert step_numbers(run) == kept
     assert [row["step"] for row in rows(run, "checkpoint")] == sorted({*kept, 7})
+
+
+def test_what_the_training_deletes_is_skipped_unless_it_was_asked_for(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tiny("full", corpus, run := tmp_path / "run", train={"keep_at": "0,3", "keep": 1}))
+    measured = []
+    for one in chosen(run, "all"):
+        with may_vanish(one):
+            evaluate(one)
+            measured.append(at(one)[1])
+        shutil.rmtree(run / "checkpoints" / "step-00000003", ignore_errors=True)
+    assert measured == [0, 8] and f"{run}@3: deleted by the training meanwhile" in caplog.text
+    with pytest.raises(CheckpointError, match=r"@3: no checkpoint"), may_vanish(one, False):
+        evaluate(Path(f"{run}@3"))
+    (run / "checkpoints" / "step-00000000" / "state.json").write_text("")
+    with pytest.raises(CheckpointError, match="is damaged"), may_vanish(there := Path(f"{run}@0")):
+        evaluate(there)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -84,6 +84,8 @@ def test_no_number_that_makes_no_sense_is_taken() -> None:
         ("model", "layers", 10**6, "model.layers: must be <= 10000 (got 1000000)"),
         ("data", "path", "a\0b", r"data.path: must be a path (got 'a\x00b')"),
         ("data", "path", "", "data.path: must be a path (got '')"),
+        ("data", "path", "x" * 300, "data.path: 'xxx"),
+        ("data", "path", "x/" * 3000, "data.path: 'x/x"),
         ("data", "path", "~nobody-has-this-name/x", "data.path: '~nobody-has-this-name/x': "),
     ],
 )

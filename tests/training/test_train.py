@@ -104,7 +104,7 @@ def test_of_two_processes_that_make_one_run_the_first_has_it(tmp_path: Path) -> 
 
 def test_an_existing_directory_is_never_touched(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(CheckpointError, match=r"exists and is never overwritten.*peptrain resume"):
+    with pytest.raises(CheckpointError, match=r"never overwritten; choose another$"):
         train(tiny("full", corpus, tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(CheckpointError, match="exists"):
@@ -154,6 +154,20 @@ def test_a_creation_that_was_killed_is_no_hindrance(
     assert not (run / "config.toml").exists()
     train(tiny("full", corpus, run, train={"steps": 1}))
     assert len(losses(run)) == 1 and not list(run.glob(".*"))
+
+
+def test_a_run_is_not_created_past_a_directory_that_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / ".." / "run"
+    with (
+        pytest.raises(CheckpointError, match=r"--run .*run: .*missing is not a directory"),
+        RunDir.create(path, "", lambda run: None),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "missing").mkdir()
+    with RunDir.create(path, "", lambda run: None):
+        pass
+    assert (tmp_path / "run" / "config.toml").is_file()
 
 
 def test_what_is_not_ours_is_kept_after_a_killed_creation(corpus: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from peptrain.models.hf import vocabulary_size
 from peptrain.runs.directory import RunDir
 from peptrain.runs.environment import environment
 from peptrain.runs.lock import lock
-from peptrain.runs.select import at, find
+from peptrain.runs.select import at, find, may_vanish
 from peptrain.settings.fields import check_whole, each_line_once
 
 log = logging.getLogger("peptrain")
@@ -78,17 +78,24 @@ def analyze(
     check_whole("--probe", probe, 0)
     device = torch.device(device)
     jobs = list(_jobs(paths, out))
+    written = []
     with each_line_once():
         for number, job in enumerate(jobs):
-            if (source := _opened(job)) is None:
-                continue
-            each = len(source.layers)
+            with may_vanish(job.path, job.may_vanish):
+                source = open_source(job.path)
+                each, name = len(source.layers), source.name
 
-            def show(done: int, name: str = source.name, all_before: int = number * each) -> None:
-                watch(name, all_before + done, each * len(jobs))  # noqa: B023
+                def show(done: int, name: str = name, before: int = number * each) -> None:
+                    watch(name, before + done, each * len(jobs))  # noqa: B023
 
-            _analyze(source, job.output, data, probe, device, show)
-    return [job.output.directory / f"{job.output.stem}.csv" for job in jobs]
+                _analyze(source, job.output, data, probe, device, show)
+                written.append(job.output.directory / f"{job.output.stem}.csv")
+    if not written:
+        raise CheckpointError(
+            f"{paths[0]}: the training deleted every checkpoint before it was measured; keep more"
+            " of them with --train.keep"
+        )
+    return written
 
 
 def _jobs(paths: Sequence[Path], out: Path | None) -> Iterable[Job]:
@@ -114,18 +121,6 @@ def _jobs(paths: Sequence[Path], out: Path | None) -> Iterable[Job]:
         for each in steps:
             output = Output(place or directory / "analysis", f"{each}")
             yield Job(Path(f"{directory}@{each}"), output, step is None)
-
-
-def _opened(job: Job) -> Source | None:
-    """Open the model of a job; None if its checkpoint was deleted by the run's training."""
-    try:
-        return open_source(job.path)
-    except CheckpointError:
-        directory, step = at(job.path)
-        if not job.may_vanish or step in kept_steps(RunDir(directory)):
-            raise
-        log.warning("%s: deleted by the training meanwhile, skipped", job.path)
-        return None
 
 
 def _analyze(

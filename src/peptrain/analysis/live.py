@@ -17,7 +17,7 @@ from peptrain.analysis.measures import Row
 from peptrain.analysis.source import Linear, place_of, ranks_of, weight_of
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError
-from peptrain.files import read_json, write_atomically
+from peptrain.files import CHECKSUM, check_sealed, read_json, sealed, write_atomically
 from peptrain.models.sites import decoder_layers, find_sites
 from peptrain.ops.singular import singular_values
 
@@ -216,7 +216,7 @@ class Dynamics:
 
     def _store(self, choices: list[Choice]) -> list[Choice]:
         try:
-            write_atomically(self.file, json.dumps([asdict(c) for c in choices]) + "\n")
+            write_atomically(self.file, json.dumps([sealed(asdict(c)) for c in choices]) + "\n")
         except OSError as error:
             raise CheckpointError(f"{self.file}: can't be written: {error.strerror}") from error
         return choices
@@ -243,7 +243,13 @@ def _stored(file: Path) -> list[Choice]:
     if not file.exists():
         return []
     try:
-        found = [Choice(**entry) for entry in read_json(file, list)]
+        entries = read_json(file, list)
+        for entry in entries:
+            if type(entry) is not dict:
+                raise ValueError("entries must be objects")
+            check_sealed(entry)
+            entry.pop(CHECKSUM, None)
+        found = [Choice(**entry) for entry in entries]
         numbers = [n for choice in found for n in asdict(choice).values()]
         if not found or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError("values must be whole numbers")

@@ -17,9 +17,9 @@ from peptrain.errors import CheckpointError, Unsupported
 from peptrain.models.auto import load_model
 from peptrain.models.sites import ReparamLinear, decoder_layers, find_sites
 from peptrain.runs.build import Opened, bounds, open_run
-from peptrain.runs.checkpoint import SUMS, available, step_of
+from peptrain.runs.checkpoint import available, step_of
 from peptrain.runs.directory import RunDir
-from peptrain.runs.select import at, find
+from peptrain.runs.select import at, checksums, may_vanish
 from peptrain.settings.fields import intervals
 
 if TYPE_CHECKING:
@@ -134,9 +134,7 @@ def digest(source: Source) -> str:
     if source.opened is None:
         files = sorted(source.path.glob("*.safetensors"))
         return " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
-    directory, _ = find(source.opened.run, source.opened.saved.step)
-    step = source.opened.saved.step
-    return (directory / f"step-{step:08d}" / SUMS).read_text(encoding="utf-8")
+    return checksums(source.opened.run, source.opened.saved.step)
 
 
 def weight_of(layer: Linear, device: torch.device | str = "cpu") -> Tensor:
@@ -237,7 +235,9 @@ def references(source: Source) -> References:
         elif wanted not in kept:
             missing[what] = f"the checkpoint of step {wanted} is not kept (train.keep_at)"
         else:
-            return _alike(open_source(Path(f"{run.path}@{wanted}")), source)
+            with may_vanish(other := Path(f"{run.path}@{wanted}")):
+                return _alike(open_source(other), source)
+            missing[what] = f"the checkpoint of step {wanted} was deleted meanwhile"
         return None
 
     ends = bounds(source.opened.config)
@@ -248,8 +248,11 @@ def references(source: Source) -> References:
     before = start if step == 1 else opened("update", max(step - 1, 0))
     boundaries = _merges(source.opened)[-3:]
     whole = len(boundaries) == 3 and boundaries[-1] == step and set(boundaries) <= kept
-    earlier = [open_source(Path(f"{run.path}@{s}")) for s in boundaries[:2]] if whole else []
-    return References(start, warm, before, tuple(earlier), missing)
+    earlier: list[Source] = []
+    for other in (Path(f"{run.path}@{s}") for s in boundaries[:2] if whole):
+        with may_vanish(other):
+            earlier.append(open_source(other))
+    return References(start, warm, before, tuple(earlier) if earlier[1:] else (), missing)
 
 
 def _merges(opened: Opened) -> list[int]:

@@ -111,6 +111,19 @@ def _as_parquet(columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> m
     return buffer.getbuffer()
 
 
+def check_table(path: Path, stem: str, weights: str | None) -> None:
+    """Raise ValueError unless a CSV is as the STEM.json beside it says.
+
+    weights: the checksums of the checkpoint that is there now, None if it is not kept.
+    """
+    about = read_json_object(path.with_name(f"{stem}.json"))
+    line = sha256sums(path.parent, [path.name])
+    if line not in str(about.get(CHECKSUM, line)):  # 0.1.0 had none
+        raise ValueError(f"not the table that {stem}.json describes")
+    if weights not in (None, about.get("weights", weights)):
+        raise ValueError("of other weights than the checkpoint of that step has now")
+
+
 def read_table(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a CSV written here: whole numbers, numbers, texts, None where empty."""
     with open(path, newline="", encoding="utf-8", opener=no_links) as file:

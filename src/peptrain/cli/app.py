@@ -38,6 +38,7 @@ from peptrain.display.console import (
     silence_libraries,
     stderr,
     stdout,
+    widen,
 )
 
 
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     essential_only = args[0] in ("train", "estimate") and bool({"-h", "--help"} & {*args})
     args = ["--help" if arg == "--help-all" else arg for arg in args]
     silence_libraries()
+    widen()
     log_on(make(stderr) if "--json" in args else console)
     if args == ["--version"]:
         console.print(__version__, highlight=False)
@@ -65,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         app, args = _app(args, essential_only)
         with refusing_control_characters(args) as printed:
             app.cli(prog="peptrain", description=DESCRIPTION, args=args, console_outputs=printed,
-                    config=MARKERS, registry=registry(essential_only=essential_only))  # fmt: skip
+                    config=MARKERS,
+                    registry=registry(args, essential_only=essential_only))  # fmt: skip
     except (Exception, KeyboardInterrupt) as error:
         return report(error, console, debug="--debug" in given)
     stdout.flush()

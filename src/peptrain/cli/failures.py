@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import traceback
 from pathlib import Path
 
 from peptrain.display.console import make, say, stderr
-from peptrain.display.terminal import Console, escaped, one_line
+from peptrain.display.terminal import Console
 from peptrain.errors import Interrupted, PeptrainError
+from peptrain.text import escaped, one_line
 
 NO_MEMORY = re.compile(
     "out of memory|can't allocate memory|size calculation overflow|multiplication overflow"
@@ -16,6 +18,16 @@ NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 """In messages of PyTorch, whose allocators mostly raise RuntimeError."""
+
+REPAIRS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.EROFS: "choose another place, since this one is read-only",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+"""What to do about an error of the operating system that no other place expects."""
 
 
 def report(error: BaseException, console: Console, *, debug: bool) -> int:
@@ -36,6 +48,9 @@ def report(error: BaseException, console: Console, *, debug: bool) -> int:
 
 
 def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        repair = REPAIRS.get(error.errno or 0)
+        return f"{error.filename}: {error.strerror}{f'; {repair}' if repair else ''}"
     if isinstance(error, PeptrainError | OSError):
         return str(error)
     if isinstance(error, MemoryError) or (

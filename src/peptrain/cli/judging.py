@@ -14,6 +14,7 @@ from peptrain.display.console import console, print_wide, say
 from peptrain.distributed.world import world
 from peptrain.errors import ConfigError
 from peptrain.eval.perplexity import Evaluation
+from peptrain.runs.select import may_vanish
 from peptrain.settings.fields import check_whole
 from peptrain.tasks.domains import domain_entry, domain_losses, macro_loss
 from peptrain.tasks.measure import Measured, Values, exp
@@ -48,7 +49,11 @@ def judge(
     entries: list[dict[str, Any]] = []
     with world(device) as here:
         for path in paths:
-            subject = open_subject(path)
+            subject = None
+            with may_vanish(path, len(paths) > 1):
+                subject = open_subject(path)
+            if subject is None:
+                continue
             if len(paths) > 1:
                 say(f"{subject.name}:")
             given: Any = {"positions": positions, "device": here.device}

@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -24,10 +24,10 @@ from tyro.constructors import (
 )
 
 from peptrain import recipes
-from peptrain.display.terminal import UNSAFE
 from peptrain.errors import ConfigError
 from peptrain.models.presets import PRESETS, unknown_preset
 from peptrain.settings.fields import as_path, check, nearest
+from peptrain.text import UNSAFE
 
 MARKERS = (
     tyro.conf.FlagCreatePairsOff,
@@ -44,15 +44,21 @@ SHELLS = ("bash", "zsh", "fish")
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def registry(*, essential_only: bool) -> ConstructorRegistry:
-    """Return tyro's rules for our types; `essential_only` leaves out all settings but those."""
+def registry(args: Sequence[str], *, essential_only: bool) -> ConstructorRegistry:
+    """Return tyro's rules for our types; `essential_only` leaves out all settings but those.
+
+    args: the command line, in which an error names the flag.
+    """
 
     def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
         return _settings(info, essential_only)
 
+    def path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+        return _path(info, args)
+
     made = ConstructorRegistry()
     made.primitive_rule(_bool)
-    made.primitive_rule(_path)
+    made.primitive_rule(path)
     made.struct_rule(settings)
     return made
 
@@ -118,17 +124,28 @@ def _bool(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
     )
 
 
-def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+def _path(info: PrimitiveTypeInfo, args: Sequence[str]) -> PrimitiveConstructorSpec[Path] | None:
     """Read paths as configuration files do."""
     if info.type is not Path:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda given: as_path(given[0]),
+        instance_from_str=lambda given: as_path(given[0], _flag(given[0], args)),
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+def _flag(value: str, args: Sequence[str]) -> str:
+    """Return the flag that was given `value`, or "path" for an argument without one."""
+    for before, arg in zip(["", *args], args, strict=False):
+        flag, equals, given = arg.partition("=")
+        if arg == value and before.startswith("--"):
+            return before
+        if equals and given == value and flag.startswith("--"):
+            return flag
+    return "path"
 
 
 def check_command(args: Sequence[str]) -> None:
@@ -167,7 +184,8 @@ def named(args: Sequence[str]) -> argparse.Namespace:
     """Return the values of the flags that name other settings, --model.preset and --optim.kind."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for path in ("--config", "--model.config", "--continue-from"):
-        parser.add_argument(path, type=as_path, nargs="?")  # tyro reports a missing value
+        as_given = partial(as_path, key=path)
+        parser.add_argument(path, type=as_given, nargs="?")  # tyro reports a missing value
     for name in ("--recipe", "--model.preset", "--optim.kind"):
         parser.add_argument(name, nargs="?")
     return parser.parse_known_args(args)[0]

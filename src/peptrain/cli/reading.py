@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from peptrain.cli.parsing import UNSET
 from peptrain.display.console import console, print_wide, say
 from peptrain.display.training import count
 from peptrain.settings.fields import check
+from peptrain.text import quoted
 
 
 def eval_run(
@@ -56,7 +56,7 @@ def eval_run(
         step: Step of the checkpoint, or all that are kept. Unset: the latest.
         device: auto uses a GPU if there is one.
     """
-    from peptrain.runs.select import chosen
+    from peptrain.runs.select import chosen, may_vanish
 
     every = chosen(run, step)
     if tasks or len(data) > 1 or not is_of_run(run):
@@ -72,8 +72,9 @@ def eval_run(
     for flag, given in asked:
         check(given is None, flag, str(given), "given with --tasks")
     for one in every:
-        _held_out(one, next(iter(data), None), batch_size, legacy, device)
-    say(f"export the model with `peptrain export {shlex.quote(str(run))} --out DIR`")
+        with may_vanish(one, step == "all"):
+            _held_out(one, next(iter(data), None), batch_size, legacy, device)
+    say(f"export the model with `peptrain export {quoted(run)} --out DIR`")
 
 
 def is_of_run(path: Path) -> bool:
@@ -212,15 +213,16 @@ def export_run(
             the latest.
     """
     from peptrain.exporting.export import export
-    from peptrain.runs.select import at, chosen
+    from peptrain.runs.select import at, chosen, may_vanish
 
     loader = "transformers.AutoModelForCausalLM.from_pretrained"
     if form == "factorised":
         loader = "peptrain.load_factorised"
     for one in chosen(run, step):
         place = out / str(at(one)[1]) if step == "all" else out
-        export(one, place, form)
-        say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
+        with may_vanish(one, step == "all"):
+            export(one, place, form)
+            say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
 
 
 def watch_run(run: Positional[Path]) -> None:
@@ -263,7 +265,7 @@ def prepare_command() -> Callable[..., None]:
             f" {made.losses}, {count(made.shards, 'shard')}{skipped}"
             f"{', resumed' if made.resumed else ''}"
         )
-        say(f"train on it with `peptrain train loro --data.path {shlex.quote(str(made.path))}`")
+        say(f"train on it with `peptrain train loro --data.path {quoted(made.path)}`")
 
     command.__annotations__["config"] = Annotated[Prepare, arg(name="")]
     return command

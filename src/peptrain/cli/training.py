@@ -15,6 +15,7 @@ from peptrain import recipes
 from peptrain.cli.parsing import UNSET
 from peptrain.display.console import console, make, print_wide, say, stderr
 from peptrain.errors import PeptrainError
+from peptrain.text import quoted
 
 if TYPE_CHECKING:
     from peptrain.config import RunConfig
@@ -197,5 +198,6 @@ def run_grid(
             " run the same command to try them again"
         )
     say(
-        f"add runs in {grid} and repeat the command, or `peptrain export {out}/runs/NAME --out DIR`"
+        f"add runs in {grid} and repeat the command, or"
+        f" `peptrain export {quoted(out)}/runs/NAME --out DIR`"
     )

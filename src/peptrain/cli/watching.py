@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from peptrain.runs.directory import LOCK, RunDir
 from peptrain.runs.lock import Holder, Sign
 from peptrain.runs.tail import Tail
 from peptrain.settings import toml
+from peptrain.text import quoted
 from peptrain.training.signals import BY_USER
 
 EVERY = 1.0
@@ -77,7 +77,7 @@ class Watched:
             raise PeptrainError(f"{view.name}: diverged: {last['error']}")
         if last is None and not self._running:
             at = f"at step {view.step:,} of {view.steps:,}"
-            how = f"; resume it with `peptrain resume {shlex.quote(view.name)}`"
+            how = f"; resume it with `peptrain resume {quoted(view.name)}`"
             if self._holder:
                 raise PeptrainError(f"{view.name}: crashed {at}: {self._holder} is gone{how}")
             raise PeptrainError(f"{view.name}: not running, {at}{how}")

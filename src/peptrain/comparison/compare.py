@@ -32,7 +32,7 @@ from peptrain.models.hf import config_file
 from peptrain.runs.directory import RunDir
 from peptrain.runs.init_from import contents, sha256
 from peptrain.settings.fields import check, check_whole, each_line_once
-from peptrain.training.signals import BY_SYSTEM
+from peptrain.training.signals import BY_SYSTEM, stop_on_signals
 
 log = logging.getLogger("peptrain")
 PARTS = ("runs", "logs", "settings", "costs", "figures")
@@ -65,7 +65,8 @@ def compare(
     Raises what `load_grid` and `allot` raise; DataError if the corpus is missing or shorter than
     one window; CheckpointError if another call is working in `out`, if a file in it can't be read
     or written, or if a run's config.toml was changed; PeptrainError if steps can't be timed;
-    Interrupted after a signal such as Ctrl-C or SIGTERM, once the running runs are saved.
+    Interrupted after a signal such as Ctrl-C or SIGTERM, once the running runs are saved and the
+    table is written.
     """
     check_whole("--workers", workers, 1)
     ranks = launch().size
@@ -86,11 +87,12 @@ def compare(
         jobs = [_job(one, out, debug) for one in before if one.end is None and not one.diverged]
         many = workers or len(gpus) or cores()
         status = work(jobs, many, gpus, lock, len(planned) - len(jobs), watch)
-        failed = status.failed
-        outcomes = [outcome(o.planned, o.run, failed.get(o.run.path.name, "")) for o in before]
-        made = Comparison(summarize(outcomes), asked.equal, epoch, unstated(planned))
-        _write(out, made, outcomes)
-    if code := status.interrupted or (BY_SYSTEM if status.saved else 0):
+        with stop_on_signals() as stop:  # so that all tables are of one call
+            failed = status.failed
+            outcomes = [outcome(o.planned, o.run, failed.get(o.run.path.name, "")) for o in before]
+            made = Comparison(summarize(outcomes), asked.equal, epoch, unstated(planned))
+            _write(out, made, outcomes)
+    if code := status.interrupted or stop.code or (BY_SYSTEM if status.saved else 0):
         done = sum(one.end is not None or one.diverged for one in outcomes)
         raise Interrupted(
             f"stopped and saved, {done} of {len(planned)} runs finished; run the same command to"

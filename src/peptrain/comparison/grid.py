@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
 from peptrain.runs.init_from import with_inherited_model
 from peptrain.settings import toml
-from peptrain.settings.fields import quiet
+from peptrain.settings.fields import quiet, shown
 from peptrain.settings.toml import HEADER
 
 Equal = Literal["tokens", "flops", "time"]
@@ -29,6 +30,9 @@ have columns."""
 STEPS = "train.steps"
 LONGEST = 120
 """Maximum characters of a readable name, without the digest. File systems allow 255 bytes."""
+
+MOST_RUNS = 10_000
+"""In a block. To configure one takes 20 ms on a slow core, and a larger product is a slip."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +265,7 @@ def _of_block(common: Mapping[str, Any], own: Mapping[str, Any], equal: Equal) -
             raise ConfigError(
                 f"{key}: must not be a list of tables; write a [[grid]] block for each table"
             )
+    _check_few(dict(zip(given, choices, strict=True)))
     for chosen in product(*choices):
         flat = dict(zip(given, chosen, strict=True))
         asked = parse(_nested(flat))
@@ -272,6 +277,17 @@ def _of_block(common: Mapping[str, Any], own: Mapping[str, Any], equal: Equal) -
         with nullcontext() if equal == "tokens" else quiet():
             config = _resolved(written)
         yield GridRun(config, written, settings, takes_vocabulary=takes)
+
+
+def _check_few(choices: Mapping[str, Sequence[object]]) -> None:
+    """Raise ConfigError, naming the lists and their lengths, for too many runs."""
+    runs = math.prod(map(len, choices.values()))
+    if runs > MOST_RUNS:
+        counts = {key: len(values) for key, values in choices.items() if len(values) > 1}
+        raise ConfigError(
+            f"{', '.join(counts)}: {' x '.join(f'{n:,}' for n in counts.values())} values are"
+            f" {shown(runs)} runs, and a block has at most {MOST_RUNS:,}; shorten a list"
+        )
 
 
 def _resolved(config: RunConfig[Method]) -> RunConfig[Method]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from peptrain.errors import DataError
 from peptrain.files import read_json_object, write_atomically
+from peptrain.text import quoted
 
 FORMAT = 1
 INDEX, JOURNAL = "index.json", "journal.json"
@@ -159,7 +159,7 @@ def _not_prepared(directory: Path) -> DataError:
         text, out, what = Path("TEXT"), directory, f"no {INDEX}"
     return DataError(
         f"{directory}: not a prepared corpus ({what}); make one with"
-        f" `peptrain data prepare {shlex.quote(str(text))} --out {shlex.quote(str(out))}`"
+        f" `peptrain data prepare {quoted(text)} --out {quoted(out)}`"
     )
 
 

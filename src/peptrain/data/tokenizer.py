@@ -113,9 +113,19 @@ def special_tokens(tokenizer: Tokenizer, found: Mapping[str, str]) -> dict[str, 
     return {k: v for k, v in kept.items() if k == "chat_template" or ids(v) is not None}
 
 
+def _usual_ends(tokenizer: Tokenizer) -> list[str]:
+    """Return those of END_TOKENS in the vocabulary. Special tokens are before others.
+
+    Qwen2.5, for example, has </s> among the words that it learned from web pages.
+    """
+    special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+    there = [name for name in END_TOKENS if tokenizer.token_to_id(name) is not None]
+    return sorted(there, key=lambda name: name not in special)
+
+
 def warn_of_other_ends(tokenizer: Tokenizer) -> None:
     """Warn if the end token, which nobody named, is one of several usual ones."""
-    first, *others = [n for n in END_TOKENS if tokenizer.token_to_id(n) is not None] or [""]
+    first, *others = _usual_ends(tokenizer) or [""]
     if others:
         log.warning(
             "eos_token: %s is taken, but the tokenizer also has %s; give --eos-token",
@@ -165,8 +175,8 @@ def _plain(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def end_id(tokenizer: Tokenizer, eos_token: str | None) -> int:
-    """Return the id of `eos_token` or, if None, of the first of END_TOKENS in the vocabulary."""
-    for name in END_TOKENS if eos_token is None else (eos_token,):
+    """Return the id of `eos_token` or, if None, of the first usual end token in the vocabulary."""
+    for name in _usual_ends(tokenizer) if eos_token is None else (eos_token,):
         found = tokenizer.token_to_id(name)
         if found is not None:
             return found

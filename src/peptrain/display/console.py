@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ import rich.console
 from rich.table import Table
 from rich.text import Text
 
-from peptrain.display.terminal import Console, escaped, one_line
+from peptrain.display.terminal import NARROWEST, Console
 from peptrain.distributed.launch import speaks
+from peptrain.text import escaped, one_line
 
 
 class Display(io.TextIOBase):
@@ -162,6 +164,12 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def widen() -> None:
+    """Let libraries that print see at least `NARROWEST` columns. tyro never ends below 8."""
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
 
 
 class LogHandler(logging.Handler):

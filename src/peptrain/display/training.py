@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from peptrain.display.console import console, say, wrapped
 from peptrain.display.curve import has_blocks, sparkline
+from peptrain.text import quoted
 
 EVENTS = {"merges": "merge", "exact_steps": "exact step"}
 """Counts reported by methods that are shown with the loss, and one of them in words."""
@@ -113,7 +113,7 @@ class TrainingProgress:
         elif event == "end":
             self.close()
             self._say_curves()
-            run = shlex.quote(self._seen["run"])
+            run = quoted(self._seen["run"])
             self._say(
                 f"finished: {held_out(row)} (loss {row['held_out_loss']:.4f}); evaluate with"
                 f" `peptrain eval {run}`, export with `peptrain export {run} --out DIR`"
@@ -135,7 +135,7 @@ class TrainingProgress:
         if step == steps:
             self._say(
                 f"{run} is finished at step {step:,} of {steps:,} and only evaluated; to train"
-                f" longer, `peptrain resume {shlex.quote(run)} --train.steps N`"
+                f" longer, `peptrain resume {quoted(run)} --train.steps N`"
             )
         else:
             at = f" from step {step}" if step else ""

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peptrain.display.terminal import one_line
 from peptrain.figures.panel import Drawn, Panel, sheet
 from peptrain.figures.source import NotMeasured, Row, RunRows, Source, View, number
 from peptrain.figures.style import INK, Look, look, styled
 from peptrain.ops.student import half_width
+from peptrain.text import one_line
 
 LOSS = "held-out loss (nats per token)"
 LOSS_KEY, MEMORY_KEY, SIZE_KEY = "held_out_loss", "peak_bytes", "non_embedding_trainable"

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from peptrain.display.terminal import one_line
 from peptrain.figures.panel import (
     Drawn,
     Panel,
@@ -20,6 +19,7 @@ from peptrain.figures.panel import (
 from peptrain.figures.source import NotMeasured, Row, RunRows, Source, View, number
 from peptrain.figures.style import Look, imported, look, styled
 from peptrain.ops.student import half_width
+from peptrain.text import one_line
 
 LEAST = {"layers": 1, "seeds": 2}
 """Runs of a group that has been measured."""

@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from peptrain.display.terminal import one_line
 from peptrain.figures.panel import Drawn, engineering, plain, sheet
 from peptrain.figures.source import NotMeasured, Row, Source, View, number
 from peptrain.figures.style import look, styled
 from peptrain.ops.student import half_width
+from peptrain.text import one_line
 
 PLACES = {
     "": "inside the rates tried",

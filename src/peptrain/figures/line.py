@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from peptrain.display.terminal import one_line
 from peptrain.figures.panel import Drawn, plain, sheet
 from peptrain.figures.source import NotMeasured, Source, View, number
 from peptrain.figures.style import imported, look, styled
+from peptrain.text import one_line
 
 MOST = 700.0
 """Largest loss whose exp is a float."""

@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peptrain.analysis.table import read_table
-from peptrain.display.terminal import one_line
+from peptrain.analysis.table import check_table, read_table
 from peptrain.errors import CheckpointError
 from peptrain.figures.source import Row, RunRows, Source
 from peptrain.files import leading_out, read_json, read_json_object
 from peptrain.runs.directory import RunDir
+from peptrain.runs.select import checksums
 from peptrain.settings import toml
+from peptrain.text import one_line, quoted
 
 COMPARISON = "runs.json"
 LINE = "line.csv"
+SPECTRA = ".spectra"
 
 
 def read(paths: Sequence[Path]) -> Source:
@@ -48,7 +50,7 @@ def read(paths: Sequence[Path]) -> Source:
         raise CheckpointError(f"{twice[0]}: given twice; leave out one of them")
     named = list(zip(paths, _names(paths), strict=True))
     if lines:
-        tables = [(name, _table(path / LINE)) for path, name in named]
+        tables = [(name, _line(path / LINE)) for path, name in named]
         return Source(along=[{"pair": name, **row} for name, rows in tables for row in rows])
     return Source([read_run(path, name) for path, name in named])
 
@@ -76,17 +78,22 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def read_run(path: Path, name: str, configuration: str = "") -> RunRows:
     """Read what a run directory contains."""
-    run = RunDir.open(path)
-    tables, spectra = _tables(path / "analysis", ""), _tables(path / "analysis", ".spectra")
+    run, left_out = RunDir.open(path), list[str]()
+    analysis, spectra = (
+        [row for step in _steps(path / "analysis", suffix)
+         for row in _table(run, step, suffix, left_out)]
+        for suffix in ("", SPECTRA)
+    )  # fmt: skip
     return RunRows(
         name=name,
         rows=list(run.metrics()),
         settings=_flat(toml.read(run.config_file, "")),
-        analysis=[row for step in sorted(tables) for row in _table(tables[step])],
-        spectra=[row for step in sorted(spectra) for row in _table(spectra[step])],
+        analysis=analysis,
+        spectra=spectra,
         evaluations=_entries(path / "eval.json"),
         data=next((str(e["data"]) for e in _entries(path / "env.json") if "data" in e), ""),
         configuration=configuration,
+        left_out=left_out,
     )
 
 
@@ -100,15 +107,46 @@ def _flat(table: Row, before: str = "") -> dict[str, Any]:
     return found
 
 
-def _tables(folder: Path, kind: str) -> dict[int, Path]:
-    """Return the tables of an analysis by step, STEP.csv, or those of a kind: STEP.spectra.csv."""
-    ends = f"{kind}.csv"
-    steps = {path: path.name.removesuffix(ends) for path in folder.glob(f"*{ends}")}
-    return {int(step): path for path, step in steps.items() if step.isdecimal()}
+def _steps(folder: Path, suffix: str) -> list[int]:
+    """Return the steps of which there are tables STEP.csv or STEP.spectra.csv, ascending."""
+    ends = f"{suffix}.csv"
+    stems = (path.name.removesuffix(ends) for path in folder.glob(f"*{ends}"))
+    return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = _sound(path, lambda: read_table(path))
+def _table(run: RunDir, step: int, suffix: str, left_out: list[str]) -> list[dict[str, Any]]:
+    """Return the lines of a table of an analysis; none, with a note, if it is not as written.
+
+    It may be damaged, of other weights, or about to be written again by `peptrain analyze`.
+    """
+    path = run.path / "analysis" / f"{step}{suffix}.csv"
+    try:
+        check_table(path, f"{step}", _checksums(run, step))
+        return read_table(path)
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        left_out.append(
+            f"{path}: left out: {why}; repeat `peptrain analyze {quoted(run.path)}`, or delete it"
+        )
+        return []
+
+
+def _checksums(run: RunDir, step: int) -> str | None:
+    """Return the checksums of the checkpoint of a step, None if it is not kept."""
+    try:
+        return checksums(run, step)
+    except CheckpointError:
+        return None
+
+
+def _line(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of the table of `analyze --line`."""
+
+    def read_line() -> list[dict[str, Any]]:
+        check_table(path, path.stem, None)
+        return read_table(path)
+
+    found: list[dict[str, Any]] = _sound(path, read_line)
     return found
 
 

@@ -37,6 +37,8 @@ class RunRows:
     """The fingerprint of the corpus, empty where it is not known."""
     configuration: str = ""
     """The label of its configuration in a comparison."""
+    left_out: Sequence[str] = ()
+    """What of it was not read, and why."""
 
     def of(self, *events: str) -> list[Row]:
         """Return the rows of these events."""
@@ -105,7 +107,7 @@ class Source:
     @property
     def warnings(self) -> list[str]:
         """Why the losses of the runs can't be compared, and what was not read."""
-        found = list(self.left_out)
+        found = [*self.left_out, *(note for run in self.runs for note in run.left_out)]
         if len({run.data for run in self.runs if run.data}) > 1:
             found.append("the runs were trained on different text: their losses can't be compared")
         return found

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peptrain.display.terminal import one_line
 from peptrain.figures.panel import (
     Drawn,
     Sheet,
@@ -21,6 +20,7 @@ from peptrain.figures.panel import (
 )
 from peptrain.figures.source import NotMeasured, RunRows, Source, View
 from peptrain.figures.style import look, styled
+from peptrain.text import one_line
 
 BIN = 0.05
 """Width of the bins of a spectrum, that of ReLoRA's Figure 3."""

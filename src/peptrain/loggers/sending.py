@@ -11,6 +11,7 @@ from pathlib import Path
 from queue import Full, Queue
 from typing import Any
 
+from peptrain.errors import PeptrainError
 from peptrain.loggers.base import Logger
 
 log = logging.getLogger("peptrain")
@@ -70,7 +71,8 @@ class Sender:
             if not self._off.is_set():
                 self._logger.close()
         except BaseException as error:  # a library's sys.exit too
-            self._switch_off(f"{type(error).__name__}: {error}".removesuffix(": "))
+            named = "" if isinstance(error, PeptrainError) else f"{type(error).__name__}: "
+            self._switch_off(f"{named}{error}".removesuffix(": "))
         finally:
             self._opened.set()
 

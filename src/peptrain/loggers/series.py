@@ -7,12 +7,15 @@ is sent each only once.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from peptrain.files import read_json_object, write_atomically
+from peptrain.errors import CheckpointError
+from peptrain.files import check_sealed, read_json_object, sealed, write_atomically
 
 
 class Series:
@@ -24,7 +27,7 @@ class Series:
 
     def __init__(self, file: Path, config: Mapping[str, Any], step: int) -> None:
         self._file, self._steps = file, config["train"]["steps"]
-        kept = read_json_object(file) if file.exists() else {}
+        kept = _stored(file)
         self._sent: dict[str, int] = dict(kept.get("sent", {}))
         longer = kept.get("steps", self._steps) != self._steps
         self.resumed = bool(kept) and not (longer and step < max(self._sent.values(), default=0))
@@ -49,7 +52,29 @@ class Series:
 
     def _keep(self) -> None:
         kept = {"id": self.id, "steps": self._steps, "sent": self._sent}
-        write_atomically(self._file, json.dumps(kept) + "\n")
+        write_atomically(self._file, json.dumps(sealed(kept)) + "\n")
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    """Return what `_keep` wrote, {} without a file. Raises CheckpointError if it is damaged."""
+    if not os.path.lexists(file):
+        return {}
+    try:
+        kept = read_json_object(file)
+        sent = kept.get("sent")
+        if type(kept.get("id")) is not str or not re.fullmatch(r"[0-9a-f]{8}", kept["id"]):
+            raise ValueError("id: must be 8 hexadecimal digits")
+        if type(kept.get("steps")) is not int:
+            raise ValueError("steps: must be a whole number")
+        if not isinstance(sent, dict) or any(type(step) is not int for step in sent.values()):
+            raise ValueError("sent: must be a table of whole numbers")
+        check_sealed(kept)
+    except ValueError as error:
+        why = str(error).removeprefix(f"{file.name}: ")
+        raise CheckpointError(
+            f"{file}: damaged ({why}); delete it to begin a new series"
+        ) from error
+    return kept
 
 
 def own_directory(run: Path, name: str) -> Path:

@@ -99,6 +99,24 @@ def check_causal(model: PreTrainedModel) -> None:
         )
 
 
+@torch.no_grad()
+def is_linear_map(linear: nn.Linear) -> bool:
+    """Return whether an nn.Linear computes x Wᵀ + bias from these two parameters alone.
+
+    A subclass may compute anything, and weight normalisation computes W from others.
+    """
+    names = {name for name, _ in linear.named_parameters()}
+    if names - {"bias"} != {"weight"}:
+        return False
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    x = noise(linear.weight, 1, 3, linear.in_features)
+    with evaluating(linear):
+        found = behaviour(linear, x)
+    wanted = F.linear(x, linear.weight, linear.bias)
+    return found is not None and alike(wanted, found[0], rounding(wanted))
+
+
 class _Watched(nn.Module):
     """An nn.Linear that notes whether it is called, and whether its weight is read by others."""
 
@@ -124,10 +142,12 @@ class _Watched(nn.Module):
 def leave_dense(model: PreTrainedModel) -> None:
     """Mark every nn.Linear of the decoder layers that can't be replaced by another linear map.
 
-    Those are the ones whose weight the model reads itself, in training or in evaluation, and those
-    that it never calls, such as cross-attention without an encoder. Experts are called by chance.
+    Those are the ones whose weight the model reads itself, in training or in evaluation, those
+    that it never calls, such as cross-attention without an encoder, and those of a subclass that
+    computes something else, such as a router. Experts are called by chance.
     """
     sites = find_sites(model)
+    own = {site.name for site in sites if not is_linear_map(site.linear)}
     watched = {site.name: _Watched(site.linear) for site in sites}
     was_training = model.training
     try:
@@ -142,13 +162,15 @@ def leave_dense(model: PreTrainedModel) -> None:
         for site in sites:
             _put(site, watched[site.name].linear)
         model.train(was_training)
-    why: dict[str, list[str]] = {"reads the weight of": [], "never calls": []}
+    reads, never, computes = "reads the weight of", "never calls", "computes the output of"
+    why: dict[str, list[str]] = {reads: [], never: [], computes: []}
     for site in sites:
         seen, in_layer = watched[site.name], site.name.split(".layers.")[-1].split(".")[1:]
         unused = not seen.called and not any(part.isdigit() for part in in_layer)
-        if seen.read or unused:
+        if seen.read or unused or site.name in own:
             setattr(seen.linear, LEFT_DENSE, True)
-            why["reads the weight of" if seen.read else "never calls"].append(in_layer[-1])
+            what = computes if site.name in own else reads if seen.read else never
+            why[what].append(in_layer[-1])
     for what, names in why.items():
         if names:
             log.info("%s %s %s itself, so no method adapts it", type(model).__name__, what,

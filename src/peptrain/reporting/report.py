@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from peptrain.reporting.tables import (
 )
 from peptrain.settings.fields import check
 
+log = logging.getLogger("peptrain")
 SUFFIXES = (".html", ".htm")
 MOST_HEAT_MAPS = 3
 """A report has those of the first runs only."""
@@ -74,6 +76,8 @@ def report(paths: Sequence[Path], out: Path) -> Path:
     imported("matplotlib")
     check(out.suffix in SUFFIXES, "--out", out, "a name that ends in .html")
     source = read(paths)
+    for note in source.warnings:
+        log.warning("%s", note)
     environment = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined)
     template = environment.from_string(
         files("peptrain.reporting").joinpath("report.html").read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ from typing import Any
 
 from peptrain.comparison.summary import Line
 from peptrain.comparison.table import COSTS, Comparison
-from peptrain.display.terminal import one_line
 from peptrain.errors import CheckpointError
 from peptrain.figures.source import RunRows, Source, number
+from peptrain.text import one_line
 
 UNKNOWN = "–"
 

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from peptrain.errors import CheckpointError
 from peptrain.files import open_up, read_json_object, scratch, sha256sums
 from peptrain.settings.fields import shown
+from peptrain.text import quoted
 
 log = logging.getLogger("peptrain")
 FORMAT = 2
@@ -216,8 +217,13 @@ def delete_old(directory: Path, step: int, keep: Keep) -> None:
         shutil.rmtree(_path(directory, old), ignore_errors=True)
 
 
+def name_of(step: int) -> str:
+    """Return the name of the directory of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
 def _path(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}"
+    return directory / name_of(step)
 
 
 def last_good(directory: Path) -> str:
@@ -225,7 +231,7 @@ def last_good(directory: Path) -> str:
     found = available(directory)
     if not found:
         return "there is no earlier checkpoint"
-    again = f"resume from it with `peptrain resume {directory.parent}`"
+    again = f"resume from it with `peptrain resume {quoted(directory.parent)}`"
     return f"the last good checkpoint is {found[-1]} ({again})"
 
 

@@ -27,6 +27,7 @@ from zlib import crc32
 from peptrain.errors import CheckpointError
 from peptrain.files import leading_out, no_links, read_json, write_atomically
 from peptrain.runs.lock import lock
+from peptrain.text import quoted
 
 log = logging.getLogger("peptrain")
 NEWEST = 16_384  # bytes read from the end of the metrics: dozens of rows
@@ -114,7 +115,7 @@ class RunDir:
             self.path / LOCK,
             lambda holder: (
                 f"{self.path}: in use by {holder}; wait for it to end, or stop it, then"
-                f" continue with `peptrain resume {self.path}`"
+                f" continue with `peptrain resume {quoted(self.path)}`"
             ),
         )
 
@@ -125,10 +126,17 @@ class RunDir:
             names = {entry.name for entry in self.path.iterdir()} - {LOCK, FOREIGN}
         taken = self.path.exists() and not self.path.is_dir()
         if taken or (names and not (NEW in names and names <= self._first_names)):
-            raise CheckpointError(
-                f"--run {self.path}: exists and is never overwritten; choose another, or resume it"
-                f" with `peptrain resume {self.path}`"
-            )
+            how = "choose another"
+            if self.config_file.is_file():
+                how += f", or resume it with `peptrain resume {quoted(self.path)}`"
+            raise CheckpointError(f"--run {self.path}: exists and is never overwritten; {how}")
+        parts = self.path.parts
+        for above in (Path(*parts[:n]) for n, part in enumerate(parts) if part == ".."):
+            if not above.is_dir():
+                raise CheckpointError(
+                    f"--run {self.path}: {above} is not a directory, so the '..' after it leads"
+                    " nowhere; write the path without it"
+                )
 
     @property
     def _first_names(self) -> set[str]:
@@ -167,7 +175,7 @@ class RunDir:
         except OSError as error:
             raise CheckpointError(
                 f"{self.metrics_file}: can't be written: {error.strerror}; free some space and"
-                f" resume with `peptrain resume {self.path}`"
+                f" resume with `peptrain resume {quoted(self.path)}`"
             ) from error
 
     def metrics(self) -> Iterator[dict[str, Any]]:

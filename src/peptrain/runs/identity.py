@@ -15,6 +15,7 @@ from peptrain.methods.base import Method
 from peptrain.models.hf import config_file
 from peptrain.runs.checkpoint import Checkpoint, agrees
 from peptrain.settings.fields import before, quiet
+from peptrain.text import quoted
 
 log = logging.getLogger("peptrain")
 FIXED = ("precision", "seed", "batch_size", "seq_len")
@@ -91,11 +92,10 @@ def check_settings(
 
 def _instead(key: str, value: object, step: int, method: str, run: Path) -> str:
     if key == "train.steps":
-        return f"and make the run longer with `peptrain resume {run} --train.steps {value}`"
-    flag = f"--{key.replace('_', '-')} {value}"
+        return f"and make the run longer with `peptrain resume {quoted(run)} --train.steps {value}`"
+    point, flag = quoted(f"{run}@{step}"), f"--{key.replace('_', '-')} {value}"
     return (
-        "and change it in a new run, with"
-        f" `peptrain train {method} --continue-from {run}@{step} {flag}`"
+        f"and change it in a new run, with `peptrain train {method} --continue-from {point} {flag}`"
     )
 
 

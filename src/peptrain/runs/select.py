@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from peptrain.errors import CheckpointError, ConfigError
-from peptrain.runs.checkpoint import available, step_of
+from peptrain.runs.checkpoint import SUMS, available, name_of, step_of
 from peptrain.runs.directory import RunDir
 from peptrain.runs.ends import config_file, ends
 from peptrain.settings.fields import check
+
+log = logging.getLogger("peptrain")
 
 
 def at(path: Path) -> tuple[Path, int | None]:
@@ -41,16 +46,52 @@ def find(run: RunDir, step: int) -> tuple[Path, Path]:
     An earlier end is found under its own step, even if the longer run has a checkpoint there too.
     Raises CheckpointError, naming the steps that are kept, if there is none.
     """
+    for place in (places := _places(run, step)):
+        if step in _steps(place):
+            file = config_file(run, step) if place == run.path else place / run.config_file.name
+            return place / "checkpoints", file
+    kept = {step for place in places for step in _steps(place)}
+    raise CheckpointError(f"{run.path}@{step}: no checkpoint of that step is kept; {_listed(kept)}")
+
+
+def _places(run: RunDir, step: int) -> list[Path]:
+    """Return the run and its earlier ends in the order in which `step` is looked for."""
     earlier = ends(run)
     named = [end.path for end in earlier if end.step == step]
-    places = [*named, run.path, *(end.path for end in reversed(earlier))]
-    for place in places:
-        directory = place / "checkpoints"
-        if step in map(step_of, available(directory)):
-            file = config_file(run, step) if place == run.path else place / run.config_file.name
-            return directory, file
-    kept = {step for place in places for step in map(step_of, available(place / "checkpoints"))}
-    raise CheckpointError(f"{run.path}@{step}: no checkpoint of that step is kept; {_listed(kept)}")
+    return [*named, run.path, *(end.path for end in reversed(earlier))]
+
+
+def _steps(place: Path) -> list[int]:
+    return [step_of(path) for path in available(place / "checkpoints")]
+
+
+@contextlib.contextmanager
+def may_vanish(path: Path, expected: bool = True) -> Iterator[None]:
+    """Leave what reads RUN@STEP, with a warning, if the run's training deletes the checkpoint.
+
+    expected: whether nobody asked for this step, as with `--step all`. Otherwise it is an error.
+    """
+    try:
+        yield
+    except CheckpointError:
+        directory, step = at(path)
+        if not expected or step is None:
+            raise
+        if any(step in _steps(place) for place in _places(RunDir(directory), step)):
+            raise
+        log.warning("%s: deleted by the training meanwhile, skipped", path)
+
+
+def checksums(run: RunDir, step: int) -> str:
+    """Return the checksums of the files of a checkpoint, which change with its weights.
+
+    Raises CheckpointError if it is not kept or they can't be read.
+    """
+    file = find(run, step)[0] / name_of(step) / SUMS
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: can't be read: {error}; choose another step") from error
 
 
 def _listed(steps: set[int]) -> str:

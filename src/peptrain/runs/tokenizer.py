@@ -19,6 +19,7 @@ from peptrain.errors import CheckpointError, ConfigError, DataError
 from peptrain.files import scratch, sha256sums, write_atomically
 from peptrain.models.hf import TOKENIZER_FILES, encode_plainly, save_tokenizer
 from peptrain.runs.directory import RunDir
+from peptrain.text import quoted
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -74,8 +75,8 @@ def load_run_tokenizer(run: RunDir) -> tuple[Tokenizer, int]:
         except (ConfigError, DataError) as error:
             problem = f"{run.tokenizer}: damaged ({error})"
     raise CheckpointError(
-        f"{problem}; `peptrain resume {run.path}` writes it again from the corpus, or copy it from"
-        " a run on the same corpus"
+        f"{problem}; `peptrain resume {quoted(run.path)}` writes it again from the corpus, or copy"
+        " it from a run on the same corpus"
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -56,6 +59,10 @@ def check_positive(key: str, value: float | None, *, or_zero: bool = False) -> N
     check(value is None or value <= LARGEST, key, value, f"<= {LARGEST}")
 
 
+OF_STEP = re.compile(r"@\d{1,9}$")
+"""The end of RUN@STEP, which is not a part of a file's name."""
+
+
 def as_path(text: str, key: str = "path") -> Path:
     """Return `text` as a path, with `~` and `~user` expanded.
 
@@ -64,9 +71,19 @@ def as_path(text: str, key: str = "path") -> Path:
     if not text or "\0" in text:
         raise ConfigError(f"{key}: must be a path (got {text!r})")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{key}: {text!r}: {error}; write the complete path") from error
+        why = str(error).rstrip(".")
+        raise ConfigError(f"{key}: {shown(text)}: {why}; write the complete path") from error
+    try:
+        os.lstat(OF_STEP.sub("", str(path)))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"{key}: {shown(text)}: too long (a name of a file has at most 255 bytes, a path"
+                " 4,095); give a shorter one"
+            ) from error
+    return path
 
 
 LONGEST_NAME = 100

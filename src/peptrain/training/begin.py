@@ -30,6 +30,7 @@ from peptrain.runs.identity import check_settings, other_settings
 from peptrain.runs.init_from import branching_point, compare_tokenizers
 from peptrain.runs.select import at
 from peptrain.runs.tokenizer import write_run_tokenizer
+from peptrain.text import quoted
 from peptrain.training.metrics import MetricsLog
 from peptrain.training.state import TrainState
 
@@ -152,4 +153,4 @@ def take_back_later(
 
 def how_to_resume(run: RunDir) -> str:
     """Name the command that resumes `run`."""
-    return f"resume with `peptrain resume {run.path}`"
+    return f"resume with `peptrain resume {quoted(run.path)}`"

@@ -33,6 +33,7 @@ from peptrain.runs.directory import RunDir
 from peptrain.runs.ends import stable_steps
 from peptrain.runs.identity import other_settings
 from peptrain.runs.init_from import initial_weights
+from peptrain.text import quoted
 
 
 @dataclass
@@ -251,7 +252,7 @@ def diverged(what: str, run: RunDir) -> Diverged:
     if not found:
         return Diverged(f"{what}; there is no earlier checkpoint; train again {lower}")
     method = load(run.config_file).method.name
-    point = f"{run.path}@{checkpoint.step_of(found[-1])}"
+    point = quoted(f"{run.path}@{checkpoint.step_of(found[-1])}")
     return Diverged(
         f"{what}; the last good checkpoint is {found[-1]}, nothing was saved since; start a run"
         f" from it {lower}: `peptrain train {method} --continue-from {point} --optim.lr LR`"

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import random
-import shlex
 import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from peptrain.data.sources.names import (
 from peptrain.data.sources.parquet import read_rows
 from peptrain.data.sources.text import looks_like, read_pieces, unreadable
 from peptrain.errors import DataError
+from peptrain.text import quoted
 
 INPUTS = "inputs"
 NAMED = 5  # folders or kinds of files in a message
@@ -146,7 +146,7 @@ def _warn_of_held_out(root: Path, files: Sequence[Path]) -> None:
         log.warning(
             "%s: %s%s is trained on too, although its name is that of held-out text; if it should"
             " not be, give `--held-out-inputs %s`",
-            *(INPUTS, named[0], more, shlex.join(map(str, named[:NAMED]))),
+            *(INPUTS, named[0], more, " ".join(map(quoted, named[:NAMED]))),
         )
 
 
