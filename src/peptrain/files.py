@@ -1,4 +1,4 @@
-"""Write atomically, lock files, read JSON of strangers, stay in the named directory."""
+"""Write atomically, lock files, read JSON of strangers, stay in a directory, quote its name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -74,6 +75,29 @@ def scratch(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(made, ignore_errors=True)
         os.close(descriptor)
+
+
+def quoted(path: Path | str) -> str:
+    r"""Return a path as a shell reads it, for a command that can be copied from a message.
+
+    What can't be printed is escaped in $'...', as bash does, and a leading dash is no flag.
+    """
+    text = f"./{path}" if str(path).startswith("-") else str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    return f"$'{''.join(map(_spelt, text))}'"
+
+
+def _spelt(character: str) -> str:
+    r"""Return a character within $'...'. U+DC80 to U+DCFF are bytes that are not UTF-8."""
+    number = ord(character)
+    if character in "\\'":
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    if number < 0x80 or 0xDC80 <= number <= 0xDCFF:
+        return f"\\x{number & 0xFF:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
 def is_scratch(path: Path) -> bool:

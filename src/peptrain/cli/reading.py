@@ -14,8 +14,8 @@ from tyro.conf import Positional, UseAppendAction, arg
 from peptrain import recipes
 from peptrain.cli.parsing import UNSET
 from peptrain.display.console import console, print_wide, say
-from peptrain.display.terminal import quoted
 from peptrain.display.training import count
+from peptrain.files import quoted
 from peptrain.settings.fields import check
 
 

@@ -14,8 +14,8 @@ from tyro.conf import Positional
 from peptrain import recipes
 from peptrain.cli.parsing import UNSET
 from peptrain.display.console import console, make, print_wide, say, stderr
-from peptrain.display.terminal import quoted
 from peptrain.errors import PeptrainError
+from peptrain.files import quoted
 
 if TYPE_CHECKING:
     from peptrain.config import RunConfig

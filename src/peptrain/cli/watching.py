@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.live import Live
 
 from peptrain.display.console import console, say
-from peptrain.display.terminal import quoted
 from peptrain.display.watching import TALLEST, RunView
 from peptrain.errors import CheckpointError, Interrupted, PeptrainError
+from peptrain.files import quoted
 from peptrain.runs.directory import LOCK, RunDir
 from peptrain.runs.lock import Holder, Sign
 from peptrain.runs.tail import Tail

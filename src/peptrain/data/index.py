@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peptrain.display.terminal import quoted
 from peptrain.errors import DataError
-from peptrain.files import read_json_object, write_atomically
+from peptrain.files import quoted, read_json_object, write_atomically
 
 FORMAT = 1
 INDEX, JOURNAL = "index.json", "journal.json"

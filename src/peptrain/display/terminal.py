@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable
-from pathlib import Path
 
 import rich.console
 from rich.console import ConsoleDimensions, ConsoleOptions, RenderableType
@@ -28,18 +26,6 @@ def escaped(text: str) -> str:
 def one_line(text: str) -> str:
     r"""Return `text` with unsafe characters and line feeds escaped: a line feed becomes \n."""
     return escaped(text).replace("\n", r"\n")
-
-
-def quoted(path: Path | str) -> str:
-    r"""Return a path as a shell reads it, for a command that can be copied from a message.
-
-    Control characters are in $'...', as bash writes them, and a leading dash is no flag.
-    """
-    text = f"./{path}" if str(path).startswith("-") else str(path)
-    if not UNSAFE.search(text) and "\n" not in text:
-        return shlex.quote(text)
-    inner = one_line(text.replace("\\", r"\\")).replace("'", r"\'")
-    return f"$'{inner}'"
 
 
 class Console(rich.console.Console):

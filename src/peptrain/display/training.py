@@ -16,7 +16,7 @@ from rich.text import Text
 
 from peptrain.display.console import console, say, wrapped
 from peptrain.display.curve import has_blocks, sparkline
-from peptrain.display.terminal import quoted
+from peptrain.files import quoted
 
 EVENTS = {"merges": "merge", "exact_steps": "exact step"}
 """Counts reported by methods that are shown with the loss, and one of them in words."""

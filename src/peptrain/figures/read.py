@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from peptrain.analysis.table import check_table, read_table
-from peptrain.display.terminal import one_line, quoted
+from peptrain.display.terminal import one_line
 from peptrain.errors import CheckpointError
 from peptrain.figures.source import Row, RunRows, Source
-from peptrain.files import leading_out, read_json, read_json_object
+from peptrain.files import leading_out, quoted, read_json, read_json_object
 from peptrain.runs.directory import RunDir
 from peptrain.runs.select import checksums
 from peptrain.settings import toml

@@ -23,9 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peptrain.display.terminal import quoted
 from peptrain.errors import CheckpointError
-from peptrain.files import open_up, read_json_object, scratch, sha256sums
+from peptrain.files import open_up, quoted, read_json_object, scratch, sha256sums
 from peptrain.settings.fields import shown
 
 log = logging.getLogger("peptrain")

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from peptrain.display.terminal import quoted
 from peptrain.errors import CheckpointError
-from peptrain.files import leading_out, no_links, read_json, write_atomically
+from peptrain.files import leading_out, no_links, quoted, read_json, write_atomically
 from peptrain.runs.lock import lock
 
 log = logging.getLogger("peptrain")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from peptrain.config import RunConfig
-from peptrain.display.terminal import quoted
 from peptrain.errors import CheckpointError
+from peptrain.files import quoted
 from peptrain.methods.base import Method
 from peptrain.models.hf import config_file
 from peptrain.runs.checkpoint import Checkpoint, agrees

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 
 from peptrain.data.corpus import Corpus
 from peptrain.data.tokenizer import configured, end_id, load_tokenizer
-from peptrain.display.terminal import quoted
 from peptrain.errors import CheckpointError, ConfigError, DataError
-from peptrain.files import scratch, sha256sums, write_atomically
+from peptrain.files import quoted, scratch, sha256sums, write_atomically
 from peptrain.models.hf import TOKENIZER_FILES, encode_plainly, save_tokenizer
 from peptrain.runs.directory import RunDir
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from peptrain.config import RunConfig, dump
 from peptrain.data import Corpus
-from peptrain.display.terminal import quoted
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError
+from peptrain.files import quoted
 from peptrain.loggers import chosen
 from peptrain.loggers.sending import Loggers, sending
 from peptrain.methods.base import Method

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from peptrain.config import RunConfig, load
 from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
-from peptrain.display.terminal import quoted
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError, ConfigError, DataError, Diverged
 from peptrain.execution.forward_backward import ForwardBackward
 from peptrain.execution.prepare import prepare
+from peptrain.files import quoted
 from peptrain.methods.base import Method
 from peptrain.models.hf import vocabulary_size
 from peptrain.models.sites import reparametrized

@@ -27,8 +27,8 @@ from peptrain.data.sources.names import (
 )
 from peptrain.data.sources.parquet import read_rows
 from peptrain.data.sources.text import looks_like, read_pieces, unreadable
-from peptrain.display.terminal import quoted
 from peptrain.errors import DataError
+from peptrain.files import quoted
 
 INPUTS = "inputs"
 NAMED = 5  # folders or kinds of files in a message
