@@ -26,10 +26,21 @@ def one_line(text: str) -> str:
 def quoted(path: Path | str) -> str:
     r"""Return a path as a shell reads it, for a command that can be copied from a message.
 
-    Control characters are in $'...', as bash writes them, and a leading dash is no flag.
+    What can't be printed is escaped in $'...', as bash does, and a leading dash is no flag.
     """
     text = f"./{path}" if str(path).startswith("-") else str(path)
-    if not UNSAFE.search(text) and "\n" not in text:
+    if text.isprintable():
         return shlex.quote(text)
-    inner = one_line(text.replace("\\", r"\\")).replace("'", r"\'")
-    return f"$'{inner}'"
+    return f"$'{''.join(map(_spelt, text))}'"
+
+
+def _spelt(character: str) -> str:
+    r"""Return a character within $'...'. U+DC80 to U+DCFF are bytes that are not UTF-8."""
+    number = ord(character)
+    if character in "\\'":
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    if number < 0x80 or 0xDC80 <= number <= 0xDCFF:
+        return f"\\x{number & 0xFF:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"

@@ -128,7 +128,8 @@ def test_a_terminal_of_no_width_is_one_of_twenty_columns(
 
 
 @pytest.mark.parametrize("name", ["a", "a b", "-dash", "it's", "$x", "new\nline", "\x1b[1mred",
-                                  "\\'\t\x1b", "\N{PARTY POPPER}", "x\u2028y"])  # fmt: skip
+                                  "\\'\t\x1b", "\N{PARTY POPPER}", "x\u2028y", "\x85a",
+                                  "\udcff1", "a\U000e0001b"])  # fmt: skip
 def test_a_path_in_a_command_that_is_printed_is_read_by_a_shell_as_it_is(
     name: str, tmp_path: Path
 ) -> None:
