@@ -95,6 +95,21 @@ def analyzed(path: Path, what: str = "from_start", seed: int = 3) -> Path:
     return path
 
 
+def with_circuits(path: Path, per_rank: Mapping[int, Sequence[str]], seed: int = 0) -> Path:
+    """Add a table of `analyze` with the OV circuits of two heads and their sum, which is by step
+    and layer, to a run."""
+    (path / "analysis").mkdir()
+    draw = random.Random(seed)
+    for step, values in per_rank.items():
+        lines = ["run,step,layer,module,what,head,per,per_rank,condition,frobenius"]
+        for layer, value in enumerate(values):
+            lines.append(f"x,{step},{layer},mlp.down_proj,weight,,0.9,0.9,9,1")
+            lines += [f"x,{step},{layer},ov,weight,{h},0.1,{draw.random()},7,1" for h in (0, 1)]
+            lines.append(f"x,{step},{layer},ov,weight,sum,0.2,{value},{value}e3,1")
+        (path / "analysis" / f"{step}.csv").write_text("\n".join(lines) + "\n")
+    return path
+
+
 def line(path: Path, losses: Sequence[float]) -> Path:
     """The directory of `analyze --line`."""
     path.mkdir(parents=True)
