@@ -26,7 +26,7 @@ LEAST = {"layers": 1, "seeds": 2}
 Points = dict[int, dict[int, float | None]]
 """By step and layer; None where a value is not finite."""
 OV = "ov"
-"""The module of W_O W_V. Only `analyze` measures it, and it is of rank r < min(n, m) with kv heads."""
+"""The module of W_O W_V. Only `analyze` measures it. Its rank is below min(n, m) with kv heads."""
 
 
 def _log10(value: float) -> float:
@@ -44,8 +44,8 @@ MEASURES: dict[str, tuple[str, str, Callable[[float], float]]] = {
 def rows_of(run: RunRows, what: str) -> list[Row]:
     """Return the rows of one `what`: those written in training, or else those of `analyze`.
 
-    They are never mixed, because the former may measure fewer layers. OV circuits, of which the sums
-    over heads are taken, are measured by `analyze` alone.
+    They are never mixed, because the former may measure fewer layers. OV circuits, of which the
+    sums over heads are taken, are measured by `analyze` alone.
     """
     live = [row for row in run.of("dynamics") if row.get("what") == what]
     offline = [row for row in run.analysis if row.get("what") == what]
