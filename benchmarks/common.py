@@ -344,9 +344,9 @@ def write(args: argparse.Namespace, device: torch.device, rows: Sequence[dict[st
     """Write all measurements and the environment to the file of --json, if given."""
     if args.json is None:
         return
-    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    found = {"environment": environment(device), "arguments": given, "rows": list(rows)}
-    args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = {"environment": environment(device), "arguments": vars(args), "rows": list(rows)}
+    text = json.dumps(found, indent=1, default=str)  # paths
+    args.json.write_text(f"{text}\n", encoding="utf-8")
 
 
 def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:

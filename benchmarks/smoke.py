@@ -56,6 +56,9 @@ SCRIPTS = {
     " --only relora-warm",
     "tasks": f"{MODEL} --data={{corpus}} --tasks-data={{tasks}} --out={{out}}/judged --steps=4"
     " --rank=4 --batch-size=2 --seq-len=64 {no_compile} --seeds 0 --only full bpt",
+    "study": f"{MODEL} --data={{corpus}} --tasks-data={{tasks}} --domains {{corpus}}"
+    " --out={out}/study --steps=20 --batch-size=2 --seq-len=64 --probe=1 {no_compile}"
+    " --only full bpt --rates 1e-3 --seeds=1",
     "cpu_peft": f"{MODEL} --set=train.compile=false {RUN} --log-every=2 --rounds=1"
     " lora:rank=4 lora:rank=4:train_rest=false full",
 }
@@ -112,18 +115,23 @@ def arguments(text: str, *, device: str, folder: Path) -> list[str]:
 
 
 def make_corpus(folder: Path) -> None:
-    """Write the project's documentation as text, prepare it with 320 token ids; items of a task."""
+    """Write the project's documentation as text, prepare it with 320 token ids; items of tasks."""
     from peptrain.data import PrepareConfig, prepare
 
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = folder / "text.txt"
     text.write_text("\n\n".join(d.read_text(encoding="utf-8") for d in documents), encoding="utf-8")
     prepare(PrepareConfig(inputs=(text,), out=folder / "corpus", vocab_size=320, held_out=0.02))
-    items = folder / "tasks" / "piqa" / "validation.jsonl"
-    items.parent.mkdir(parents=True)
     choices = {"sol1": "Turn the key.", "sol2": "Eat the key."}
-    made = [{"goal": f"Open door {n}.", **choices, "label": n % 2} for n in range(6)]
-    items.write_text("".join(json.dumps(item) + "\n" for item in made), encoding="utf-8")
+    pair = {"sentence_good": "Both doors open.", "sentence_bad": "Both doors opens."}
+    items = {
+        "piqa/validation": [{"goal": f"Open {n}.", **choices, "label": n % 2} for n in range(6)],
+        "blimp/all": [pair | {"UID": t, "linguistics_term": t} for t in ("binding", "island")],
+    }
+    for name, made in items.items():
+        file = folder / "tasks" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text("".join(json.dumps(item) + "\n" for item in made), encoding="utf-8")
 
 
 def all_checks(device: str, folder: Path) -> list[Check]:

@@ -1,10 +1,13 @@
 """Every benchmark runs, at a size that tells nothing; and what they compute of times is right."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +21,10 @@ from support import tiny, tiny_method
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peptrain import recipes
 from peptrain.cli.app import main
 from peptrain.comparison.compare import cores
+from peptrain.comparison.grid import expand
 from peptrain.config import resolved
 from peptrain.data import Corpus
 from peptrain.methods import METHODS
@@ -138,6 +143,87 @@ def test_tasks(numbers: Any, smoke_folder: Path, capsys: pytest.CaptureFixture[s
     assert "left out: --tasks-data:" in out
     assert not (smoke_folder / "out" / "judged" / "runs" / "bpt-0").exists()
     assert numbers("tasks") == found
+
+
+@pytest.mark.slow
+def test_study(
+    numbers: Any, script: Any, smoke_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Two rates, two seeds of the better one, each judged; a second call trains and judges none."""
+    study, out = script("study"), smoke_folder / "out" / "study"
+    more = ("--only", "full", "relora-warm", "--rates", "1e-3", "1e-2", "--seeds=2")
+    found = numbers("study", *more)
+    pairs = [(name, seed) for name in ("full", "relora-warm") for seed in (0, 1)]
+    for pair in pairs:
+        values = {(row["group"], row["measure"]): row["value"] for row in found
+                  if (row["method"], row["seed"]) == pair}  # fmt: skip
+        held_out, domain = values["held-out loss", "all"], values["loss by domain", "corpus"]
+        assert domain == pytest.approx(held_out, rel=1e-3)
+        assert values["BLiMP", "all"] == values["BLiMP", "binding"]
+        assert 0 < values["PER over the rank", "weight ov"] <= 1
+        assert values["log10 condition", "update o_proj"] > 0
+    assert sorted({(row["method"], row["seed"]) for row in found}) == pairs
+    settings = (out / "relora-warm-1" / "config.toml").read_text()
+    rates = {row["method"]: row["lr"] for row in found}
+    assert f"warm_start_lr = {rates['full']}" in settings
+    assert not list((out / "compare" / "runs").iterdir())
+    printed = capsys.readouterr().out
+    assert printed.count("est)") == 2 and "| held-out loss, minus full | relora-warm |" in printed
+    for name in ("compare", "call"):
+        monkeypatch.setattr(study, name, lambda *given: pytest.fail(f"called with {given}"))
+    assert numbers("study", *more) == found
+
+
+def test_the_methods_of_the_study_have_its_shares_of_the_steps(script: Any) -> None:
+    study = script("study")
+    args = argparse.Namespace(
+        steps=600, batch_size=64, seq_len=512, precision="fp32", device="cpu", compile=False,
+        preset="pico-tiny", layers=None, intermediate_size=None, data=Path("corpus"), set=[],
+    )  # fmt: skip
+    tuned = [{"method": "full", "lr": 4e-3, "held_out_loss": 5.0}]
+    blocks = [study.settings_of(name, args, tuned) | {"optim.lr": [1e-3, 2e-3]}
+              for name in study.METHODS]  # fmt: skip
+    runs = expand(tomllib.loads(study.grid(args, blocks))).runs
+    assert len(runs) == 2 * len(study.METHODS)
+    _, relora, warm, compat, bpt, _ = (run.config.method for run in runs[::2])
+    assert [m.merge_every for m in (relora, warm, compat, bpt)] == [60] * 4
+    assert [m.restart_warmup for m in (relora, warm, compat)] == [3] * 3
+    assert [m.warm_start_steps for m in (relora, warm, compat)] == [0, 150, 0]
+    assert warm.warm_start_lr == 4e-3
+    as_released = recipes.load(study.RECIPE).method
+    shares = {"merge_every": 2000, "reset_every": 2000, "restart_warmup": 100}
+    assert replace(compat, **shares) == replace(as_released, **shares)
+    with pytest.raises(SystemExit, match="add full to --only"):
+        study.settings_of("relora-warm", args, [])
+
+
+def test_the_tables_of_the_study_pair_seeds_and_leave_out_what_is_not_known(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The interval of two values is t s / sqrt(2) = 12.7062 |x - y| / 2."""
+    (tmp_path / "tune.csv").write_text(
+        "method,lr,seed,state,held_out_loss\nfull,0.001,0,finished,5\nfull,0.002,0,finished,4\n"
+        "full,0.004,0,diverged,\nbpt,0.001,0,finished,4\nbpt,0.002,0,finished,6\n"
+    )
+    rows = [
+        "full,0.001,0,held-out loss,all,9,0",  # of a rate that is not the best any more
+        *(f"full,0.002,{seed},held-out loss,all,{4 + seed},0" for seed in (0, 1)),
+        *(f"bpt,0.001,{seed},held-out loss,all,{4.5 + seed * 1.2},0" for seed in (0, 1)),
+        "bpt,0.001,2,held-out loss,all,,0",
+        "bpt,0.001,0,log10 condition,weight ov,1.5,3",
+        "bpt,0.001,1,log10 condition,weight ov,,12",
+    ]
+    header = "method,lr,seed,group,measure,value,left_out"
+    (tmp_path / "measures.csv").write_text("\n".join([header, *rows]) + "\n")
+    script("study_tables").print_tables(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| full | 5.0000 | 4.0000 | diverged | 0.002 |" in lines
+    assert "| bpt | 4.0000 | 6.0000 |  | 0.001 (lowest) |" in lines
+    assert "| all | 4.5000 ± 6.3531 | 5.1000 ± 7.6237 |" in lines
+    assert "| all | +0.6000 ± 1.2706 |" in lines
+    assert "| weight ov | 1.5000* |" in lines
+    assert lines[-1] == "bpt-2 diverged and is left out"
 
 
 def test_merges(numbers: Any) -> None:
@@ -279,7 +365,8 @@ def test_a_run_that_ends_before_the_clock_kills_it_is_repeated(
 
 def test_the_smoke_test_has_every_script(script: Any) -> None:
     """And so this file has, which calls each as the smoke test does."""
-    found = {file.stem for file in BENCHMARKS.glob("*.py")} - {"common", "smoke", "subjects"}
+    parts = {"common", "smoke", "subjects", "study_tables"}
+    found = {file.stem for file in BENCHMARKS.glob("*.py")} - parts
     assert script("smoke").SCRIPTS.keys() == found
     assert all(f"test_{name}" in globals() for name in found)
 

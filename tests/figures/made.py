@@ -102,6 +102,20 @@ def rewrite(path: Path, text: str, step: int = 40) -> None:
     write_tables(path / "analysis", f"{step}", {"csv": table, "spectra.csv": text}, {})
 
 
+def with_circuits(path: Path, per_rank: Mapping[int, Sequence[str]], seed: int = 0) -> Path:
+    """Add a table of `analyze` with the OV circuits of two heads and their sum, which is by step
+    and layer, to a run."""
+    draw = random.Random(seed)
+    for step, values in per_rank.items():
+        lines = ["run,step,layer,module,what,head,per,per_rank,condition,frobenius"]
+        for layer, value in enumerate(values):
+            lines.append(f"x,{step},{layer},mlp.down_proj,weight,,0.9,0.9,9,1")
+            lines += [f"x,{step},{layer},ov,weight,{h},0.1,{draw.random()},7,1" for h in (0, 1)]
+            lines.append(f"x,{step},{layer},ov,weight,sum,0.2,{value},{value}e3,1")
+        write_tables(path / "analysis", f"{step}", {"csv": "\n".join(lines) + "\n"}, {})
+    return path
+
+
 def line(path: Path, losses: Sequence[float]) -> Path:
     """The directory of `analyze --line`."""
     rows = [f"a@1,b@1,{n / 10},{loss},640" for n, loss in enumerate(losses)]

@@ -26,6 +26,7 @@ from made import (
     line,
     run,
     steps,
+    with_circuits,
 )
 
 from peptrain.figures.catalogue import FIGURES
@@ -225,6 +226,52 @@ def test_what_is_not_finite_is_left_out_of_the_mean_and_hollow(tmp_path: Path) -
     wanted = statistics.fmean(math.log10(rows[n]["condition"]) for n in (0, 2))
     found = {n["mark"]: n["y"] for n in drawn.numbers if "y" in n}
     assert found == {"mean over layers": wanted, "not finite in some layers": wanted}
+
+
+def circuits(path: Path, name: str, values: tuple[str, ...] = ("0.5", "0.75")) -> Path:
+    """A run with rows in training, and OV circuits in tables."""
+    rows = dynamics((2, 4), layers=2, modules=("mlp.down_proj",))
+    made = run(path / name, rows, train_seed=int(name))
+    return with_circuits(made, {4: values}, seed=int(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "axis"),
+    [("per", 0.625, "PER over the structural rank"),
+     ("condition", (math.log10(500) + math.log10(750)) / 2, "log10 condition")],
+)  # fmt: skip
+def test_the_panel_of_ov_is_the_sum_over_heads_over_its_rank_beside_rows_in_training(
+    name: str, wanted: float, axis: str, tmp_path: Path
+) -> None:
+    source = read([circuits(tmp_path, seed) for seed in ("0", "1")])
+    for figure, mark in ((name, "mean over layers"), (f"{name}-seeds", "mean over seeds")):
+        drawn = FIGURES[figure](source, View())
+        of = [n for n in drawn.numbers if n["mark"] == mark]
+        found = [(n["x"], n["y"], n["y_axis"]) for n in of if n["panel"] == "ov"]
+        assert {place for place, *_ in found} == {4} and {label for *_, label in found} == {axis}
+        assert [y for _, y, _ in found] == pytest.approx([wanted] * len(found))
+        others = {(n["panel"], n["x"], n["y_axis"]) for n in of if n["panel"] != "ov"}
+        label = axis.partition(" over the ")[0]
+        assert others == {("mlp.down_proj", step, label) for step in (2, 4)}
+        assert "Panel ov: the sum over heads" in drawn.caption
+
+
+def test_without_rows_in_training_all_panels_are_of_the_analysis(tmp_path: Path) -> None:
+    made = with_circuits(run(tmp_path / "run"), {4: ("0.5", "0.75")})
+    drawn = FIGURES["per"](read([made]), View())
+    found = {n["panel"]: n["y"] for n in drawn.numbers if "y" in n}
+    assert found == {"mlp.down_proj": 0.9, "ov": 0.625}
+
+
+def test_circuits_that_are_not_finite_are_hollow_over_layers_and_over_seeds(
+    tmp_path: Path,
+) -> None:
+    made = [circuits(tmp_path, "0", ("0.5", "nan")), circuits(tmp_path, "1", ("0.75", "0.75"))]
+    for figure, lines in (("per", {"0": 0.5}), ("per-seeds", {"0 (2 seeds)": 0.625})):
+        numbers = FIGURES[figure](read(made), View()).numbers
+        hollow = [n for n in numbers if n["mark"] == "not finite in some layers"]
+        assert {n["line"]: n["y"] for n in hollow} == lines
+        assert {n["panel"] for n in hollow} == {"ov"}
 
 
 def test_rows_in_training_are_not_mixed_with_those_of_an_analysis(tmp_path: Path) -> None:

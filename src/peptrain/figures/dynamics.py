@@ -25,6 +25,8 @@ LEAST = {"layers": 1, "seeds": 2}
 """Runs of a group that has been measured."""
 Points = dict[int, dict[int, float | None]]
 """By step and layer; None where a value is not finite."""
+OV = "ov"
+"""The module of W_O W_V. Only `analyze` measures it. Its rank is below min(n, m) with kv heads."""
 
 
 def _log10(value: float) -> float:
@@ -42,21 +44,24 @@ MEASURES: dict[str, tuple[str, str, Callable[[float], float]]] = {
 def rows_of(run: RunRows, what: str) -> list[Row]:
     """Return the rows of one `what`: those written in training, or else those of `analyze`.
 
-    They are never mixed, because the former may measure fewer layers. OV circuits are left out.
+    They are never mixed, because the former may measure fewer layers. OV circuits, of which the
+    sums over heads are taken, are measured by `analyze` alone.
     """
     live = [row for row in run.of("dynamics") if row.get("what") == what]
-    offline = [r for r in run.analysis if r.get("what") == what and r.get("module") != "ov"]
-    return live or offline
+    offline = [row for row in run.analysis if row.get("what") == what]
+    circuits = [row for row in offline if row.get("module") == OV and row.get("head") == "sum"]
+    return [*(live or [row for row in offline if row.get("module") != OV]), *circuits]
 
 
 def measured(run: RunRows, what: str, column: str) -> dict[str, Points]:
-    """Return the values of a column by module, step and layer."""
+    """Return the values of a column by module, step and layer; of OV circuits PER over the rank."""
     scale, found = MEASURES[column][2], dict[str, Points]()
     for row in rows_of(run, what):
         step, layer, module = row.get("step"), row.get("layer"), row.get("module")
-        if type(step) is not int or type(layer) is not int or column not in row:
+        key = "per_rank" if (module, column) == (OV, "per") else column
+        if type(step) is not int or type(layer) is not int or key not in row:
             continue
-        value = number(row, column)
+        value = number(row, key)
         scaled = None if value is None else scale(value)
         finite = scaled if scaled is not None and math.isfinite(scaled) else None
         found.setdefault(one_line(str(module)), {}).setdefault(step, {})[layer] = finite
@@ -100,14 +105,17 @@ def _each(column: str, over: str) -> Callable[[Source, View], Drawn]:
         with styled():
             made, axes = panels(modules, 1.35, -(-len(groups) // 2), sharex=True, sharey=True)
             for ax, module in zip(axes, modules, strict=True):
-                panel = made.panel(ax, module, "steps", label)
+                over_rank = (module, column) == (OV, "per")
+                axis = f"{label} over the structural rank" if over_rank else label
+                panel = made.panel(ax, module, "steps", axis)
                 ax.set_title(short(module))
                 for n, (group, names) in enumerate(groups.items()):
                     series = [(name, found[name].get(module, {})) for name in names]
                     _SERIES[over](panel, series, look(n), group)
             _ends(made, axes, label, groups)
         title = f"{label} of {view.what}, over {over}"
-        return Drawn(title, _caption(explained, over), made.figure, made.numbers)
+        caption = _caption(explained, over) + (OV_SHOWN if OV in modules else "")
+        return Drawn(title, caption, made.figure, made.numbers)
 
     draw.__doc__ = f"{MEASURES[column][0]} over steps, with bands over {over}."
     return draw
@@ -126,11 +134,18 @@ def _layers(panel: Panel, series: Sequence[tuple[str, Points]], look: Look, grou
             low, high = [m - h for m, h in ends], [m + h for m, h in ends]
             panel.band("95 % over layers", name, steps, low, high, look)
         panel.line("mean over layers", name, steps, means, look, marker=look.marker, ms=3)
-        hollow = [s for s in steps if any(v is None for v in points[s].values())]
-        if hollow:
-            at = [statistics.fmean(whole[s]) for s in hollow]
-            panel.line("not finite in some layers", name, hollow, at, look, ls="none", mfc="none",
-                       marker="o", ms=6)  # fmt: skip
+        _hollow(panel, name, dict(zip(steps, means, strict=True)), [points], look)
+
+
+def _hollow(
+    panel: Panel, line: str, means: Mapping[int, float], runs: Sequence[Points], look: Look
+) -> None:
+    """Mark the means at whose step a run has a layer with a value that is not finite."""
+    steps = [s for s in means if any(v is None for points in runs for v in points[s].values())]
+    if steps:
+        at = [means[step] for step in steps]
+        panel.line("not finite in some layers", line, steps, at, look, ls="none", mfc="none",
+                   marker="o", ms=6)  # fmt: skip
 
 
 def _seeds(panel: Panel, series: Sequence[tuple[str, Points]], look: Look, group: str) -> None:
@@ -145,10 +160,18 @@ def _seeds(panel: Panel, series: Sequence[tuple[str, Points]], look: Look, group
     ends = [_interval([seed[step] for seed in of_seed]) for step in steps]
     low, high = [m - h for m, h in ends], [m + h for m, h in ends]
     panel.outline("95 % over seeds", group, steps, low, high, look)
-    panel.line("mean over seeds", group, steps, [m for m, _ in ends], look, ls=(0, (5, 2)))
+    means = [mean for mean, _ in ends]
+    panel.line("mean over seeds", group, steps, means, look, ls=(0, (5, 2)))
+    runs = [points for _, points in series]
+    _hollow(panel, group, dict(zip(steps, means, strict=True)), runs, look)
 
 
 _SERIES = {"layers": _layers, "seeds": _seeds}
+HOLLOW = " Hollow: in some layers the value is not finite, and the mean is that of the others."
+OV_SHOWN = (
+    " Panel ov: the sum over heads of W_O W_V as `peptrain analyze` measured it, PER and condition"
+    " number over its structural rank."
+)
 
 
 def _caption(explained: str, over: str) -> str:
@@ -157,12 +180,12 @@ def _caption(explained: str, over: str) -> str:
         return (
             f"{first}, one panel for each matrix. Solid lines and filled bands: mean and 95 %"
             " interval (Student's t) over the measured layers of one run, cut off where it is very"
-            " wide. Hollow: in some layers the value is not finite, and the mean is that of the"
-            " others."
+            f" wide.{HOLLOW}"
         )
     return (
         f"{first}, one panel for each matrix. Dashed and dotted lines: mean and 95 % interval"
         " (Student's t) over seeds of the mean over layers, at the steps that every seed has."
+        f"{HOLLOW}"
     )
 
 
@@ -224,7 +247,8 @@ def layers(source: Source, view: View) -> Drawn:
     return Drawn(
         f"PER of {view.what} in each layer: {run.name}",
         "Effective rank / min(n, m) of each layer (rows) at each measured step (columns, not to"
-        " scale), one panel for each matrix. Empty: not measured or not finite.",
+        " scale), one panel for each matrix. Empty: not measured or not finite."
+        + (OV_SHOWN if OV in found else ""),
         made.figure, made.numbers, [],
     )  # fmt: skip
 
