@@ -9,12 +9,14 @@ import pytest
 from support import Killed, kill_at, rows, step_numbers, tiny, untimed
 
 from peptrain import evaluate, export
+from peptrain.cli.app import main
 from peptrain.config import TrainConfig
 from peptrain.errors import CheckpointError, ConfigError
 from peptrain.methods import METHODS
 from peptrain.models.dense import dense_state
+from peptrain.runs import select
 from peptrain.runs.build import open_run
-from peptrain.runs.checkpoint import Keep
+from peptrain.runs.checkpoint import Keep, available
 from peptrain.runs.directory import RunDir
 from peptrain.runs.init_from import initial_weights
 from peptrain.runs.select import at, chosen, may_vanish
@@ -81,6 +83,37 @@ def test_what_the_training_deletes_is_skipped_unless_it_was_asked_for(
     (run / "checkpoints" / "step-00000000" / "state.json").write_text("")
     with pytest.raises(CheckpointError, match="is damaged"), may_vanish(there := Path(f"{run}@0")):
         evaluate(there)
+
+
+def test_a_checkpoint_that_is_being_deleted_is_no_damaged_one(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, real = [], shutil.rmtree
+
+    def looking(path: Any, *rest: Any, **given: Any) -> None:
+        if "step-" in Path(path).name and Path(path, "state.json").exists():
+            seen.append([p.name for p in available(tmp_path / "run" / "checkpoints")])
+        real(path, *rest, **given)
+
+    monkeypatch.setattr(shutil, "rmtree", looking)
+    train(tiny("full", corpus, tmp_path / "run", train={"checkpoint_every": 4, "keep": 1}))
+    assert seen == [["step-00000008"]]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+def test_nothing_that_could_be_read_is_an_error(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train(tiny("full", corpus, run := tmp_path / "run"))
+    monkeypatch.setattr(select, "available", lambda directory: [])
+    monkeypatch.setattr(select, "chosen", lambda path, step: [Path(f"{path}@8")])
+    for command in ("eval", "export --out x"):
+        assert main([*command.split(), str(run), "--step=all"]) == 1
+        said = capsys.readouterr().err
+        assert f"{run}: the training deleted every checkpoint before it was read" in said
 
 
 @pytest.mark.parametrize("name", METHODS)

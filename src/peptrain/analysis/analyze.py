@@ -31,7 +31,7 @@ from peptrain.models.hf import vocabulary_size
 from peptrain.runs.directory import RunDir
 from peptrain.runs.environment import environment
 from peptrain.runs.lock import lock
-from peptrain.runs.select import at, find, may_vanish
+from peptrain.runs.select import at, check_any, find, may_vanish
 from peptrain.settings.fields import check_whole, each_line_once
 
 log = logging.getLogger("peptrain")
@@ -90,11 +90,7 @@ def analyze(
 
                 _analyze(source, job.output, data, probe, device, show)
                 written.append(job.output.directory / f"{job.output.stem}.csv")
-    if not written:
-        raise CheckpointError(
-            f"{paths[0]}: the training deleted every checkpoint before it was measured; keep more"
-            " of them with --train.keep"
-        )
+    check_any(paths[0], written)
     return written
 
 

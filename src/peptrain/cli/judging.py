@@ -14,7 +14,7 @@ from peptrain.display.console import console, print_wide, say
 from peptrain.distributed.world import world
 from peptrain.errors import ConfigError
 from peptrain.eval.perplexity import Evaluation
-from peptrain.runs.select import may_vanish
+from peptrain.runs.select import check_any, may_vanish
 from peptrain.settings.fields import check_whole
 from peptrain.tasks.domains import domain_entry, domain_losses, macro_loss
 from peptrain.tasks.measure import Measured, Values, exp
@@ -77,6 +77,7 @@ def judge(
                 _keep(subject, entries[-1])
                 say(f"A is {subject.name}, B is {other.name}")
                 print_wide(paired_table(tests))
+    check_any(paths[0], entries)
     if out is not None:
         write_out(out, entries)
         say(f"written to {out}")

@@ -56,7 +56,7 @@ def eval_run(
         step: Step of the checkpoint, or all that are kept. Unset: the latest.
         device: auto uses a GPU if there is one.
     """
-    from peptrain.runs.select import chosen, may_vanish
+    from peptrain.runs.select import check_any, chosen, may_vanish
 
     every = chosen(run, step)
     if tasks or len(data) > 1 or not is_of_run(run):
@@ -71,9 +71,12 @@ def eval_run(
              ("--against", against), ("--harness", harness or None), ("--out", out))  # fmt: skip
     for flag, given in asked:
         check(given is None, flag, str(given), "given with --tasks")
+    done = []
     for one in every:
         with may_vanish(one, step == "all"):
             _held_out(one, next(iter(data), None), batch_size, legacy, device)
+            done.append(one)
+    check_any(run, done)
     say(f"export the model with `peptrain export {quoted(run)} --out DIR`")
 
 
@@ -213,16 +216,19 @@ def export_run(
             the latest.
     """
     from peptrain.exporting.export import export
-    from peptrain.runs.select import at, chosen, may_vanish
+    from peptrain.runs.select import at, check_any, chosen, may_vanish
 
     loader = "transformers.AutoModelForCausalLM.from_pretrained"
     if form == "factorised":
         loader = "peptrain.load_factorised"
+    done = []
     for one in chosen(run, step):
         place = out / str(at(one)[1]) if step == "all" else out
         with may_vanish(one, step == "all"):
             export(one, place, form)
             say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
+            done.append(one)
+    check_any(run, done)
 
 
 def watch_run(run: Positional[Path]) -> None:

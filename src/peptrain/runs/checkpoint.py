@@ -8,6 +8,7 @@ step-00000600/model.safetensors       every parameter, by name
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -211,10 +212,14 @@ def save(directory: Path, checkpoint: Checkpoint, keep: Keep) -> Path:
 
 
 def delete_old(directory: Path, step: int, keep: Keep) -> None:
-    """Delete the checkpoints up to that of `step` that `keep` does not keep."""
+    """Delete the checkpoints up to that of `step` that `keep` does not keep.
+
+    Each is renamed first, so that nobody who reads the run takes it for a damaged one meanwhile.
+    """
     steps = [s for s in map(step_of, available(directory)) if s <= step]
     for old in set(steps) - keep.of(steps):
-        shutil.rmtree(_path(directory, old), ignore_errors=True)
+        with contextlib.suppress(OSError), scratch(_path(directory, old)) as gone:
+            _path(directory, old).replace(gone)
 
 
 def name_of(step: int) -> str:

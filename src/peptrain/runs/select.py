@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peptrain.errors import CheckpointError, ConfigError
@@ -80,6 +80,15 @@ def may_vanish(path: Path, expected: bool = True) -> Iterator[None]:
         if any(step in _steps(place) for place in _places(RunDir(directory), step)):
             raise
         log.warning("%s: deleted by the training meanwhile, skipped", path)
+
+
+def check_any(path: Path, done: Sequence[object]) -> None:
+    """Raise CheckpointError if nothing was done, as every checkpoint had vanished."""
+    if not done:
+        raise CheckpointError(
+            f"{path}: the training deleted every checkpoint before it was read; keep more of them"
+            " with --train.keep"
+        )
 
 
 def checksums(run: RunDir, step: int) -> str:
