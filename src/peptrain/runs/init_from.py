@@ -50,11 +50,13 @@ def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
         return matched(config)
     path = config.init_from
     if path is None:
-        if isinstance(config.method, TargetedMethod) and not config.method.train_rest:
+        if isinstance(config.method, TargetedMethod) and config.method.freezes:
+            named = config.method.train
             log.warning(
-                "method.train_rest: false leaves embeddings and head at their random initial"
-                " values; start from trained weights with --init-from"
-            )
+                "%s at their random initial values; start from trained weights with --init-from",
+                f"method.train: {named} leaves other parameters" if named
+                else "method.train_rest: false leaves embeddings and head",
+            )  # fmt: skip
         return _with_vocabulary(config)
     return replace(config, model=_model_of(path)) if config.model == ModelConfig() else config
 
