@@ -251,6 +251,8 @@ def as_text(section: Any, key: str) -> str:
         return "0 with sgd"
     if "same_as" in rule:
         return f"as `--method.{rule['same_as'].replace('_', '-')}`"
+    if "unless" in rule:
+        return f"{str(rule['otherwise']).lower()} without `--method.{rule['unless']}`"
     part = {0.25: "a quarter", 0.2: "a fifth", 0.1: "a tenth", 0.025: "a fortieth",
             0.01: "a hundredth"}[rule.get("fraction", rule.get("of_width"))]  # fmt: skip
     most = f", at most {rule['most']}" if rule.get("most") else ""

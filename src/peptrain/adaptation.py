@@ -53,6 +53,10 @@ class Adapted:
                 f"model: {layer.site} is a {type(layer).__name__} already; adapt a new model, or"
                 " the one that `dense()` of the first Adapted returns"
             )
+        if fresh and (setting := method.needs_weights):
+            raise ConfigError(
+                f"{setting} needs the weights of a trained model; adapt one, without fresh=True"
+            )
         given = (method, optim, schedule_config)
         self.method, self.optim, config = settled(*given, steps, _width(model))
         self.model, self.steps, self.done = model, steps, 0

@@ -65,19 +65,22 @@ def small_run(
     method: Method, corpus: Path, run: Path | None = None, **sections: Mapping[str, Any]
 ) -> RunConfig[Any]:
     """Configure 8 steps in float64 at a constant rate. `sections` are dicts of what to override."""
-    given: dict[str, Any] = {"model": MODEL, "optim": {}, "train": TRAIN | {"precision": "fp64"}}
-    given["schedule"] = {"kind": "constant", "warmup": 0}
-    merged = {k: {**v, **sections.pop(k, {})} for k, v in given.items()}
+    given: dict[str, Any] = {
+        "model": (ModelConfig, MODEL), "optim": (OptimConfig, {}),
+        "schedule": (ScheduleConfig, {"kind": "constant", "warmup": 0}),
+        "train": (TrainConfig, TRAIN | {"precision": "fp64"}),
+    }  # fmt: skip
+    made = {k: cls(**{**values, **sections.pop(k, {})}) for k, (cls, values) in given.items()}
     assert not sections, sections
-    return RunConfig(
-        method=method,
-        model=ModelConfig(**merged["model"]),
-        optim=OptimConfig(**merged["optim"]),
-        schedule=ScheduleConfig(**merged["schedule"]),
-        train=TrainConfig(**merged["train"]),
-        data=DataConfig(path=corpus),
-        run=run,
-    )
+    return RunConfig(method=method, data=DataConfig(path=corpus), run=run, **made)
+
+
+def startable(config: RunConfig[Any]) -> RunConfig[Any]:
+    """Return `config` with random weights, beside its run, if its method needs given ones."""
+    if config.method.needs_weights and config.run:
+        plain_model(config).save_pretrained(weights := config.run.with_name("weights"))
+        config = replace(config, init_from=weights)
+    return config
 
 
 def small_corpus(folder: Path, words: int = 6000) -> Path:
@@ -85,9 +88,8 @@ def small_corpus(folder: Path, words: int = 6000) -> Path:
     draw = random.Random(0)
     letters = "etaoinshrd"
     lexicon = ["".join(draw.choices(letters, k=draw.randrange(2, 7))) for _ in range(60)]
-    text = folder / "text.txt"
+    text, out = folder / "text.txt", folder / "corpus"
     text.write_text(" ".join(draw.choices(lexicon, k=words)), encoding="utf-8")
-    out = folder / "corpus"
     prepare(PrepareConfig(inputs=(text,), out=out, vocab_size=300, held_out=0.02))
     return out
 
@@ -165,8 +167,7 @@ def bench(
     config = resolved(config, world_size=1, on_gpu=False)
     at = len(config.method.phases(STEPS)) if phase is None else phase
     built = build(config, at)
-    optimizer = config.method.optimizer(built, find_sites(built), config.optim, at)
-    return Bench(config, built, optimizer)
+    return Bench(config, built, config.method.optimizer(built, find_sites(built), config.optim, at))
 
 
 def ids(seed: int) -> Tensor:
@@ -329,7 +330,7 @@ def a_run_resumes_to_the_same_bits(method: Method, corpus: Path) -> None:
         optim = {"kind": kind} | ({"momentum": 0.9} if kind == "sgd" else {})
         with tempfile.TemporaryDirectory() as folder:
             whole, parted = Path(folder, "whole"), Path(folder, "parted")
-            train(small_run(method, corpus, whole, train=keep, optim=optim))
+            train(startable(small_run(method, corpus, whole, train=keep, optim=optim)))
             shutil.copytree(whole, parted)
             for path in available(RunDir(parted).checkpoints):
                 if path.name > f"step-{half:08d}":
@@ -345,7 +346,7 @@ def a_run_is_evaluated_and_exported(method: Method, corpus: Path) -> None:
     """Evaluation reproduces the final loss of the run, and export, which compares logits, works."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        end = train(small_run(method, corpus, run)).held_out.loss
+        end = train(startable(small_run(method, corpus, run))).held_out.loss
         found = evaluate(run).loss
         assert abs(found - end) <= 1e-6 * end, f"loss {found} in evaluation, {end} in training"
         export(run, Path(folder, "out"), "dense" if method.has_dense_equivalent else "factorised")

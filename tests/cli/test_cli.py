@@ -139,7 +139,7 @@ def settings_of(method: str) -> dict[str, Field[Any]]:
         for section, cls in [("", RunConfig), *sections.items()]
         if is_dataclass(cls)
         for f in fields(cls)
-        if f.name not in sections or not is_dataclass(sections[f.name])
+        if cls is not RunConfig or not is_dataclass(sections[f.name])
     }
 
 
@@ -480,6 +480,22 @@ def test_truth_is_spelt_as_in_a_configuration_file(
     assert peptrain_("train lora --run run", *given).code == 0
     method = load(Path("run/config.toml")).method
     assert isinstance(method, TargetedMethod) and method.train_rest is value
+
+
+def test_what_trains_may_be_named_over_the_settings_of_a_run(
+    corpus: Path, peptrain_: Command
+) -> None:
+    """Whose file says that all does. A file or command that says both is refused."""
+    assert peptrain_("train lora --run run", *flags("lora", corpus, train__steps=3)).code == 0
+    written = Path("run/config.toml").read_text()
+    assert "train_rest = true" in written
+    again = "train --config run/config.toml --run other --method.train norm"
+    assert peptrain_(again).code == 0
+    method = load(Path("other/config.toml")).method
+    assert isinstance(method, TargetedMethod)
+    assert (method.train_rest, method.train) == (None, "norm")
+    said = peptrain_(f"{again} --method.train-rest false")
+    assert said.error.startswith("method.train_rest: false can't be combined with method.train")
 
 
 # What a command line can get wrong.

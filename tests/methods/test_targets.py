@@ -1,27 +1,20 @@
 """Which matrices a method with a rank adapts, and what becomes of all the others."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from byhand import made
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import algebra
-from support import tiny, tiny_method
+from support import tiny_method
 from torch import nn
 
-from peptrain.config import resolved
 from peptrain.errors import ConfigError
 from peptrain.methods import METHODS
-from peptrain.methods.lora import LoRA
 from peptrain.methods.lowrank import LowRank
 from peptrain.methods.rank import RankMethod
 from peptrain.methods.targets import TargetedMethod
-from peptrain.models.hf import count_parameters
 from peptrain.models.sites import Site, reparametrized
-from peptrain.runs.build import build
-from peptrain.testing import MODEL
 
 TARGETED = [n for n, cls in METHODS.items() if issubclass(cls, TargetedMethod)]
 targeted_methods = pytest.mark.parametrize("name", TARGETED)
@@ -157,128 +150,21 @@ def test_every_method_leaves_the_matrices_of_no_target_dense_and_trainable(name:
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-# --- train_rest
-
-LETTERS = {
-    "bpt": {"U", "V", "a", "b"},
-    "dora": {"A", "B", "m"},
-    "vera": {"lambda_d", "lambda_b"},
-    "hyperadapt": {"a", "b"},
-    "galore": {"weight"},
-    "sltrain": {"A", "B", "values"},
-}
-"""What a method trains of an adapted matrix, if it is not A and B."""
-
-
-def trainable(model: nn.Module) -> set[str]:
-    return {n for n, p in model.named_parameters() if p.requires_grad}
-
-
-@targeted_methods
-@pytest.mark.parametrize("model", [QWEN, QWEN | {"tied": True}, {"family": "llama"}])
-def test_without_the_rest_exactly_the_adapters_train(name: str, model: dict[str, Any]) -> None:
-    method = tiny_method(name, targets="q,down", train_rest=False)
-    adapted, optimizer, _ = made(method, model=model)
-    at = [layer.site for layer in reparametrized(adapted)]
-    assert {named(site) for site in at} == kinds("q", "down")
-    wanted = {f"{site}.{x}" for site in at for x in LETTERS.get(name, {"A", "B"})}
-    assert trainable(adapted) == wanted
-    held = [id(p) for g in optimizer.param_groups for p in g["params"]]
-    assert sorted(held) == sorted(id(p) for p in adapted.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("name", ["lora", "relora", "dora"])
-def test_a_trained_scale_is_one_of_the_adapters(name: str) -> None:
-    given = {"targets": "v", "train_rest": False, "train_scale": True}
-    model, _, _ = made(tiny_method(name, **given), model=QWEN)
-    sites = [f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)]
-    letters = LETTERS.get(name, {"A", "B"}) | {"s"}
-    assert trainable(model) == {f"{site}.{x}" for site in sites for x in letters}
-
-
-@pytest.mark.parametrize("name", ["lora", "relora", "dora"])
-@pytest.mark.parametrize("train_rest", [True, False])
-def test_the_warm_start_trains_the_chosen_matrices_and_the_rest_if_it_is_to(
-    name: str, train_rest: bool
-) -> None:
-    given = {"targets": "q,mlp", "exclude": "up", "warm_start_steps": 3, "train_rest": train_rest}
-    config = resolved(tiny(tiny_method(name, **given), Path(), model=QWEN), world_size=1,
-                      on_gpu=False)  # fmt: skip
-    model = build(config, 0)
-    assert not list(reparametrized(model))
-    taken = ("self_attn.q", "mlp.gate", "mlp.down")  # q has a bias too
-    sites = {f"model.layers.{layer}.{kind}_proj" for layer in (0, 1) for kind in taken}
-    everything = {n for n, _ in model.named_parameters()}
-    assert trainable(model) == (everything if train_rest else {f"{s}.weight" for s in sites})
-    after = build(config, 1)
-    assert {layer.site for layer in reparametrized(after)} == sites
-
-
-AMONG = {
-    "q,v": [(16, 16)] * 2,
-    "mlp": [(24, 16), (24, 16), (16, 24)],
-    "": [(16, 16)] * 4 + [(24, 16), (24, 16), (16, 24)],
-}
-"""Shapes of the targets in a layer."""
-
-
-@pytest.mark.parametrize("name, scaled", [*((n, 0) for n in RANKED), ("lora", 1), ("dora", 1)])
-@pytest.mark.parametrize("targets", AMONG)
-@pytest.mark.parametrize("rank", [2, 8])
-def test_without_the_rest_the_count_is_the_sum_over_the_adapted(
-    name: str, scaled: int, targets: str, rank: int
-) -> None:
-    given: dict[str, Any] = {"train_scale": True} if scaled else {}
-    method = tiny_method(name, rank=rank, targets=targets, train_rest=False, **given)
-
-    def trained(n: int, m: int) -> int:
-        """Of a matrix; 0 if it is not worth it."""
-        if name == "galore":
-            return n * m if rank * (2 * max(n, m) + min(n, m)) < 2 * n * m else 0
-        beside = {"bpt": n + m, "dora": n, "sltrain": 3 * n * m // 100}
-        count = rank * (n + m) + beside.get(name, 0) + scaled
-        return count if count < n * m else 0
-
-    worth = sum(trained(n, m) for n, m in AMONG[targets])
-    if worth:
-        model, _, _ = made(method)
-        assert count_parameters(model, trainable=True) == MODEL["layers"] * worth
-    else:
-        with pytest.raises(ConfigError, match=r"method\.rank"):
-            made(method)
-
-
-@pytest.mark.parametrize("name", ["lora", "relora", "dora"])
-@pytest.mark.parametrize("family, kv", [("llama", 2), ("qwen2", 1)])
-def test_a_trained_scale_has_its_closed_form(name: str, family: str, kv: int) -> None:
-    method = tiny_method(name, rank=5, train_scale=True)
-    model, _, _ = made(method, model={"family": family, "kv_heads": kv})
-    arch = algebra.Arch(family=family, V=320, d=16, f=24, L=2, heads=2, kv=kv, tied=False)
-    wanted = algebra.parameter_count(arch, name, 5, trained_scale=True)
-    assert count_parameters(model) == wanted.total
-    assert count_parameters(model, trainable=True) == wanted.trainable
-
-
-def test_a_trained_scale_counts_in_the_rule() -> None:
-    """At 3 x 7 the factors of rank 2 are 20 of 21 numbers, and the scale is the 21st."""
-    site = Site("x", nn.ModuleDict({"x": nn.Linear(7, 3)}), 16)
-    assert LoRA(rank=2).chosen([site]) == [site]
-    with pytest.raises(ConfigError, match=r"rank 2 saves .* rank is 1$"):
-        LoRA(rank=2, train_scale=True).chosen([site])
-
-
 # --- what it says
 
 LISTED = "gate_proj, k_proj, o_proj, up_proj"
 
 
 @targeted_methods
-@pytest.mark.parametrize("train_rest, word", [(True, "trainable"), (False, "frozen")])
+@pytest.mark.parametrize("given, word", [
+    ({"train_rest": True}, "trainable"), ({"train_rest": False}, "frozen"),
+    ({"train": "norm"}, "frozen"), ({"train": "k"}, "partly frozen"),
+])  # fmt: skip
 def test_the_log_says_what_becomes_of_the_rest(
-    name: str, train_rest: bool, word: str, caplog: pytest.LogCaptureFixture
+    name: str, given: dict[str, Any], word: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "peptrain"):
-        made(tiny_method(name, targets="q,v,down", train_rest=train_rest))
+        made(tiny_method(name, targets="q,v,down", **given))
     (said,) = {r.message for r in caplog.records}
     assert said == f"{name}: 6 of 14 matrices adapted; dense and {word}: {LISTED}"
 

@@ -335,6 +335,9 @@ def test_freezing_random_embeddings_is_warned_of(
             with_inherited_model(tiny(tiny_method(name, train_rest=False), corpus))
             assert said(caplog, "method.train_rest", "--init-from")
             caplog.clear()
+            with_inherited_model(tiny(tiny_method(name, train="norm"), corpus))
+            assert said(caplog, "method.train: norm", "--init-from")
+            caplog.clear()
             with_inherited_model(tiny(name, corpus))
             assert not caplog.messages
 

@@ -47,7 +47,7 @@ BPT_SECTION = '[method]\nname = "bpt"\n'
         ("[method]\nname = 'full'\nrank = 3", "method.rank: unknown key; full has none"),
         (BPT_SECTION + "[train]\nlr = 1e-3", "train.lr: unknown key; known are train.steps,"),
         (BPT_SECTION + "[train]\nseed = -1", "train.seed: must be >= 0 (got -1)"),
-        (BPT_SECTION + "train = 3", "method.train: unknown key"),
+        (BPT_SECTION + "eval = 3", "method.eval: unknown key"),
         ("train = 3\n" + BPT_SECTION, "train: must be a table, [train] (got 3)"),
         ("method = 'bpt'", "method: must be a table (got 'bpt'); write name = \"bpt\""),
         ("[method]\nrank = 3", "method.name: missing"),

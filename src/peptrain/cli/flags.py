@@ -20,7 +20,7 @@ from peptrain.methods.base import Method
 from peptrain.optim.adamw import OptimConfig, filled
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.runs.build import read_run
-from peptrain.settings.fields import fill, nearest
+from peptrain.settings.fields import fill, nearest, reopened
 
 log = logging.getLogger("peptrain")
 
@@ -52,6 +52,7 @@ def with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | No
         )
     [(flag, value)] = sources.items()
     given, source = READ[flag](value), f"{flag} {value}"
+    given = replace(given, method=reopened(given.method))
     if method is None:
         return [args[0], given.method.name, *args[1:]], given
     if method != given.method.name:

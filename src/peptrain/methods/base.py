@@ -60,6 +60,12 @@ class Method:
     merges: ClassVar[bool] = False
     """Whether `after_step` merges the factors and restarts one of them at zero."""
 
+    @property
+    def needs_weights(self) -> str:
+        """The setting with which a run must start from given weights, such as "method.around:
+        frozen", because a random W would stay. Empty if there is none."""
+        return ""
+
     def __init_subclass__(cls, **settings: Any) -> None:
         """Reject hooks with the names of older versions, which would never be called."""
         super().__init_subclass__(**settings)

@@ -168,10 +168,9 @@ class LoRA(RankMethod):
             super().install(model, sites, rng, phase)
             return
         chosen = self.chosen(sites)  # checked now: a useless rank would only fail at the switch
-        if not self.train_rest:
-            model.requires_grad_(False)
-            for site in chosen:
-                site.linear.weight.requires_grad_(True)
+        self.freeze(model, chosen)
+        for site in chosen if self.freezes else ():
+            site.linear.weight.requires_grad_(True)
 
     def optimizer(
         self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int

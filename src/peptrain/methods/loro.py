@@ -1,19 +1,21 @@
-"""LORO (Mo et al., ICLR 2025): W = B A only, optimized on the manifold of rank-r matrices."""
+"""LORO (Mo et al., ICLR 2025): W = B A, or B A around a frozen W, on the manifold of rank r."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
+from peptrain.errors import ConfigError
 from peptrain.methods.base import Method, Metrics
+from peptrain.methods.lora import LoRALinear
 from peptrain.methods.lowrank import LowRank, LowRankLinear
-from peptrain.models.sites import Site, reparametrized
+from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.optim.adamw import OptimConfig, groups_around
 from peptrain.optim.loro import LOROOptimizer, LORORule
 from peptrain.optim.schedule import Schedule, cosine, restarted
@@ -35,13 +37,31 @@ log = logging.getLogger("peptrain")
 
 @dataclass(frozen=True, kw_only=True)
 class LORO(LowRank):
-    """Train W = B A by Adam, with an exact Riemannian step every `exact_every` steps."""
+    """Train W = B A by Adam, with an exact Riemannian step every `exact_every` steps.
+
+    With `around` frozen it is W + lambda B A around a frozen, trained W (section 5.3, Appendix
+    A.2). All steps are in the product B A, not in lambda B A, as the paper applies them "to B and A
+    exclusively": the loss depends on it through lambda B A, so its gradient is dL/d(BA) = lambda
+    dL/dW_eff, and B and A receive that factor from autograd. A raw exact step therefore moves W_eff
+    by lambda^2 lr P(dL/dW_eff). Along Adam's directions, which have no scale, it moves by lambda
+    times what it would without it. B starts at 0 and A as in `lora`, so that the function is that
+    of the given model. Until the first exact step all are approximate. If that is the very first
+    step of all, B is singular with pseudo-inverse 0, and the step goes from B A = 0 to
+    -lr D_B (A+)ᵀ, with the pseudo-inverse A+ of A.
+    """
 
     name: ClassVar[str] = "loro"
     purpose: ClassVar[str] = "smaller model, faster to train and to run"
     equation: ClassVar[str] = "W = B A, stepped on the manifold of rank-r matrices"
+    keeps_function_with: ClassVar[Mapping[str, Any] | None] = {"around": "frozen"}
     optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6, clip=0.0)
 
+    around: Literal["none", "frozen"] = added("none", before="none")
+    """frozen: train W + lambda B A around the frozen W of --init-from, to fine-tune it."""
+    alpha: float = added(16.0, before=16.0)
+    """lambda of around frozen. The paper takes 8 to 32."""
+    alpha_over_rank: bool = added(False, before=False)
+    """Whether lambda is alpha / rank, as the scale of lora is. The paper can be read both ways."""
     exact_every: int | None = essential(interval(0.25, most=500))
     """K: every K-th step is exact; 0 is never. Unset: a quarter of the run, at most 500."""
     refresh_every: int | None = same_as("exact_every")
@@ -74,8 +94,34 @@ class LORO(LowRank):
             check_whole(f"method.{key}", getattr(self, key), 0)
         check_positive("method.precond_eps", self.precond_eps, or_zero=True)
         check_positive("method.exact_cap", self.exact_cap)
+        check_positive("method.alpha", self.alpha)
+        self._check_around()
         if self.scale not in ("hidden", "rows", "min"):
             self._number()
+
+    def _check_around(self) -> None:
+        """Raise ConfigError for a setting that the other kind of layer has."""
+        frozen = self.around == "frozen"
+        others = {"init": "xavier"} if frozen else {"alpha": 16.0, "alpha_over_rank": False}
+        for key, default in others.items():
+            if (value := getattr(self, key)) != default:
+                raise ConfigError(
+                    f"method.{key}: is of method.around {'none' if frozen else 'frozen'} only (got"
+                    f" {value} with {self.around}); leave it out, or change method.around"
+                )
+        moves = not frozen or self.exact_cap is None or self.exact_every != 1
+        wanted = "0, or > 1, with method.exact_cap and around frozen, or B A stays 0"
+        check(moves, "method.exact_every", self.exact_every, wanted)
+
+    @property
+    def needs_weights(self) -> str:
+        return "method.around: frozen" if self.around == "frozen" else ""
+
+    def layer(self, site: Site, rng: Rng) -> ReparamLinear:
+        if self.around == "none":
+            return super().layer(site, rng)
+        times_rank = 1 if self.alpha_over_rank else self.r  # LoRALinear divides by it
+        return LoRALinear(site, self.r, self.alpha * times_rank, 0.0, rng)
 
     def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
         super().install(model, sites, rng, phase)
@@ -88,9 +134,10 @@ class LORO(LowRank):
     def optimizer(
         self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
     ) -> Optimizer:
-        layers = [m for m in reparametrized(model) if isinstance(m, LowRankLinear)]
+        layers = [m for m in reparametrized(model) if isinstance(m, LowRankLinear | LoRALinear)]
+        widths = {site.name: site.width for site in sites}
         factors = [p for layer in layers for p in (layer.B, layer.A)]
-        scales = [c for layer in layers for c in [self._scale(layer)] * 2]
+        scales = [c for m in layers for c in [self._scale(m, widths[m.site])] * 2]
         groups = groups_around(model, optim, factors, factors=True, scales=scales)
         return LOROOptimizer(groups, self._rule(), **optim.adam())
 
@@ -127,10 +174,10 @@ class LORO(LowRank):
             exact_cap=self.exact_cap,
         )
 
-    def _scale(self, layer: LowRankLinear) -> float:
+    def _scale(self, layer: ReparamLinear, width: int) -> float:
         """Return c of the approximate step. The released code divides r by the hidden size."""
         n, m = layer.out_features, layer.in_features
-        widths = {"hidden": layer.width, "rows": n, "min": min(n, m)}
+        widths = {"hidden": width, "rows": n, "min": min(n, m)}
         return self.r / widths[self.scale] if self.scale in widths else self._number()
 
     def _number(self) -> float:

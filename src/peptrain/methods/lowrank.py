@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,6 @@ class LowRankLinear(ReparamLinear):
         self, site: Site, rank: int, rng: Rng, init: Init = "xavier", std: float = INIT_STD
     ) -> None:
         super().__init__(site)
-        self.width = site.width
         W = site.linear.weight.detach()
         if site.fresh:
             B, A = fresh_factors(site, rank, rng, init, std)
@@ -92,7 +92,7 @@ class LowRank(RankMethod):
     name: ClassVar[str] = "lowrank"
     purpose: ClassVar[str] = "baseline: plain low-rank factors"
     equation: ClassVar[str] = "W = B A, both factors trained by AdamW"
-    keeps_function_with = None
+    keeps_function_with: ClassVar[Mapping[str, Any] | None] = None
     # The best of 5e-4, 1e-3, 3e-3 and 1e-2 at llama-60m (docs/first-table.md).
     optim_defaults = replace(Method.optim_defaults, lr=1e-3)
 
@@ -111,7 +111,7 @@ class LowRank(RankMethod):
                 f" {self.init}); set method.init to normal, or leave it unset"
             )
 
-    def layer(self, site: Site, rng: Rng) -> LowRankLinear:
+    def layer(self, site: Site, rng: Rng) -> ReparamLinear:
         std = INIT_STD if self.init_std is None else self.init_std
         return LowRankLinear(site, self.r, rng, self.init, std)
 

@@ -23,6 +23,7 @@ class RankMethod(TargetedMethod):
     """r, the inner dimension of the two factors. Unset: a quarter of the hidden size."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole("method.rank", self.rank, 1)
 
     @property

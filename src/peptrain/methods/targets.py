@@ -5,23 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.methods.base import Method
+from peptrain.models.named import is_named, items, leaf, named_parameters
 from peptrain.models.sites import ReparamLinear, Site
 from peptrain.rng import Rng
-from peptrain.settings.fields import check
+from peptrain.settings.fields import added, check, unless
 
 log = logging.getLogger("peptrain")
-
-GROUPS = {
-    "attention": ("*attn*", "*attention*"),
-    "mlp": ("*mlp*", "*ffn*", "*feed_forward*"),
-}
-"""Patterns for the matrices of one kind of block, from the names models give these blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +32,25 @@ class TargetedMethod(Method):
     """Matrices to adapt even if that saves nothing: kinds, blocks or patterns ("k,*.mlp.*")."""
     exclude: str = ""
     """Matrices to leave dense: kinds, blocks or patterns."""
-    train_rest: bool = True
+    train_rest: bool | None = unless("train", True)
     """Whether everything that is not adapted trains too, including embeddings and norms. Use false
-    to fine-tune a model given by --init-from."""
+    to fine-tune a model given by --init-from. Unset: true, or what method.train names."""
+    train: str = added("", before="")
+    """What else trains, all the rest being frozen: norm, bias, embedding, head (or classifier), and
+    blocks or patterns of modules ("norm,classifier"). Unset: what train_rest says."""
+
+    def __post_init__(self) -> None:
+        if items(self.train) and self.train_rest is not None:
+            given = str(self.train_rest).lower()
+            raise ConfigError(
+                f"method.train_rest: {given} can't be combined with method.train {self.train!r},"
+                " which says what else trains; leave out one of the two"
+            )
+
+    @property
+    def freezes(self) -> bool:
+        """Whether anything besides the adapted matrices is frozen."""
+        return self.train_rest is False or bool(items(self.train))
 
     def layer(self, site: Site, rng: Rng) -> ReparamLinear:
         """Return the layer that replaces an adapted matrix."""
@@ -57,11 +67,23 @@ class TargetedMethod(Method):
 
     def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
         chosen = self.chosen(sites)
+        self.freeze(model, chosen)
         self._say_what_stays_dense(chosen, sites)
-        if not self.train_rest:
-            model.requires_grad_(False)
         for site, layer in zip(chosen, self.layers(chosen, rng), strict=True):
             site.replace(layer)
+
+    def freeze(self, model: nn.Module, chosen: Sequence[Site]) -> None:
+        """Freeze all but what trains besides the method's own parameters, if anything is frozen.
+
+        `chosen` are the sites to adapt, whose matrices no item of `train` means. Raises ConfigError
+        for an item that names nothing.
+        """
+        if self.freezes:
+            adapted = [site.linear.weight for site in chosen]
+            trained = named_parameters(model, self.train, "method.train", adapted)
+            model.requires_grad_(False)
+            for p in trained:
+                p.requires_grad_(True)
 
     def chosen(self, sites: Sequence[Site]) -> list[Site]:
         """Return the sites to adapt: the selected ones where that saves trainable parameters.
@@ -70,9 +92,9 @@ class TargetedMethod(Method):
         """
         if not sites:
             raise Unsupported("the model has no nn.Linear inside its decoder layers to adapt")
-        names = ", ".join(sorted({_leaf(site) for site in sites}))
+        names = ", ".join(sorted({leaf(site.name) for site in sites}))
         for key in ("targets", "include", "exclude"):
-            for item in _split(getattr(self, key)):
+            for item in items(getattr(self, key)):
                 found = any(matches(site, item) for site in sites)
                 wanted = f"a kind, block or pattern that matches a matrix; names end in {names}"
                 check(found, f"method.{key}", item, wanted)
@@ -83,33 +105,19 @@ class TargetedMethod(Method):
 
     def _say_what_stays_dense(self, taken: Sequence[Site], sites: Sequence[Site]) -> None:
         if len(taken) < len(sites):
-            dense = sorted({_leaf(s) for s in sites} - {_leaf(s) for s in taken})
+            names = {s.name for s in taken}
+            trained = [s.linear.weight.requires_grad for s in sites if s.name not in names]
+            words = "trainable" if all(trained) else "partly frozen" if any(trained) else "frozen"
+            dense = sorted({leaf(s.name) for s in sites} - {leaf(s.name) for s in taken})
             log.info("%s: %d of %d matrices adapted; dense and %s: %s", self.name, len(taken),
-                     len(sites), "trainable" if self.train_rest else "frozen",
-                     ", ".join(dense) or "some")  # fmt: skip
+                     len(sites), words, ", ".join(dense) or "some")  # fmt: skip
 
     def _may_take(self, site: Site) -> bool:
         if matches(site, self.exclude):
             return False
-        return not _split(self.targets) or matches(site, f"{self.targets},{self.include}")
+        return not items(self.targets) or matches(site, f"{self.targets},{self.include}")
 
 
 def matches(site: Site, listed: str) -> bool:
     """Return whether a list of matrices includes this site."""
-    return any(_is(site, item) for item in _split(listed))
-
-
-def _leaf(site: Site) -> str:
-    return site.name.rpartition(".")[2]
-
-
-def _split(patterns: str) -> list[str]:
-    return [p.strip() for p in patterns.split(",") if p.strip()]
-
-
-def _is(site: Site, item: str) -> bool:
-    """Return whether one item of a list matches this site."""
-    if item in GROUPS:
-        return any(fnmatchcase(site.name, pattern) for pattern in GROUPS[item])
-    leaf = _leaf(site)
-    return leaf == f"{item}_proj" or fnmatchcase(leaf, item) or fnmatchcase(site.name, item)
+    return any(is_named(site.name, item) for item in items(listed))

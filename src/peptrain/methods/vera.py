@@ -89,6 +89,7 @@ class VeRA(TargetedMethod):
     """r, the inner dimension of the frozen pair. It may exceed a matrix's dimensions."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole("method.rank", self.rank, 1)
 
     def layers(self, sites: Sequence[Site], rng: Rng) -> Iterator[ReparamLinear]:

@@ -200,8 +200,12 @@ def _assign(
     pairs: list[tuple[Tensor, Tensor]],
     step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> None:
-    """Replace each pair (B, A) in place by step(B, A)."""
+    """Replace each pair (B, A) in place by step(B, A), but keep A where the new B is 0.
+
+    B = 0 is the start around a frozen W, and a step at a learning rate of 0 leaves B A = 0, whose
+    balanced factors are both 0. Then neither would ever get a gradient.
+    """
     for B, A in pairs:
         new_B, new_A = step(B, A)
         B.copy_(new_B)
-        A.copy_(new_A)
+        A.copy_(torch.where(new_B.any(), new_A, A))

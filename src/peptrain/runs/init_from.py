@@ -43,6 +43,8 @@ def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
     `continue_from`, and if `config` sets no model itself, it is the model of those weights. The
     step of `continue_from` is filled in too. Without these it has the vocabulary of the corpus,
     unless `config` names a preset, a config.json or a vocabulary.
+
+    Raises ConfigError for a method that needs given weights without them.
     """
     if config.continue_from is not None:
         return _continuing(config, config.continue_from)
@@ -50,11 +52,15 @@ def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
         return matched(config)
     path = config.init_from
     if path is None:
-        if isinstance(config.method, TargetedMethod) and not config.method.train_rest:
+        if setting := config.method.needs_weights:
+            raise ConfigError(f"{setting} needs the weights of a trained model; give --init-from")
+        if isinstance(config.method, TargetedMethod) and config.method.freezes:
+            named = config.method.train
             log.warning(
-                "method.train_rest: false leaves embeddings and head at their random initial"
-                " values; start from trained weights with --init-from"
-            )
+                "%s at their random initial values; start from trained weights with --init-from",
+                f"method.train: {named} leaves other parameters" if named
+                else "method.train_rest: false leaves embeddings and head",
+            )  # fmt: skip
         return _with_vocabulary(config)
     return replace(config, model=_model_of(path)) if config.model == ModelConfig() else config
 

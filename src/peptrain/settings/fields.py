@@ -198,6 +198,24 @@ def same_as(other: str) -> Any:
     return field(default=None, metadata={"same_as": other})
 
 
+def unless(other: str, default: Any) -> Any:
+    """Return a field with a `default` that it has unless the field `other` is given. Then it stays
+    unset."""
+    return field(default=None, metadata={"unless": other, "otherwise": default})
+
+
+def reopened(section: S) -> S:
+    """Return a resolved `section` with its `unless` fields unset again where they had defaulted, so
+    that the other field may be given."""
+    rules = {f.name: f.metadata for f in fields(section)}  # type: ignore[arg-type]
+    defaulted = [
+        name
+        for name, rule in rules.items()
+        if "unless" in rule and getattr(section, name) == rule["otherwise"]
+    ]
+    return replace(section, **dict.fromkeys(defaulted))  # type: ignore[type-var]
+
+
 def of_width(fraction: float) -> Any:
     """Return a field for a size, by default `fraction` of the hidden size, at least 1."""
     return field(default=None, metadata={"of_width": fraction})
@@ -214,11 +232,11 @@ def intervals(section: Any) -> dict[str, int]:
 
 
 def resolve(section: S, name: str, steps: int, width: int = 0) -> S:
-    """Return `section` with an absolute value for every unset number of steps and unset size.
+    """Return `section` with a value for every unset number of steps, size and `unless` field.
 
     Logs a warning for a number of steps that is longer than the run.
     """
-    absolute: dict[str, int] = {}
+    absolute: dict[str, Any] = {}
     for item in fields(section):  # type: ignore[arg-type]
         rule, given = item.metadata, getattr(section, item.name)
         if given is None and "fraction" in rule:
@@ -230,6 +248,8 @@ def resolve(section: S, name: str, steps: int, width: int = 0) -> S:
             absolute[item.name] = absolute.get(other, getattr(section, other))
         elif given is None and "of_width" in rule:
             absolute[item.name] = max(1, int(width * rule["of_width"]))
+        elif given is None and "unless" in rule and not getattr(section, rule["unless"]):
+            absolute[item.name] = rule["otherwise"]
         elif given is not None and ("fraction" in rule or "same_as" in rule) and given > steps:
             log.warning(
                 "%s.%s: %d is longer than the run of %d steps", name, item.name, given, steps
