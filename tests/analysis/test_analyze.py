@@ -359,3 +359,8 @@ def test_a_table_that_is_missing_or_changed_is_measured_again(name: str, tmp_pat
         output.write([], "run", 40, asked)
         file.write_text(content) if content is not None else file.unlink()
         assert not output.finished(asked), content
+
+
+def test_without_a_run_there_is_nothing_to_analyze() -> None:
+    with pytest.raises(CheckpointError, match="no run is given"):
+        analyze([])

@@ -124,7 +124,7 @@ def test_what_ended_otherwise_is_one_line_of_error_and_1(run: Path, said: Any) -
     assert err == f"error: {run}: diverged: step 6: the loss is nan\n"
     code, lines, err = said(run / "none")
     assert (code, lines) == (1, [])
-    assert err == f"error: {run / 'none'}: not a run directory (config.toml is missing)\n"
+    assert err == f"error: {run / 'none'}: not a run directory (there is no such directory)\n"
 
 
 @pytest.mark.parametrize("beats", [True, False])

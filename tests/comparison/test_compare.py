@@ -739,3 +739,11 @@ def test_without_matplotlib_it_says_so_in_one_line_and_goes_on(
     (line,) = [m for m in caplog.messages if "figures" in m]
     assert line.endswith("install it with: pip install 'peptrain[report]'")
     assert not (tmp_path / "out" / "figures").exists()
+
+
+def test_a_comparison_is_not_written_into_a_run(fakes: Fakes, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
+    with pytest.raises(CheckpointError, match=r"--out .*run: is a run; choose another directory"):
+        compare(write_grid(tmp_path, corpus), tmp_path / "run")
+    assert not fakes.started

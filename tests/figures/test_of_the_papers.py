@@ -235,3 +235,11 @@ def test_scaling_joins_the_sizes_of_a_method(tmp_path: Path) -> None:
         "relora warm_start_steps=0": [(pytest.approx(3), 0.03), (5, 0.02)],
     }
     assert drawn.notes == ["bpt: non_embedding_trainable is not known"]
+
+
+@pytest.mark.parametrize("figure", ["per", "spectra"])
+def test_a_run_that_was_not_measured_is_named(figure: str, tmp_path: Path) -> None:
+    measured = analyzed(finished(tmp_path / "measured"))
+    other = run(tmp_path / "other", [])
+    drawn = FIGURES[figure](read([measured, other]), View(what="from_start"))
+    assert list(drawn.notes) == ["other: not measured of from_start"]

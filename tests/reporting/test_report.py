@@ -21,7 +21,15 @@ from peptrain.figures.catalogue import FIGURES
 from peptrain.figures.read import read
 from peptrain.reporting.plot import plot
 from peptrain.reporting.report import report
-from peptrain.reporting.tables import Table, common, differing
+from peptrain.reporting.tables import (
+    Table,
+    by_domain,
+    common,
+    differing,
+    evaluations,
+    in_pairs,
+    judged,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,11 +92,40 @@ def test_a_report_of_a_run_has_everything_and_needs_nothing(
     few = (("condition", "weight"), ("per", "from_start"))
     monkeypatch.setattr("peptrain.reporting.report.DYNAMICS", few)
     page = contained(report([folder / "one"], tmp_path / "out" / "report.html"))
-    for title in ("Curves", "Learning dynamics", "Memory and throughput", "Held-out results"):
+    for title in (
+        "Curves",
+        "Learning dynamics",
+        "Memory and throughput",
+        "Held-out results",
+    ):
         assert title in page.text
     assert page.tags.count("figure") == page.tags.count("details") - 1 == page.text.count("Numbers")
     assert "finished at step 40" in page.text and "optim.lr" in page.text
     assert not list(tmp_path.glob("out/.*"))
+
+
+def test_the_results_of_eval_have_a_table_of_each_kind(tmp_path: Path) -> None:
+    made = run(tmp_path / "a", steps(4))
+    domains = {"wiki": {"loss": 3.5, "tokens": 640}}
+    test = {"difference": 0.1, "difference_stderr": 0.05, "mcnemar_p": 0.04, "items": 60}
+    entries = [
+        {"step": 4, "loss": 3.25, "perplexity": 25.79, "tokens": 1280, "data": "0123"},
+        {"step": 4, "task": "piqa", "items": 60, "acc": 0.55, "acc_stderr": 0.064, "acc_norm": 0.5},
+        {"step": 4, "domains": domains, "macro_loss": 3.5, "macro_perplexity": 33.1},
+        {"step": 4, "against": "b@4", "tests": {"piqa": test}},
+        {"step": 4, "task": "blimp", "acc": None, "domains": 3, "tests": [7]},
+    ]
+    (made / "eval.json").write_text(json.dumps(entries))
+    source = read([made])
+    assert evaluations(source).rows == [["a", "4", "3.25", "25.79", "1,280", "0123", "no"]]
+    assert judged(source).rows == [
+        ["a", "4", "piqa", "acc", "0.55", "0.064", "60"],
+        ["a", "4", "piqa", "acc_norm", "0.5", "–", "60"],
+    ]
+    of_wiki, mean, *_ = by_domain(source).rows
+    assert (of_wiki, mean) == (["a", "4", "wiki", "3.5", "640"], ["a", "4", "mean", "3.5", "–"])
+    assert in_pairs(source).rows == [["a", "4", "b@4", "piqa", "0.1", "0.05", "0.04", "60"]]
+    assert "acc_norm" in contained(report([made], tmp_path / "report.html")).text
 
 
 def test_the_settings_that_differ_are_first_with_the_longer_list_downwards(

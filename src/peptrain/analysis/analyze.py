@@ -76,6 +76,8 @@ def analyze(
     read, and DataError for a held-out part shorter than the probe batch.
     """
     check_whole("--probe", probe, 0)
+    if not paths:
+        raise CheckpointError("no run is given; give RUN, RUN@STEP or a Hugging Face directory")
     device = torch.device(device)
     jobs = list(_jobs(paths, out))
     written = []

@@ -48,6 +48,7 @@ def judge(
     questions = read_tasks(chosen, tasks_data, limit)
     entries: list[dict[str, Any]] = []
     with world(device) as here:
+        other = None if against is None else open_subject(against)  # before anything is measured
         for path in paths:
             subject = None
             with may_vanish(path, len(paths) > 1):
@@ -69,8 +70,7 @@ def judge(
                 print_wide(table(found))
             for name, mean in _averages(found):
                 say(f"{name}: mean accuracy {mean:.4f} of {len(GROUPS[name])} tasks")
-            if against is not None:
-                other = open_subject(against)
+            if other is not None:
                 of_b = _measured(other, questions, harness, given)
                 tests = compared(subject, found, other, of_b)
                 entries.append(_about(subject) | tests.entry())

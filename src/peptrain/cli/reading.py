@@ -44,7 +44,7 @@ def eval_run(
         tasks: Tasks such as blimp,piqa; bpt for nine accuracies and their mean; or all that the own
             scorer measures (docs/evaluation.md).
         tasks_data: Directory with copies of the data sets. None comes with peptrain.
-        limit: Use only the first items of each task. Unset: all.
+        limit: Use only the first items of each task, of BLiMP of each paradigm. Unset: all.
         positions: Most tokens that the model reads at once. Unset: seq_len of a run, or what a
             config.json says.
         against: Another model, measured on the same items, for paired tests.

@@ -103,6 +103,8 @@ def compare(
 
 
 def _make(out: Path) -> None:
+    if RunDir(out).config_file.exists():
+        raise CheckpointError(f"--out {out}: is a run; choose another directory")
     for part in PARTS:
         if (out / part).is_symlink():
             raise CheckpointError(

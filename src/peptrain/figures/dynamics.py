@@ -16,7 +16,7 @@ from peptrain.figures.panel import (
     short,
     some_ticks,
 )
-from peptrain.figures.source import NotMeasured, Row, RunRows, Source, View, number
+from peptrain.figures.source import NotMeasured, Row, RunRows, Source, View, left_out, number
 from peptrain.figures.style import Look, imported, look, styled
 from peptrain.ops.student import half_width
 from peptrain.text import one_line
@@ -115,7 +115,8 @@ def _each(column: str, over: str) -> Callable[[Source, View], Drawn]:
             _ends(made, axes, label, groups)
         title = f"{label} of {view.what}, over {over}"
         caption = _caption(explained, over) + (OV_SHOWN if OV in modules else "")
-        return Drawn(title, caption, made.figure, made.numbers)
+        notes = left_out(source, found, view.what)
+        return Drawn(title, caption, made.figure, made.numbers, notes)
 
     draw.__doc__ = f"{MEASURES[column][0]} over steps, with bands over {over}."
     return draw

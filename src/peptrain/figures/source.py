@@ -135,6 +135,11 @@ def number(row: Row, key: str) -> float | None:
     return value  # type: ignore[no-any-return]
 
 
+def left_out(source: Source, found: Mapping[str, object], what: str) -> list[str]:
+    """Return a note for each run that a figure does not show, since it was not measured."""
+    return [f"{run.name}: not measured of {what}" for run in source.runs if run.name not in found]
+
+
 LABELS: dict[Axis, str] = {
     "tokens": "training tokens",
     "steps": "steps",

@@ -18,7 +18,7 @@ from peptrain.figures.panel import (
     short,
     some_ticks,
 )
-from peptrain.figures.source import NotMeasured, RunRows, Source, View
+from peptrain.figures.source import NotMeasured, RunRows, Source, View, left_out
 from peptrain.figures.style import look, styled
 from peptrain.text import one_line
 
@@ -76,7 +76,7 @@ def spectra(source: Source, view: View) -> Drawn:
         f"Singular values of {view.what}",
         f"Number of singular values in bins of {BIN} (wider for very large values), of all layers"
         f" together, one panel for each matrix: {said}.",
-        made.figure, made.numbers, [],
+        made.figure, made.numbers, left_out(source, found, view.what),
     )  # fmt: skip
 
 

@@ -19,10 +19,13 @@ from peptrain.figures.style import dark_css, imported, rendered
 from peptrain.files import write_atomically
 from peptrain.reporting.tables import (
     Table,
+    by_domain,
     common,
     compared,
     differing,
     evaluations,
+    in_pairs,
+    judged,
     shown,
     states,
 )
@@ -194,11 +197,14 @@ def _dynamics(source: Source) -> Section:
 
 
 def _held_out(source: Source) -> Section:
-    made = Section("Held-out results")
-    table = evaluations(source)
-    if table.rows:
-        made.text = "Of `peptrain eval`. Losses of different corpora can't be compared."
-        made.tables.append(table)
+    made = Section("Held-out results and tasks")
+    tables = (each(source) for each in (evaluations, by_domain, judged, in_pairs))
+    made.tables += [table for table in tables if table.rows]
+    if made.tables:
+        made.text = (
+            "Of `peptrain eval`. Losses of different corpora can't be compared. Standard errors are"
+            " over items, and contain no spread between seeds."
+        )
     else:
         made.missing.append("no run was evaluated with `peptrain eval`")
     return made

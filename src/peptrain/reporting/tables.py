@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from peptrain.comparison.summary import Line
 from peptrain.comparison.table import COSTS, Comparison
 from peptrain.errors import CheckpointError
-from peptrain.figures.source import RunRows, Source, number
+from peptrain.figures.source import Row, RunRows, Source, number
 from peptrain.text import one_line
 
 UNKNOWN = "–"
+METRICS = ("acc", "acc_norm", "perplexity", "byte_perplexity", "word_perplexity", "bits_per_byte")
+"""Of tasks, as in eval.json."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,58 @@ def _known(value: float | None, form: str) -> str:
 
 
 def evaluations(source: Source) -> Table:
-    """Return the entries of every eval.json."""
-    rows = []
-    for run in source.runs:
-        for entry in run.evaluations:
-            rows.append(
-                [run.name, *(shown(entry.get(key)) for key in ("step", "loss", "perplexity")),
-                 shown(entry.get("tokens")), shown(entry.get("data"))[:12],
-                 "yes" if entry.get("legacy") is True else "no"]
-            )  # fmt: skip
+    """Return the held-out losses in every eval.json."""
+    rows = [
+        [run.name, *(shown(entry.get(key)) for key in ("step", "loss", "perplexity", "tokens")),
+         shown(entry.get("data"))[:12], "yes" if entry.get("legacy") is True else "no"]
+        for run in source.runs for entry in run.evaluations if "loss" in entry
+    ]  # fmt: skip
     return Table(["run", "step", "loss", "ppl", "tokens", "corpus", "legacy"], rows)
+
+
+def judged(source: Source) -> Table:
+    """Return the results of tasks in every eval.json: a row for each metric."""
+    rows = []
+    for run, entry in _entries(source, "task"):
+        for key in METRICS:
+            if (value := number(entry, key)) is not None:
+                error = number(entry, f"{key}_stderr")
+                named = [run.name, shown(entry.get("step")), shown(entry["task"]), key]
+                items = shown(entry.get("items"))
+                rows.append([*named, shown(value), _known(error, ".2g"), items])
+    return Table(["run", "step", "task", "metric", "value", "± s.e.", "items"], rows)
+
+
+def by_domain(source: Source) -> Table:
+    """Return the losses by domain in every eval.json, and their unweighted means."""
+    rows = []
+    for run, entry in _entries(source, "domains"):
+        named, found = [run.name, shown(entry.get("step"))], entry["domains"]
+        for domain, one in found.items() if type(found) is dict else ():
+            values = one if type(one) is dict else {}
+            told = (shown(values.get(key)) for key in ("loss", "tokens"))
+            rows.append([*named, shown(domain), *told])
+        rows.append([*named, "mean", shown(entry.get("macro_loss")), UNKNOWN])
+    return Table(["run", "step", "domain", "loss", "tokens"], rows)
+
+
+def in_pairs(source: Source) -> Table:
+    """Return the paired tests in every eval.json: a row for each task."""
+    keys = ("difference", "difference_stderr", "mcnemar_p", "items")
+    rows = []
+    for run, entry in _entries(source, "tests"):
+        named = [run.name, shown(entry.get("step")), shown(entry.get("against"))]
+        found = entry["tests"]
+        for task, one in found.items() if type(found) is dict else ():
+            values = one if type(one) is dict else {}
+            rows.append([*named, shown(task), *(shown(values.get(key)) for key in keys)])
+    return Table(
+        ["run", "step", "against", "task", "difference", "± s.e.", "McNemar's p", "items"], rows
+    )
+
+
+def _entries(source: Source, key: str) -> Iterator[tuple[RunRows, Row]]:
+    return ((run, entry) for run in source.runs for entry in run.evaluations if key in entry)
 
 
 def compared(source: Source) -> Table:

@@ -158,6 +158,8 @@ class RunDir:
         Raises CheckpointError if `path` is not one, or if links in it lead elsewhere.
         """
         run = cls(path)
+        if not path.exists():
+            raise CheckpointError(f"{path}: not a run directory (there is no such directory)")
         if not run.config_file.is_file():
             raise CheckpointError(f"{path}: not a run directory (config.toml is missing)")
         if (outside := leading_out(path, CONTENTS)) is not None:

@@ -27,7 +27,7 @@ LARGEST = 3.4e38
 
 def shown(value: object) -> str:
     """Return `value` for a message, shortened if it is very long or deeply nested."""
-    return _SHORT.repr(value)
+    return _SHORT.repr(str(value) if isinstance(value, Path) else value)
 
 
 class _Short(reprlib.Repr):
