@@ -11,6 +11,7 @@ from support import rows, tiny, tiny_method
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peptrain.adaptation import adapt
+from peptrain.analysis import live
 from peptrain.analysis.analyze import analyze
 from peptrain.analysis.table import read_table
 from peptrain.eval.run import evaluate
@@ -134,7 +135,12 @@ def test_spectra_are_the_same_on_both_devices(name: str, corpus: Path, tmp_path:
                 assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-9, nan_ok=True)
 
 
-def test_a_compiled_run_is_observed(corpus: Path, tmp_path: Path) -> None:
+def test_a_compiled_run_is_observed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the times: the trial of one measurement takes longer than this run."""
+    monkeypatch.setattr(live, "choose", lambda *given: live.Choice(2, 5, 1))
+    monkeypatch.setattr(live.Dynamics, "_keep_the_budget", lambda *given: None)
     fast = {"device": "cuda", "precision": "bf16-mixed", "compile": True, "cuda_graph": True}
     observed = {"observe": "dynamics", "observe_budget": 1.0, "steps": 40, "log_every": 1}
     train(tiny("relora", corpus, tmp_path / "run", train=fast | observed))
