@@ -145,6 +145,43 @@ def test_an_update_is_measured_where_the_weight_is_the_parameter_itself(
     assert found and all(x["frobenius"] > 0 for x in found)
 
 
+def test_of_every_step_the_update_is_measured(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two measured steps in a row: each has the weights of the step before it, also when the
+    interval changes between them."""
+    updates = {}
+    for name, first in (("each", Choice(2, 1, 1)), ("some", Choice(2, 3, 1))):
+        prepared(monkeypatch, first)
+        train(tiny("relora", corpus, tmp_path / name, train=SETTINGS))
+        found = rows(tmp_path / name, "dynamics")
+        updates[name] = {(x["step"], x["layer"], x["module"]): x["frobenius"]
+                         for x in found if x["what"] == "update"}  # fmt: skip
+        assert 2 * len(updates[name]) == len(found)
+    assert {step for step, *_ in updates["each"]} == set(range(3, 13))
+    assert all(size > 0 for size in updates["each"].values())
+    assert updates["some"] and updates["some"].items() <= updates["each"].items()
+
+
+def test_a_rarer_interval_may_begin_with_the_next_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second step up to step 8, then every third."""
+
+    def rarer(self: Dynamics, choice: Choice, step: int, *times: float) -> None:
+        if step == 8:
+            self._choices = self._store([choice, Choice(8, 3, 1)])
+
+    prepared(monkeypatch, Choice(2, 2, 1))
+    monkeypatch.setattr(Dynamics, "_keep_the_budget", rarer)
+    train(tiny("full", corpus, tmp_path / "run", train=SETTINGS))
+    found = rows(tmp_path / "run", "dynamics")
+    assert [x["step"] for x in found if x["what"] == "update"] == (
+        [x["step"] for x in found if x["what"] == "weight"]
+    )
+    assert {x["step"] for x in found} == {4, 6, 8, 9, 12}
+
+
 def test_watching_changes_no_weight_and_no_other_row(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,9 @@ class Dynamics:
         self._copying = 0.0
         """Seconds that this process took to keep weights, which are training time."""
         self._before: dict[str, Tensor] = {}
+        """Weights of one step before the measurement that is due, for its update."""
+        self._next: dict[str, Tensor] = {}
+        """The same for the step to come: both are there where every step is measured."""
 
     def due(self, model: nn.Module, step: int) -> bool:
         """Return whether to measure at `step`. One step earlier, keep the weights for the update.
@@ -105,10 +108,10 @@ class Dynamics:
         """
         if not self._choices:
             return step > 0 and step % self.log_every == 0
-        if (choice := self._at(step + 1)) and self.here.main:
-            begin = time.perf_counter()
-            self._before = self._kept(model, choice.stride)
-            self._copying += time.perf_counter() - begin
+        begin = time.perf_counter()
+        self._before, self._next = self._next, {}
+        self._keep_for(model, step + 1)
+        self._copying += time.perf_counter() - begin
         return self._at(step) is not None
 
     def measure(
@@ -120,6 +123,7 @@ class Dynamics:
         """
         if not self._choices:
             self._choose(model, step, seconds)
+            self._keep_for(model, step + 1)
         elif choice := self._at(step):
             begin = time.perf_counter()
             if self.here.main:
@@ -128,6 +132,8 @@ class Dynamics:
             if choice == self._choices[-1]:
                 took = time.perf_counter() - begin
                 self._keep_the_budget(choice, step, seconds, spent + self._copying, took)
+                if not self._next:  # another interval may begin with the next step
+                    self._keep_for(model, step + 1)
 
     def _at(self, step: int) -> Choice | None:
         """Return the choice by which `step` is measured, None if it is not."""
@@ -137,6 +143,11 @@ class Dynamics:
     def _chosen(self, model: nn.Module, stride: int) -> list[tuple[str, Linear]]:
         sites = find_sites(model)  # type: ignore[arg-type]
         return [(s.name, s.module) for s in sites if place_of(model, s.name)[0] % stride == 0]
+
+    def _keep_for(self, model: nn.Module, step: int) -> None:
+        """Keep the weights of one step before `step` if it will be measured."""
+        if (choice := self._at(step)) and self.here.main:
+            self._next = self._kept(model, choice.stride)
 
     def _kept(self, model: nn.Module, stride: int) -> dict[str, Tensor]:
         chosen = self._chosen(model, stride)
