@@ -666,6 +666,14 @@ def test_low_precision_trains_on_a_cpu(
         assert weight.dtype == (torch.float32 if n.endswith(VECTORS) else stored), n
 
 
+def test_an_exact_step_that_ends_a_run_is_counted(corpus: Path, tmp_path: Path) -> None:
+    train(tiny("loro", corpus, tmp_path / "run", train={"steps": 6}))
+    counts = {r["step"]: r["exact_steps"] for r in rows(tmp_path / "run") if "exact_steps" in r}
+    assert counts == {3: 1, 6: 2}
+    last = rows(tmp_path / "run")[-1]
+    assert last["exact_step_ratio"] > 0 and last["singular_factor_pairs_warning"] == 0
+
+
 def test_a_row_is_the_mean_of_its_steps(corpus: Path, tmp_path: Path) -> None:
     for every in (1, 3):
         settings = {"log_every": every, "checkpoint_every": 0}

@@ -247,6 +247,8 @@ def advance(
 ) -> tuple[Tensor, Tensor | None, Metrics]:
     """Run one optimizer step and, unless the phase ends with it, the method's `after_step`.
 
+    One that only reports is called at the end of a phase too: a LORO step there may be exact.
+
     Returns the mean loss before the step, the gradient norm (None where neither clipping nor a row
     of metrics needs it) and the method's metrics.
     """
@@ -260,7 +262,7 @@ def advance(
     optimizer.step()
     optimizer.zero_grad()
     state.step += 1
-    if state.step == state.end:
+    if state.step == state.end and not config.method.only_reports:
         return loss, norm, {}
     return loss, norm, config.method.after_step(model, optimizer, state.step, rng)
 
