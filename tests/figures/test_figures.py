@@ -311,12 +311,36 @@ def test_runs_on_different_text_are_said_to_be_no_comparison(tmp_path: Path) -> 
     assert read([made[0]]).warnings == []
 
 
+@pytest.mark.parametrize("last, yet", [((end(4),), ""), ((), " yet")], ids=["ended", "training"])
+def test_where_the_budget_allowed_no_measurement_the_budget_is_named(
+    last: tuple[dict[str, Any], ...], yet: str, tmp_path: Path
+) -> None:
+    observed = {"train_observe": "dynamics", "train_observe_budget": 0.02}
+    made = run(tmp_path / "run", [*steps(4), *last], **observed)
+    with pytest.raises(NotMeasured) as caught:
+        FIGURES["per"](read([made]), View())
+    assert str(caught.value) == (
+        f"per: not measured of weight (run); train.observe_budget 0.02 allowed no measurement{yet};"
+        " train with a larger one, or run `peptrain analyze RUN`"
+    )
+
+
+def test_of_a_comparison_a_few_runs_are_named_and_how_to_analyze_all(folder: Path) -> None:
+    source = read([folder / "forty"])
+    runs = re.escape(f"{folder / 'forty' / 'runs'}/*")
+    for name in ("per", "spectra"):
+        with pytest.raises(NotMeasured, match=rf"and \d+ others\).* `peptrain analyze {runs}`$"):
+            FIGURES[name](source, View())
+
+
 def test_what_is_not_there_is_named_with_what_is(runs: Source, tmp_path: Path) -> None:
     with pytest.raises(NotMeasured, match="choose --what from weight, from_start"):
         FIGURES["per"](runs, View(what="nothing"))
     bare = read([run(tmp_path / "bare", [*steps(4), end(4)])])
     with pytest.raises(NotMeasured, match=r"train with --train\.observe dynamics, or run `pep"):
         FIGURES["condition"](bare, View())
+    with pytest.raises(NotMeasured, match=r"spectra: .* \(bare\); run `peptrain analyze RUN`"):
+        FIGURES["spectra"](bare, View())
     with pytest.raises(NotMeasured, match="differ in their seed alone"):
         FIGURES["per-seeds"](Source(runs.runs[:1]), View())
     with pytest.raises(NotMeasured, match="layers: shows one run"):

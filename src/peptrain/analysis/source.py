@@ -18,7 +18,7 @@ from peptrain.models.auto import load_model
 from peptrain.models.sites import ReparamLinear, decoder_layers, find_sites
 from peptrain.runs.build import Opened, bounds, open_run
 from peptrain.runs.checkpoint import available, step_of
-from peptrain.runs.directory import RunDir
+from peptrain.runs.directory import RunDir, refuse_comparison
 from peptrain.runs.select import at, checksums, may_vanish
 from peptrain.settings.fields import intervals
 
@@ -78,6 +78,7 @@ def is_run(path: Path) -> bool:
         return True
     if step is None and (path / "config.json").is_file():
         return False
+    refuse_comparison(path)
     raise CheckpointError(
         f"{path}: neither a run directory (no config.toml) nor a Hugging Face model (no"
         " config.json); give RUN, RUN@STEP or a directory of either kind"

@@ -16,6 +16,7 @@ from peptrain.figures.source import (
     Source,
     View,
     curve,
+    listed,
     marks,
 )
 from peptrain.figures.style import Look, look, styled
@@ -44,7 +45,7 @@ def _labelled(source: Source) -> list[_Labelled]:
 
 
 def _missing(x: Axis, source: Source) -> NotMeasured:
-    names = ", ".join(run.name for run in source.runs) or "no run"
+    names = listed(run.name for run in source.runs)
     if x == "flops" and not any(run.end for run in source.runs):
         return NotMeasured(
             f"--x flops: FLOPs are written at the end of a run, and none has ended ({names});"

@@ -16,7 +16,17 @@ from peptrain.figures.panel import (
     short,
     some_ticks,
 )
-from peptrain.figures.source import NotMeasured, Row, RunRows, Source, View, left_out, number
+from peptrain.figures.source import (
+    NotMeasured,
+    Row,
+    RunRows,
+    Source,
+    View,
+    how_to_measure,
+    left_out,
+    listed,
+    number,
+)
 from peptrain.figures.style import Look, imported, look, styled
 from peptrain.ops.student import half_width
 from peptrain.text import one_line
@@ -74,13 +84,11 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _nothing(column: str, what: str, source: Source) -> NotMeasured:
-    names = ", ".join(run.name for run in source.runs) or "no run"
+    names = listed(run.name for run in source.runs)
     known = dict.fromkeys(
         str(row.get("what")) for run in source.runs for row in (*run.of("dynamics"), *run.analysis)
     )
-    repair = f"choose --what from {', '.join(known)}" if known else (
-        "train with --train.observe dynamics, or run `peptrain analyze RUN`"
-    )  # fmt: skip
+    repair = f"choose --what from {', '.join(known)}" if known else how_to_measure(source)
     return NotMeasured(f"{column}: not measured of {what} ({names}); {repair}")
 
 
@@ -98,7 +106,7 @@ def _each(column: str, over: str) -> Callable[[Source, View], Drawn]:
         if not groups:
             raise NotMeasured(
                 f"{column} of {view.what} over seeds: needs two runs that differ in their seed"
-                f" alone ({', '.join(found)})"
+                f" alone ({listed(found)})"
             )
         modules = list(dict.fromkeys(m for of_run in found.values() for m in of_run))
         label, explained, _ = MEASURES[column]

@@ -18,7 +18,15 @@ from peptrain.figures.panel import (
     short,
     some_ticks,
 )
-from peptrain.figures.source import NotMeasured, RunRows, Source, View, left_out
+from peptrain.figures.source import (
+    NotMeasured,
+    RunRows,
+    Source,
+    View,
+    how_to_measure,
+    left_out,
+    listed,
+)
 from peptrain.figures.style import look, styled
 from peptrain.text import one_line
 
@@ -57,8 +65,9 @@ def _sigmas(run: RunRows, what: str) -> Spectrum:
 
 def _nothing(figure: str, what: str, source: Source) -> NotMeasured:
     known = dict.fromkeys(str(row.get("what")) for run in source.runs for row in run.spectra)
-    names = ", ".join(run.name for run in source.runs) or "no run"
-    repair = f"choose --what from {', '.join(known)}" if known else "run `peptrain analyze RUN`"
+    names = listed(run.name for run in source.runs)
+    analyze = how_to_measure(source, in_training=False)
+    repair = f"choose --what from {', '.join(known)}" if known else analyze
     return NotMeasured(f"{figure}: no singular values of {what} ({names}); {repair}")
 
 
