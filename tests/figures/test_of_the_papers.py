@@ -237,6 +237,15 @@ def test_scaling_joins_the_sizes_of_a_method(tmp_path: Path) -> None:
     assert drawn.notes == ["bpt: non_embedding_trainable is not known"]
 
 
+def test_ranks_of_one_model_are_no_sizes(tmp_path: Path) -> None:
+    model = {"model.hidden_size": 64, "model.vocab_size": 300}
+    ranks = [("bpt", {"method.rank": r}, model | {"model.vocab_size": 300 + r}) for r in (4, 8)]
+    made = ablation(tmp_path / "out", ranks, non_embedding_trainable=[10**4, 10**5])
+    with pytest.raises(NotMeasured, match="scaling: needs a method with models of two sizes"):
+        FIGURES["scaling"](read([made]), View())
+    FIGURES["grid"](read([made]), View())
+
+
 @pytest.mark.parametrize("figure", ["per", "spectra"])
 def test_a_run_that_was_not_measured_is_named(figure: str, tmp_path: Path) -> None:
     measured = analyzed(finished(tmp_path / "measured"))
