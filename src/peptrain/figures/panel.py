@@ -161,10 +161,10 @@ def sheet(rows: Sequence[float], *, columns: int = 1, legend: int = 0, **given: 
     return Sheet(figure), made
 
 
-def shortened(name: str) -> str:
-    """Return a name whose middle is left out if it is long."""
-    half = (LONGEST - 1) // 2
-    return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
+def shortened(name: str, longest: int = LONGEST) -> str:
+    """Return a name whose middle is left out if it has more than `longest` characters."""
+    half = (longest - 1) // 2
+    return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
 
 
 def plain(axis: Any) -> None:

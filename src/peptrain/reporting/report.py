@@ -142,6 +142,8 @@ def _settings(source: Source) -> Section:
     if len(source.runs) > 1:
         if len(differ.heads) > 1 and differ.rows:
             made.tables.append(differ)
+            if (whole := differing(source, whole=True)) != differ:
+                made.folded["What differs, with whole values"] = whole
         else:
             made.text = "The settings of the runs are the same."
     if source.runs:
