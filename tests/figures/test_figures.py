@@ -237,8 +237,8 @@ def circuits(path: Path, name: str, values: tuple[str, ...] = ("0.5", "0.75")) -
 
 @pytest.mark.parametrize(
     ("name", "wanted", "axis"),
-    [("per", 0.625, "PER over the structural rank"),
-     ("condition", (math.log10(500) + math.log10(750)) / 2, "log10 condition")],
+    [("per", 0.625, "PER of weight over the structural rank"),
+     ("condition", (math.log10(500) + math.log10(750)) / 2, "log10 condition of weight")],
 )  # fmt: skip
 def test_the_panel_of_ov_is_the_sum_over_heads_over_its_rank_beside_rows_in_training(
     name: str, wanted: float, axis: str, tmp_path: Path
@@ -254,6 +254,36 @@ def test_the_panel_of_ov_is_the_sum_over_heads_over_its_rank_beside_rows_in_trai
         label = axis.partition(" over the ")[0]
         assert others == {("mlp.down_proj", step, label) for step in (2, 4)}
         assert "Panel ov: the sum over heads" in drawn.caption
+
+
+@pytest.mark.parametrize("what", ["update", "from_start"])
+@pytest.mark.parametrize("name", ["per", "condition-seeds", "layers", "spectra", "spectrum-heatmap",
+                                  "small-singular"])  # fmt: skip
+def test_what_was_chosen_is_in_the_picture_and_in_its_numbers(
+    name: str, what: str, tmp_path: Path
+) -> None:
+    rows = dynamics((2, 4), what=what)
+    made = [analyzed(run(tmp_path / f"{n}", rows, train_seed=n), what) for n in (0, 1)]
+    alone = name in ("layers", "spectrum-heatmap")
+    drawn = FIGURES[name](read(made[:1] if alone else made), View(what=what))
+    shown = "W_T - W_0" if (name, what) == ("small-singular", "from_start") else what
+    drawing = ElementTree.fromstring(rendered(drawn.figure, "svg", "x"))
+    assert any(shown in "".join(text.itertext()) for text in drawing.iter() if "text" in text.tag)
+    assert all(shown in row["y_axis"] or shown in row["mark"] for row in drawn.numbers)
+
+
+def test_the_columns_of_a_heat_map_have_their_own_steps(tmp_path: Path) -> None:
+    """Panels share their axes, and OV circuits are measured at other steps and layers."""
+    rows = dynamics((2, 4, 32), layers=1, modules=("mlp.down_proj",))
+    made = with_circuits(run(tmp_path / "run", rows), {4: ("0.5", "0.75"), 64: ("0.25", "1")})
+    axes = [a for a in FIGURES["layers"](read([made]), View()).figure.axes if a.images]
+    for ax in axes:
+        image = ax.images[0].get_array()
+        assert list(ax.get_xticks()) == [0, 1, 2, 3] and image.shape == (2, 4)
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "4", "32", "64"]
+    assert [ax.get_xlabel() for ax in axes] == ["steps (not to scale)"] * 2
+    circuits = axes[1].images[0].get_array().filled(-1).tolist()
+    assert circuits == [[-1, 0.5, -1, 0.25], [-1, 0.75, -1, 1]]
 
 
 def test_without_rows_in_training_all_panels_are_of_the_analysis(tmp_path: Path) -> None:
