@@ -203,7 +203,23 @@ def test_the_frontier_has_what_nothing_beats(forty: Source) -> None:
     best = {(n["x"], n["y"]) for n in of if n["mark"] == "frontier"}
     beaten = {p for p in every for q in every if q != p and q[0] <= p[0] and q[1] <= p[1]}
     assert best == every - beaten and len(every) == 5
-    assert drawn.notes == ["peak bytes on the GPU: not known of every configuration"]
+    assert drawn.notes == []
+
+
+def test_a_peak_is_missed_only_where_others_have_one(tmp_path: Path) -> None:
+    """On a CPU nothing has a peak, and nobody is warned of it."""
+    two = [("full", {}, {}), *(("bpt", {"method.rank": r}, {}) for r in (4, 8))]
+    gpu = [{**row, "peak_bytes": 2**30} for row in steps(8)]
+    for peaks, partly in (([None] * 3, False), ([2**30, 2**30, None], True)):
+        made = read([ablation(tmp_path / f"{partly}", two, peak_bytes=peaks)])
+        for name, what in (("grid", "peak memory"), ("frontier", "peak bytes on the GPU")):
+            notes = "; ".join(FIGURES[name](made, View()).notes)
+            assert notes.startswith(f"{what}: not known of every") if partly else notes == ""
+    cpu, on_gpu = run(tmp_path / "cpu", steps(8)), run(tmp_path / "gpu", gpu)
+    drawn = FIGURES["speed"](read([cpu]), View())
+    assert drawn.notes == [] and "emory" not in drawn.title + drawn.caption
+    notes = FIGURES["speed"](read([cpu, on_gpu]), View()).notes
+    assert notes == ["cpu: no peak memory, which is known on a GPU only"]
 
 
 def test_a_spectrum_is_counted_in_bins_of_a_twentieth(
@@ -315,9 +331,7 @@ def test_a_run_with_one_row_is_drawn_with_markers(tmp_path: Path) -> None:
     drawn = FIGURES["loss"](source, View())
     (line,) = drawn.figure.axes[0].lines
     assert list(line.get_xdata()) == [2 * TOKENS] and line.get_marker() != "None"
-    assert FIGURES["speed"](source, View()).notes == [
-        "no row has peak_bytes, which is written on a GPU only"
-    ]
+    assert FIGURES["speed"](source, View()).notes == []
 
 
 def test_a_row_of_another_version_lends_what_it_has(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_a_grid_has_a_panel_for_each_setting_that_varies_alone(tmp_path: Path) -
     for panel in {n["panel"] for n in drawn.numbers}:
         level = numbers(drawn, panel=panel, mark="full training")
         assert [n["y"] for n in level] == [pytest.approx(3.0005)] * 2
-    assert drawn.notes == ["peak memory: not known of every configuration; a GPU's rows have it"]
+    assert drawn.notes == []
 
 
 def test_a_grid_shows_peak_memory_where_all_rows_have_it(tmp_path: Path) -> None:

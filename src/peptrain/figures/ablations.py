@@ -158,7 +158,10 @@ def grid(source: Source, view: View) -> Drawn:
         )
     drawn = [one for of_key in lines.values() for line in of_key for _, one in line.points]
     full = [one for one in configurations if one.method == "full" and one not in drawn]
-    memory = all(one.values(MEMORY_KEY) for one in (*drawn, *full))
+    known = [bool(one.values(MEMORY_KEY)) for one in (*drawn, *full)]
+    memory, notes = all(known), list[str]()
+    if any(known) and not memory:  # on a CPU none has it
+        notes.append("peak memory: not known of every configuration; a GPU's rows have it")
     columns: list[tuple[str, str, float]] = [(LOSS, LOSS_KEY, 1.0)]
     if memory:
         columns.append(("peak memory (GiB)", MEMORY_KEY, GIB))
@@ -193,7 +196,7 @@ def grid(source: Source, view: View) -> Drawn:
         " Horizontal: full training. A setting that is not a number, or is 0 somewhere, has its"
         " values at equal distances.",
         made.figure, made.numbers,
-        [] if memory else ["peak memory: not known of every configuration; a GPU's rows have it"],
+        notes,
     )  # fmt: skip
 
 
