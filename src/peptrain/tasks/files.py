@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,45 @@ from peptrain.data.sources.names import JSON_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFF
 from peptrain.data.sources.text import read_bytes, read_lines, unreadable
 from peptrain.errors import DataError
 from peptrain.rng import Rng
-from peptrain.tasks.table import Item, Row, Task
+from peptrain.tasks.table import Item, NoAnswer, Row, Task
+from peptrain.text import one_line
+
+log = logging.getLogger("peptrain")
 
 SUFFIXES = (*JSON_SUFFIXES, PARQUET_SUFFIX, *TEXT_SUFFIXES)
+NAMED = 5
+"""Files of a folder that a message names."""
 MOST = 1_000_000
 """Rows of a data set. The largest here has 67,000."""
 HEADING = re.compile(r"^ = [^=\n](?:.*[^=\n])? = ?$", re.MULTILINE)
 """The title of a page in the raw text of WikiText. Sections have two or more signs."""
 
 
-def read_rows(task: Task, directory: Path | None) -> list[Row]:
+class Rows(list[Row]):
+    """The rows of one or several files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: list[tuple[int, Path]] = []
+
+    def begin(self, file: Path) -> None:
+        """Take the rows that follow for those of `file`."""
+        self._files.append((len(self), file))
+
+    def place(self, number: int) -> str:
+        """Return file and row of the row with a number; the first row of a file is 0."""
+        begin, file = next(each for each in reversed(self._files) if each[0] <= number)
+        return f"{file}: row {number - begin}"
+
+
+def read_rows(task: Task, directory: Path | None) -> Rows:
     """Return the rows of a task's data.
 
     Raises DataError if there is no such file, saying where to get it, or if it can't be read.
     """
-    rows: list[Row] = []
+    rows = Rows()
     for file in data_files(task, directory):
+        rows.begin(file)
         for row in _rows(file):
             rows.append(row)
             if len(rows) > MOST:
@@ -42,27 +66,47 @@ def data_files(task: Task, directory: Path | None) -> list[Path]:
     if directory is None:
         raise DataError(
             f"--tasks-data: must be given for {task.name} (got None); it is the directory of"
-            f" {wanted}, a copy of the Hugging Face data set {task.source}"
+            f" {wanted}, a copy of {task.copied}"
         )
-    folder = directory / task.folder
+    folder, there = directory / task.folder, ""
     if folder.is_dir():
         names = sorted(p for p in folder.iterdir() if split_name(p)[0] in SUFFIXES)
         for split in task.splits:
             if found := [p for p in names if re.match(rf"{re.escape(split)}[-.]", p.name)]:
-                return found
+                return _of_one_kind(found)
+        others = sorted(one_line(p.name) for p in folder.iterdir())
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        there = f"; the folder has {', '.join(others[:NAMED])}{more}" if others else ""
     raise DataError(
-        f"--tasks-data: {directory / wanted} (or .jsonl.xz, .parquet) is missing, for"
-        f" {task.name}; save the split {task.splits[0]} of the Hugging Face data set"
-        f" {task.source} there"
+        f"--tasks-data: {directory / wanted} (or .jsonl.gz, .jsonl.xz, .parquet) is missing, for"
+        f" {task.name}{there}; save {task.copied} there"
     )
 
 
+def _of_one_kind(files: list[Path]) -> list[Path]:
+    """Return the files. Raise DataError if they are copies of each other in several formats."""
+    for file in files[1:]:
+        if split_name(file) != split_name(files[0]):
+            raise DataError(
+                f"--tasks-data: {files[0]} and {file.name} are both there, and their rows would"
+                " count twice; delete one of them"
+            )
+    return files
+
+
 def _rows(file: Path) -> Iterator[Row]:
-    suffix = split_name(file)[0]
+    suffix, packer = split_name(file)
+    if suffix == PARQUET_SUFFIX and packer:
+        raise DataError(f"{file}: Parquet within {packer} can't be read; unpack the file")
     if suffix == PARQUET_SUFFIX:
         yield from _of_parquet(file)
     elif suffix in TEXT_SUFFIXES:
-        yield from ({"page": page} for page in pages(_text(file)))
+        text = _text(file)
+        if text and HEADING.search(text) is None:
+            log.warning("%s: no line is the title of a page, such as ' = Title = ', so the whole"
+                        " file counts as one page; give the raw text of WikiText, with its titles",
+                        file)  # fmt: skip
+        yield from ({"page": page} for page in pages(text))
     else:
         for number, line in enumerate(read_lines(file), 1):
             if line.strip():
@@ -105,18 +149,23 @@ def _of_parquet(file: Path) -> Iterator[Row]:
         raise unreadable(file, error) from error
 
 
-def items_of(task: Task, rows: Iterable[Row]) -> list[Item]:
-    """Return the items of a task. Raises DataError, naming the row, for one that lacks a column."""
+def items_of(
+    task: Task, rows: Iterable[Row], place: Callable[[int], str] = "row {}".format
+) -> list[Item]:
+    """Return the items of a task. place: how to name the row of a number.
+
+    Raises DataError, naming the row, for one that lacks a column, or whose answer is no choice.
+    """
     items = []
     for number, row in enumerate(rows):
         try:
             items.append(_checked(task.item(row)))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             what = f"no column {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(
-                f"{task.name}: row {number}: {what}; it must have {task.columns}, as in the Hugging"
-                f" Face data set {task.source}"
-            ) from error
+            repair = f"it must have {task.columns}, as in the Hugging Face data set {task.source}"
+            if isinstance(error, NoAnswer):
+                repair = f"take {task.copied}, which has the answers"
+            raise DataError(f"{task.name}: {place(number)}: {what}; {repair}") from error
     if not items:
         raise DataError(f"{task.name}: the data have no rows; fetch {task.source} again")
     return items
