@@ -247,7 +247,7 @@ def advance(
 ) -> tuple[Tensor, Tensor | None, Metrics]:
     """Run one optimizer step and, unless the phase ends with it, the method's `after_step`.
 
-    One that only reports is called at the end of a phase too: a LORO step there may be exact.
+    One that only reports is called at the end of a phase too.
 
     Returns the mean loss before the step, the gradient norm (None where neither clipping nor a row
     of metrics needs it) and the method's metrics.
