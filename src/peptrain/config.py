@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
+from peptrain.distributed.watchdog import LONGEST
 from peptrain.errors import ConfigError
 from peptrain.methods import methods
 from peptrain.methods.base import Method
@@ -93,6 +94,10 @@ class TrainConfig:
     log_to: str = added("", before="")
     """Loggers that get the rows of metrics.jsonl too, such as tensorboard,trackio: tensorboard,
     trackio, wandb, or one of another package (docs/loggers.md). Unset: none."""
+    timeout: int = added(120, before=120)
+    """Of several processes: seconds that a step may take before a process that waits for another
+    one ends, with an error. At least 600 in the first two steps of a phase and where they evaluate
+    or save."""
 
     def __post_init__(self) -> None:
         fits = 0 < self.observe_budget <= 1
@@ -103,6 +108,7 @@ class TrainConfig:
             check_whole(f"train.{key}", getattr(self, key), 1, LARGEST_BATCH)
         for key in ("eval_every", "checkpoint_every"):
             check_whole(f"train.{key}", getattr(self, key), 0)
+        check_whole("train.timeout", self.timeout, 10, LONGEST)
         for key in ("seed", "eval_tokens"):
             check_whole(f"train.{key}", getattr(self, key), 0, 2**63 - 1)
         listed = re.fullmatch(r"|log|\d{1,9}( *, *\d{1,9})*", self.keep_at)

@@ -28,7 +28,12 @@ log = logging.getLogger("peptrain")
 def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
     """Build `peptrain train METHOD`, with the flags of `options_type` and `given` of a file."""
 
-    def train(options: Any, config: Path | None = None, recipe: str | None = None) -> None:
+    def train(
+        options: Any,
+        config: Path | None = None,
+        recipe: str | None = None,
+        go_on: bool = False,
+    ) -> None:
         """Train.
 
         Args:
@@ -37,6 +42,8 @@ def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[...
                 run repeats that run.
             recipe: Use the settings of a row of a paper's table (`peptrain recipes` lists them).
                 Flags override them.
+            go_on: Resume the run in --run if it has begun with these settings, as after every
+                restart by torchrun.
         """
         from peptrain.cli.flags import say_what_a_preset_leaves
         from peptrain.training.loop import train
@@ -46,12 +53,13 @@ def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[...
             log.warning("--recipe %s: made for %s; without --data.path it trains on the corpus"
                         " that comes with peptrain", recipe, corpus)  # fmt: skip
         say_what_a_preset_leaves(given, options)
-        watched(lambda observe: train(options, observe))
+        watched(lambda observe: train(options, observe, go_on=go_on))
 
     train.__annotations__ |= {
         "options": options_type,
         "config": Annotated[Path | None, UNSET],
         "recipe": Annotated[str | None, UNSET],
+        "go_on": bool,
         "return": None,
     }
     return train

@@ -23,7 +23,7 @@ from peptrain.models.hf import config_file
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.runs import checkpoint
 from peptrain.runs.build import checked_config, run_config
-from peptrain.runs.directory import RunDir, first_free
+from peptrain.runs.directory import LOCK, RunDir, first_free
 from peptrain.runs.ends import config_file as config_file_at
 from peptrain.runs.ends import lengthen
 from peptrain.runs.identity import check_settings, other_settings
@@ -59,16 +59,56 @@ def make_longer(run: RunDir, steps: int | None, schedule: ScheduleConfig | None)
 
 
 def first_checkpoint(
-    config: RunConfig[Method], run: RunDir | None, identity: Mapping[str, Any]
+    config: RunConfig[Method], run: RunDir | None, identity: Mapping[str, Any], here: World
 ) -> checkpoint.Checkpoint | None:
     """Return the checkpoint to continue from: the run's latest, or that of another run, if any."""
     if run is None:
-        return None if config.continue_from is None else branching_point(config, identity)
-    saved = checkpoint.latest(run.checkpoints)
+        if config.continue_from is None:
+            return None
+        return here.on_all(lambda: branching_point(config, identity))
+    saved = latest(run, here)
     if saved is not None:
-        then = run_config(run, config_file_at(run, saved.step))
-        check_settings(saved, then, run.path, identity)
+        here.on_all(lambda: _check_settings(saved, run, identity))
     return saved
+
+
+def _check_settings(saved: checkpoint.Checkpoint, run: RunDir, identity: Mapping[str, Any]) -> None:
+    then = run_config(run, config_file_at(run, saved.step))
+    check_settings(saved, then, run.path, identity)
+
+
+def latest(run: RunDir, here: World) -> checkpoint.Checkpoint | None:
+    """Return the latest complete checkpoint that rank 0 sees, on every rank, None without one.
+
+    Raises CheckpointError, on every rank, if one of them can't read it.
+    """
+    found: list[checkpoint.Checkpoint | None] = []
+    here.on_main(lambda: found.append(checkpoint.latest(run.checkpoints)))
+    step = here.agree(found[0].step if found and found[0] else None)
+    if step is None:
+        return None
+    return here.on_all(lambda: found[0] if found else checkpoint.at_step(run.checkpoints, step))
+
+
+def check_shared(run: RunDir, here: World) -> None:
+    """Raise CheckpointError, on every rank, unless all see the directory that rank 0 has locked."""
+    if here.size == 1:
+        return
+
+    def seen() -> str | None:
+        file = run.path / LOCK
+        return file.read_text("utf-8", errors="replace") if file.is_file() else None
+
+    locked = here.agree(seen())
+
+    def check() -> None:
+        if seen() != locked:
+            raise CheckpointError(
+                f"{run.path}: not the directory that rank 0 trains in, whose lock is not there; put"
+                " the run on a file system that all machines share, under the same path"
+            )
+
+    here.on_all(check)
 
 
 def create_run(

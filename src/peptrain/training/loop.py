@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from peptrain.models.probe import check_causal
 from peptrain.optim.adamw import clip_gradients, learning_rates, set_lr, state_bytes
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.rng import Rng, seed_default
-from peptrain.runs import checkpoint
 from peptrain.runs.build import run_config
 from peptrain.runs.directory import RunDir
 from peptrain.runs.environment import record_environment
@@ -34,19 +34,22 @@ from peptrain.runs.identity import identity_of
 from peptrain.runs.init_from import with_inherited_model
 from peptrain.runs.tokenizer import restore_run_tokenizer
 from peptrain.training.begin import (
+    check_shared,
     checkpoint_row,
     create_run,
     first_checkpoint,
     how_to_resume,
+    latest,
     loggers_of,
     make_longer,
     take_back_later,
     to_resume,
 )
+from peptrain.training.go_on import begun, goes_on
 from peptrain.training.instruments import Instrument, instrument
 from peptrain.training.metrics import MetricsLog, Observer, silent
 from peptrain.training.result import Result
-from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
+from peptrain.training.signals import Agreement, stop_on_signals
 from peptrain.training.state import (
     TrainState,
     check_corpus,
@@ -61,10 +64,18 @@ from peptrain.training.tasks import TasksInTraining
 log = logging.getLogger("peptrain")
 
 
-def train(config: RunConfig[Any], observe: Observer = silent, *, show: bool = False) -> Result:
+def train(
+    config: RunConfig[Any],
+    observe: Observer = silent,
+    *,
+    go_on: bool = False,
+    show: bool = False,
+) -> Result:
     """Train the model described by `config` to the last step, in a new run directory.
 
-    observe: called with every row of metrics. show: print the progress that the command prints.
+    observe: called with every row of metrics. go_on: resume the run in that directory if it has
+    begun with the same settings. After a restart by `torchrun` it is always resumed. show: print
+    the progress that the command prints.
 
     Raises ConfigError, DataError or Unsupported before anything is written. Two cases of
     Unsupported appear only during training: a CUDA graph that cannot be captured, and metrics of
@@ -72,15 +83,18 @@ def train(config: RunConfig[Any], observe: Observer = silent, *, show: bool = Fa
     disk is full, Diverged when the loss is not finite, Interrupted after a
     signal (`stop_on_signals`).
     """
+    go_on = goes_on(config, go_on)
     with (
         _observing(observe, show) as observe,
-        world(config.train.device) as here,
+        world(config.train.device, config.train.timeout) as here,
         contextlib.ExitStack() as held,
     ):
-        config = resolved(
-            with_inherited_model(config), world_size=here.size, on_gpu=here.device.type == "cuda"
-        )
-        return _train(config, None, here, observe, held)
+        wanted = with_inherited_model(config)
+        wanted = replace(wanted, continue_from=here.agree(wanted.continue_from))
+        wanted = resolved(wanted, world_size=here.size, on_gpu=here.device.type == "cuda")
+        if go_on and (run := begun(config, wanted, here)) is not None:
+            return _resumed(run, here, observe, held)
+        return _train(wanted, None, here, observe, held)
 
 
 def resume(
@@ -99,14 +113,26 @@ def resume(
     while another process trains the run, and otherwise what `train` raises.
     """
     run = to_resume(path)
+    now = run_config(run).train
     with (
         _observing(observe, show) as observe,
-        world(run_config(run).train.device) as here,
+        world(now.device, now.timeout) as here,
         contextlib.ExitStack() as held,
     ):
-        here.on_main(lambda: held.enter_context(run.lock()))
-        here.on_main(lambda: make_longer(run, steps, schedule))
-        return _train(run_config(run), run, here, observe, held)
+        return _resumed(run, here, observe, held, steps, schedule)
+
+
+def _resumed(
+    run: RunDir,
+    here: World,
+    observe: Observer,
+    held: contextlib.ExitStack,
+    steps: int | None = None,
+    schedule: ScheduleConfig | None = None,
+) -> Result:
+    here.on_main(lambda: held.enter_context(run.lock()))
+    here.on_main(lambda: make_longer(run, steps, schedule))
+    return _train(here.on_all(lambda: run_config(run)), run, here, observe, held)
 
 
 def _observing(observe: Observer, show: bool) -> contextlib.AbstractContextManager[Observer]:
@@ -132,14 +158,15 @@ def _train(
     corpus, tasks = here.on_all(lambda: _read(config, here, verify_again=again))
     identity = identity_of(config, corpus.fingerprint)
     check_ranks(config, {**identity, **tasks.data}, here)
-    saved = first_checkpoint(config, run, identity)
+    saved = first_checkpoint(config, run, identity, here)
     state = restore(config, saved, here)
     check_vocabulary(state.model, corpus)
     if config.model.config is not None:
         check_causal(state.model)
     if run is None:
         run = create_run(config, corpus, here, held, saved)
-    elif here.main:
+    check_shared(run, here)
+    if again and here.main:
         restore_run_tokenizer(run, corpus)
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -152,17 +179,17 @@ def _train(
         observe(_start(config, run, state, corpus))
     _announce(state, metrics_log)
     try:
-        stop.at_once = None
+        stop.at_once, agreement = None, Agreement(stop, here)
         if saved is None and config.train.keeps(0):
             _save(state, run, here, identity, metrics_log)
         del saved
-        _loop(config, state, corpus, run, metrics_log, stop, identity, tool, tasks)
+        _loop(config, state, corpus, run, metrics_log, agreement, identity, tool, tasks)
         while state.step < config.train.steps:
             del state  # so that the moments of both phases are never in memory at once
-            state = restore(config, checkpoint.latest(run.checkpoints), here)
+            state = restore(config, latest(run, here), here)
             _announce(state, metrics_log)
             metrics_log.pause()
-            _loop(config, state, corpus, run, metrics_log, stop, identity, tool, tasks)
+            _loop(config, state, corpus, run, metrics_log, agreement, identity, tool, tasks)
         stop.at_once = f"stopped before the end of the last evaluation; {how_to_resume(run)}"
         held_out = _evaluate(config, state, corpus, run, metrics_log, limit=0)
         judged = tasks.measure(state.model)
@@ -207,7 +234,7 @@ def _loop(
     corpus: Corpus,
     run: RunDir,
     metrics_log: MetricsLog,
-    stop: Stop,
+    agreement: Agreement,
     identity: Mapping[str, Any],
     tool: Instrument,
     tasks: TasksInTraining,
@@ -215,20 +242,25 @@ def _loop(
     """Train to the end of the current phase and save a checkpoint there."""
     t, here, optimizer = config.train, metrics_log.world, state.optimizer
     tool.due(state.model, state.step)
+    slow_until = state.step + 2  # the wait in a step is for the one before, which may compile
     while state.step < state.end:
-        loss, norm, metrics = advance(state, config, corpus, here)
+        limit = here.slow if state.step < slow_until else float(t.timeout)
+        with here.within(limit):
+            loss, norm, metrics = advance(state, config, corpus, here)
+            stopping = agreement.code()
         metrics_log.add(state.step, learning_rates(optimizer), loss, norm, metrics)
 
-        stopping = _agreed(stop, here, state.step % t.log_every == 0)
         due = _due(t.checkpoint_every, state.step) or t.keeps(state.step)
         saving = state.step == state.end or stopping or due
         evaluating = state.step < t.steps and _due(t.eval_every, state.step)
         observing = tool.due(state.model, state.step)
         if saving or evaluating or observing or state.step % t.log_every == 0:
-            _flush(metrics_log, run)
+            with here.within(limit):
+                _flush(metrics_log, run)
         if observing:
             measure = partial(tool.measure, state.model, state.step)
             metrics_log.observation(t.observe, state.step, measure)
+            here.agree(None)  # what rank 0 alone measures may take longer than a step
         if evaluating:
             assert t.eval_tokens is not None
             held_out = _evaluate(config, state, corpus, run, metrics_log, limit=t.eval_tokens)
@@ -284,19 +316,6 @@ def _accumulate(
         seq_len=t.seq_len,
     ).to(here.device, non_blocking=True)
     return state.forward_backward(torch.split(windows, t.micro_batch))
-
-
-def _agreed(stop: Stop, here: World, at_boundary: bool) -> int:
-    """Return the exit code to stop with, or 0 to continue.
-
-    A single process stops at once. Several stop together, at the next row of metrics.
-    """
-    if here.size == 1:
-        return stop.code
-    codes = (BY_SYSTEM, BY_USER)
-    asked = torch.tensor([float(stop.code == code) for code in codes], device=here.device)
-    agreed = here.sum(asked).tolist()
-    return next((code for code, n in zip(codes, agreed, strict=True) if at_boundary and n), 0)
 
 
 def _flush(metrics_log: MetricsLog, run: RunDir) -> None:
