@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from peptrain import __version__
 from peptrain.config import RunConfig, load
 from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
@@ -102,9 +103,10 @@ def keep_of(config: RunConfig[Method]) -> checkpoint.Keep:
 
 
 def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: World) -> None:
-    """Raise ConfigError, on every rank, unless all have the same settings and the same data."""
+    """Raise ConfigError, on every rank, unless all have the same settings, data and versions."""
     asked = {"eval.tasks": config.eval.tasks, "eval.items": config.eval.items}
-    own = {**other_settings(config), **identity, **asked}
+    versions = {"the version of peptrain": __version__, "that of torch": torch.__version__}
+    own = {**other_settings(config), **identity, **asked, **versions}
     first = here.agree(own)
     steps_first = sorted(own.keys() | first.keys(), key=lambda key: (key != "train.steps", key))
     unlike = [
@@ -115,7 +117,8 @@ def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: Wo
     found = [line for line in here.gather(unlike[0] if unlike else None) if line]
     if found:
         raise ConfigError(
-            f"{found[0]}; start every process with the same command, on the same data"
+            f"{found[0]}; start every process with the same command, on the same data, with the same"
+            " versions"
         )
 
 
