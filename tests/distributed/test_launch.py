@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from peptrain.distributed.launch import Launch, launch, speaks
 from peptrain.distributed.world import LAUNCHERS, World, world
-from peptrain.errors import Unsupported
+from peptrain.errors import ConfigError, Unsupported
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 COMPLETE = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
@@ -63,6 +63,31 @@ def test_what_is_missing_or_impossible_is_named(
     given(**COMPLETE | changed)
     with pytest.raises(Unsupported, match=f"^{named}.*torchrun.*unset WORLD_SIZE"), world("cpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    "name, launcher",
+    [
+        ("SLURM_STEP_NUM_TASKS", "srun --ntasks-per-node 1"),
+        ("OMPI_COMM_WORLD_SIZE", "mpirun --map-by ppr:1:node"),
+    ],
+)
+def test_processes_that_do_not_know_of_each_other_are_refused_with_the_command_to_use(
+    name: str, launcher: str, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given()
+    monkeypatch.setenv(name, "4")
+    line = f"^{name}: {launcher.split()[0]} started 4 processes, .*`{launcher} torchrun --nnodes"
+    with pytest.raises(ConfigError, match=line), world("cpu"):
+        pass
+    assert speaks()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert launch() == Launch()
+    given(**COMPLETE)
+    assert launch().size == 4
+    given()
+    monkeypatch.setenv(name, "1")
+    assert launch() == Launch()
 
 
 def test_processes_that_do_not_meet_are_an_error(

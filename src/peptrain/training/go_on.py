@@ -53,8 +53,9 @@ def _check_same(given: RunConfig[Any], wanted: RunConfig[Any], run: RunDir) -> N
     unset = {key: getattr(then.train, key)
              for key in OF_MACHINE if getattr(given.train, key) is None}  # fmt: skip
     now = _settings(replace(wanted, train=replace(wanted.train, **unset)))
-    before = _settings(then)
-    for key in [*now, *(before.keys() - now.keys())]:
+    before, set_here = _settings(then), _settings(given)
+    # What is unset follows from other settings, so these are named first.
+    for key in sorted([*now, *(before.keys() - now.keys())], key=lambda k: set_here.get(k) is None):
         if now.get(key) != before.get(key):
             raise ConfigError(
                 f"{key}: {shown(now.get(key))} here, but {run.path} was started with"

@@ -117,8 +117,8 @@ def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: Wo
     found = [line for line in here.gather(unlike[0] if unlike else None) if line]
     if found:
         raise ConfigError(
-            f"{found[0]}; start every process with the same command, on the same data, with the same"
-            " versions"
+            f"{found[0]}; start every process with the same command, on the same data, with the"
+            " same versions"
         )
 
 
