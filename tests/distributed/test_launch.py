@@ -106,6 +106,15 @@ def test_processes_that_do_not_meet_are_an_error(
     assert told in caplog.text
 
 
+def test_a_port_in_use_is_named(given: Any) -> None:
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        given(**COMPLETE | {"RANK": "0", "MASTER_PORT": str(port)})
+        told = rf"WORLD_SIZE: 4 processes did not meet at localhost:{port} \(.*in use"
+        with pytest.raises(Unsupported, match=told), world("cpu"):
+            pass
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("launched", [False, True])
 def test_processes_that_never_come_are_waited_for_a_limited_time(
