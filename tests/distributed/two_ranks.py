@@ -14,11 +14,13 @@ from typing import Any
 from support import tiny
 from task_rows import write_data
 
+import peptrain.training.begin as trainer_begin
 import peptrain.training.loop as trainer
 import peptrain.training.state as trainer_state
 from peptrain import __version__
 from peptrain.config import EvalConfig
 from peptrain.errors import PeptrainError
+from peptrain.runs import checkpoint
 
 AT = 5
 OTHERWISE: dict[str, dict[str, Any]] = {"longer": {"steps": 9}, "seeded": {"seed": 1}}
@@ -33,6 +35,10 @@ def told(file: Path, config: Any, **given: Any) -> None:
         trainer.train(config, **given)
     except PeptrainError as error:
         file.write_text(f"{type(error).__name__}: {error}")
+
+
+def refused(directory: Path) -> None:
+    raise AssertionError(f"rank 1 chose a checkpoint in {directory} by itself")
 
 
 def main(corpus: Path, out: Path) -> None:
@@ -65,6 +71,9 @@ def main(corpus: Path, out: Path) -> None:
         trainer_state.__version__ = "0.0.1"
     told(out / f"versions-rank{rank}", tiny("full", corpus, out / "versions"))
     trainer_state.__version__ = __version__
+    trainer_begin.APPEARS = 0.2
+    if rank:  # rank 0 picks the checkpoint
+        checkpoint.latest = refused
     for case in ("elsewhere", "begun-elsewhere"):
         local = out / f"{case}-machine{rank}"
         local.mkdir()

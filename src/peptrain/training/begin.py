@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,6 +36,9 @@ from peptrain.training.metrics import MetricsLog
 from peptrain.training.state import TrainState
 
 log = logging.getLogger("peptrain")
+APPEARS = 60.0
+"""Seconds in which a file that one machine wrote appears on another one: NFS keeps what it knows of
+a directory for up to 60."""
 
 
 def to_resume(path: Path) -> RunDir:
@@ -94,19 +98,22 @@ def check_shared(run: RunDir, here: World) -> None:
     """Raise CheckpointError, on every rank, unless all see the directory that rank 0 has locked."""
     if here.size == 1:
         return
+    file = run.path / LOCK
 
     def seen() -> str | None:
-        file = run.path / LOCK
         return file.read_text("utf-8", errors="replace") if file.is_file() else None
 
     locked = here.agree(seen())
 
     def check() -> None:
-        if seen() != locked:
-            raise CheckpointError(
-                f"{run.path}: not the directory that rank 0 trains in, whose lock is not there; put"
-                " the run on a file system that all machines share, under the same path"
-            )
+        deadline = time.monotonic() + APPEARS
+        while seen() != locked:
+            if time.monotonic() >= deadline:
+                raise CheckpointError(
+                    f"{run.path}: not the directory that rank 0 trains in, whose lock is not there;"
+                    " put the run on a file system that all machines share, under the same path"
+                )
+            time.sleep(0.1)
 
     here.on_all(check)
 
