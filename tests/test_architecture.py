@@ -38,6 +38,7 @@ LEVELS = (
     "tasks",
     "estimation",
     "training",
+    "tuning",
     "comparison",
     "reporting",
     "recipes",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from peptrain.data.sources.base import imported
 from peptrain.data.sources.names import JSON_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIXES, split_name
@@ -22,51 +22,91 @@ HEADING = re.compile(r"^ = [^=\n](?:.*[^=\n])? = ?$", re.MULTILINE)
 """The title of a page in the raw text of WikiText. Sections have two or more signs."""
 
 
+class Stored(Protocol):
+    """A data set with local copies."""
+
+    @property
+    def name(self) -> str:
+        """Return the name of the task, for messages."""
+
+    @property
+    def folder(self) -> str:
+        """Return the folder below the directory of all, an absolute one for files of one's own."""
+
+    @property
+    def source(self) -> str:
+        """Return the Hugging Face data set."""
+
+
 def read_rows(task: Task, directory: Path | None) -> list[Row]:
     """Return the rows of a task's data.
 
     Raises DataError if there is no such file, saying where to get it, or if it can't be read.
     """
-    rows: list[Row] = []
-    for file in data_files(task, directory):
-        for row in _rows(file):
-            rows.append(row)
-            if len(rows) > MOST:
+    return [row for _, row in located_rows(task, directory, task.splits)]
+
+
+def located_rows(
+    data: Stored, directory: Path | None, splits: Sequence[str]
+) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of the first split that is there, each with its place, FILE:LINE.
+
+    Raises DataError as `read_rows` does.
+    """
+    read = 0
+    for file in data_files(data, directory, splits):
+        for where, row in _rows(file):
+            yield where, row
+            read += 1
+            if read > MOST:
                 raise DataError(f"{file}: more than {MOST:,} rows; give a file of the data set")
-    return rows
 
 
-def data_files(task: Task, directory: Path | None) -> list[Path]:
-    """Return the files of a task: of its first split that is there, in several parts or one."""
-    wanted = f"{task.folder}/{task.splits[0]}.jsonl"
-    if directory is None:
+def data_files(data: Stored, directory: Path | None, splits: Sequence[str]) -> list[Path]:
+    """Return the files of the first split that is there, in several parts or one.
+
+    A split may be the name of a file too, with its suffix.
+    """
+    own = Path(data.folder).is_absolute()
+    wanted = f"{data.folder}/{splits[0]}.jsonl"
+    if directory is None and not own:
         raise DataError(
-            f"--tasks-data: must be given for {task.name} (got None); it is the directory of"
-            f" {wanted}, a copy of the Hugging Face data set {task.source}"
+            f"--tasks-data: must be given for {data.name} (got None); it is the directory of"
+            f" {wanted}, a copy of the Hugging Face data set {data.source}"
         )
-    folder = directory / task.folder
+    folder = (directory or Path()) / data.folder
     if folder.is_dir():
         names = sorted(p for p in folder.iterdir() if split_name(p)[0] in SUFFIXES)
-        for split in task.splits:
+        for split in splits:
+            if (exact := folder / split).is_file() and split_name(exact)[0] in SUFFIXES:
+                return [exact]
             if found := [p for p in names if re.match(rf"{re.escape(split)}[-.]", p.name)]:
                 return found
+    if own:
+        raise DataError(
+            f"{data.name}: {folder / splits[0]} is missing; names of files in a task's TOML are"
+            f" relative to it and end in {', '.join(SUFFIXES)} or these and .gz, .xz"
+        )
     raise DataError(
-        f"--tasks-data: {directory / wanted} (or .jsonl.xz, .parquet) is missing, for"
-        f" {task.name}; save the split {task.splits[0]} of the Hugging Face data set"
-        f" {task.source} there"
+        f"--tasks-data: {folder / splits[0]}.jsonl (or .jsonl.xz, .parquet) is missing, for"
+        f" {data.name}; save the split {splits[0]} of the Hugging Face data set"
+        f" {data.source} there"
     )
 
 
-def _rows(file: Path) -> Iterator[Row]:
+def _rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a file, each with its place."""
     suffix = split_name(file)[0]
     if suffix == PARQUET_SUFFIX:
-        yield from _of_parquet(file)
+        yield from ((f"{file}: row {n}", row) for n, row in enumerate(_of_parquet(file), 1))
     elif suffix in TEXT_SUFFIXES:
-        yield from ({"page": page} for page in pages(_text(file)))
+        found = pages(_text(file))
+        yield from ((f"{file}: page {n}", {"page": page}) for n, page in enumerate(found, 1))
     else:
         for number, line in enumerate(read_lines(file), 1):
             if line.strip():
-                yield _object(line, f"{file}:{number}")
+                where = f"{file}:{number}"
+                yield where, _object(line, where)
 
 
 def _text(file: Path) -> str:
