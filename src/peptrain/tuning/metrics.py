@@ -51,16 +51,14 @@ def stderr(
 
 
 def majority(task: TuningTask, gold: Sequence[float]) -> dict[str, float]:
-    """Return the task's metrics of a constant: the most frequent class, or the mean of numbers.
+    """Return the task's metrics of always predicting the most frequent label.
 
-    The class with the lowest number is taken of equally frequent ones.
+    The lowest is taken of equally frequent ones. Of numbers, whose correlation with a constant is
+    undefined, they are NaN.
     """
-    if task.labels:
-        classes, counts = np.unique(np.asarray(gold), return_counts=True)
-        constant = float(classes[counts.argmax()])
-    else:
-        constant = math.fsum(gold) / len(gold)
-    return {name: value(name, [constant] * len(gold), gold) for name in task.metrics}
+    labels, counts = np.unique(np.asarray(gold), return_counts=True)
+    constant = np.full(len(gold), labels[counts.argmax()])
+    return {name: value(name, constant, gold) for name in task.metrics}
 
 
 def _accuracy(x: Numbers, y: Numbers) -> float:

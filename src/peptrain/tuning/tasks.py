@@ -10,7 +10,7 @@ from typing import Any
 
 from peptrain.errors import ConfigError, DataError
 from peptrain.settings import toml
-from peptrain.settings.fields import check, nearest, shown
+from peptrain.settings.fields import LARGEST, as_path, check, nearest, shown
 from peptrain.tasks.files import located_rows
 from peptrain.tasks.table import Row
 
@@ -116,7 +116,7 @@ def tuning_task(given: str, key: str = "--task") -> TuningTask:
             f"{key}: unknown task {shown(given)}; {nearest(given, TASKS)}choose from"
             f" {', '.join(TASKS)}, or give a FILE.toml"
         )
-    return _own(Path(given).expanduser(), key)
+    return _own(as_path(given, key), key)
 
 
 def _own(path: Path, key: str) -> TuningTask:
@@ -145,6 +145,8 @@ def _own(path: Path, key: str) -> TuningTask:
     check(bool(labels) or all(map(_is_number, words)), f"{place}words", list(words),
           'texts of numbers, such as "0.5", where labels = []')  # fmt: skip
     splits = {name: _name(table, name, place, name) for name in ("train", "validation")}
+    check(len({*splits.values()}) == 2, f"{place}validation", splits["validation"],
+          "another file than that of train")  # fmt: skip
     return TuningTask(
         path.stem, texts, labels, metrics, str(path.absolute().parent), str(path),
         {"": (splits["validation"],)}, label, (splits["train"],), words, path.stem,
@@ -230,7 +232,7 @@ def _label(task: TuningTask, value: object, place: str) -> float:
         listed = ", ".join(f"{n} {name}" for n, name in enumerate(task.labels))
         fit, wanted = number and value in range(len(task.labels)), f"a class: {listed}"
     else:
-        fit, wanted = number and math.isfinite(value), "a finite number"  # type: ignore[arg-type]
+        fit, wanted = number and abs(value) <= LARGEST, "a finite number"  # type: ignore[arg-type]
         if task.words:
             low, high = (pick(map(float, task.words)) for pick in (min, max))
             fit = fit and low <= value <= high  # type: ignore[operator]
@@ -238,8 +240,8 @@ def _label(task: TuningTask, value: object, place: str) -> float:
     if fit:
         return float(value)  # type: ignore[arg-type]
     hint = "give data of this task"
-    if number and value == NO_LABEL:
-        hint = "-1 stands for no label, as in GLUE's test sets; give a split with labels"
+    if value is None or (number and value == NO_LABEL):
+        hint = "the row has no label, like those of GLUE's test sets; give a split with labels"
     raise DataError(f"{place}: must be {wanted} (got {shown(value)}); {hint}")
 
 
@@ -268,7 +270,8 @@ def text_form(task: TuningTask, example: Example) -> str:
 def target_word(task: TuningTask, example: Example) -> str:
     """Return what a text-to-text model has to generate: one of `task.words`.
 
-    Of a number it is the nearest word, and the first of two that are equally near. Raises
+    Of a number it is the nearest word; of two that are equally near the one whose place, from 0,
+    is even, so that STS-B's are rounded as T5's: 2.5 becomes "2.4", and 4.3 becomes "4.4". Raises
     ConfigError for a task of one's own, of numbers, that has no words.
     """
     if not task.words:
@@ -278,4 +281,6 @@ def target_word(task: TuningTask, example: Example) -> str:
         )
     if task.labels:
         return task.words[int(example.label)]
-    return min(task.words, key=lambda word: abs(float(word) - example.label))
+    # Decimals, since 4.2 and 4.4 are not equally far from 4.3 in binary.
+    away = [round(abs(float(word) - example.label), 9) for word in task.words]
+    return task.words[min(range(len(away)), key=lambda place: (away[place], place % 2))]
