@@ -15,6 +15,10 @@ os.environ["PEPTRAIN_CACHE"] = CACHE.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("same", derandomize=True)  # each run of the tests has the same examples
+settings.load_profile("same")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported

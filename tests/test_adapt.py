@@ -331,6 +331,18 @@ def test_the_numbers_of_a_step() -> None:
     assert seen[0]["lr"] == 1e-3 and seen[2]["lr"] == 4e-3 and seen[0]["grad_norm"] > 0
 
 
+def test_an_exact_step_at_the_end_of_a_loop_of_ones_own_is_reported() -> None:
+    training = adapt(mlp(), tiny_method("loro"), steps=6, schedule=CONSTANT)
+    seen = []
+    for _ in range(6):
+        x, y = images(0)
+        F.cross_entropy(training.model(x), y).backward()
+        seen.append(training.step())
+    assert {n: row["exact_steps"] for n, row in enumerate(seen, 1) if "exact_steps" in row} == {
+        3: 1, 6: 2,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "file, short",
     [

@@ -83,10 +83,11 @@ class Adapted:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.done += 1
+            last = self.done in (*self._bounds, self.steps)
+            if not last or self.method.only_reports:
+                numbers |= self.method.after_step(self.model, self.optimizer, self.done, self._rng)
             if self.done in self._bounds:
                 self._next_phase()
-            elif self.done < self.steps:
-                numbers |= self.method.after_step(self.model, self.optimizer, self.done, self._rng)
         return numbers
 
     def dense(self) -> nn.Module:

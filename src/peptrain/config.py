@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
+from peptrain.distributed.watchdog import LONGEST
 from peptrain.errors import ConfigError
 from peptrain.methods import methods
 from peptrain.methods.base import Method
@@ -93,6 +94,10 @@ class TrainConfig:
     log_to: str = added("", before="")
     """Loggers that get the rows of metrics.jsonl too, such as tensorboard,trackio: tensorboard,
     trackio, wandb, or one of another package (docs/loggers.md). Unset: none."""
+    timeout: int = added(120, before=120)
+    """Of several processes: seconds that a step may take before a process that waits for another
+    one ends, with an error. At least 600 in the first two steps of a phase and where they evaluate
+    or save."""
 
     def __post_init__(self) -> None:
         fits = 0 < self.observe_budget <= 1
@@ -103,6 +108,7 @@ class TrainConfig:
             check_whole(f"train.{key}", getattr(self, key), 1, LARGEST_BATCH)
         for key in ("eval_every", "checkpoint_every"):
             check_whole(f"train.{key}", getattr(self, key), 0)
+        check_whole("train.timeout", self.timeout, 10, LONGEST)
         for key in ("seed", "eval_tokens"):
             check_whole(f"train.{key}", getattr(self, key), 0, 2**63 - 1)
         listed = re.fullmatch(r"|log|\d{1,9}( *, *\d{1,9})*", self.keep_at)
@@ -148,6 +154,35 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Fine-tuning on a task with labels instead of pre-training (docs/tune.md)."""
+
+    task: str = added("", before="")
+    """cola, sst2, rte, mrpc, qnli, qqp, mnli, stsb, or a TOML file that describes a task. Unset:
+    pre-training."""
+    tasks_data: Path | None = added(None, before=None)
+    """Directory with copies of the data sets, as cola/train.jsonl."""
+    epochs: int = added(3, before=3)
+    """Passes over the training rows. They determine train.steps."""
+    rows: int | None = added(None, before=None)
+    """Training rows to use, a fixed random choice that is the same in all runs. Unset: all."""
+    labels: str | None = added(None, before=None)
+    """Names of the classes, comma-separated, empty for a number. Unset: those of the task."""
+    pad_token: int | None = added(None, before=None)
+    """Id that fills up short sequences. Unset: the tokenizer's, or its end token."""
+
+    def __post_init__(self) -> None:
+        check_whole("tune.epochs", self.epochs, 1)
+        check_whole("tune.rows", self.rows, 1)
+        check_whole("tune.pad_token", self.pad_token, 0)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; none where the label is a number."""
+        return [name for name in (self.labels or "").split(",") if name]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Generic[M]):
     """All settings of a run. `resolved` fills in the unset; the run directory stores the result."""
 
@@ -158,6 +193,7 @@ class RunConfig(Generic[M]):
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = added_section(EvalConfig)
+    tune: TuneConfig = added_section(TuneConfig)
     init_from: Path | None = None
     """Start from the weights of this run or Hugging Face directory. If no model setting is given,
     the model is taken from it too. Unset: initialise the weights."""
@@ -186,11 +222,17 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
     fits = config.train.observe == "none" or method.has_dense_equivalent
     wanted = f"none for {method.name}, which has no dense equivalent"
     check(fits, "train.observe", config.train.observe, wanted)
+    if config.tune.task:
+        check(not config.train.cuda_graph, "train.cuda_graph", True,
+              "false to fine-tune, since sequences differ in length")  # fmt: skip
+        check(not config.eval.tasks.strip(), "eval.tasks", config.eval.tasks,
+              "unset to fine-tune; tune.task is measured at each evaluation")  # fmt: skip
     return replace(
         config,
         model=_resolved_model(config.model),
         data=DataConfig(path=_absolute(config.data.path)),
         eval=replace(config.eval, tasks_data=_absolute(config.eval.tasks_data)),
+        tune=replace(config.tune, tasks_data=_absolute(config.tune.tasks_data)),
         init_from=_absolute(config.init_from),
         continue_from=_absolute(config.continue_from),
         method=method,
@@ -262,7 +304,7 @@ def as_named(config: RunConfig[M], written: RunConfig[M]) -> RunConfig[M]:
     return replace(config, train=_evaluating(config.train, least=8_192))
 
 
-SECTIONS = ("method", "model", "optim", "schedule", "train", "data", "eval")
+SECTIONS = ("method", "model", "optim", "schedule", "train", "data", "eval", "tune")
 
 
 def parse(table: Mapping[str, Any]) -> RunConfig[Method]:

@@ -328,6 +328,24 @@ def test_a_comparison_with_a_step_that_training_deletes_meanwhile_is_left_out(
     assert said["not_measured"]["update"] == "the checkpoint of step 1 was deleted meanwhile"
 
 
+def test_all_but_a_damaged_checkpoint_are_analyzed_and_it_is_named(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(tmp_path, corpus, "full", keep_at="0,1,2", keep=1, checkpoint_every=0)
+    damaged = run / "checkpoints" / "step-00000001"
+    (damaged / "model.safetensors").write_bytes(b"x")
+    assert main(["analyze", str(run), "--probe=0", "--device=cpu"]) == 1
+    err = " ".join(capsys.readouterr().err.split())
+    assert err == (
+        f"error: {damaged} is damaged (model.safetensors does not match its checksum); choose"
+        " another step; the other 3 are done"
+    )
+    assert {p.stem for p in (run / "analysis").glob("*.json")} == {"0", "2", str(STEPS)}
+    said = json.loads((run / "analysis" / "2.json").read_text())
+    assert said["not_measured"]["update"] == "the checkpoint of step 1 is damaged"
+    assert {line["what"] for line in read_table(run / "analysis" / "2.csv")} >= {"from_start"}
+
+
 def test_analyze_says_when_training_deletes_every_checkpoint(
     tmp_path: Path, corpus: Path, monkeypatch: Any
 ) -> None:

@@ -43,7 +43,26 @@ def test_the_command_writes_the_line_between_two_seeds(runs: Path, tmp_path: Pat
     found = read_table(tmp_path / "line.csv")
     assert [x["alpha"] for x in found] == pytest.approx([i / 10 for i in range(11)])
     assert {x["tokens"] for x in found} == {40}
-    assert json.loads((tmp_path / "line.json").read_text())["dtype"] == "float32"
+    about = json.loads((tmp_path / "line.json").read_text())
+    assert about["dtype"] == "float32"
+    names = [f"{run}@8" for run in pair]
+    assert [about["one"], about["other"]] == names and len(set(about["weights"])) == 2
+    assert {(row["one"], row["other"]) for row in found} == {tuple(names)}
+
+
+def test_a_line_is_not_overwritten_by_that_between_two_others(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peptrain.analysis.line.ALPHAS", (0, 1))
+    one, other, third = (runs / name for name in ("loro", "again", "full"))
+    table = write_line([one, other], tmp_path, tokens=40)
+    written = table.read_bytes()
+    with pytest.raises(ConfigError, match=r"--out .*: has the line between .*loro@8 and .*again@8,"
+                       r" not between .*loro@8 and .*full@8; choose another"):  # fmt: skip
+        write_line([one, third], tmp_path, tokens=40)
+    assert table.read_bytes() == written
+    write_line([one, other], tmp_path, tokens=80)
+    assert {row["tokens"] for row in read_table(table)} == {80}
 
 
 def test_models_of_different_shapes_have_no_line(runs: Path, corpus: Path, tmp_path: Path) -> None:

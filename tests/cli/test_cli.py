@@ -109,7 +109,7 @@ def spaced(text: str) -> str:
 
 every_method = pytest.mark.parametrize("name", METHODS)
 COMMANDS = [
-    "", *(f"{command}{name}" for command in ("train", "estimate") for name in
+    "", *(f"{command}{name}" for command in ("train", "tune", "estimate") for name in
           ("", *(f" {name}" for name in METHODS))), "resume", "demo", "compare", "watch", "eval",
     "analyze", "plot", "report", "export", "data", "data prepare", "methods", "recipes",
 ]  # fmt: skip
@@ -128,7 +128,7 @@ def test_the_list_of_commands_above_is_whole(peptrain_: Command) -> None:
         return found[1].split(",") if found else []
 
     assert {c.split()[0] for c in COMMANDS if c} == set(listed(""))
-    assert listed("train") == listed("estimate") == list(METHODS)
+    assert listed("train") == listed("tune") == listed("estimate") == list(METHODS)
 
 
 def settings_of(method: str) -> dict[str, Field[Any]]:
@@ -290,9 +290,7 @@ def test_a_recipe_and_another_wish_are_an_error(line: str, error: str, peptrain_
 def test_an_unknown_command_is_an_error_with_the_nearest(peptrain_: Command) -> None:
     said = peptrain_("trian bpt --train.steps 3").error
     assert said == "command 'trian': unknown; did you mean 'train'? see `peptrain --help`"
-    assert peptrain_("xyzzy").error.startswith(
-        "command 'xyzzy': unknown; choose from train, resume"
-    )
+    assert peptrain_("xyzzy").error.startswith("command 'xyzzy': unknown; choose from train, tune")
     listed = re.search(r"\{([\w,]+)\}", peptrain_("--help").out)
     assert listed and tuple(listed[1].split(",")) == KNOWN
 

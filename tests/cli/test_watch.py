@@ -104,6 +104,7 @@ def test_a_finished_run_is_said_with_0(run: Path, said: Any) -> None:
     code, lines, err = said(run)
     assert (code, err, lines[0]) == (0, "", f"{run}: finished")
     assert "held-out loss 2.000  held-out perplexity 7.39" in lines[3]
+    assert lines[4] == "1 merge  evaluated at step 8  saved at step 4"
 
 
 def test_what_ended_otherwise_is_one_line_of_error_and_1(run: Path, said: Any) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from peptrain.distributed.launch import Launch, launch, speaks
 from peptrain.distributed.world import LAUNCHERS, World, world
-from peptrain.errors import Unsupported
+from peptrain.errors import ConfigError, Unsupported
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 COMPLETE = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
@@ -65,6 +65,31 @@ def test_what_is_missing_or_impossible_is_named(
         pass
 
 
+@pytest.mark.parametrize(
+    "name, launcher",
+    [
+        ("SLURM_STEP_NUM_TASKS", "srun --ntasks-per-node 1"),
+        ("OMPI_COMM_WORLD_SIZE", "mpirun --map-by ppr:1:node"),
+    ],
+)
+def test_processes_that_do_not_know_of_each_other_are_refused_with_the_command_to_use(
+    name: str, launcher: str, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given()
+    monkeypatch.setenv(name, "4")
+    line = f"^{name}: {launcher.split()[0]} started 4 processes, .*`{launcher} torchrun --nnodes"
+    with pytest.raises(ConfigError, match=line), world("cpu"):
+        pass
+    assert speaks()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert launch() == Launch()
+    given(**COMPLETE)
+    assert launch().size == 4
+    given()
+    monkeypatch.setenv(name, "1")
+    assert launch() == Launch()
+
+
 def test_processes_that_do_not_meet_are_an_error(
     given: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,6 +104,15 @@ def test_processes_that_do_not_meet_are_an_error(
         pass
     told = "waiting up to 60 s for the other 3 of 4 processes at localhost:29501; start"
     assert told in caplog.text
+
+
+def test_a_port_in_use_is_named(given: Any) -> None:
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        given(**COMPLETE | {"RANK": "0", "MASTER_PORT": str(port)})
+        told = rf"WORLD_SIZE: 4 processes did not meet at localhost:{port} \(.*in use"
+        with pytest.raises(Unsupported, match=told), world("cpu"):
+            pass
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

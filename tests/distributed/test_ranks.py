@@ -43,6 +43,26 @@ def test_a_rank_with_other_settings_ends_all_before_anything_is_written(
     assert not (out / case).exists()
 
 
+def test_ranks_with_other_versions_end_before_anything_is_written(out: Path) -> None:
+    said = {(out / f"versions-rank{rank}").read_text() for rank in (0, 1)}
+    [line] = said
+    assert line.startswith("ConfigError: the version of peptrain: '0.0.1' on rank 1, '")
+    assert not (out / "versions").exists()
+
+
+@pytest.mark.parametrize(
+    "case, named",
+    [("elsewhere", "run: not the directory that rank 0 trains in"),
+     ("begun-elsewhere", "run: not a run directory")],
+)  # fmt: skip
+def test_a_run_that_is_not_on_a_shared_file_system_ends_all(
+    case: str, named: str, out: Path
+) -> None:
+    said = {(out / f"{case}-rank{rank}").read_text() for rank in (0, 1)}
+    [line] = said
+    assert line.startswith(f"CheckpointError: rank 1: {named}")
+
+
 @pytest.mark.parametrize(
     "case, named",
     [

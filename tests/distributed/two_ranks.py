@@ -4,6 +4,7 @@ python -m torch.distributed.run --standalone --nproc_per_node 2 two_ranks.py COR
 """
 
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -13,9 +14,13 @@ from typing import Any
 from support import tiny
 from task_rows import write_data
 
+import peptrain.training.begin as trainer_begin
 import peptrain.training.loop as trainer
+import peptrain.training.state as trainer_state
+from peptrain import __version__
 from peptrain.config import EvalConfig
 from peptrain.errors import PeptrainError
+from peptrain.runs import checkpoint
 
 AT = 5
 OTHERWISE: dict[str, dict[str, Any]] = {"longer": {"steps": 9}, "seeded": {"seed": 1}}
@@ -24,12 +29,16 @@ SPOILED = {"missing": None, "damaged": "[]", "shorter": ""}
 KEPT = {"checkpoint_every": 2, "micro_batch": 1}
 
 
-def told(file: Path, config: Any) -> None:
+def told(file: Path, config: Any, **given: Any) -> None:
     """Train, and write the error that ends it to `file`."""
     try:
-        trainer.train(config)
+        trainer.train(config, **given)
     except PeptrainError as error:
         file.write_text(f"{type(error).__name__}: {error}")
+
+
+def refused(directory: Path) -> None:
+    raise AssertionError(f"rank 1 chose a checkpoint in {directory} by itself")
 
 
 def main(corpus: Path, out: Path) -> None:
@@ -58,6 +67,20 @@ def main(corpus: Path, out: Path) -> None:
         told(out / f"{case}-rank{rank}", replace(config, eval=asked))
     told(out / f"no-corpus-rank{rank}",
          tiny("full", out / "nowhere" if rank else corpus, out / "no-corpus"))  # fmt: skip
+    if rank:
+        trainer_state.__version__ = "0.0.1"
+    told(out / f"versions-rank{rank}", tiny("full", corpus, out / "versions"))
+    trainer_state.__version__ = __version__
+    trainer_begin.APPEARS = 0.2
+    if rank:  # rank 0 picks the checkpoint
+        checkpoint.latest = refused
+    for case in ("elsewhere", "begun-elsewhere"):
+        local = out / f"{case}-machine{rank}"
+        local.mkdir()
+        os.chdir(local)  # as a path that is another directory on each machine
+        if rank == 0 and case == "begun-elsewhere":
+            shutil.copytree(out / "elsewhere-machine0" / "run", local / "run")
+        told(out / f"{case}-rank{rank}", tiny("full", corpus, Path("run")), go_on=True)
     begun = tiny(
         "loro", corpus, out / "extended", train={**KEPT, "steps": 5, "log_to": "tensorboard"}
     )

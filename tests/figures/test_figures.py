@@ -203,7 +203,23 @@ def test_the_frontier_has_what_nothing_beats(forty: Source) -> None:
     best = {(n["x"], n["y"]) for n in of if n["mark"] == "frontier"}
     beaten = {p for p in every for q in every if q != p and q[0] <= p[0] and q[1] <= p[1]}
     assert best == every - beaten and len(every) == 5
-    assert drawn.notes == ["peak bytes on the GPU: not known of every configuration"]
+    assert drawn.notes == []
+
+
+def test_a_peak_is_missed_only_where_others_have_one(tmp_path: Path) -> None:
+    """On a CPU nothing has a peak, and nobody is warned of it."""
+    two = [("full", {}, {}), *(("bpt", {"method.rank": r}, {}) for r in (4, 8))]
+    gpu = [{**row, "peak_bytes": 2**30} for row in steps(8)]
+    for peaks, partly in (([None] * 3, False), ([2**30, 2**30, None], True)):
+        made = read([ablation(tmp_path / f"{partly}", two, peak_bytes=peaks)])
+        for name, what in (("grid", "peak memory"), ("frontier", "peak bytes on the GPU")):
+            notes = "; ".join(FIGURES[name](made, View()).notes)
+            assert notes.startswith(f"{what}: not known of every") if partly else notes == ""
+    cpu, on_gpu = run(tmp_path / "cpu", steps(8)), run(tmp_path / "gpu", gpu)
+    drawn = FIGURES["speed"](read([cpu]), View())
+    assert drawn.notes == [] and "emory" not in drawn.title + drawn.caption
+    notes = FIGURES["speed"](read([cpu, on_gpu]), View()).notes
+    assert notes == ["cpu: no peak memory, which is known on a GPU only"]
 
 
 def test_a_spectrum_is_counted_in_bins_of_a_twentieth(
@@ -237,8 +253,8 @@ def circuits(path: Path, name: str, values: tuple[str, ...] = ("0.5", "0.75")) -
 
 @pytest.mark.parametrize(
     ("name", "wanted", "axis"),
-    [("per", 0.625, "PER over the structural rank"),
-     ("condition", (math.log10(500) + math.log10(750)) / 2, "log10 condition")],
+    [("per", 0.625, "PER of weight over the structural rank"),
+     ("condition", (math.log10(500) + math.log10(750)) / 2, "log10 condition of weight")],
 )  # fmt: skip
 def test_the_panel_of_ov_is_the_sum_over_heads_over_its_rank_beside_rows_in_training(
     name: str, wanted: float, axis: str, tmp_path: Path
@@ -254,6 +270,36 @@ def test_the_panel_of_ov_is_the_sum_over_heads_over_its_rank_beside_rows_in_trai
         label = axis.partition(" over the ")[0]
         assert others == {("mlp.down_proj", step, label) for step in (2, 4)}
         assert "Panel ov: the sum over heads" in drawn.caption
+
+
+@pytest.mark.parametrize("what", ["update", "from_start"])
+@pytest.mark.parametrize("name", ["per", "condition-seeds", "layers", "spectra", "spectrum-heatmap",
+                                  "small-singular"])  # fmt: skip
+def test_what_was_chosen_is_in_the_picture_and_in_its_numbers(
+    name: str, what: str, tmp_path: Path
+) -> None:
+    rows = dynamics((2, 4), what=what)
+    made = [analyzed(run(tmp_path / f"{n}", rows, train_seed=n), what) for n in (0, 1)]
+    alone = name in ("layers", "spectrum-heatmap")
+    drawn = FIGURES[name](read(made[:1] if alone else made), View(what=what))
+    shown = "W_T - W_0" if (name, what) == ("small-singular", "from_start") else what
+    drawing = ElementTree.fromstring(rendered(drawn.figure, "svg", "x"))
+    assert any(shown in "".join(text.itertext()) for text in drawing.iter() if "text" in text.tag)
+    assert all(shown in row["y_axis"] or shown in row["mark"] for row in drawn.numbers)
+
+
+def test_the_columns_of_a_heat_map_have_their_own_steps(tmp_path: Path) -> None:
+    """Panels share their axes, and OV circuits are measured at other steps and layers."""
+    rows = dynamics((2, 4, 32), layers=1, modules=("mlp.down_proj",))
+    made = with_circuits(run(tmp_path / "run", rows), {4: ("0.5", "0.75"), 64: ("0.25", "1")})
+    axes = [a for a in FIGURES["layers"](read([made]), View()).figure.axes if a.images]
+    for ax in axes:
+        image = ax.images[0].get_array()
+        assert list(ax.get_xticks()) == [0, 1, 2, 3] and image.shape == (2, 4)
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "4", "32", "64"]
+    assert [ax.get_xlabel() for ax in axes] == ["steps (not to scale)"] * 2
+    circuits = axes[1].images[0].get_array().filled(-1).tolist()
+    assert circuits == [[-1, 0.5, -1, 0.25], [-1, 0.75, -1, 1]]
 
 
 def test_without_rows_in_training_all_panels_are_of_the_analysis(tmp_path: Path) -> None:
@@ -285,9 +331,7 @@ def test_a_run_with_one_row_is_drawn_with_markers(tmp_path: Path) -> None:
     drawn = FIGURES["loss"](source, View())
     (line,) = drawn.figure.axes[0].lines
     assert list(line.get_xdata()) == [2 * TOKENS] and line.get_marker() != "None"
-    assert FIGURES["speed"](source, View()).notes == [
-        "no row has peak_bytes, which is written on a GPU only"
-    ]
+    assert FIGURES["speed"](source, View()).notes == []
 
 
 def test_a_row_of_another_version_lends_what_it_has(tmp_path: Path) -> None:
@@ -311,12 +355,36 @@ def test_runs_on_different_text_are_said_to_be_no_comparison(tmp_path: Path) -> 
     assert read([made[0]]).warnings == []
 
 
+@pytest.mark.parametrize("last, yet", [((end(4),), ""), ((), " yet")], ids=["ended", "training"])
+def test_where_the_budget_allowed_no_measurement_the_budget_is_named(
+    last: tuple[dict[str, Any], ...], yet: str, tmp_path: Path
+) -> None:
+    observed = {"train_observe": "dynamics", "train_observe_budget": 0.02}
+    made = run(tmp_path / "run", [*steps(4), *last], **observed)
+    with pytest.raises(NotMeasured) as caught:
+        FIGURES["per"](read([made]), View())
+    assert str(caught.value) == (
+        f"per: not measured of weight (run); train.observe_budget 0.02 allowed no measurement{yet};"
+        " train with a larger one, or run `peptrain analyze RUN`"
+    )
+
+
+def test_of_a_comparison_a_few_runs_are_named_and_how_to_analyze_all(folder: Path) -> None:
+    source = read([folder / "forty"])
+    runs = re.escape(f"{folder / 'forty' / 'runs'}/*")
+    for name in ("per", "spectra"):
+        with pytest.raises(NotMeasured, match=rf"and \d+ others\).* `peptrain analyze {runs}`$"):
+            FIGURES[name](source, View())
+
+
 def test_what_is_not_there_is_named_with_what_is(runs: Source, tmp_path: Path) -> None:
     with pytest.raises(NotMeasured, match="choose --what from weight, from_start"):
         FIGURES["per"](runs, View(what="nothing"))
     bare = read([run(tmp_path / "bare", [*steps(4), end(4)])])
     with pytest.raises(NotMeasured, match=r"train with --train\.observe dynamics, or run `pep"):
         FIGURES["condition"](bare, View())
+    with pytest.raises(NotMeasured, match=r"spectra: .* \(bare\); run `peptrain analyze RUN`"):
+        FIGURES["spectra"](bare, View())
     with pytest.raises(NotMeasured, match="differ in their seed alone"):
         FIGURES["per-seeds"](Source(runs.runs[:1]), View())
     with pytest.raises(NotMeasured, match="layers: shows one run"):

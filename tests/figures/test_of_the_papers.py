@@ -196,7 +196,7 @@ def test_a_grid_has_a_panel_for_each_setting_that_varies_alone(tmp_path: Path) -
     for panel in {n["panel"] for n in drawn.numbers}:
         level = numbers(drawn, panel=panel, mark="full training")
         assert [n["y"] for n in level] == [pytest.approx(3.0005)] * 2
-    assert drawn.notes == ["peak memory: not known of every configuration; a GPU's rows have it"]
+    assert drawn.notes == []
 
 
 def test_a_grid_shows_peak_memory_where_all_rows_have_it(tmp_path: Path) -> None:
@@ -235,6 +235,15 @@ def test_scaling_joins_the_sizes_of_a_method(tmp_path: Path) -> None:
         "relora warm_start_steps=0": [(pytest.approx(3), 0.03), (5, 0.02)],
     }
     assert drawn.notes == ["bpt: non_embedding_trainable is not known"]
+
+
+def test_ranks_of_one_model_are_no_sizes(tmp_path: Path) -> None:
+    model = {"model.hidden_size": 64, "model.vocab_size": 300}
+    ranks = [("bpt", {"method.rank": r}, model | {"model.vocab_size": 300 + r}) for r in (4, 8)]
+    made = ablation(tmp_path / "out", ranks, non_embedding_trainable=[10**4, 10**5])
+    with pytest.raises(NotMeasured, match="scaling: needs a method with models of two sizes"):
+        FIGURES["scaling"](read([made]), View())
+    FIGURES["grid"](read([made]), View())
 
 
 @pytest.mark.parametrize("figure", ["per", "spectra"])

@@ -112,6 +112,19 @@ def test_after_step_is_called_between_steps_only(whole: Path) -> None:
     assert called == [step for step in range(1, STEPS) if step != WARM]
 
 
+class Reporting(Toy):
+    only_reports = True
+
+
+def test_an_after_step_that_only_reports_is_called_at_every_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, Toy.name, Reporting)
+    train(tiny(Reporting(rank=2, warm=WARM), corpus, tmp_path / "run"))
+    called = [row["step"] for row in rows(tmp_path / "run") if "after_step" in row]
+    assert called == list(range(1, STEPS + 1))
+
+
 def test_an_evaluation_that_is_due_at_the_boundary_takes_place(
     corpus: Path, tmp_path: Path
 ) -> None:

@@ -142,6 +142,18 @@ def test_the_settings_that_differ_are_first_with_the_longer_list_downwards(
     assert differing(same).heads == ["run"] and common(same).rows[0] == ["method.name", "full"]
 
 
+def test_long_values_that_differ_are_shortened_where_they_stay_distinct(tmp_path: Path) -> None:
+    place, middle = f"/data/{'x' * 40}/{{}}", f"{'a' * 30}{{}}{'b' * 30}"
+    made = [run(tmp_path / n, data_path=place.format(n), init_x=middle.format(n)) for n in "pq"]
+    assert differing(read(made)) == Table(
+        ["run", "data.path", "init.x"],
+        [[n, f"/data/xxxxxx…xxxxxxxxxx/{n}", middle.format(n)] for n in "pq"],
+    )
+    page = contained(report(made, tmp_path / "report.html"))
+    assert all(place.format(n) in page.text for n in "pq")
+    assert "What differs, with whole values" in page.text
+
+
 @pytest.mark.slow
 def test_a_report_of_a_comparison_of_forty(folder: Path, tmp_path: Path) -> None:
     page = contained(report([folder / "forty"], tmp_path / "report.html"))

@@ -1,5 +1,6 @@
 """Checkpoints of chosen steps: kept by train.keep_at, read as RUN@STEP."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,29 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(kept: Path, tmp_pat
     with pytest.raises(CheckpointError, match=r"step-00000004 is damaged .*; choose another step"):
         open_run(Path(f"{run}@4"))
     assert open_run(run).saved.step == STEPS
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["eval {run} --step all", "export {run} --step all --out {out}",
+     "eval {run} --step all --data {corpus} --data {copy} --out {out}"],
+)  # fmt: skip
+def test_of_all_checkpoints_the_damaged_are_named_after_the_others_are_done(
+    command: str, kept: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(kept, run)
+    (RunDir(run).checkpoints / "step-00000000" / "model.safetensors").write_bytes(b"x")
+    shutil.copytree(corpus, tmp_path / "copy")
+    places = {"run": run, "corpus": corpus, "copy": tmp_path / "copy", "out": tmp_path / "out"}
+    assert main(command.format(**places).split()) == 1
+    out, err = capsys.readouterr()
+    assert re.fullmatch(
+        r"error: \S+step-00000000 is damaged \(.*\); choose another step; the other 2 are done",
+        err.splitlines()[-1],
+    )
+    found = re.findall(r"(?:step |@|/out/)(\d)\b", out)
+    assert list(dict.fromkeys(found)) == ["4", "8"]
 
 
 def test_a_run_is_not_resumed_at_a_step(kept: Path) -> None:

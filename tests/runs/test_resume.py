@@ -18,6 +18,7 @@ from support import Killed, kill_at, rows, tiny, tiny_method, untimed
 
 import peptrain.runs.checkpoint
 import peptrain.training.loop as trainer
+from peptrain.cli.app import main
 from peptrain.config import RunConfig
 from peptrain.data import Corpus
 from peptrain.errors import CheckpointError, DataError
@@ -423,6 +424,22 @@ def test_what_is_resumed_must_be_a_run(tmp_path: Path) -> None:
         resume(tmp_path)
     with pytest.raises(CheckpointError, match="nowhere: not a run directory"):
         resume(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["analyze {}", "eval {}", "export {} --out x", "resume {}", "watch {}",
+     *(f"train full --{flag} {{}}" for flag in ("init-from", "continue-from", "match-trainable"))],
+)  # fmt: skip
+def test_a_comparison_is_refused_where_a_run_is_wanted_saying_where_its_runs_are(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (made := tmp_path / "grid").mkdir()
+    (made / "runs.json").write_text("{}")
+    assert main(command.format(made).split()) == 1
+    assert "".join(capsys.readouterr().err.split("\n")) == (
+        f"error: {made}: is a comparison, not a run; give its runs, {made}/runs/*, or one of them"
+    )
 
 
 def test_a_resume_under_another_number_of_ranks_weighs_every_row_alike(

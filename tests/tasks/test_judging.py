@@ -189,7 +189,7 @@ def test_results_are_columns_of_a_comparison(made: Path, corpus: Path, tmp_path:
     run.record(end)
     planned: Any = type("Planned", (), {
         "configuration": "full", "label": "full", "method": "full", "lr": 0.1, "steps": 8,
-        "tokens": 64, "cost": None})()  # fmt: skip
+        "tokens": 64, "cost": None, "config": tiny("full", corpus)})()  # fmt: skip
     made_table = Comparison(summarize([outcome(planned, run)]), "tokens", 100)
     assert "| blimp_acc |" in markdown(made_table) and "0.7500" in markdown(made_table)
     assert as_csv(made_table).splitlines()[0].endswith(",errors,blimp_acc")

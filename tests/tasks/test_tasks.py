@@ -1,8 +1,10 @@
 """Texts, tokens and scores of tasks: against counts by hand, and models whose answer is known."""
 
+import gzip
 import json
 import lzma
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,10 +277,103 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
         read_rows(task, tmp_path)
     with pytest.raises(DataError, match=r"piqa: row 0: no column 'sol1'; it must have goal, sol1"):
         items_of(task, [{"goal": "x"}])
-    with pytest.raises(DataError, match="choice 7 of 2"):
-        items_of(task, [ROWS["piqa"][0] | {"label": 7}])
     with pytest.raises(DataError, match="no rows"):
         items_of(task, [])
+
+
+@pytest.mark.parametrize(
+    "name, key, value, wanted",
+    [
+        ("piqa", "label", 7, "0, 1"),
+        ("piqa", "label", -1, "0, 1"),
+        ("hellaswag", "label", "", "0, 1, 2, 3"),
+        ("boolq", "label", 2, "0, 1"),
+        ("boolq", "label", math.nan, "0, 1"),
+        ("winogrande", "answer", "", "1, 2"),
+        ("arc_easy", "answerKey", "E", "A, B, C, D"),
+        ("openbookqa", "answerKey", "E", "A, B, C, D"),
+    ],
+)
+def test_an_answer_that_is_no_choice_is_named_with_its_file_and_where_answers_are(
+    name: str, key: str, value: Any, wanted: str, tmp_path: Path
+) -> None:
+    task, good = TASKS[name], ROWS[name][0]
+    folder = tmp_path / task.folder
+    folder.mkdir()
+    parts = [folder / f"{task.splits[0]}-0000{n}-of-00002.jsonl" for n in range(2)]
+    parts[0].write_text(json.dumps(good) + "\n")
+    parts[1].write_text(f"{json.dumps(good)}\n{json.dumps(good | {key: value})}\n")
+    rows = read_rows(task, tmp_path)
+    with pytest.raises(DataError) as caught:
+        items_of(task, rows, rows.place)
+    assert str(caught.value) == (
+        f"{name}: {parts[1]}:2: {key}: must be one of {wanted} (got {value!r}); take the split"
+        f" {task.splits[0]} of the Hugging Face data set {task.source}, which has the answers"
+    )
+
+
+@pytest.mark.parametrize("label", [True, 1.0, "1", " 1"])
+def test_an_answer_may_be_spelt_as_any_of_the_copies_do(label: object) -> None:
+    assert items_of(TASKS["boolq"], [ROWS["boolq"][0] | {"label": label}])[0].gold == 1
+
+
+@pytest.mark.parametrize("name", ["all.jsonl", "validation.gz", "validation.csv.gz"])
+def test_where_no_file_is_of_the_split_what_the_folder_has_is_named(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / name).write_text("")
+    with pytest.raises(
+        DataError,
+        match=rf"piqa/validation.jsonl \(or .jsonl.gz, .* is missing, for piqa; the folder has"
+        rf" {re.escape(name)}; save the split validation of the Hugging Face data set baber/piqa",
+    ):
+        read_rows(TASKS["piqa"], tmp_path)
+    for number in range(6):
+        (tmp_path / "piqa" / f"a{number}").touch()
+    with pytest.raises(DataError, match=r"has a0, a1, a2, a3, a4 and 2 more; save"):
+        read_rows(TASKS["piqa"], tmp_path)
+
+
+def test_blimp_is_a_copy_of_the_parts_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError,
+        match=r"blimp/all.jsonl .*; save the split train of the 67"
+        r" configurations of the Hugging Face data set nyu-mll/blimp, joined",
+    ):
+        read_rows(TASKS["blimp"], tmp_path)
+
+
+def test_two_copies_of_a_split_are_refused_and_so_is_packed_parquet(tmp_path: Path) -> None:
+    (folder := tmp_path / "piqa").mkdir()
+    file, packed = folder / "validation.jsonl", folder / "validation.jsonl.gz"
+    text = "".join(json.dumps(row) + "\n" for row in ROWS["piqa"])
+    file.write_text(text)
+    packed.write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(
+        DataError,
+        match=r"--tasks-data: \S+/validation.jsonl and validation.jsonl.gz"
+        r" are both there, and their rows would count twice; delete one of them",
+    ):
+        read_rows(TASKS["piqa"], tmp_path)
+    file.unlink()
+    assert read_rows(TASKS["piqa"], tmp_path) == ROWS["piqa"]
+    packed.rename(folder / "validation.parquet.gz")
+    with pytest.raises(DataError, match=r"validation.parquet.gz: Parquet within .gz .*; unpack"):
+        read_rows(TASKS["piqa"], tmp_path)
+
+
+def test_a_raw_text_without_titles_is_one_page_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "wikitext").mkdir()
+    file = tmp_path / "wikitext" / "test.txt"
+    file.write_text("= A =\n one\n = = B = = \n two\n")
+    assert len(read_rows(TASKS["wikitext"], tmp_path)) == 1
+    assert f"{file}: no line is the title of a page, such as ' = Title = '" in caplog.text
+    caplog.clear()
+    file.write_text(" = A = \n one\n")
+    assert len(read_rows(TASKS["wikitext"], tmp_path)) == 1 and not caplog.records
 
 
 def test_an_unknown_task_is_told_the_nearest() -> None:

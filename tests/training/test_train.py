@@ -18,8 +18,8 @@ from support import VECTORS, Killed, rows, tiny
 from torch import Tensor
 
 import peptrain.execution.loss
-import peptrain.training.begin
 import peptrain.training.loop as trainer
+import peptrain.training.objective
 from peptrain.config import load
 from peptrain.errors import (
     CheckpointError,
@@ -306,7 +306,7 @@ def test_a_kill_while_a_run_directory_is_made_leaves_no_run(
 ) -> None:
     config = tiny("full", corpus, tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(peptrain.training.begin, "write_run_tokenizer", kill)
+        patch.setattr(peptrain.training.objective, "write_run_tokenizer", kill)
         train(config)
     with pytest.raises(CheckpointError, match="not a run directory"):
         RunDir.open(tmp_path / "run")
@@ -664,6 +664,14 @@ def test_low_precision_trains_on_a_cpu(
     stored = torch.bfloat16 if precision == "bf16" else torch.float32
     for n, weight in final(run).items():
         assert weight.dtype == (torch.float32 if n.endswith(VECTORS) else stored), n
+
+
+def test_an_exact_step_that_ends_a_run_is_counted(corpus: Path, tmp_path: Path) -> None:
+    train(tiny("loro", corpus, tmp_path / "run", train={"steps": 6}))
+    counts = {r["step"]: r["exact_steps"] for r in rows(tmp_path / "run") if "exact_steps" in r}
+    assert counts == {3: 1, 6: 2}
+    last = rows(tmp_path / "run")[-1]
+    assert last["exact_step_ratio"] > 0 and last["singular_factor_pairs_warning"] == 0
 
 
 def test_a_row_is_the_mean_of_its_steps(corpus: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from peptrain.models.hf import vocabulary_size
 from peptrain.runs.directory import RunDir
 from peptrain.runs.environment import environment
 from peptrain.runs.lock import lock
-from peptrain.runs.select import at, check_any, find, may_vanish
+from peptrain.runs.select import at, check_done, find, may_vanish
 from peptrain.settings.fields import check_whole, each_line_once
 
 log = logging.getLogger("peptrain")
@@ -73,17 +73,18 @@ def analyze(
 
     data: a prepared corpus for the gradients, instead of a run's own. probe: the number of held-out
     sequences of the gradients' batch, 0 for no gradients. Raises CheckpointError for what can't be
-    read, and DataError for a held-out part shorter than the probe batch.
+    read, for damaged checkpoints after all others are measured, and DataError for a held-out part
+    shorter than the probe batch.
     """
     check_whole("--probe", probe, 0)
     if not paths:
         raise CheckpointError("no run is given; give RUN, RUN@STEP or a Hugging Face directory")
     device = torch.device(device)
     jobs = list(_jobs(paths, out))
-    written = []
+    written, damaged = list[Path](), list[str]()
     with each_line_once():
         for number, job in enumerate(jobs):
-            with may_vanish(job.path, job.may_vanish):
+            with may_vanish(job.path, job.may_vanish, damaged):
                 source = open_source(job.path)
                 each, name = len(source.layers), source.name
 
@@ -92,7 +93,7 @@ def analyze(
 
                 _analyze(source, job.output, data, probe, device, show)
                 written.append(job.output.directory / f"{job.output.stem}.csv")
-    check_any(paths[0], written)
+    check_done(paths[0], written, damaged)
     return written
 
 
@@ -151,7 +152,9 @@ def _analyze(
                     first.module, first.layer)  # fmt: skip
     missing = dict(against.missing or {})
     if corpus is None:
-        missing["gradient"] = "--probe is 0" if not probe else "needs --data"
+        tuned = source.opened is not None and source.opened.config.tune.task
+        without = "fine-tuned, and no language model" if tuned else "needs --data"
+        missing["gradient"] = without if probe else "--probe is 0"
     counted = Counter(row.what for row in rows)
     made: dict[str, Any] = {
         **asked,
@@ -201,8 +204,13 @@ def _seq_len(source: Source) -> int:
 
 
 def _corpus(source: Source, data: Path | None) -> Corpus | None:
-    """Return the corpus of the gradients. None for a Hugging Face directory without `data`."""
+    """Return the corpus of the gradients.
+
+    None for a Hugging Face directory without `data`, and for a run that was fine-tuned.
+    """
     if source.opened is not None:
+        if source.opened.config.tune.task:
+            return None
         return corpus_of(source.opened, data)
     if data is None:
         return None

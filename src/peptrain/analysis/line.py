@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import csv
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from peptrain.analysis.source import check_alike, open_source
-from peptrain.analysis.table import as_csv, write_tables
+from peptrain.analysis.source import Source, check_alike, digest, open_source
+from peptrain.analysis.table import as_csv, read_table, write_tables
 from peptrain.distributed.world import World
-from peptrain.errors import ConfigError
+from peptrain.errors import CheckpointError, ConfigError
 from peptrain.eval.perplexity import held_out_loss
 from peptrain.eval.run import corpus_of
 from peptrain.runs.environment import environment
 from peptrain.settings.fields import check, check_whole
 
 ALPHAS = tuple(i / 10 for i in range(11))
+STEM = "line"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,18 @@ def losses_along(
     the prepared corpus `data`; `tokens` limits it, 0 is all. Raises CheckpointError, naming a
     matrix, for models of different shapes.
     """
-    first, second = open_source(one), open_source(other)
+    return _losses_along(open_source(one), open_source(other), data, tokens, alphas, device, watch)
+
+
+def _losses_along(
+    first: Source,
+    second: Source,
+    data: Path | None,
+    tokens: int,
+    alphas: Sequence[float],
+    device: torch.device | str,
+    watch: Callable[[str, int, int], None],
+) -> list[Point]:
     check_alike(first, second)
     if first.opened is None or second.opened is None:
         raise ConfigError("--line: must be given two runs (got a Hugging Face directory)")
@@ -77,14 +89,39 @@ def write_line(
     device: torch.device | str = "cpu",
     watch: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Path:
-    """Write `losses_along` two runs to OUT/line.csv, with a JSON beside it; return its path."""
+    """Write `losses_along` two runs to OUT/line.csv, with a JSON beside it; return its path.
+
+    Both say which models they are between, as RUN@STEP. Raises ConfigError, before anything is
+    measured, if `out` has the line between two others.
+    """
     check(len(runs) == 2, "--line", [str(run) for run in runs], "given two runs")
     if out is None:
         raise ConfigError("--out: must be given with --line (got None)")
     check_whole("--tokens", tokens, 0)
-    given: Any = {"data": data, "tokens": tokens, "device": device, "watch": watch}
-    points = losses_along(*runs, **given)
-    lines = [{"one": str(runs[0]), "other": str(runs[1]), **asdict(point)} for point in points]
-    about = {"dtype": "float32", "held_out_tokens": points[0].tokens,
+    first, second = map(open_source, runs)
+    pair = {"one": first.name, "other": second.name}
+    _check_free(out, pair)
+    points = _losses_along(first, second, data, tokens, ALPHAS, device, watch)
+    lines = [{**pair, **asdict(point)} for point in points]
+    about = {**pair, "weights": [digest(first), digest(second)], "dtype": "float32",
+             "held_out_tokens": points[0].tokens,
              "versions": environment(World(0, 1, torch.device(device)))}  # fmt: skip
-    return write_tables(out, "line", {"csv": as_csv(list(lines[0]), lines)}, about)
+    return write_tables(out, STEM, {"csv": as_csv(list(lines[0]), lines)}, about)
+
+
+def _check_free(out: Path, pair: Mapping[str, str]) -> None:
+    """Raise ConfigError if `out` has the line between two other models."""
+    file = out / f"{STEM}.csv"
+    if not file.exists():
+        return
+    try:
+        rows = read_table(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise CheckpointError(f"{file}: can't be read ({error}); choose another --out") from error
+    for row in rows:
+        found = {key: row.get(key) for key in pair}
+        if found != pair:
+            raise ConfigError(
+                f"--out {out}: has the line between {found['one']} and {found['other']}, not"
+                f" between {pair['one']} and {pair['other']}; choose another directory for this one"
+            )

@@ -18,7 +18,7 @@ from peptrain.models.auto import load_model
 from peptrain.models.sites import ReparamLinear, decoder_layers, find_sites
 from peptrain.runs.build import Opened, bounds, open_run
 from peptrain.runs.checkpoint import available, step_of
-from peptrain.runs.directory import RunDir
+from peptrain.runs.directory import RunDir, refuse_comparison
 from peptrain.runs.select import at, checksums, may_vanish
 from peptrain.settings.fields import intervals
 
@@ -78,6 +78,7 @@ def is_run(path: Path) -> bool:
         return True
     if step is None and (path / "config.json").is_file():
         return False
+    refuse_comparison(path)
     raise CheckpointError(
         f"{path}: neither a run directory (no config.toml) nor a Hugging Face model (no"
         " config.json); give RUN, RUN@STEP or a directory of either kind"
@@ -221,7 +222,7 @@ class References:
 def references(source: Source) -> References:
     """Open the checkpoints that `source` is compared with. Raises CheckpointError if shapes differ.
 
-    A comparison is left out where its checkpoint is not kept (`train.keep_at`).
+    A comparison is left out where its checkpoint is not kept (`train.keep_at`), or is damaged.
     """
     if source.opened is None:
         why = "a Hugging Face directory has no other steps"
@@ -235,9 +236,11 @@ def references(source: Source) -> References:
         elif wanted not in kept:
             missing[what] = f"the checkpoint of step {wanted} is not kept (train.keep_at)"
         else:
-            with may_vanish(other := Path(f"{run.path}@{wanted}")):
+            damaged: list[str] = []
+            with may_vanish(other := Path(f"{run.path}@{wanted}"), damaged=damaged):
                 return _alike(open_source(other), source)
-            missing[what] = f"the checkpoint of step {wanted} was deleted meanwhile"
+            became = "is damaged" if damaged else "was deleted meanwhile"
+            missing[what] = f"the checkpoint of step {wanted} {became}"
         return None
 
     ends = bounds(source.opened.config)
@@ -250,7 +253,7 @@ def references(source: Source) -> References:
     whole = len(boundaries) == 3 and boundaries[-1] == step and set(boundaries) <= kept
     earlier: list[Source] = []
     for other in (Path(f"{run.path}@{s}") for s in boundaries[:2] if whole):
-        with may_vanish(other):
+        with may_vanish(other, damaged=[]):
             earlier.append(open_source(other))
     return References(start, warm, before, tuple(earlier) if earlier[1:] else (), missing)
 

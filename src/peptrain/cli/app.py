@@ -17,6 +17,7 @@ from peptrain.cli.parsing import (
     paragraphs,
     refusing_control_characters,
     registry,
+    spelt_out,
 )
 from peptrain.cli.reading import (
     analyze_runs,
@@ -29,7 +30,14 @@ from peptrain.cli.reading import (
     watch_run,
     write_report,
 )
-from peptrain.cli.training import estimate_by, resume_command, run_demo, run_grid, train_by
+from peptrain.cli.training import (
+    estimate_by,
+    resume_command,
+    run_demo,
+    run_grid,
+    train_by,
+    tune_by,
+)
 from peptrain.display.console import (
     console,
     log_on,
@@ -54,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args = [arg for arg in given if arg != "--debug"] or ["--help"]
     args += ["--debug"] * ("--debug" in given and args[0] == "compare")
-    essential_only = args[0] in ("train", "estimate") and bool({"-h", "--help"} & {*args})
+    essential_only = args[0] in ("train", "tune", "estimate") and bool({"-h", "--help"} & {*args})
     args = ["--help" if arg == "--help-all" else arg for arg in args]
     silence_libraries()
     widen()
@@ -89,18 +97,20 @@ def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandA
     """
     app, data = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
     called = args[0]
-    by_method: dict[str, Any] = {"train": _listed(TRAIN), "estimate": _listed(ESTIMATE)}
+    by_method: dict[str, Any] = {name: _listed(text) for name, text in BY_METHOD.items()}
     if called in by_method:
+        args = spelt_out(args) if called == "tune" else args
         check_names(args)
         from peptrain.cli import flags
 
         args, given = flags.with_config_file(args)
-        command, summary = (train_by, TRAIN) if called == "train" else (estimate_by, ESTIMATE)
+        command = {"train": train_by, "tune": tune_by, "estimate": estimate_by}[called]
         note = SHORT_HELP if essential_only else ""
-        by_method[called] = flags.by_method(command, given, summary, args, note)
+        by_method[called] = flags.by_method(command, given, BY_METHOD[called], args, note)
     data.__doc__ = "Prepare text for training."
     data.command(name="prepare")(prepare_command() if called == "data" else _listed(""))
     app.command(by_method["train"], name="train")
+    app.command(by_method["tune"], name="tune")
     resume = resume_command() if called == "resume" else _listed(RESUME)
     app.command(name="resume")(paragraphs(resume))
     app.command(by_method["estimate"], name="estimate")
@@ -128,7 +138,11 @@ def _listed(summary: str) -> Callable[[], None]:
     return command
 
 
-TRAIN = "Train a model from scratch with one of the methods."
+BY_METHOD = {
+    "train": "Train a model from scratch with one of the methods.",
+    "tune": "Fine-tune a model on a task with labels, such as those of GLUE.",
+    "estimate": "Estimate parameters, memory and FLOPs without running.",
+}
+"""Commands with a subcommand for each method, and what they do."""
 RESUME = "Resume a run from its latest complete checkpoint, or make it longer."
-ESTIMATE = "Estimate parameters, memory and FLOPs without running."
 SHORT_HELP = "These are the most used settings. --help-all shows all of them."

@@ -21,6 +21,7 @@ from peptrain.optim.adamw import OptimConfig, filled
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.runs.build import read_run
 from peptrain.settings.fields import fill, nearest, reopened
+from peptrain.tuning.settle import tuned
 
 log = logging.getLogger("peptrain")
 
@@ -113,11 +114,12 @@ def by_method(
     """
     called, sgd = next(iter(args[1:]), None), vars(named(args))["optim.kind"] == "sgd"
     optim = OptimConfig(kind="sgd") if sgd else OptimConfig()
+    tuning = args[0] == "tune"
     app = tyro.extras.SubcommandApp()
     app.__doc__ = summary
     for name, cls in methods().items():
         chosen = given is not None and given.method.name == name
-        default = given if chosen else _with_own_defaults(cls, optim)
+        default = given if chosen else _with_own_defaults(cls, optim, tuning)
         # Flags take true or false, since a configuration file may set either.
         spelt_out = tyro.conf.FlagConversionOff
         options = Annotated[RunConfig[cls], arg(name="", default=default), spelt_out]  # type: ignore[valid-type]
@@ -127,11 +129,12 @@ def by_method(
     return app
 
 
-def _with_own_defaults(cls: type[Method], optim: OptimConfig) -> RunConfig[Any]:
+def _with_own_defaults(cls: type[Method], optim: OptimConfig, tuning: bool) -> RunConfig[Any]:
     """The defaults of a run by this method, for the help to show."""
+    rates = tuned(optim, cls) if tuning else optim
     return RunConfig(
         method=cls(),
-        optim=filled(optim, cls.optim_defaults, Method.optim_defaults),
+        optim=filled(rates, cls.optim_defaults, Method.optim_defaults),
         schedule=fill(ScheduleConfig(), cls.schedule_defaults, Method.schedule_defaults),
     )
 

@@ -14,7 +14,7 @@ from peptrain.display.console import console, print_wide, say
 from peptrain.distributed.world import world
 from peptrain.errors import ConfigError
 from peptrain.eval.perplexity import Evaluation
-from peptrain.runs.select import check_any, may_vanish
+from peptrain.runs.select import check_done, may_vanish
 from peptrain.settings.fields import check_whole
 from peptrain.tasks.domains import domain_entry, domain_losses, macro_loss
 from peptrain.tasks.measure import Measured, Values, exp
@@ -47,11 +47,12 @@ def judge(
     chosen = chosen_tasks(tasks, "--tasks", harness) if tasks else []
     questions = read_tasks(chosen, tasks_data, limit)
     entries: list[dict[str, Any]] = []
+    done, damaged = list[Path](), list[str]()
     with world(device) as here:
         other = None if against is None else open_subject(against)  # before anything is measured
         for path in paths:
             subject = None
-            with may_vanish(path, len(paths) > 1):
+            with may_vanish(path, len(paths) > 1, damaged):
                 subject = open_subject(path)
             if subject is None:
                 continue
@@ -77,10 +78,11 @@ def judge(
                 _keep(subject, entries[-1])
                 say(f"A is {subject.name}, B is {other.name}")
                 print_wide(paired_table(tests))
-    check_any(paths[0], entries)
-    if out is not None:
+            done.append(path)
+    if out is not None and done:
         write_out(out, entries)
         say(f"written to {out}")
+    check_done(paths[0], done, damaged)
 
 
 def _measured(

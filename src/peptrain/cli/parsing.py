@@ -37,8 +37,10 @@ MARKERS = (
 UNSET = tyro.conf.arg(help_behavior_hint="")
 """For an argument whose text says what happens without it: do not print `(default: None)`."""
 TRUTHS = {"true": True, "false": False, "True": True, "False": False}
-COMMANDS = ("train", "resume", "estimate", "demo", "compare", "watch", "eval", "analyze", "plot",
-            "report", "export", "data", "methods", "recipes")  # fmt: skip
+COMMANDS = ("train", "tune", "resume", "estimate", "demo", "compare", "watch", "eval", "analyze",
+            "plot", "report", "export", "data", "methods", "recipes")  # fmt: skip
+OF_TUNE = ("init_from", "task", "tasks_data", "epochs", "rows", "train")
+"""Settings that `peptrain tune --help` shows besides the essential ones. `train`: of the method."""
 COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
 SHELLS = ("bash", "zsh", "fish")
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -51,7 +53,7 @@ def registry(args: Sequence[str], *, essential_only: bool) -> ConstructorRegistr
     """
 
     def settings(info: StructTypeInfo) -> StructConstructorSpec | None:
-        return _settings(info, essential_only)
+        return _settings(info, OF_TUNE if args[0] == "tune" else (), essential_only)
 
     def path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
         return _path(info, args)
@@ -63,10 +65,13 @@ def registry(args: Sequence[str], *, essential_only: bool) -> ConstructorRegistr
     return made
 
 
-def _settings(info: StructTypeInfo, essential_only: bool) -> StructConstructorSpec | None:
+def _settings(
+    info: StructTypeInfo, besides: Sequence[str], essential_only: bool
+) -> StructConstructorSpec | None:
     """The fields of a dataclass, each explained by its docstring.
 
-    In place of tyro's own rule, which keeps a docstring's line breaks and prints empty defaults.
+    besides: names of fields that are essential for this command. In place of tyro's own rule, which
+    keeps a docstring's line breaks and prints empty defaults.
     """
     if not is_dataclass(info.type) or info.type.__module__.startswith("tyro."):
         return None
@@ -77,7 +82,8 @@ def _settings(info: StructTypeInfo, essential_only: bool) -> StructConstructorSp
         if isinstance(hint, TypeVar):  # RunConfig's method
             hint = type(default)
         section = is_dataclass(hint)
-        if essential_only and not section and "essential" not in field.metadata:
+        most_used = "essential" in field.metadata or field.name in besides
+        if essential_only and not section and not most_used:
             hint = Annotated[hint, tyro.conf.Suppress]
         if default in (None, "", ()):  # its text says what that means
             hint = Annotated[hint, UNSET]
@@ -146,6 +152,24 @@ def _flag(value: str, args: Sequence[str]) -> str:
         if equals and given == value and flag.startswith("--"):
             return flag
     return "path"
+
+
+SHORT = {
+    "--task": "--tune.task",
+    "--tasks-data": "--tune.tasks-data",
+    "--epochs": "--tune.epochs",
+    "--rows": "--tune.rows",
+}
+"""Flags of `peptrain tune` and what they stand for."""
+
+
+def spelt_out(args: Sequence[str]) -> list[str]:
+    """Return the arguments of `peptrain tune` with `SHORT` replaced."""
+    found = []
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        found.append(SHORT.get(flag.replace("_", "-"), flag) + equals + value)
+    return found
 
 
 def check_command(args: Sequence[str]) -> None:

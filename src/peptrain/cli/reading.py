@@ -56,7 +56,7 @@ def eval_run(
         step: Step of the checkpoint, or all that are kept. Unset: the latest.
         device: auto uses a GPU if there is one.
     """
-    from peptrain.runs.select import check_any, chosen, may_vanish
+    from peptrain.runs.select import check_done, chosen, may_vanish
 
     every = chosen(run, step)
     if tasks or len(data) > 1 or not is_of_run(run):
@@ -71,12 +71,12 @@ def eval_run(
              ("--against", against), ("--harness", harness or None), ("--out", out))  # fmt: skip
     for flag, given in asked:
         check(given is None, flag, str(given), "given with --tasks")
-    done = []
+    done, damaged = list[Path](), list[str]()
     for one in every:
-        with may_vanish(one, step == "all"):
+        with may_vanish(one, step == "all", damaged):
             _held_out(one, next(iter(data), None), batch_size, legacy, device)
             done.append(one)
-    check_any(run, done)
+    check_done(run, done, damaged)
     say(f"export the model with `peptrain export {quoted(run)} --out DIR`")
 
 
@@ -215,20 +215,20 @@ def export_run(
         step: Step of the checkpoint. all writes each that is kept to a directory OUT/STEP. Unset:
             the latest.
     """
-    from peptrain.exporting.export import export
-    from peptrain.runs.select import at, check_any, chosen, may_vanish
+    from peptrain.exporting.export import export, loader_of
+    from peptrain.runs.select import at, check_done, chosen, may_vanish
 
-    loader = "transformers.AutoModelForCausalLM.from_pretrained"
-    if form == "factorised":
-        loader = "peptrain.load_factorised"
-    done = []
+    done, damaged = list[Path](), list[str]()
     for one in chosen(run, step):
         place = out / str(at(one)[1]) if step == "all" else out
-        with may_vanish(one, step == "all"):
+        with may_vanish(one, step == "all", damaged):
             export(one, place, form)
+            loader = f"transformers.{loader_of(run)}.from_pretrained"
+            if form == "factorised":
+                loader = "peptrain.load_factorised"
             say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
             done.append(one)
-    check_any(run, done)
+    check_done(run, done, damaged)
 
 
 def watch_run(run: Positional[Path]) -> None:

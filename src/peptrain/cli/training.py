@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from peptrain import recipes
 from peptrain.cli.parsing import UNSET
 from peptrain.display.console import console, make, print_wide, say, stderr
-from peptrain.errors import PeptrainError
+from peptrain.errors import ConfigError, PeptrainError
 from peptrain.text import quoted
 
 if TYPE_CHECKING:
@@ -23,12 +23,24 @@ if TYPE_CHECKING:
     from peptrain.methods.base import Method
 
 log = logging.getLogger("peptrain")
+OF_A_RUN: dict[str, Any] = {
+    "config": Annotated[Path | None, UNSET],
+    "recipe": Annotated[str | None, UNSET],
+    "go_on": bool,
+    "return": None,
+}
+"""Flags of the commands that train, besides the settings."""
 
 
 def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
     """Build `peptrain train METHOD`, with the flags of `options_type` and `given` of a file."""
 
-    def train(options: Any, config: Path | None = None, recipe: str | None = None) -> None:
+    def train(
+        options: Any,
+        config: Path | None = None,
+        recipe: str | None = None,
+        go_on: bool = False,
+    ) -> None:
         """Train.
 
         Args:
@@ -37,6 +49,8 @@ def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[...
                 run repeats that run.
             recipe: Use the settings of a row of a paper's table (`peptrain recipes` lists them).
                 Flags override them.
+            go_on: Resume the run in --run if it has begun with these settings, as after every
+                restart by torchrun.
         """
         from peptrain.cli.flags import say_what_a_preset_leaves
         from peptrain.training.loop import train
@@ -46,15 +60,40 @@ def train_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[...
             log.warning("--recipe %s: made for %s; without --data.path it trains on the corpus"
                         " that comes with peptrain", recipe, corpus)  # fmt: skip
         say_what_a_preset_leaves(given, options)
-        watched(lambda observe: train(options, observe))
+        watched(lambda observe: train(options, observe, go_on=go_on))
 
-    train.__annotations__ |= {
-        "options": options_type,
-        "config": Annotated[Path | None, UNSET],
-        "recipe": Annotated[str | None, UNSET],
-        "return": None,
-    }
+    train.__annotations__ |= {"options": options_type, **OF_A_RUN}
     return train
+
+
+def tune_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:
+    """Build `peptrain tune METHOD`, as `train_by` does."""
+
+    def tune(
+        options: Any,
+        config: Path | None = None,
+        recipe: str | None = None,
+        go_on: bool = False,
+    ) -> None:
+        """Fine-tune. --task, --tasks-data, --epochs and --rows stand for --tune.task and so on.
+
+        Args:
+            options: The settings of the run.
+            config: TOML file with any of these settings. Flags override it.
+            recipe: Use the settings of a row of a paper's table (`peptrain recipes` lists them).
+            go_on: Resume the run in --run if it has begun with these settings.
+        """
+        from peptrain.training.loop import train
+
+        if not options.tune.task:
+            raise ConfigError(
+                "--task: must be cola, sst2, rte, mrpc, qnli, qqp, mnli, stsb or a TOML file"
+                " (got nothing); `peptrain train` pre-trains without one"
+            )
+        watched(lambda observe: train(options, observe, go_on=go_on))
+
+    tune.__annotations__ |= {"options": options_type, **OF_A_RUN}
+    return tune
 
 
 def estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[..., None]:

@@ -22,7 +22,7 @@ from peptrain.comparison.summary import Outcome, outcome, summarize
 from peptrain.comparison.table import Comparison, as_csv, latex, markdown
 from peptrain.comparison.workers import Job, Status, alone, visible_gpus, work
 from peptrain.config import RunConfig, as_named, dump, load
-from peptrain.data import Corpus, configured_corpus
+from peptrain.data import configured_corpus
 from peptrain.display.training import count
 from peptrain.distributed.launch import launch
 from peptrain.errors import CheckpointError, Interrupted
@@ -33,6 +33,8 @@ from peptrain.runs.directory import RunDir
 from peptrain.runs.init_from import contents, sha256
 from peptrain.settings.fields import check, check_whole, each_line_once
 from peptrain.training.signals import BY_SYSTEM, stop_on_signals
+from peptrain.tuning.settle import data_checksum
+from peptrain.tuning.tasks import tuning_task
 
 log = logging.getLogger("peptrain")
 PARTS = ("runs", "logs", "settings", "costs", "figures")
@@ -74,10 +76,8 @@ def compare(
     asked = load_grid(grid)
     for names in sorted({run.config.train.log_to for run in asked.runs}):
         chosen(names)
-    path, seq_len = asked.baseline.config.data.path, asked.baseline.config.train.seq_len
-    corpus = configured_corpus(path)  # prepared once, before any run
-    epoch = corpus.windows(seq_len) * seq_len
-    asked = _identified(asked, corpus)
+    data, epoch = _training_data(asked.baseline.config)
+    asked = _identified(asked, data)
     gpus = _gpus(asked.runs)
     _make(out)
     with _naming_files(), alone(out) as lock:
@@ -90,7 +90,8 @@ def compare(
         with stop_on_signals() as stop:  # so that all tables are of one call
             failed = status.failed
             outcomes = [outcome(o.planned, o.run, failed.get(o.run.path.name, "")) for o in before]
-            made = Comparison(summarize(outcomes), asked.equal, epoch, unstated(planned))
+            made = Comparison(summarize(outcomes), asked.equal, epoch, unstated(planned),
+                              *_of_tuning(asked.baseline.config))  # fmt: skip
             _write(out, made, outcomes)
     if code := status.interrupted or stop.code or (BY_SYSTEM if status.saved else 0):
         done = sum(one.end is not None or one.diverged for one in outcomes)
@@ -138,15 +139,32 @@ def _naming_files() -> Iterator[None]:
         ) from error
 
 
-def _identified(grid: Grid, corpus: Corpus) -> Grid:
-    """Add to each run the fingerprint of its corpus and the hashes of the files it names."""
+def _training_data(config: RunConfig[Any]) -> tuple[str, int]:
+    """Return what identifies the data of all runs, and the tokens of one pass over a corpus.
+
+    The default corpus is prepared here, once, before any run.
+    """
+    if config.tune.task:
+        return data_checksum(config), 0
+    corpus, seq_len = configured_corpus(config.data.path), config.train.seq_len
+    return corpus.fingerprint, corpus.windows(seq_len) * seq_len
+
+
+def _of_tuning(config: RunConfig[Any]) -> tuple[str, int]:
+    """Return the result by which a fine-tuning is judged, and its epochs."""
+    task = config.tune.task
+    return (tuning_task(task).best_by, config.tune.epochs) if task else ("", 0)
+
+
+def _identified(grid: Grid, data: str) -> Grid:
+    """Add to each run the fingerprint of its data and the hashes of the files it names."""
     weights, text = cache(contents), cache(sha256)
 
     def identity(config: RunConfig[Any]) -> str:
         start, file = config.continue_from or config.init_from, config_file(config.model)
         return (weights(start) if start else "") + (text(file) if file else "")
 
-    runs = [replace(run, data=corpus.fingerprint + identity(run.config)) for run in grid.runs]
+    runs = [replace(run, data=data + identity(run.config)) for run in grid.runs]
     return replace(grid, runs=runs)
 
 

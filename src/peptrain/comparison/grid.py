@@ -21,6 +21,7 @@ from peptrain.runs.init_from import with_inherited_model
 from peptrain.settings import toml
 from peptrain.settings.fields import quiet, shown
 from peptrain.settings.toml import HEADER
+from peptrain.tuning.settle import with_task
 
 Equal = Literal["tokens", "flops", "time"]
 """What all runs of a grid spend equally, so that their losses are comparable."""
@@ -269,11 +270,15 @@ def _of_block(common: Mapping[str, Any], own: Mapping[str, Any], equal: Equal) -
     for chosen in product(*choices):
         flat = dict(zip(given, chosen, strict=True))
         asked = parse(_nested(flat))
-        written = with_inherited_model(asked)
+        written = with_task(with_inherited_model(asked))
         inherits = asked.init_from or asked.match_trainable or asked.continue_from
         takes = not inherits and asked.model != written.model
         settings = {k: v for k, v in flat.items() if k in shown and k not in hidden}
         # Warnings about steps would be wrong while the final number of steps is unknown.
+        if asked.tune.task and equal != "tokens":
+            raise ConfigError(
+                f'equal: must be "tokens" to fine-tune (got "{equal}"); all runs have tune.epochs'
+            )
         with nullcontext() if equal == "tokens" else quiet():
             config = _resolved(written)
         yield GridRun(config, written, settings, takes_vocabulary=takes)
@@ -339,6 +344,10 @@ def _check_seeds(runs: Sequence[GridRun]) -> None:
 CONTEXT: dict[str, Callable[[GridRun], object]] = {
     "data.path": lambda run: run.config.data.path,
     "train.seq_len": lambda run: run.config.train.seq_len,
+    "tune.task": lambda run: run.config.tune.task,
+    "tune.tasks_data": lambda run: run.config.tune.tasks_data,
+    "tune.rows": lambda run: run.config.tune.rows,
+    "tune.epochs": lambda run: run.config.tune.epochs,
 }
 TOKENS: dict[str, Callable[[GridRun], object]] = {
     "train.steps x batch_size x seq_len": lambda run: run.tokens

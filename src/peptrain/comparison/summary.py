@@ -11,6 +11,7 @@ from typing import Any
 from peptrain.comparison.grid import GridRun
 from peptrain.ops.student import half_width
 from peptrain.runs.directory import LAST, RunDir
+from peptrain.tuning.tasks import tuning_task
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,16 @@ class Outcome:
         if self.end is not None:
             return float(self.end["held_out_loss"])
         return math.inf if self.diverged else math.nan
+
+    @property
+    def score(self) -> float:
+        """What the best learning rate has least of: the held-out loss, or the negative result of a
+        fine-tuning after its last epoch. Infinite and nan as for `loss`."""
+        task = self.planned.config.tune.task
+        if not task or self.end is None:
+            return self.loss
+        found = self.end.get(tuning_task(task).best_by)
+        return math.inf if found is None else -float(found)
 
     @property
     def state(self) -> str:
@@ -83,7 +94,9 @@ class Line:
     """Bytes of the optimizer's moments, in the phase that has the most of them."""
     tokens_per_second: float | None = None
     tasks: Mapping[str, float] = field(default_factory=dict)
-    """Mean results of `eval.tasks` over the seeds, such as blimp_acc."""
+    """Mean results of `eval.tasks` or of a fine-tuning over the seeds, such as blimp_acc."""
+    widths: Mapping[str, float] = field(default_factory=dict)
+    """Half widths of the 95 % intervals of `tasks`, from two seeds on."""
     errors: tuple[str, ...] = ()
     """Errors of failed runs, which the next call retries."""
     diverged: tuple[str, ...] = ()
@@ -119,7 +132,7 @@ def _line(group: Sequence[Outcome]) -> Line:
         "diverged": tuple(f"{o.run.path.name}: {o.error}" for o in group if o.state == "diverged"),
     }
     of_rate = {rate: [o for o in group if o.planned.lr == rate] for rate in rates}
-    means = {rate: statistics.fmean(o.loss for o in of_rate[rate]) for rate in rates}
+    means = {rate: statistics.fmean(o.score for o in of_rate[rate]) for rate in rates}
     tried = [rate for rate in rates if not math.isnan(means[rate])]
     whole = [rate for rate in tried if means[rate] < math.inf]
     line["tried"] = tuple(tried)
@@ -127,29 +140,31 @@ def _line(group: Sequence[Outcome]) -> Line:
         return Line(**line)
     best = min(whole, key=means.__getitem__)
     seeds = [o.end for o in of_rate[best] if o.end]
+    found = _tasks(seeds)
     return Line(
         **line,
         lr=best,
         place=_place(best, tried),
         seeds=len(seeds),
-        loss=means[best],
+        loss=statistics.fmean(end["held_out_loss"] for end in seeds),
         half_width=half_width([end["held_out_loss"] for end in seeds]),
         trainable=seeds[0]["trainable"],
         state_bytes=seeds[0]["state_bytes"],
         tokens_per_second=statistics.fmean(end["tokens_per_second"] for end in seeds),
-        tasks=_tasks(seeds),
+        tasks={name: statistics.fmean(values) for name, values in found.items()},
+        widths={k: w for k, v in found.items() if (w := half_width(v)) is not None},
     )
 
 
-RESULTS = ("_acc", "_acc_norm", "_byte_perplexity")
+RESULTS = ("_acc", "_acc_norm", "_byte_perplexity", "_f1", "_matthews", "_pearson", "_spearman")
 """How the results of tasks that are columns end."""
 
 
-def _tasks(ends: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the mean of each result that all the last rows have."""
+def _tasks(ends: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the values of each result that all the last rows have."""
     names = [key for key in ends[0] if key.endswith(RESULTS)]
     known = [key for key in names if all(isinstance(end.get(key), float) for end in ends)]
-    return {key: statistics.fmean(end[key] for end in ends) for key in known}
+    return {key: [end[key] for end in ends] for key in known}
 
 
 def _place(best: float, tried: Sequence[float]) -> str:

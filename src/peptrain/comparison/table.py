@@ -29,6 +29,10 @@ class Comparison:
     """Tokens of one pass over the corpus."""
     unstated: Sequence[str] = ()
     """Settings that differ between lines although the grid does not set them."""
+    tuned: str = ""
+    """Of a fine-tuning, the result by which learning rates are chosen, such as cola_matthews."""
+    epochs: int = 0
+    """Of a fine-tuning."""
 
     @property
     def baseline(self) -> Line:
@@ -38,7 +42,8 @@ class Comparison:
     @property
     def columns(self) -> dict[str, Callable[[Line], str]]:
         """Formatters of the columns, by header."""
-        return COLUMNS | {name: _task(name) for name in self.tasks} | COSTS[self.equal]
+        usual = {k: v for k, v in COLUMNS.items() if k != "ppl" or not self.tuned}
+        return usual | {name: _task(name) for name in self.tasks} | COSTS[self.equal]
 
     @property
     def tasks(self) -> list[str]:
@@ -48,6 +53,17 @@ class Comparison:
     @property
     def caption(self) -> str:
         """What the values are, and how the baseline was tuned."""
+        if self.tuned:
+            return (
+                f"Fine-tuned for {self.epochs} epochs. The results are those on the validation rows"
+                " after the last one: means over seeds with their 95 % intervals (Student's t; none"
+                " for one seed). (best): of the best epoch of each run, which the same rows chose."
+                " (majority): of always answering with the most frequent class. Held-out loss: of"
+                " the validation rows. State: the optimizer's moments, 10^6 bytes. Each line is at"
+                f" the learning rate with the highest mean {self.tuned} of those tried. (lowest)"
+                " and (highest) mark a rate at the edge of those tried; (only) marks a rate that"
+                " was not tuned. " + _tuned(self)
+            )
         return (
             f"Held-out loss in nats per token {_budget(self)}: mean over seeds with its 95 %"
             " interval (Student's t; none for one seed). Ppl: exp of that mean. State: the"
@@ -121,7 +137,12 @@ def _loss(line: Line) -> str:
 
 
 def _task(name: str) -> Callable[[Line], str]:
-    return lambda line: _known(lambda value: f"{value:.4f}", line.tasks.get(name))
+    def show(line: Line) -> str:
+        width = line.widths.get(name)
+        interval = "" if width is None else f" ± {width:.4f}"
+        return _known(lambda value: f"{value:.4f}{interval}", line.tasks.get(name))
+
+    return show
 
 
 def _rate(line: Line) -> str:

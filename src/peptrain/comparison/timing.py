@@ -24,7 +24,8 @@ from peptrain.optim import schedule
 from peptrain.runs.build import bounds, build
 from peptrain.settings.fields import intervals
 from peptrain.training.loop import advance
-from peptrain.training.state import TrainState, check_vocabulary
+from peptrain.training.objective import check_vocabulary, windows
+from peptrain.training.state import TrainState
 
 BEFORE = 5
 """Steps at the start of a phase that are not timed, for compilation and CUDA graph capture."""
@@ -69,7 +70,8 @@ def _of_phase(
 
 def _timed(state: TrainState, config: RunConfig[Method], corpus: Corpus, here: World) -> float:
     start = time.perf_counter()
-    loss, _, _ = advance(state, config, corpus, here)
+    parts = windows(config, corpus, state.step, here)
+    loss, _, _ = advance(state, config, parts, here)
     loss.item()  # waits for the device
     return time.perf_counter() - start
 

@@ -106,7 +106,7 @@ class Corpus:
         rows = np.empty((share, seq_len + 1), np.int64)
         for row in range(share):
             epoch, place = divmod(first + row, windows)
-            window = int(_order(seed, epoch, windows)[place])
+            window = int(order(seed, epoch, windows)[place])
             self._read(window * seq_len, rows[row])
         return torch.from_numpy(rows)
 
@@ -134,7 +134,7 @@ class Corpus:
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
-def _order(seed: int, epoch: int, windows: int) -> NDArray[np.int64]:
+def order(seed: int, epoch: int, windows: int) -> NDArray[np.int64]:
     """Return a permutation of range(windows), made from raw bits and a stable sort.
 
     Numpy guarantees these two across versions, but not `Generator.permutation`, and a run that is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ EVENTS = {"merges": "merge", "exact_steps": "exact step"}
 LONGEST_CURVE = 16
 """Characters of the loss and of the perplexity at the end of a run, so that both fit into a line of
 80."""
+RESULT = re.compile("(?!.*_(best|majority)_).*_(acc|f1|matthews|pearson|spearman)")
+"""The names of the results of a fine-tuning."""
 ITEM = r"\S+( \S+)*"
 """Words with one space between them."""
 Row = Mapping[str, Any]
@@ -113,11 +116,7 @@ class TrainingProgress:
         elif event == "end":
             self.close()
             self._say_curves()
-            run = quoted(self._seen["run"])
-            self._say(
-                f"finished: {held_out(row)} (loss {row['held_out_loss']:.4f}); evaluate with"
-                f" `peptrain eval {run}`, export with `peptrain export {run} --out DIR`"
-            )
+            self._say(f"finished: {finished(row, quoted(self._seen['run']))}")
         elif event in NOTES:
             self._state = "  ".join(self._measured())
             self._say(f"step {row['step']:,}: {NOTES[event](self._seen)}")
@@ -152,9 +151,13 @@ class TrainingProgress:
         if begins:  # after its first forward pass
             self._evaluation = TimeLeft(done)
             if self._live is None and row["step"] == self._seen["steps"]:
-                self._say(f"evaluating on all {count(total, 'held-out token')}")
+                self._say(f"evaluating on all {count(total, self._unit)}")
         self._evaluation.update(done, total)
-        self._evaluated = f"evaluating: {done:,} of {count(total, 'held-out token')}"
+        self._evaluated = f"evaluating: {done:,} of {count(total, self._unit)}"
+
+    @property
+    def _unit(self) -> str:
+        return "validation row" if self._seen.get("task") else "held-out token"
 
     def _say_curves(self) -> None:
         """Say how the losses of this process went, if there are at least two."""
@@ -164,8 +167,11 @@ class TrainingProgress:
             parts.append(f"loss {self._losses[0]:.3f} {line} {self._losses[-1]:.3f}")
         if len(self._held_out) > 1:
             line = sparkline(self._held_out, LONGEST_CURVE, blocks=blocks)
-            first, last = (perplexity(self._held_out[n]) for n in (0, -1))
-            parts.append(f"held-out perplexity {first} {line} {last}")
+            first, last = self._held_out[0], self._held_out[-1]
+            if self._seen.get("task"):
+                parts.append(f"validation loss {first:.3f} {line} {last:.3f}")
+            else:
+                parts.append(f"held-out perplexity {perplexity(first)} {line} {perplexity(last)}")
         if parts:
             self._say("  ".join(parts))
 
@@ -194,7 +200,7 @@ class TrainingProgress:
         yield f"loss {seen['loss']:.3f}"
         if "held_out_loss" in seen:
             yield held_out(seen)
-        else:
+        elif not seen.get("task"):
             yield f"perplexity {perplexity(seen['loss'])}"
         yield rates(seen)
         yield f"{seen['tokens_per_second']:,.0f} tokens/s"
@@ -229,14 +235,32 @@ def perplexity(loss: float) -> str:
 
 
 def held_out(row: Row) -> str:
-    """Return the held-out perplexity of an evaluation in words."""
-    return f"held-out perplexity {perplexity(row['held_out_loss'])}"
+    """Return the held-out perplexity of an evaluation, or the results of a task, in words."""
+    if "validation_rows" not in row:
+        return f"held-out perplexity {perplexity(row['held_out_loss'])}"
+    results = [f"{name} {row[name]:.4g}" for name in row if RESULT.fullmatch(name)
+               and row[name] is not None]  # fmt: skip
+    return ", ".join([f"validation loss {row['held_out_loss']:.4f}", *results])
+
+
+def finished(row: Row, run: str) -> str:
+    """Return the last row of a run in words, with what can be done next."""
+    if "validation_rows" not in row:
+        return (
+            f"{held_out(row)} (loss {row['held_out_loss']:.4f}); evaluate with"
+            f" `peptrain eval {run}`, export with `peptrain export {run} --out DIR`"
+        )
+    best = f"; best at step {row['best_step']:,}" if "best_step" in row else ""
+    step = f"@{row['best_step']}" if best and row["best_step"] != row["step"] else ""
+    return f"{held_out(row)}{best}; export with `peptrain export {run}{step} --out DIR`"
 
 
 NOTES: dict[str, Callable[[Row], str]] = {
     "phase": lambda row: f"{trainable(row)} from now on",
     "eval": lambda row: (
-        f"{held_out(row)} (loss {row['held_out_loss']:.3f})"
+        held_out(row)
+        if "validation_rows" in row
+        else f"{held_out(row)} (loss {row['held_out_loss']:.3f})"
         f" over {count(row['held_out_tokens'], 'token')}"
     ),
     "checkpoint": lambda row: "checkpoint saved",

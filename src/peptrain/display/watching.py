@@ -55,7 +55,8 @@ class RunView:
                 self._phases.append((row["step"], row["phase"]))
             if event in ("step", "eval", "end"):
                 self._seen |= row
-            self._marks[event] = row["step"]
+            # The end is an evaluation too, the one whose loss is shown.
+            self._marks["eval" if event == "end" else event] = row["step"]
 
     @property
     def step(self) -> int:

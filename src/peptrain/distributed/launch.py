@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from peptrain.errors import Unsupported
+from peptrain.errors import ConfigError, Unsupported
 
 TORCHRUN = (
     "start several processes with `torchrun --nproc-per-node N -m -- peptrain ...`, or unset"
     " WORLD_SIZE to use one"
 )
+SEVERAL = {
+    "SLURM_STEP_NUM_TASKS": ("srun", "srun --ntasks-per-node 1"),
+    "OMPI_COMM_WORLD_SIZE": ("mpirun", "mpirun --map-by ppr:1:node"),
+}
+"""Variables with the number of processes, of launchers that do not set WORLD_SIZE: the launcher,
+and the command that starts one process on each machine."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,11 @@ def launch() -> Launch:
 
     Launchers and containers leave variables behind, so that one process ignores the others, and an
     empty variable counts as unset. Raises Unsupported if WORLD_SIZE promises several processes and
-    a variable that they need to meet is missing or impossible.
+    a variable that they need to meet is missing or impossible, and ConfigError if srun or mpirun
+    started several without WORLD_SIZE, of which each would be a run of its own.
     """
+    if not _given("WORLD_SIZE"):
+        _check_alone()
     size = _number("WORLD_SIZE", 1, least=1)
     if size == 1:
         return Launch()
@@ -41,12 +50,30 @@ def launch() -> Launch:
     return Launch(_number("RANK", 0, least=0, most=size - 1), size, local)
 
 
+def restarts() -> int:
+    """Return how many times `torchrun` has restarted the processes after one of them failed."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0, least=0)
+
+
 def speaks() -> bool:
     """Return whether this process prints: all but the later ones of several."""
     try:
         return launch().rank == 0
-    except Unsupported:
+    except (ConfigError, Unsupported):
         return True
+
+
+def _check_alone() -> None:
+    """Raise ConfigError if this is one of several processes that do not know of each other."""
+    for name, (launcher, one_each) in SEVERAL.items():
+        started = _number(name, 1, least=1)
+        if started > 1:
+            raise ConfigError(
+                f"{name}: {launcher} started {started} processes, but WORLD_SIZE is not set, so"
+                f" each would be a run of its own; start them with `{one_each} torchrun --nnodes"
+                " MACHINES --nproc-per-node GPUS --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m"
+                " -- peptrain ...`, or set WORLD_SIZE=1 to use one process"
+            )
 
 
 def _given(name: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peptrain.distributed.launch import TORCHRUN, Launch, launch
+from peptrain.distributed.launch import TORCHRUN, Launch, launch, restarts
+from peptrain.distributed.watchdog import LONGEST, SLOW, Watchdog, watchdog
 from peptrain.errors import PeptrainError, Unsupported
 
 log = logging.getLogger("peptrain")
@@ -31,6 +33,10 @@ LAUNCHED, UNKNOWN = 300.0, 60.0
 """Seconds to wait for the other processes, with and without such a variable."""
 ARRIVED = "peptrain/arrived"
 """Key of the store: the number of processes that have connected."""
+LEAVING = 60.0
+"""Seconds to end the process group in, which waits for what was begun."""
+GROUP = timedelta(seconds=LONGEST)
+"""Limit of the process groups themselves. The watchdog ends a process before that."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,33 @@ class World:
     rank: int
     size: int
     device: torch.device
+    on_cpu: dist.ProcessGroup | None = None
+    """The group in which values are exchanged without the GPU. None: the one that there is."""
+    watchdog: Watchdog | None = None
+    """Set where there are several processes."""
+    slow: float = SLOW
+    """Seconds to wait for the others, where they may read, write or compile for long."""
 
     @property
     def main(self) -> bool:
         """Whether this process writes the run directory."""
         return self.rank == 0
 
+    def within(self, seconds: float) -> AbstractContextManager[None]:
+        """Return a context that ends this process if its body takes longer. One alone may take it.
+
+        Collectives of this class have a limit of their own, `slow`.
+        """
+        return self.watchdog.within(seconds) if self.watchdog else contextlib.nullcontext()
+
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over all ranks."""
+        """Return the mean over all ranks, for which a GPU is waited for."""
         if self.size > 1:
             values = values.clone()
-            dist.all_reduce(values)
+            with self.within(self.slow):
+                dist.all_reduce(values)
+                if values.is_cuda:
+                    torch.cuda.current_stream().synchronize()
             values /= self.size
         return values
 
@@ -62,15 +84,33 @@ class World:
         """Return rank 0's value on every rank."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values)
+            with self.within(self.slow):
+                dist.broadcast_object_list(values)
         return values[0]
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in order, on every rank."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            with self.within(self.slow):
+                dist.all_gather_object(values, value)
         return values
+
+    def largest(self, value: int) -> Callable[[], int]:
+        """Begin to find the largest `value` of all ranks. The function returned waits for it.
+
+        The exchange is between CPUs, so that it needs no turn on the GPU and waits for none.
+        """
+        if self.size == 1:
+            return lambda: value
+        held = torch.tensor(value)
+        work = dist.all_reduce(held, dist.ReduceOp.MAX, group=self.on_cpu, async_op=True)
+
+        def found() -> int:
+            work.wait()
+            return int(held)
+
+        return found
 
     def differing(self, values: Sequence[int]) -> list[int]:
         """Return, on every rank, the indices at which some rank's values differ from rank 0's."""
@@ -128,7 +168,8 @@ class World:
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        with warnings.catch_warnings():  # PyTorch 2.13 renames the flag; 2.11 has the old name only
+        with self.within(self.slow), warnings.catch_warnings():
+            # PyTorch 2.13 renames the flag; 2.11 has the old name only
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
@@ -140,18 +181,22 @@ def _leave() -> None:
     interpreter: on a loaded machine one exit in seven was an abort.
     """
     gc.collect()
-    dist.destroy_process_group()
+    with watchdog().within(LEAVING):
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def world(device: str = "auto") -> Iterator[World]:
+def world(device: str = "auto", timeout: float = 0.0) -> Iterator[World]:
     """Yield the world of this process, joining the process group of `torchrun` if there is one.
 
     The group is created once per process and destroyed at exit, because a second rendezvous under
     torchrun would find the addresses of the first. device: auto (a GPU if there is one), cpu or
-    cuda. Raises Unsupported for a GPU that is absent, and when the variables of `torchrun` are
-    incomplete or the processes don't meet. In the context, a collective that fails because another
-    process has ended is a PeptrainError.
+    cuda. timeout: what `World.slow` is at least.
+
+    Raises Unsupported for a GPU that is absent, and when the variables of `torchrun` are incomplete
+    or the processes don't meet, and ConfigError for several processes that do not know of each
+    other. In the context, a collective that fails because another process has ended is a
+    PeptrainError.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise Unsupported(f"train.device: must be auto, cpu or cuda (got {device!r})")
@@ -173,7 +218,17 @@ def world(device: str = "auto") -> Iterator[World]:
     if not dist.is_initialized():
         _meet("nccl" if on_gpu else "gloo", place)
     with _lost_processes():
-        yield World(dist.get_rank(), place.size, here)
+        on_cpu = _group_on_cpu() if on_gpu else None
+        slow = max(SLOW, timeout)
+        yield World(dist.get_rank(), place.size, here, on_cpu, watchdog(), slow)
+
+
+@cache
+def _group_on_cpu() -> dist.ProcessGroup:
+    """Return a group of all processes that exchanges tensors on the CPU, created once."""
+    with watchdog().within(LAUNCHED):
+        made: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=GROUP)
+    return made
 
 
 @contextlib.contextmanager
@@ -212,9 +267,14 @@ def _meet(backend: str, place: Launch) -> None:
         meeting = dist.rendezvous(  # type: ignore[attr-defined]
             "env://", timeout=timedelta(seconds=limit)
         )
-        store, rank, size = next(meeting)
+        agents, rank, size = next(meeting)
+        # The agent of torchrun keeps its store over restarts, with the addresses of processes that
+        # are gone.
+        attempt = f"attempt-{restarts()}"
+        store = dist.PrefixStore(attempt, agents)  # type: ignore[attr-defined]
         _arrive(store, size, began + limit)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        with watchdog().within(LAUNCHED):
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=GROUP)
     except (RuntimeError, ValueError, TimeoutError) as error:
         if time.monotonic() - began >= limit:
             raise Unsupported(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from peptrain.config import RunConfig, resolved
+from peptrain.errors import Unsupported
 from peptrain.estimation.dry_run import fake_tensors
 from peptrain.estimation.memory_fit import MemoryFit, Watch, fit
 from peptrain.estimation.phases import PhaseEstimate, PhaseEstimator
@@ -97,6 +98,11 @@ def estimate(
         device == "auto" and (gpu_memory is not None or torch.cuda.is_available())
     )
     check_whole("--ranks", ranks, 1)
+    if config.tune.task:
+        raise Unsupported(
+            f"tune.task: must be unset for an estimate (got {config.tune.task}), since the"
+            " sequences of a task have many lengths; estimate the model without it"
+        )
     config = resolved(with_inherited_model(config), world_size=ranks, on_gpu=on_gpu)
     with fake_tensors(), each_line_once():
         estimator = PhaseEstimator(config, ranks, on_gpu)

@@ -64,8 +64,11 @@ class PhaseEstimate:
 def flops_per_token(config: RunConfig[Method], ranks: int, *, on_gpu: bool) -> float | None:
     """Return the FLOPs per token of a resolved `config`, averaged over its steps.
 
-    They are those of `Estimate`. None for a model or a method that can't be estimated.
+    They are those of `Estimate`. None for a model or a method that can't be estimated, and for a
+    fine-tuning, whose sequences have many lengths.
     """
+    if config.tune.task:
+        return None
     try:
         with fake_tensors(), quiet():
             return PhaseEstimator(config, ranks, on_gpu).flops_per_token()

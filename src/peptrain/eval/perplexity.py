@@ -45,6 +45,12 @@ class Evaluation:
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
+    def row(self) -> dict[str, float | None]:
+        """Return its values in metrics.jsonl, which has no infinity."""
+        perplexity = self.perplexity if math.isfinite(self.perplexity) else None
+        loss, tokens = self.loss, self.tokens
+        return {"held_out_loss": loss, "perplexity": perplexity, "held_out_tokens": tokens}
+
 
 @torch.no_grad()
 def held_out_loss(

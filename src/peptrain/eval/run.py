@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from peptrain.config import RunConfig
 from peptrain.data import Corpus, configured_corpus
 from peptrain.data.tokenizer import load_tokenizer
-from peptrain.errors import CheckpointError, DataError
+from peptrain.errors import CheckpointError, ConfigError, DataError
 from peptrain.eval.perplexity import (
     Evaluation,
     Watch,
@@ -18,6 +19,7 @@ from peptrain.eval.perplexity import (
     held_out_loss_legacy,
     unwatched,
 )
+from peptrain.methods.base import Method
 from peptrain.models.hf import vocabulary_size
 from peptrain.runs.build import Opened, open_run
 from peptrain.runs.directory import RunDir
@@ -52,6 +54,7 @@ def evaluate(
     """
     check_whole("--batch-size", batch_size, 1)
     opened = open_run(path)
+    refuse_tuned(opened.config, path)
     config, corpus = opened.config, corpus_of(opened, data)
     assert config.train.precision is not None
     model = opened.evaluated().to(device)  # type: ignore[arg-type]
@@ -68,6 +71,15 @@ def evaluate(
         )  # fmt: skip
     _record(opened.run, opened.saved.step, corpus, result, legacy)
     return result
+
+
+def refuse_tuned(config: RunConfig[Method], path: Path) -> None:
+    """Raise ConfigError for a fine-tuned run, which is no language model."""
+    if config.tune.task:
+        raise ConfigError(
+            f"{path}: was fine-tuned on {config.tune.task} and is no language model any more; its"
+            f" results are in its metrics.jsonl, and `peptrain report {path}` shows them"
+        )
 
 
 def corpus_of(opened: Opened, data: Path | None) -> Corpus:

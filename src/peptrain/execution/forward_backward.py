@@ -14,8 +14,9 @@ from peptrain.distributed.world import World
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.models.hf import Precision, autocast
 
-ForwardBackward = Callable[[Sequence[Tensor]], Tensor]
-"""Map micro-batches of windows to their mean loss and leave the gradients in the parameters."""
+ForwardBackward = Callable[[Sequence[Any]], Tensor]
+"""Map micro-batches, of windows or of labelled rows, to their mean loss and leave the gradients in
+the parameters."""
 
 
 def uses_triton(
@@ -42,7 +43,7 @@ def uses_triton(
 
 
 class EagerSteps:
-    """Run micro-batches eagerly, one after another.
+    """Run micro-batches, which have a length in rows, eagerly, one after another.
 
     Replicas exchange gradients once, on the last micro-batch.
     """
@@ -50,7 +51,7 @@ class EagerSteps:
     def __init__(self, loss: nn.Module, precision: Precision, here: World) -> None:
         self.loss, self.precision, self.here = loss, precision, here
 
-    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+    def __call__(self, parts: Sequence[Any]) -> Tensor:
         # Resumed with another number of processes, the last micro-batch may be shorter.
         rows = sum(len(part) for part in parts)
         total = torch.zeros((), device=self.here.device)
@@ -59,7 +60,7 @@ class EagerSteps:
                 total = total + self.one(part, len(part) / rows)
         return total
 
-    def one(self, part: Tensor, share: float) -> Tensor:
+    def one(self, part: Any, share: float) -> Tensor:
         with autocast(self.precision, self.here.device):
             loss: Tensor = self.loss(part) * share
         loss.backward()  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ from peptrain.execution.forward_backward import (
     uses_cuda_graph,
     uses_triton,
 )
+from peptrain.execution.label_loss import LabelLoss
 from peptrain.execution.loss import NextTokenLoss
 from peptrain.execution.padding import pad_mlps
 from peptrain.methods.base import Method
@@ -32,7 +33,9 @@ def prepare(
         model.to(here.device)  # type: ignore[arg-type]
     model.train()
     on_gpu = here.device.type == "cuda"
-    maskless = on_gpu and attend_without_masks(model, t.seq_len)
+    # Fine-tuning has padded sequences of many lengths: no graph, and masks are needed.
+    whole_windows = not config.tune.task
+    maskless = on_gpu and whole_windows and attend_without_masks(model, t.seq_len)
     recorded = uses_cuda_graph(t.cuda_graph, t.compile and maskless, here)
     if uses_triton(t.kernels, t.precision, here.device, recorded=recorded):
         config.method.fuse(model)
@@ -44,5 +47,6 @@ def prepare(
         compile_layers(model, t.memory_budget)
     optimizer = config.method.optimizer(model, find_sites(model), config.optim, phase)
     check_group_names(optimizer)
-    loss = here.parallelize(NextTokenLoss(model, compile=t.compile))
-    return optimizer, make_forward_backward(loss, t.precision, here, recorded=recorded)
+    loss = NextTokenLoss(model, compile=t.compile) if whole_windows else LabelLoss(model)
+    parallel = here.parallelize(loss)
+    return optimizer, make_forward_backward(parallel, t.precision, here, recorded=recorded)

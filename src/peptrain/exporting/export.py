@@ -19,10 +19,17 @@ from peptrain.exporting.factorised import write_factorised
 from peptrain.files import open_up, scratch
 from peptrain.models.auto import load_model, load_tokenizer
 from peptrain.models.dense import dense_state
+from peptrain.models.hf import hf_config
 from peptrain.models.sites import reparametrized
 from peptrain.ops.precision import at_least_fp32
-from peptrain.runs.build import Opened, open_run
-from peptrain.runs.tokenizer import copy_run_tokenizer, load_run_tokenizer
+from peptrain.runs.build import Opened, open_run, run_config
+from peptrain.runs.directory import RunDir
+from peptrain.runs.select import at
+from peptrain.runs.tokenizer import (
+    check_run_tokenizer,
+    copy_run_tokenizer,
+    load_run_tokenizer,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,6 +39,8 @@ Form = Literal["dense", "factorised"]
 SAMPLE = "In 2026 the naïve fox's 12,345 jumps:\n\n    return x == 'é'\t#  你好 🙂 <a>\n"
 """Text that tokenizers split in different ways."""
 ADVICE = "load the tokenizer with PreTrainedTokenizerFast.from_pretrained"
+OFFSET = 2
+"""Positions that RoBERTa does not use, at most."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest accepted difference of logits computed in this dtype, relative to the largest logit.
 Folding fp32 factors changed logits by 3e-7 to 6e-5. Omitting a factor or diagonal changes them by
@@ -42,7 +51,8 @@ looser than it could be, because Hugging Face's norms compute in fp32."""
 def export(run: Path, out: Path, form: Form = "dense") -> Path:
     """Write the latest checkpoint of a run, or RUN@STEP, to `out`, and compare the logits.
 
-    dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads without peptrain.
+    dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads without peptrain, or
+    `AutoModelForSequenceClassification` (T5: `AutoModelForSeq2SeqLM`) if it was fine-tuned.
     factorised: the method's own layers, to be loaded with `load_factorised`. It is available for
     W = B A (lowrank, loro) and for methods without a dense equivalent.
 
@@ -59,15 +69,26 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
             f"--form dense: {method.name} has no dense equivalent; use --form factorised, which"
             " keeps its layers"
         )
-    tokenizer, end = load_run_tokenizer(opened.run)
+    tuned = bool(opened.config.tune.task)
+    if form == "factorised" and tuned:
+        raise Unsupported(
+            "--form factorised: is for language models, and the run is a fine-tuned classifier;"
+            " export it without --form"
+        )
+    if tuned:
+        check_run_tokenizer(opened.run)
+    else:
+        tokenizer, end = load_run_tokenizer(opened.run)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with scratch(out) as temporary:
-            copy_run_tokenizer(opened.run, temporary)
-            _name_end_token(opened.model, end)
+            copy_run_tokenizer(opened.run, temporary, plain=not tuned)
+            if not tuned:
+                _name_end_token(opened.model, end)
             written = (_dense if form == "dense" else write_factorised)(opened, temporary)
             _compare(opened.model, written)
-            _compare_tokenizers(tokenizer, end, temporary)
+            if not tuned:
+                _compare_tokenizers(tokenizer, end, temporary)
             open_up(temporary)
             _check_free(out)
             temporary.replace(out)
@@ -78,6 +99,15 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
     return out
 
 
+def loader_of(run: Path) -> str:
+    """Return the class of transformers that loads the dense form of a run."""
+    config = run_config(RunDir.open(at(run)[0]))
+    if not config.tune.task:
+        return "AutoModelForCausalLM"
+    text = hf_config(config.model, config.train.seq_len).is_encoder_decoder
+    return "AutoModelForSeq2SeqLM" if text else "AutoModelForSequenceClassification"
+
+
 def _check_free(out: Path) -> None:
     """Raise ConfigError if `out` exists, maybe since another export has finished."""
     if os.path.lexists(out):
@@ -85,10 +115,11 @@ def _check_free(out: Path) -> None:
 
 
 def _dense(opened: Opened, out: Path) -> PreTrainedModel:
-    twin = opened.dense_twin()
-    _name_end_token(twin, opened.model.config.eos_token_id)
+    twin, tuned = opened.dense_twin(), bool(opened.config.tune.task)
+    if not tuned:
+        _name_end_token(twin, opened.model.config.eos_token_id)
     twin.save_pretrained(out)
-    model, _ = load_model(out)
+    model, _ = load_model(out, classifier=twin.config if tuned else None)
     model.eval()
     return model
 
@@ -138,12 +169,14 @@ def _compare(model: PreTrainedModel, written: PreTrainedModel) -> None:
     model.to(wide)  # type: ignore[arg-type]
     for name, p in written.to(wide).named_parameters():  # type: ignore[arg-type]
         p.copy_(folded[name])
+    positions = getattr(model.config, "max_position_embeddings", None) or 64 + OFFSET
     ids = torch.randint(
         model.config.get_text_config().vocab_size,
-        (2, 64),
+        (2, min(64, positions - OFFSET)),
         generator=torch.Generator().manual_seed(0),
     )
-    before, after = model(ids).logits, written(ids).logits
+    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    before, after = model(ids, **both).logits, written(ids, **both).logits
     difference = _relative(before, after)
     if not difference <= TOLERANCE[before.dtype]:
         raise CheckpointError(

@@ -44,9 +44,10 @@ def write_factorised(opened: Opened, out: Path) -> PreTrainedModel:
     layers, method = list(reparametrized(opened.model)), opened.config.method
     factored = layers and all(isinstance(layer, LowRankLinear) for layer in layers)
     if method.has_dense_equivalent and not factored:
-        raise Unsupported(
-            f"--form factorised: {method.name} is not of the form W = B A; use --form dense"
-        )
+        why = "is not of the form W = B A"
+        if kept := method.needs_weights:
+            why = f"with {kept} keeps W beside its factors, so that these alone are no model"
+        raise Unsupported(f"--form factorised: {method.name} {why}; use --form dense")
     opened.model.config.save_pretrained(out)
     tensors = {name: p.detach().contiguous() for name, p in opened.model.named_parameters()}
     save_file(tensors, out / FACTORS, {"format": "pt"})

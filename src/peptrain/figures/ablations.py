@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,17 @@ class _Configuration:
 
     label: str
     method: str
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     """Those that the grid sets for it."""
-    all_settings: Mapping[str, Any]
+    all_settings: dict[str, Any]
     ends: Sequence[Row]
+
+    @property
+    def size(self) -> str:
+        """The model, but for its vocabulary, whose embeddings are not counted."""
+        stated = {k: v for k, v in (self.all_settings | self.settings).items()
+                  if k.startswith("model.") and k != "model.vocab_size"}  # fmt: skip
+        return str(sorted((key, _text(value)) for key, value in stated.items()))
 
     def values(self, key: str, scale: float = 1.0) -> list[float]:
         """Return a number of the last rows of all seeds, none if one lacks it."""
@@ -55,7 +62,7 @@ def _configurations(source: Source) -> list[_Configuration]:
         if ends:
             stated = given if isinstance(given, dict) else {}
             method = one_line(str(first.settings.get("method.name")))
-            found.append(_Configuration(label, method, stated, first.settings, ends))
+            found.append(_Configuration(label, method, stated, dict(first.settings), ends))
     if not found:
         raise NotMeasured("no run of the comparison has finished yet")
     return found
@@ -151,7 +158,10 @@ def grid(source: Source, view: View) -> Drawn:
         )
     drawn = [one for of_key in lines.values() for line in of_key for _, one in line.points]
     full = [one for one in configurations if one.method == "full" and one not in drawn]
-    memory = all(one.values(MEMORY_KEY) for one in (*drawn, *full))
+    known = [bool(one.values(MEMORY_KEY)) for one in (*drawn, *full)]
+    memory, notes = all(known), list[str]()
+    if any(known) and not memory:  # on a CPU none has it
+        notes.append("peak memory: not known of every configuration; a GPU's rows have it")
     columns: list[tuple[str, str, float]] = [(LOSS, LOSS_KEY, 1.0)]
     if memory:
         columns.append(("peak memory (GiB)", MEMORY_KEY, GIB))
@@ -186,7 +196,7 @@ def grid(source: Source, view: View) -> Drawn:
         " Horizontal: full training. A setting that is not a number, or is 0 somewhere, has its"
         " values at equal distances.",
         made.figure, made.numbers,
-        [] if memory else ["peak memory: not known of every configuration; a GPU's rows have it"],
+        notes,
     )  # fmt: skip
 
 
@@ -231,6 +241,7 @@ def _means(
 def scaling(source: Source, view: View) -> Drawn:
     """BPT's Figure 1: held-out loss over log10 of the trainable parameters without embeddings."""
     found, lacking = dict[str, list[tuple[float, list[float]]]](), []
+    sizes_of: dict[str, set[str]] = {}
     for one in _configurations(source):
         sizes = one.values(SIZE_KEY)
         if not sizes or min(sizes) <= 0:
@@ -243,7 +254,8 @@ def scaling(source: Source, view: View) -> Drawn:
         )
         point = math.log10(statistics.fmean(sizes)), one.values(LOSS_KEY)
         found.setdefault(name, []).append(point)
-    if not any(len({x for x, _ in points}) > 1 for points in found.values()):
+        sizes_of.setdefault(name, set()).add(one.size)
+    if not any(len(models) > 1 for models in sizes_of.values()):  # ranks alone are no sizes
         raise NotMeasured(
             "scaling: needs a method with models of two sizes or more; write a [[grid]] block for"
             " each, with its model table"

@@ -16,6 +16,7 @@ from peptrain.figures.source import (
     Source,
     View,
     curve,
+    listed,
     marks,
 )
 from peptrain.figures.style import Look, look, styled
@@ -44,7 +45,7 @@ def _labelled(source: Source) -> list[_Labelled]:
 
 
 def _missing(x: Axis, source: Source) -> NotMeasured:
-    names = ", ".join(run.name for run in source.runs) or "no run"
+    names = listed(run.name for run in source.runs)
     if x == "flops" and not any(run.end for run in source.runs):
         return NotMeasured(
             f"--x flops: FLOPs are written at the end of a run, and none has ended ({names});"
@@ -164,7 +165,7 @@ def _finish(made: Any, rows: Any, source: Source, x: Axis, symbols: Sequence[str
 
 def speed(source: Source, view: View) -> Drawn:
     """Tokens per second and the memory reserved by PyTorch, over training."""
-    runs, notes = _labelled(source), []
+    runs = _labelled(source)
     speeds = [(r, *curve(r.run, TRAINING, "tokens_per_second", view.x)) for r in runs]
     held = [(r, *curve(r.run, TRAINING, "peak_bytes", view.x)) for r in runs]
     held = [(r, x, [value / 2**30 for value in y]) for r, x, y in held]
@@ -172,8 +173,9 @@ def speed(source: Source, view: View) -> Drawn:
     shown = [part for part in parts if any(x for _, x, _ in part[2])]
     if not shown:
         raise _missing(view.x, source)
-    if len(shown) == 1:
-        notes.append("no row has peak_bytes, which is written on a GPU only")
+    lacking = [r.run.name for r, x, _ in held if not x]
+    on_gpu = len(lacking) < len(runs)  # on a CPU there is nothing to miss
+    notes = [f"{name}: no peak memory, which is known on a GPU only" for name in lacking if on_gpu]
     with styled():
         made, rows = sheet([1.7] * len(shown), legend=_lines(source), sharex=True)
         for (axes,), (name, label, found) in zip(rows, shown, strict=True):
@@ -187,8 +189,9 @@ def speed(source: Source, view: View) -> Drawn:
                 engineering(axes.yaxis)
         _finish(made, rows, source, view.x)
     return Drawn(
-        _over("Throughput and memory", view.x),
-        "Tokens per second between two rows, without evaluations and checkpoints. Peak memory: the"
-        " most that PyTorch had reserved since the process started.",
+        _over("Throughput and memory" if on_gpu else "Throughput", view.x),
+        "Tokens per second between two rows, without evaluations and checkpoints."
+        + (" Peak memory: the most that PyTorch had reserved since the process started."
+           if on_gpu else ""),
         made.figure, made.numbers, notes,
     )  # fmt: skip

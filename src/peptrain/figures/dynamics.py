@@ -15,8 +15,19 @@ from peptrain.figures.panel import (
     panels,
     short,
     some_ticks,
+    steps_label,
 )
-from peptrain.figures.source import NotMeasured, Row, RunRows, Source, View, left_out, number
+from peptrain.figures.source import (
+    NotMeasured,
+    Row,
+    RunRows,
+    Source,
+    View,
+    how_to_measure,
+    left_out,
+    listed,
+    number,
+)
 from peptrain.figures.style import Look, imported, look, styled
 from peptrain.ops.student import half_width
 from peptrain.text import one_line
@@ -74,13 +85,11 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _nothing(column: str, what: str, source: Source) -> NotMeasured:
-    names = ", ".join(run.name for run in source.runs) or "no run"
+    names = listed(run.name for run in source.runs)
     known = dict.fromkeys(
         str(row.get("what")) for run in source.runs for row in (*run.of("dynamics"), *run.analysis)
     )
-    repair = f"choose --what from {', '.join(known)}" if known else (
-        "train with --train.observe dynamics, or run `peptrain analyze RUN`"
-    )  # fmt: skip
+    repair = f"choose --what from {', '.join(known)}" if known else how_to_measure(source)
     return NotMeasured(f"{column}: not measured of {what} ({names}); {repair}")
 
 
@@ -98,10 +107,11 @@ def _each(column: str, over: str) -> Callable[[Source, View], Drawn]:
         if not groups:
             raise NotMeasured(
                 f"{column} of {view.what} over seeds: needs two runs that differ in their seed"
-                f" alone ({', '.join(found)})"
+                f" alone ({listed(found)})"
             )
         modules = list(dict.fromkeys(m for of_run in found.values() for m in of_run))
-        label, explained, _ = MEASURES[column]
+        name, explained, _ = MEASURES[column]
+        label = f"{name} of {view.what}"
         with styled():
             made, axes = panels(modules, 1.35, -(-len(groups) // 2), sharex=True, sharey=True)
             for ax, module in zip(axes, modules, strict=True):
@@ -113,7 +123,7 @@ def _each(column: str, over: str) -> Callable[[Source, View], Drawn]:
                     series = [(name, found[name].get(module, {})) for name in names]
                     _SERIES[over](panel, series, look(n), group)
             _ends(made, axes, label, groups)
-        title = f"{label} of {view.what}, over {over}"
+        title = f"{label}, over {over}"
         caption = _caption(explained, over) + (OV_SHOWN if OV in modules else "")
         notes = left_out(source, found, view.what)
         return Drawn(title, caption, made.figure, made.numbers, notes)
@@ -231,22 +241,24 @@ def layers(source: Source, view: View) -> Drawn:
     known = [value for value in values if value is not None]
     if not known:
         raise _nothing("per", view.what, source)
-    limits = min(known), max(known)
+    limits, label = (min(known), max(known)), f"PER of {view.what}"
+    # The panels share their axes, and OV circuits are of other steps and layers.
+    steps = sorted({step for points in found.values() for step in points})
+    numbers = _numbers(by for points in found.values() for by in points.values())
     with styled():
         made, axes = panels(list(found), 1.45, 0, sharex=True, sharey=True)
         for ax, (module, points) in zip(axes, found.items(), strict=True):
             panel = made.panel(ax, module, "steps", "layer")
-            steps, numbers = sorted(points), _numbers(points.values())
-            cells = [[_or_nan(points[s].get(layer)) for s in steps] for layer in numbers]
-            image = panel.cells("PER", run.name, steps, numbers, cells, limits)
+            cells = [[_or_nan(points.get(s, {}).get(layer)) for s in steps] for layer in numbers]
+            image = panel.cells(label, run.name, steps, numbers, cells, limits)
             some_ticks(ax, steps, numbers)
             ax.set_title(short(module))
             ax.grid(False)
         made.figure.supylabel("layer", fontsize=9)
-        label_lowest(axes, "steps")
-        made.figure.colorbar(image, ax=axes, label="PER", aspect=40, location="bottom")
+        label_lowest(axes, steps_label(steps))
+        made.figure.colorbar(image, ax=axes, label=label, aspect=40, location="bottom")
     return Drawn(
-        f"PER of {view.what} in each layer: {run.name}",
+        f"{label} in each layer: {run.name}",
         "Effective rank / min(n, m) of each layer (rows) at each measured step (columns, not to"
         " scale), one panel for each matrix. Empty: not measured or not finite."
         + (OV_SHOWN if OV in found else ""),

@@ -120,8 +120,13 @@ def frontier(source: Source, view: View) -> Drawn:
     shown = [cost for cost in COSTS if all(_values(rows, cost[0]) for rows in points.values())]
     if not shown:
         raise NotMeasured("frontier: the rows of the runs have neither parameters nor bytes")
-    notes = [f"{label}: not known of every configuration" for key, label in COSTS
-             if (key, label) not in shown]  # fmt: skip
+    notes = [
+        f"{label}: not known of every configuration"
+        for key, label in COSTS
+        # On a CPU none has a peak.
+        if (key, label) not in shown
+        and (key != "peak_bytes" or any(_values(rows, key) for rows in points.values()))
+    ]
     with styled():
         made, rows = sheet([1.9] * len(shown), legend=len(points))
         for (axes,), (key, label) in zip(rows, shown, strict=True):

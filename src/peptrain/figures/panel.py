@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from peptrain.figures.style import INK, WIDTH, Look, imported
@@ -161,10 +162,10 @@ def sheet(rows: Sequence[float], *, columns: int = 1, legend: int = 0, **given: 
     return Sheet(figure), made
 
 
-def shortened(name: str) -> str:
-    """Return a name whose middle is left out if it is long."""
-    half = (LONGEST - 1) // 2
-    return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
+def shortened(name: str, longest: int = LONGEST) -> str:
+    """Return a name whose middle is left out if it has more than `longest` characters."""
+    half = (longest - 1) // 2
+    return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
 
 
 def plain(axis: Any) -> None:
@@ -203,6 +204,12 @@ def label_lowest(axes: Sequence[Any], label: str) -> None:
     for ax in axes[-2:]:
         ax.set_xlabel(label)
         ax.tick_params(labelbottom=True)
+
+
+def steps_label(steps: Sequence[int]) -> str:
+    """Return the label of columns that are equally wide, whatever lies between their steps."""
+    gaps = {after - step for step, after in pairwise(steps)}
+    return "steps (not to scale)" if len(gaps) > 1 else "steps"
 
 
 def some_ticks(ax: Any, steps: Sequence[int], numbers: Sequence[int]) -> None:

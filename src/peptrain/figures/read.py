@@ -12,12 +12,11 @@ from peptrain.analysis.table import check_table, read_table
 from peptrain.errors import CheckpointError
 from peptrain.figures.source import Row, RunRows, Source
 from peptrain.files import leading_out, read_json, read_json_object
-from peptrain.runs.directory import RunDir
+from peptrain.runs.directory import COMPARISON, RunDir, is_comparison
 from peptrain.runs.select import checksums
 from peptrain.settings import toml
 from peptrain.text import one_line, quoted
 
-COMPARISON = "runs.json"
 LINE = "line.csv"
 SPECTRA = ".spectra"
 
@@ -53,11 +52,6 @@ def read(paths: Sequence[Path]) -> Source:
         tables = [(name, _line(path / LINE)) for path, name in named]
         return Source(along=[{"pair": name, **row} for name, rows in tables for row in rows])
     return Source([read_run(path, name) for path, name in named])
-
-
-def is_comparison(path: Path) -> bool:
-    """Return whether a directory is one that `compare` has written."""
-    return (path / COMPARISON).is_file() and not (path / "config.toml").exists()
 
 
 def is_line(path: Path) -> bool:
@@ -198,4 +192,4 @@ def from_comparison(path: Path, trials: Sequence[Row], lines: Sequence[Row], abo
             runs.append(read_run(place, one_line(name), one_line(str(label))))
         else:
             left_out.append(f"{name}: not there yet")
-    return Source(runs, trials, lines, about, left_out)
+    return Source(runs, trials, lines, about, left_out, path=path)

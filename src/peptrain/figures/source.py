@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peptrain.errors import PeptrainError
+from peptrain.text import quoted
 
 Row = Mapping[str, Any]
 Axis = Literal["tokens", "steps", "time", "flops"]
 LARGEST = 1e300
 SEED = "train.seed"
+MOST_NAMES = 3
+"""Runs that a message names."""
 
 
 class NotMeasured(PeptrainError):
@@ -88,6 +92,8 @@ class Source:
     """What was not read, and why."""
     along: Sequence[Row] = ()
     """Of the tables of `analyze --line`, each with the name of its "pair"."""
+    path: Path | None = None
+    """The directory of the comparison."""
 
     @property
     def groups(self) -> dict[str, list[RunRows]]:
@@ -138,6 +144,31 @@ def number(row: Row, key: str) -> float | None:
 def left_out(source: Source, found: Mapping[str, object], what: str) -> list[str]:
     """Return a note for each run that a figure does not show, since it was not measured."""
     return [f"{run.name}: not measured of {what}" for run in source.runs if run.name not in found]
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names for a message: of many the first ones, and how many others there are."""
+    known = list(names)
+    if len(known) <= MOST_NAMES:
+        return ", ".join(known) or "no run"
+    return f"{', '.join(known[: MOST_NAMES - 1])} and {len(known) - MOST_NAMES + 1} others"
+
+
+def how_to_measure(source: Source, *, in_training: bool = True) -> str:
+    """Return how to get rows that no run has. in_training: whether `train.observe` writes them."""
+    runs = "RUN" if source.path is None else f"{quoted(source.path / 'runs')}/*"
+    analyze = f"run `peptrain analyze {runs}`"
+    if not in_training:
+        return analyze
+    observed = [run for run in source.runs if run.settings.get("train.observe") == "dynamics"]
+    if not observed:
+        return f"train with --train.observe dynamics, or {analyze}"
+    budgets = dict.fromkeys(f"{run.settings.get('train.observe_budget')}" for run in observed)
+    yet = "" if all(run.end for run in observed) else " yet"
+    return (
+        f"train.observe_budget {', '.join(budgets)} allowed no measurement{yet}; train with a"
+        f" larger one, or {analyze}"
+    )
 
 
 LABELS: dict[Axis, str] = {

@@ -17,8 +17,17 @@ from peptrain.figures.panel import (
     sheet,
     short,
     some_ticks,
+    steps_label,
 )
-from peptrain.figures.source import NotMeasured, RunRows, Source, View, left_out
+from peptrain.figures.source import (
+    NotMeasured,
+    RunRows,
+    Source,
+    View,
+    how_to_measure,
+    left_out,
+    listed,
+)
 from peptrain.figures.style import look, styled
 from peptrain.text import one_line
 
@@ -30,6 +39,7 @@ THRESHOLD = 0.1
 IN_HISTOGRAM = ("q", "k", "v", "down")
 IN_BARS = ("q", "k", "v", "up", "down")
 """The matrices that ReLoRA's Figures 3 and 4 show."""
+NUMBER = "number of singular values"
 LEARNED = ("from_warm", "from_start")
 """What a figure of the learned update shows where nothing is chosen."""
 Spectrum = dict[str, list[float]]
@@ -57,8 +67,9 @@ def _sigmas(run: RunRows, what: str) -> Spectrum:
 
 def _nothing(figure: str, what: str, source: Source) -> NotMeasured:
     known = dict.fromkeys(str(row.get("what")) for run in source.runs for row in run.spectra)
-    names = ", ".join(run.name for run in source.runs) or "no run"
-    repair = f"choose --what from {', '.join(known)}" if known else "run `peptrain analyze RUN`"
+    names = listed(run.name for run in source.runs)
+    analyze = how_to_measure(source, in_training=False)
+    repair = f"choose --what from {', '.join(known)}" if known else analyze
     return NotMeasured(f"{figure}: no singular values of {what} ({names}); {repair}")
 
 
@@ -69,7 +80,8 @@ def spectra(source: Source, view: View) -> Drawn:
         raise _nothing("spectra", view.what, source)
     modules = list(dict.fromkeys(m for of_run in found.values() for m in of_run))
     with styled():
-        made = _histograms({name: [of_run] for name, of_run in found.items()}, modules)
+        one_each = {name: [of_run] for name, of_run in found.items()}
+        made = _histograms(one_each, modules, view.what)
     steps = {run.name: last_step(run) for run in source.runs if run.name in found}
     said = ", ".join(f"{name} at step {step}" for name, step in steps.items())
     return Drawn(
@@ -80,12 +92,14 @@ def spectra(source: Source, view: View) -> Drawn:
     )  # fmt: skip
 
 
-def _histograms(found: Mapping[str, Sequence[Spectrum]], modules: Sequence[str]) -> Sheet:
+def _histograms(
+    found: Mapping[str, Sequence[Spectrum]], modules: Sequence[str], what: str
+) -> Sheet:
     """Draw a panel for each module with a line for each name, the mean over its spectra."""
     made: Sheet
     made, axes = panels(modules, 1.35, -(-len(found) // 2))
     for ax, module in zip(axes, modules, strict=True):
-        panel = made.panel(ax, module, "singular value", "number of singular values")
+        panel = made.panel(ax, module, "singular value", f"{NUMBER} of {what}")
         most = max(s for several in found.values() for one in several for s in one.get(module, [0]))
         width = BIN * max(1, math.ceil(most / BIN / MOST_BINS))
         bins = math.floor(most / width) + 1
@@ -99,7 +113,7 @@ def _histograms(found: Mapping[str, Sequence[Spectrum]], modules: Sequence[str])
         ax.set_yscale("symlog", linthresh=1)
         ax.set_ylim(bottom=0)
         plain(ax.yaxis)
-    made.figure.supylabel("number", fontsize=9)
+    made.figure.supylabel(f"number ({what})", fontsize=9)
     label_lowest(axes, "singular value")
     made.legend([(name, {"color": look(n).colour, "ls": look(n).dash})
                  for n, name in enumerate(found)])  # fmt: skip
@@ -165,7 +179,7 @@ def singular_histogram(source: Source, view: View) -> Drawn:
     every = [one for of_group in learned.spectra.values() for one in of_group]
     shown = [name for name in IN_HISTOGRAM if any(name in one for one in every)]
     with styled():
-        made = _histograms(learned.spectra, shown)
+        made = _histograms(learned.spectra, shown, learned.said())
     return Drawn(
         f"Singular values of {learned.said()}",
         f"Number of singular values in bins of {BIN} (wider for very large values), of all layers"
@@ -183,7 +197,7 @@ def small_singular(source: Source, view: View) -> Drawn:
     with styled():
         made, axes = sheet([1.7, 1.7], legend=-(-len(groups) // 2), sharex=True)
         for (ax,), side in zip(axes, ("above", "below"), strict=True):
-            panel = made.panel(ax, f"{side} {THRESHOLD}", "matrix", "number of singular values")
+            panel = made.panel(ax, f"{side} {THRESHOLD}", "matrix", f"{NUMBER} of {learned.said()}")
             for n, (name, several) in enumerate(groups.items()):
                 for place, matrix in enumerate(shown):
                     counts = [
@@ -194,7 +208,7 @@ def small_singular(source: Source, view: View) -> Drawn:
                         at = place + (n - (len(groups) - 1) / 2) * width
                         height = statistics.fmean(counts)
                         panel.bars(matrix, name, [at], [height], look(n), width)
-            ax.set(title=f"{side} {THRESHOLD}", ylabel="number")
+            ax.set(title=f"{side} {THRESHOLD}", ylabel=f"number ({learned.said()})")
             ax.set_xticks(range(len(shown)), shown)
             ax.grid(visible=False, axis="x")
         made.legend([(name, {"color": look(n).colour, "lw": 5}) for n, name in enumerate(groups)])
@@ -219,26 +233,25 @@ def spectrum_heatmap(source: Source, view: View) -> Drawn:
     if not known:
         raise _nothing("spectrum-heatmap", view.what, source)
     (run,) = source.runs
+    label = f"log10 sigma of {view.what}"
+    steps = sorted({step for every in found.values() for step in every})
     with styled():
         made, axes = panels(list(found), 1.45, 0, sharex=True)
         for ax, (module, by_step) in zip(axes, found.items(), strict=True):
             panel = made.panel(ax, module, "steps", "index of the singular value")
-            steps = sorted({step for every in found.values() for step in every})
             indices = range(1, max(map(len, by_step.values())) + 1)
             cells = [
                 [logs[i - 1] if i <= len(logs := by_step.get(step, [])) else math.nan
                  for step in steps]
                 for i in indices
             ]  # fmt: skip
-            image = panel.cells(
-                "log10 sigma", run.name, steps, indices, cells, (min(known), max(known))
-            )
+            image = panel.cells(label, run.name, steps, indices, cells, (min(known), max(known)))
             some_ticks(ax, steps, indices)
             ax.set_title(short(module))
             ax.grid(False)
         made.figure.supylabel("index", fontsize=9)
-        label_lowest(axes, "steps")
-        made.figure.colorbar(image, ax=axes, label="log10 sigma", aspect=40, location="bottom")
+        label_lowest(axes, steps_label(steps))
+        made.figure.colorbar(image, ax=axes, label=label, aspect=40, location="bottom")
     return Drawn(
         f"Singular values of {view.what} over training: {run.name}",
         "log10 of the nth largest singular value (rows) at each analyzed step (columns, not to"

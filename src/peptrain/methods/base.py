@@ -59,6 +59,9 @@ class Method:
     first step."""
     merges: ClassVar[bool] = False
     """Whether `after_step` merges the factors and restarts one of them at zero."""
+    only_reports: ClassVar[bool] = False
+    """Whether `after_step` changes nothing, and returns metrics of the optimizer's step. Then it is
+    called after the last step of a phase too."""
 
     @property
     def needs_weights(self) -> str:
@@ -125,5 +128,6 @@ class Method:
         return base
 
     def after_step(self, model: nn.Module, optimizer: Optimizer, step: int, rng: Rng) -> Metrics:
-        """Called after every step but the last of a phase; `step` steps have been completed."""
+        """Called after every step but, unless `only_reports`, the last of a phase; `step` steps
+        have been completed."""
         return {}

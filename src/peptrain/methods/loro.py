@@ -54,6 +54,7 @@ class LORO(LowRank):
     purpose: ClassVar[str] = "smaller model, faster to train and to run"
     equation: ClassVar[str] = "W = B A, stepped on the manifold of rank-r matrices"
     keeps_function_with: ClassVar[Mapping[str, Any] | None] = {"around": "frozen"}
+    only_reports = True
     optim_defaults = replace(Method.optim_defaults, lr=1e-2, eps=1e-6, clip=0.0)
 
     around: Literal["none", "frozen"] = added("none", before="none")

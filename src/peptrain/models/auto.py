@@ -110,16 +110,44 @@ def new_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return made
 
 
+def new_classifier(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model with random weights and a head for `config.num_labels` classes or numbers.
+
+    Of an encoder and decoder, such as T5, it is the model that writes a text. Raises Unsupported
+    for a type that has no such class, and for values that do not fit together.
+    """
+    auto, mapping = _classifier(config)
+    kind = config.model_type
+    if type(config) not in mapping:
+        raise Unsupported(
+            f"model: no sequence classifier for {kind!r} in transformers; choose a decoder or"
+            " encoder such as Llama, Qwen2 or RoBERTa"
+        )
+    with of_strangers(f"model.config: can't build the model {kind!r}"):
+        return _from_config(auto, config, dtype)
+
+
+def _classifier(config: PretrainedConfig) -> tuple[Any, Any]:
+    import transformers as hf
+
+    if config.is_encoder_decoder:
+        return hf.AutoModelForSeq2SeqLM, hf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    return hf.AutoModelForSequenceClassification, hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+
 def _from_config(auto: Any, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     made: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     return made
 
 
 def load_model(
-    path: Path, dtype: torch.dtype | Literal["auto"] = "auto"
+    path: Path,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    classifier: PretrainedConfig | None = None,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """Load a causal LM from safetensors; return it with transformers' report on the weights.
 
+    classifier: the configuration of a `new_classifier`, to load the weights into that instead.
     Raises Unsupported for a directory whose model or weights would need code, and what
     `load_config` and transformers raise for one that can't be read.
     """
@@ -128,10 +156,10 @@ def load_model(
     _check_weights(path)
     if (generation := path / "generation_config.json").exists():
         read_json_object(generation)  # transformers does not say which file is damaged
-    load: Any = AutoModelForCausalLM.from_pretrained
-    model, report = load(
+    auto: Any = AutoModelForCausalLM if classifier is None else _classifier(classifier)[0]
+    model, report = auto.from_pretrained(
         path,
-        config=load_config(path),
+        config=classifier or load_config(path),
         dtype=dtype,
         trust_remote_code=False,
         use_safetensors=True,

@@ -100,6 +100,11 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     It is found by structure, not by a name such as `model.layers` or `transformer.h`. Lists inside
     a decoder layer (such as experts) don't count. Raises Unsupported if there is none.
     """
+    return max(_stacks(model), key=lambda named: len(named[1]))
+
+
+def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Return the name and every list of identical layers: of T5 those of encoder and decoder."""
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{o}.") for o, _ in lists)]
     uniform = [(n, m) for n, m in outer if len({type(layer) for layer in m}) == 1]
@@ -108,17 +113,19 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has no list of identical decoder layers, so there is nothing"
             " to adapt; peptrain works on decoder-only models such as Llama, Qwen2 and OLMo2"
         )
-    return max(uniform, key=lambda named: len(named[1]))
+    return uniform
 
 
 def find_sites(model: PreTrainedModel, fresh: bool = True) -> list[Site]:
     """Return every nn.Linear inside a decoder layer, or what replaced it, in the model's order.
 
-    Those with `LEFT_DENSE` are left out. `fresh` is that of each Site.
+    Of an encoder and decoder they are those in the layers of both. Those with `LEFT_DENSE` are left
+    out. `fresh` is that of each Site.
     """
-    stack, layers = decoder_layers(model)
+    both = getattr(model.config, "is_encoder_decoder", False)
+    stacks = _stacks(model) if both else [decoder_layers(model)]
     width = model.config.get_text_config().hidden_size
-    found = _matrices(stack, layers)
+    found = [matrix for stack in stacks for matrix in _matrices(*stack)]
     return [Site(name, parent, width, fresh) for name, parent in found]
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from peptrain.figures.catalogue import FIGURES
 from peptrain.figures.panel import COLUMNS
-from peptrain.figures.read import is_comparison, is_line, read
+from peptrain.figures.read import is_line, read
 from peptrain.figures.save import SUFFIXES, save
 from peptrain.figures.source import LABELS, Axis, View
 from peptrain.figures.style import imported
 from peptrain.files import no_links
+from peptrain.runs.directory import is_comparison
 from peptrain.settings.fields import check
 
 log = logging.getLogger("peptrain")

@@ -14,7 +14,7 @@ from peptrain.errors import ConfigError
 from peptrain.figures.catalogue import FIGURES
 from peptrain.figures.panel import Drawn
 from peptrain.figures.read import read
-from peptrain.figures.source import Axis, NotMeasured, Source, View
+from peptrain.figures.source import Axis, NotMeasured, Source, View, how_to_measure, listed
 from peptrain.figures.style import dark_css, imported, rendered
 from peptrain.files import write_atomically
 from peptrain.reporting.tables import (
@@ -142,6 +142,8 @@ def _settings(source: Source) -> Section:
     if len(source.runs) > 1:
         if len(differ.heads) > 1 and differ.rows:
             made.tables.append(differ)
+            if (whole := differing(source, whole=True)) != differ:
+                made.folded["What differs, with whole values"] = whole
         else:
             made.text = "The settings of the runs are the same."
     if source.runs:
@@ -171,9 +173,7 @@ def _dynamics(source: Source) -> Section:
     rows = [row for run in source.runs for row in (*run.of("dynamics"), *run.analysis)]
     found = {str(row.get("what")) for row in rows}
     if not found:
-        made.missing.append(
-            "not measured: train with --train.observe dynamics, or run `peptrain analyze RUN`"
-        )
+        made.missing.append(f"not measured: {how_to_measure(source)}")
         return made
     over_seeds = any(group[1:] for group in source.groups.values())
     for name, what in DYNAMICS:
@@ -185,7 +185,7 @@ def _dynamics(source: Source) -> Section:
         made.draw("layers", replace(source, runs=[run]), View())
     if left := [run.name for run in source.runs[MOST_HEAT_MAPS:]]:
         made.missing.append(
-            f"layer by layer: shown of the first {MOST_HEAT_MAPS} runs; of {', '.join(left)} with"
+            f"layer by layer: shown of the first {MOST_HEAT_MAPS} runs; of {listed(left)} with"
             " `peptrain plot RUN --figure layers`"
         )
     spectra = {str(row.get("what")) for run in source.runs for row in run.spectra}

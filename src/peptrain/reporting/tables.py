@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from peptrain.comparison.summary import Line
 from peptrain.comparison.table import COSTS, Comparison
 from peptrain.errors import CheckpointError
+from peptrain.figures.panel import shortened
 from peptrain.figures.source import Row, RunRows, Source, number
 from peptrain.text import one_line
 
 UNKNOWN = "–"
+WIDEST = 25
+"""Characters of a value among settings that differ, where it stays distinct."""
 METRICS = ("acc", "acc_norm", "perplexity", "byte_perplexity", "word_perplexity", "bits_per_byte")
 """Of tasks, as in eval.json."""
 
@@ -37,21 +40,30 @@ def shown(value: Any) -> str:
     return one_line(str(value).lower() if type(value) is bool else str(value))
 
 
-def differing(source: Source) -> Table:
+def differing(source: Source, *, whole: bool = False) -> Table:
     """Return the settings that are not the same in all runs.
 
     What there is more of, runs or settings, has the rows, as a page has more height than width.
+    whole: otherwise the middle of long values is left out.
     """
     keys = dict.fromkeys(key for run in source.runs for key in run.settings)
     values = {key: [run.settings.get(key) for run in source.runs] for key in keys}
     differ = {key: found for key, found in values.items() if any(v != found[0] for v in found)}
     names = [run.name for run in source.runs]
-    lines = [[one_line(key), *map(shown, found)] for key, found in differ.items()]
+    told = list if whole else _shortened
+    lines = [[one_line(key), *told(map(shown, found))] for key, found in differ.items()]
     if len(differ) > len(names):
         return Table(["setting", *names], lines)
     columns = zip(["run", *names], *lines, strict=True)
     heads, *rows = ([*column] for column in columns)
     return Table(heads, rows)
+
+
+def _shortened(values: Iterable[str]) -> list[str]:
+    """Return values without the middle of the long ones, unless two of them would look the same."""
+    given = list(values)
+    short = [shortened(value, WIDEST) for value in given]
+    return short if len(set(short)) == len(set(given)) else given
 
 
 def common(source: Source) -> Table:

@@ -15,6 +15,7 @@ from peptrain.config import RunConfig, load
 from peptrain.errors import CheckpointError, Unsupported
 from peptrain.methods.base import Method
 from peptrain.methods.targets import TargetedMethod
+from peptrain.models.classifier import build_classifier
 from peptrain.models.dense import dense_state, load_dense
 from peptrain.models.hf import build_model
 from peptrain.models.sites import (
@@ -37,9 +38,15 @@ if TYPE_CHECKING:
 
 def plain_model(config: RunConfig[Method]) -> PreTrainedModel:
     """Return the Hugging Face model, freshly initialised on the CPU, without any method."""
-    train = config.train
+    train, tune = config.train, config.tune
     assert train.precision is not None
     seed = Rng(train.seed).integer("model")
+    if tune.task:
+        assert tune.pad_token is not None
+        return build_classifier(
+            config.model, tune.classes, tune.pad_token,
+            seq_len=train.seq_len, seed=seed, precision=train.precision,
+        )  # fmt: skip
     return build_model(config.model, seq_len=train.seq_len, seed=seed, precision=train.precision)
 
 

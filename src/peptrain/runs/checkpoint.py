@@ -282,12 +282,12 @@ def step_of(path: Path) -> int:
 
 
 def at_step(directory: Path, step: int) -> Checkpoint:
-    """Return the checkpoint of a step. Raises CheckpointError if it is missing or damaged."""
+    """Return the checkpoint of a step. Raises DamagedCheckpoint if it is incomplete or changed."""
     path = _path(directory, step)
     try:
         return read(path)
     except _Damaged as damage:
-        raise CheckpointError(f"{path} is damaged ({damage}); choose another step") from None
+        raise DamagedCheckpoint(f"{path} is damaged ({damage}); choose another step") from None
 
 
 def latest(directory: Path) -> Checkpoint | None:
@@ -327,6 +327,10 @@ def _rules(path: Path, state: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
+
+
+class DamagedCheckpoint(CheckpointError):
+    """The checkpoint that was asked for is damaged. Others of the run may be whole."""
 
 
 class _Damaged(Exception):

@@ -37,6 +37,8 @@ CONTENTS = ("config.toml", "env.json", "metrics.jsonl", "eval.json", "model.json
 LAST = ("end", "diverged")
 """Events that end a run; a resumed run drops their rows."""
 LOCK = "lock"
+COMPARISON = "runs.json"
+"""What makes a directory one that `compare` has written."""
 NEW = ".config.toml.new"
 """Name of config.toml until the other first files of a run are written."""
 CHECKSUM = "crc32"
@@ -160,6 +162,7 @@ class RunDir:
         run = cls(path)
         if not path.exists():
             raise CheckpointError(f"{path}: not a run directory (there is no such directory)")
+        refuse_comparison(path)
         if not run.config_file.is_file():
             raise CheckpointError(f"{path}: not a run directory (config.toml is missing)")
         if (outside := leading_out(path, CONTENTS)) is not None:
@@ -266,6 +269,20 @@ class RunDir:
                 why = str(error).removeprefix(f"{name}: ")
                 log.warning("%s: damaged (%s); moved to %s", file, why, aside)
         write_atomically(file, json.dumps([*entries, entry], indent=1) + "\n")
+
+
+def is_comparison(path: Path) -> bool:
+    """Return whether a directory is one that `compare` has written."""
+    return (path / COMPARISON).is_file() and not RunDir(path).config_file.exists()
+
+
+def refuse_comparison(path: Path) -> None:
+    """Raise CheckpointError, saying where the runs are, for a directory of `compare`."""
+    if is_comparison(path):
+        raise CheckpointError(
+            f"{path}: is a comparison, not a run; give its runs, {quoted(path / 'runs')}/*, or one"
+            " of them"
+        )
 
 
 def _asides(file: Path) -> Iterator[Path]:

@@ -20,6 +20,7 @@ from peptrain.text import quoted
 log = logging.getLogger("peptrain")
 FIXED = ("precision", "seed", "batch_size", "seq_len")
 FIXED_OPTIM = ("kind", "momentum")
+FIXED_TUNE = ("task", "epochs", "rows", "labels", "pad_token")
 CHANGEABLE = ("method", "optim", "schedule", "train")
 """Sections with settings that are not in the identity."""
 RATES = ("method.", "optim.", "schedule.")
@@ -46,6 +47,8 @@ def identity_of(config: RunConfig[Method], data: str) -> dict[str, Any]:
         "optim": {key: getattr(config.optim, key) for key in FIXED_OPTIM},
         "train": train,
     }
+    if config.tune.task:
+        sections["tune"] = {key: getattr(config.tune, key) for key in FIXED_TUNE}
     return {**_flat(sections), "data": data}
 
 

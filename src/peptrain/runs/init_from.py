@@ -25,7 +25,7 @@ from peptrain.models.hf import ModelConfig, dtype_of, hf_config
 from peptrain.models.presets import DEFAULT_PRESET, PRESETS
 from peptrain.runs import checkpoint
 from peptrain.runs.build import open_run, plain_model, read_run, run_config
-from peptrain.runs.directory import RunDir
+from peptrain.runs.directory import RunDir, refuse_comparison
 from peptrain.runs.identity import check_continued
 from peptrain.runs.match_size import matched
 from peptrain.runs.select import at, find
@@ -130,7 +130,7 @@ def initial_weights(config: RunConfig[Method]) -> dict[str, Tensor] | None:
     path = config.init_from
     if path is None:
         return None
-    weights = _of_run(path) if _is_run(path) else _pretrained(path, config)
+    weights = _of_run(path) if is_run(path) else _pretrained(path, config)
     _check_shapes(weights, config)
     _check_function(config)
     return weights
@@ -151,7 +151,7 @@ def contents(path: Path) -> str:
 
     They cover the latest checkpoint of a run, or the files of a Hugging Face directory.
     """
-    if _is_run(path):
+    if is_run(path):
         directory, step = at(path)
         run = RunDir(directory)
         place = find(run, step)[0] if step is not None else run.checkpoints
@@ -169,7 +169,7 @@ def sha256(file: Path) -> str:
 
 
 def _model_of(path: Path) -> ModelConfig:
-    return run_config(RunDir.open(at(path)[0])).model if _is_run(path) else ModelConfig(config=path)
+    return run_config(RunDir.open(at(path)[0])).model if is_run(path) else ModelConfig(config=path)
 
 
 def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
@@ -182,8 +182,8 @@ def compare_tokenizers(config: RunConfig[Method], corpus: Corpus) -> None:
             _compare_vocabularies(config.model, corpus)
         return
     run = RunDir(at(path)[0])
-    file = (run.tokenizer if _is_run(path) else path) / "tokenizer.json"
-    if _is_run(path):
+    file = (run.tokenizer if is_run(path) else path) / "tokenizer.json"
+    if is_run(path):
         theirs, _ = load_run_tokenizer(run)
     elif file.is_file():
         theirs = load_tokenizer(file)
@@ -207,11 +207,16 @@ def _compare_vocabularies(model: ModelConfig, corpus: Corpus) -> None:
         )  # fmt: skip
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Return whether `init_from` names a run and not a Hugging Face model.
+
+    Raises ConfigError if it is neither.
+    """
     if RunDir(at(path)[0]).config_file.is_file():
         return True
     if (path / "config.json").is_file():
         return False
+    refuse_comparison(path)
     raise ConfigError(
         f"init_from: {path} is neither a run directory (no config.toml) nor a Hugging Face model"
         " (no config.json); give one of the two"

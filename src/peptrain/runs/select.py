@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peptrain.errors import CheckpointError, ConfigError
-from peptrain.runs.checkpoint import SUMS, available, name_of, step_of
+from peptrain.runs.checkpoint import SUMS, DamagedCheckpoint, available, name_of, step_of
 from peptrain.runs.directory import RunDir
 from peptrain.runs.ends import config_file, ends
 from peptrain.settings.fields import check
@@ -66,24 +66,37 @@ def _steps(place: Path) -> list[int]:
 
 
 @contextlib.contextmanager
-def may_vanish(path: Path, expected: bool = True) -> Iterator[None]:
+def may_vanish(
+    path: Path, expected: bool = True, damaged: list[str] | None = None
+) -> Iterator[None]:
     """Leave what reads RUN@STEP, with a warning, if the run's training deletes the checkpoint.
 
     expected: whether nobody asked for this step, as with `--step all`. Otherwise it is an error.
+    damaged: gets the error of a damaged checkpoint, which ends what reads it, and not its caller.
     """
     try:
         yield
-    except CheckpointError:
+    except CheckpointError as error:
         directory, step = at(path)
-        if not expected or step is None:
+        here = step is None or any(
+            step in _steps(place) for place in _places(RunDir(directory), step)
+        )
+        if here and damaged is not None and isinstance(error, DamagedCheckpoint):
+            damaged.append(str(error))
+        elif here or not expected:
             raise
-        if any(step in _steps(place) for place in _places(RunDir(directory), step)):
-            raise
-        log.warning("%s: deleted by the training meanwhile, skipped", path)
+        else:
+            log.warning("%s: deleted by the training meanwhile, skipped", path)
 
 
-def check_any(path: Path, done: Sequence[object]) -> None:
-    """Raise CheckpointError if nothing was done, as every checkpoint had vanished."""
+def check_done(path: Path, done: Sequence[object], damaged: Sequence[str]) -> None:
+    """Raise CheckpointError if checkpoints were damaged, or if nothing was done, as all vanished.
+
+    done, damaged: what was done with the others, and the errors of these.
+    """
+    if damaged:
+        rest = f"; the other {len(done)} are done" if done[1:] else "; the other is done"
+        raise CheckpointError("; ".join(damaged) + (rest if done else ""))
     if not done:
         raise CheckpointError(
             f"{path}: the training deleted every checkpoint before it was read; keep more of them"

@@ -27,13 +27,31 @@ if TYPE_CHECKING:
 SUMS = "SHA256SUMS"
 NAME = 66
 """Position of the file's name in a line of the checksums."""
-LEAST = ("tokenizer.json", "tokenizer_config.json")
+LEAST = ("tokenizer.json",)
 log = logging.getLogger("peptrain")
 
 
 def write_run_tokenizer(run: RunDir, corpus: Corpus) -> None:
     """Write the tokenizer of the corpus, and its checksums. Raises OSError if that fails."""
     _fill(run.tokenizer, corpus)
+
+
+def keep_tokenizer(directory: Path, run: RunDir) -> None:
+    """Copy the tokenizer in `directory` into a run that is fine-tuned, and write its checksums.
+
+    Unlike that of a corpus it keeps what its template adds to a text. Raises OSError if it fails.
+    """
+    _copy(directory, run.tokenizer)
+    write_atomically(run.tokenizer / SUMS, _sums(run.tokenizer, TOKENIZER_FILES))
+
+
+def check_run_tokenizer(run: RunDir) -> None:
+    """Raise CheckpointError if a file of a run's tokenizer is missing or damaged."""
+    if problem := _difference(run.tokenizer):
+        raise CheckpointError(
+            f"{problem}; copy it from the model that the run started from, which is init_from in"
+            f" {run.config_file}"
+        )
 
 
 def restore_run_tokenizer(run: RunDir, corpus: Corpus) -> None:
@@ -80,12 +98,21 @@ def load_run_tokenizer(run: RunDir) -> tuple[Tokenizer, int]:
     )
 
 
-def copy_run_tokenizer(run: RunDir, out: Path) -> None:
-    """Copy the files of a verified tokenizer to `out`, such that it encodes as in training."""
+def copy_run_tokenizer(run: RunDir, out: Path, *, plain: bool = True) -> None:
+    """Copy the files of a verified tokenizer to `out`, such that it encodes as in training.
+
+    plain: training on a corpus added no special tokens to a text.
+    """
+    _copy(run.tokenizer, out)
+    if plain:
+        encode_plainly(out)  # those of 0.1.0 may not
+
+
+def _copy(directory: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
-        if (run.tokenizer / name).is_file():
-            shutil.copyfile(run.tokenizer / name, out / name)
-    encode_plainly(out)  # those of 0.1.0 may not
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, out / name)
 
 
 def _fill(directory: Path, corpus: Corpus) -> None:

@@ -3,70 +3,149 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from peptrain.data.sources.base import imported
 from peptrain.data.sources.names import JSON_SUFFIXES, PARQUET_SUFFIX, TEXT_SUFFIXES, split_name
 from peptrain.data.sources.text import read_bytes, read_lines, unreadable
 from peptrain.errors import DataError
 from peptrain.rng import Rng
-from peptrain.tasks.table import Item, Row, Task
+from peptrain.tasks.table import Item, NoAnswer, Row, Task
+from peptrain.text import one_line
+
+log = logging.getLogger("peptrain")
 
 SUFFIXES = (*JSON_SUFFIXES, PARQUET_SUFFIX, *TEXT_SUFFIXES)
+NAMED = 5
+"""Files of a folder that a message names."""
 MOST = 1_000_000
 """Rows of a data set. The largest here has 67,000."""
 HEADING = re.compile(r"^ = [^=\n](?:.*[^=\n])? = ?$", re.MULTILINE)
 """The title of a page in the raw text of WikiText. Sections have two or more signs."""
 
 
-def read_rows(task: Task, directory: Path | None) -> list[Row]:
+class Stored(Protocol):
+    """A data set with local copies."""
+
+    @property
+    def name(self) -> str:
+        """Return the name of the task, for messages."""
+
+    @property
+    def folder(self) -> str:
+        """Return the folder below the directory of all, an absolute one for files of one's own."""
+
+    def copy_of(self, split: str) -> str:
+        """Return in words what the file of a split is a copy of."""
+
+
+class Rows(list[Row]):
+    """The rows of one or several files."""
+
+    def __init__(self, located: Iterable[tuple[str, Row]]) -> None:
+        super().__init__()
+        self._places: list[str] = []
+        for place, row in located:
+            self.append(row)
+            self._places.append(place)
+
+    def place(self, number: int) -> str:
+        """Return file and line of the row with a number."""
+        return self._places[number]
+
+
+def read_rows(task: Task, directory: Path | None) -> Rows:
     """Return the rows of a task's data.
 
     Raises DataError if there is no such file, saying where to get it, or if it can't be read.
     """
-    rows: list[Row] = []
-    for file in data_files(task, directory):
-        for row in _rows(file):
-            rows.append(row)
-            if len(rows) > MOST:
+    return Rows(located_rows(task, directory, task.splits))
+
+
+def located_rows(
+    data: Stored, directory: Path | None, splits: Sequence[str]
+) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of the first split that is there, each with its place, FILE:LINE.
+
+    Raises DataError as `read_rows` does.
+    """
+    read = 0
+    for file in data_files(data, directory, splits):
+        for where, row in _rows(file):
+            yield where, row
+            read += 1
+            if read > MOST:
                 raise DataError(f"{file}: more than {MOST:,} rows; give a file of the data set")
-    return rows
 
 
-def data_files(task: Task, directory: Path | None) -> list[Path]:
-    """Return the files of a task: of its first split that is there, in several parts or one."""
-    wanted = f"{task.folder}/{task.splits[0]}.jsonl"
-    if directory is None:
+def data_files(data: Stored, directory: Path | None, splits: Sequence[str]) -> list[Path]:
+    """Return the files of the first split that is there, in several parts or one.
+
+    A split may be the name of a file too, with its suffix.
+    """
+    own = Path(data.folder).is_absolute()
+    wanted = f"{data.folder}/{splits[0]}.jsonl"
+    if directory is None and not own:
         raise DataError(
-            f"--tasks-data: must be given for {task.name} (got None); it is the directory of"
-            f" {wanted}, a copy of the Hugging Face data set {task.source}"
+            f"--tasks-data: must be given for {data.name} (got None); it is the directory of"
+            f" {wanted}, a copy of {data.copy_of(splits[0])}"
         )
-    folder = directory / task.folder
+    folder, there = (directory or Path()) / data.folder, ""
     if folder.is_dir():
         names = sorted(p for p in folder.iterdir() if split_name(p)[0] in SUFFIXES)
-        for split in task.splits:
+        for split in splits:
+            if (exact := folder / split).is_file() and split_name(exact)[0] in SUFFIXES:
+                return [exact]
             if found := [p for p in names if re.match(rf"{re.escape(split)}[-.]", p.name)]:
-                return found
+                return _of_one_kind(found)
+        others = sorted(one_line(p.name) for p in folder.iterdir())
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        there = f"; the folder has {', '.join(others[:NAMED])}{more}" if others else ""
+    if own:
+        raise DataError(
+            f"{data.name}: {folder / splits[0]} is missing{there}; names of files in a task's TOML"
+            f" are relative to it and end in {', '.join(SUFFIXES)} or these and .gz, .xz"
+        )
     raise DataError(
-        f"--tasks-data: {directory / wanted} (or .jsonl.xz, .parquet) is missing, for"
-        f" {task.name}; save the split {task.splits[0]} of the Hugging Face data set"
-        f" {task.source} there"
+        f"--tasks-data: {folder / splits[0]}.jsonl (or .jsonl.gz, .jsonl.xz, .parquet) is missing,"
+        f" for {data.name}{there}; save {data.copy_of(splits[0])} there"
     )
 
 
-def _rows(file: Path) -> Iterator[Row]:
-    suffix = split_name(file)[0]
+def _of_one_kind(files: list[Path]) -> list[Path]:
+    """Return the files. Raise DataError if they are copies of each other in several formats."""
+    for file in files[1:]:
+        if split_name(file) != split_name(files[0]):
+            raise DataError(
+                f"--tasks-data: {files[0]} and {file.name} are both there, and their rows would"
+                " count twice; delete one of them"
+            )
+    return files
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a file, each with its place."""
+    suffix, packer = split_name(file)
+    if suffix == PARQUET_SUFFIX and packer:
+        raise DataError(f"{file}: Parquet within {packer} can't be read; unpack the file")
     if suffix == PARQUET_SUFFIX:
-        yield from _of_parquet(file)
+        yield from ((f"{file}: row {n}", row) for n, row in enumerate(_of_parquet(file), 1))
     elif suffix in TEXT_SUFFIXES:
-        yield from ({"page": page} for page in pages(_text(file)))
+        text = _text(file)
+        if text and HEADING.search(text) is None:
+            log.warning("%s: no line is the title of a page, such as ' = Title = ', so the whole"
+                        " file counts as one page; give the raw text of WikiText, with its titles",
+                        file)  # fmt: skip
+        found = enumerate(pages(text), 1)
+        yield from ((f"{file}: page {n}", {"page": page}) for n, page in found)
     else:
         for number, line in enumerate(read_lines(file), 1):
             if line.strip():
-                yield _object(line, f"{file}:{number}")
+                yield (where := f"{file}:{number}"), _object(line, where)
 
 
 def _text(file: Path) -> str:
@@ -105,18 +184,23 @@ def _of_parquet(file: Path) -> Iterator[Row]:
         raise unreadable(file, error) from error
 
 
-def items_of(task: Task, rows: Iterable[Row]) -> list[Item]:
-    """Return the items of a task. Raises DataError, naming the row, for one that lacks a column."""
+def items_of(
+    task: Task, rows: Iterable[Row], place: Callable[[int], str] = "row {}".format
+) -> list[Item]:
+    """Return the items of a task. place: how to name the row of a number.
+
+    Raises DataError, naming the row, for one that lacks a column, or whose answer is no choice.
+    """
     items = []
     for number, row in enumerate(rows):
         try:
             items.append(_checked(task.item(row)))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             what = f"no column {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(
-                f"{task.name}: row {number}: {what}; it must have {task.columns}, as in the Hugging"
-                f" Face data set {task.source}"
-            ) from error
+            repair = f"it must have {task.columns}, as in the Hugging Face data set {task.source}"
+            if isinstance(error, NoAnswer):
+                repair = f"take {task.copy_of(task.splits[0])}, which has the answers"
+            raise DataError(f"{task.name}: {place(number)}: {what}; {repair}") from error
     if not items:
         raise DataError(f"{task.name}: the data have no rows; fetch {task.source} again")
     return items
@@ -143,7 +227,7 @@ def first(items: list[Item], limit: int | None) -> list[tuple[int, Item]]:
     return kept
 
 
-def subsample(items: list[Any], count: int) -> list[tuple[int, Any]]:
+def subsample(items: Sequence[Any], count: int) -> list[tuple[int, Any]]:
     """Return `count` items with their numbers: a fixed random choice, the same for all runs."""
     draw = Rng(0)
     order = sorted(range(len(items)), key=lambda number: draw.integer("item", number))

@@ -46,7 +46,10 @@ def read_tasks(
     """
     check_whole("--limit", limit, 1)
     every = [(task, read_rows(task, data)) for task in tasks]
-    return [Questions(task, rows, first(items_of(task, rows), limit)) for task, rows in every]
+    return [
+        Questions(task, rows, first(items_of(task, rows, rows.place), limit))
+        for task, rows in every
+    ]
 
 
 def evaluate_tasks(

@@ -13,6 +13,7 @@ from peptrain.analysis.source import is_run, pretrained
 from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import CheckpointError, DataError, PeptrainError
+from peptrain.eval.run import refuse_tuned
 from peptrain.exporting.factorised import RECIPE, load_factorised
 from peptrain.models.hf import Precision, vocabulary_size
 from peptrain.runs.build import Opened, open_run
@@ -82,6 +83,7 @@ def open_subject(path: Path) -> Subject:
     """
     if is_run(path):
         opened = open_run(path)
+        refuse_tuned(opened.config, path)
         train, tokenizer = opened.config.train, load_run_tokenizer(opened.run)
         assert train.precision is not None
         encoder = encoder_of_run(opened.run.tokenizer, *tokenizer)

@@ -7,7 +7,7 @@ A new task is one function and one entry of `TASKS`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,11 +56,36 @@ class Task:
     """File of the task in the harness; of kind text its class."""
     chance: float | None = None
     """Accuracy of guessing, where all items have as many choices."""
+    parts: int = 1
+    """Configurations of the data set, whose splits of the last name in `splits` are joined."""
+
+    def copy_of(self, split: str) -> str:
+        """Return in words what the file of a split is a copy of."""
+        of = f"the Hugging Face data set {self.source}"
+        if self.parts > 1:
+            return f"the split {self.splits[-1]} of the {self.parts} configurations of {of}, joined"
+        return f"the split {split} of {of}"
+
+
+class NoAnswer(ValueError):
+    """The answer in a row is none of its choices."""
+
+
+def _answer(row: Row, key: str, names: Sequence[str]) -> int:
+    """Return the place of a row's answer among the names of its choices."""
+    value = row[key]
+    whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
+    name = str(int(value) if whole else value).strip()
+    if name not in names:
+        raise NoAnswer(f"{key}: must be one of {', '.join(names)} (got {shown(value)})")
+    return names.index(name)
+
+
+def _numbers(choices: Sequence[str]) -> list[str]:
+    return [str(number) for number in range(len(choices))]
 
 
 def _choices(context: str, choices: list[str], gold: int) -> Item:
-    if not 0 <= gold < len(choices):
-        raise ValueError(f"the answer is choice {gold} of {len(choices)}")
     requests = tuple((context, f" {choice}") for choice in choices)
     return Item(requests, gold, tuple(map(len, choices)))
 
@@ -81,7 +106,7 @@ def _hellaswag(row: Row) -> Item:
     last = row["ctx_b"]
     begun = f"{row['activity_label']}: {row['ctx_a']} {last.capitalize()}"
     endings = [_without_marks(ending) for ending in row["endings"]]
-    return _choices(_without_marks(begun), endings, int(row["label"]))
+    return _choices(_without_marks(begun), endings, _answer(row, "label", _numbers(endings)))
 
 
 def _without_marks(text: str) -> str:
@@ -91,7 +116,8 @@ def _without_marks(text: str) -> str:
 
 
 def _piqa(row: Row) -> Item:
-    return _choices(_asked(row["goal"]), [row["sol1"], row["sol2"]], int(row["label"]))
+    solutions = [row["sol1"], row["sol2"]]
+    return _choices(_asked(row["goal"]), solutions, _answer(row, "label", _numbers(solutions)))
 
 
 def _asked(question: str, before: str = "") -> str:
@@ -99,16 +125,18 @@ def _asked(question: str, before: str = "") -> str:
 
 
 def _arc(row: Row) -> Item:
-    return _labelled(_asked(row["question"]), row, row["answerKey"])
+    return _labelled(_asked(row["question"]), row)
 
 
 def _openbookqa(row: Row) -> Item:
-    return _labelled(row["question_stem"], row, row["answerKey"].lstrip())
+    return _labelled(row["question_stem"], row)
 
 
-def _labelled(context: str, row: Row, answer: str) -> Item:
+def _labelled(context: str, row: Row) -> Item:
     choices = row["choices"]
-    return _choices(context, list(choices["text"]), list(choices["label"]).index(answer))
+    return _choices(
+        context, list(choices["text"]), _answer(row, "answerKey", [*map(str, choices["label"])])
+    )
 
 
 def _sciq(row: Row) -> Item:
@@ -123,12 +151,13 @@ def _winogrande(row: Row) -> Item:
         raise ValueError("the sentence has no _")
     begun = [before + row[name] for name in ("option1", "option2")]
     end = f" {after.strip()}"
-    return Item(tuple((one, end) for one in begun), ("1", "2").index(row["answer"]))
+    return Item(tuple((one, end) for one in begun), _answer(row, "answer", ("1", "2")))
 
 
 def _boolq(row: Row) -> Item:
     asked = _asked(f"{row['question']}?", f"{row['passage']}\n")
-    return _choices(asked, ["no", "yes"], int(row["label"] if "label" in row else row["answer"]))
+    key = "label" if "label" in row else "answer"
+    return _choices(asked, ["no", "yes"], _answer(row, key, ("0", "1")))
 
 
 def _lambada(row: Row) -> Item:
@@ -181,8 +210,8 @@ def detokenized(page: str) -> str:
 TASKS = {
     task.name: task
     for task in (
-        Task("blimp", "choice", _blimp, "blimp", ("all", "train"), "nyu-mll/blimp, 67 parts",
-             "sentence_good, sentence_bad, linguistics_term, UID", chance=0.5),
+        Task("blimp", "choice", _blimp, "blimp", ("all", "train"), "nyu-mll/blimp",
+             "sentence_good, sentence_bad, linguistics_term, UID", chance=0.5, parts=67),
         Task("lambada_openai", "word", _lambada, "lambada_openai", ("test",),
              "EleutherAI/lambada_openai", "text", stock="lambada/lambada_openai.yaml"),
         Task("hellaswag", "choice", _hellaswag, "hellaswag", ("validation",), "Rowan/hellaswag",

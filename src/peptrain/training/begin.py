@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from peptrain.config import RunConfig, dump
-from peptrain.data import Corpus
 from peptrain.distributed.world import World
-from peptrain.errors import CheckpointError
+from peptrain.errors import CheckpointError, ConfigError
 from peptrain.loggers import chosen
 from peptrain.loggers.sending import Loggers, sending
 from peptrain.methods.base import Method
@@ -23,18 +23,21 @@ from peptrain.models.hf import config_file
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.runs import checkpoint
 from peptrain.runs.build import checked_config, run_config
-from peptrain.runs.directory import RunDir, first_free
+from peptrain.runs.directory import LOCK, RunDir, first_free
 from peptrain.runs.ends import config_file as config_file_at
 from peptrain.runs.ends import lengthen
 from peptrain.runs.identity import check_settings, other_settings
-from peptrain.runs.init_from import branching_point, compare_tokenizers
+from peptrain.runs.init_from import branching_point
 from peptrain.runs.select import at
-from peptrain.runs.tokenizer import write_run_tokenizer
 from peptrain.text import quoted
 from peptrain.training.metrics import MetricsLog
+from peptrain.training.objective import Objective
 from peptrain.training.state import TrainState
 
 log = logging.getLogger("peptrain")
+APPEARS = 60.0
+"""Seconds in which a file that one machine wrote appears on another one: NFS keeps what it knows of
+a directory for up to 60."""
 
 
 def to_resume(path: Path) -> RunDir:
@@ -54,26 +57,74 @@ def make_longer(run: RunDir, steps: int | None, schedule: ScheduleConfig | None)
     Raises CheckpointError for an edited one, before anything is moved, and what `lengthen` raises.
     """
     if steps is not None or schedule is not None:
-        checked_config(run.path)
+        _, config, _ = checked_config(run.path)
+        if config.tune.task:
+            raise ConfigError(
+                f"train.steps: follows from tune.epochs in {run.path}, which is a fine-tuning;"
+                " start a new one with more epochs"
+            )
     lengthen(run, steps, schedule)
 
 
 def first_checkpoint(
-    config: RunConfig[Method], run: RunDir | None, identity: Mapping[str, Any]
+    config: RunConfig[Method], run: RunDir | None, identity: Mapping[str, Any], here: World
 ) -> checkpoint.Checkpoint | None:
     """Return the checkpoint to continue from: the run's latest, or that of another run, if any."""
     if run is None:
-        return None if config.continue_from is None else branching_point(config, identity)
-    saved = checkpoint.latest(run.checkpoints)
+        if config.continue_from is None:
+            return None
+        return here.on_all(lambda: branching_point(config, identity))
+    saved = latest(run, here)
     if saved is not None:
-        then = run_config(run, config_file_at(run, saved.step))
-        check_settings(saved, then, run.path, identity)
+        here.on_all(lambda: _check_settings(saved, run, identity))
     return saved
+
+
+def _check_settings(saved: checkpoint.Checkpoint, run: RunDir, identity: Mapping[str, Any]) -> None:
+    then = run_config(run, config_file_at(run, saved.step))
+    check_settings(saved, then, run.path, identity)
+
+
+def latest(run: RunDir, here: World) -> checkpoint.Checkpoint | None:
+    """Return the latest complete checkpoint that rank 0 sees, on every rank, None without one.
+
+    Raises CheckpointError, on every rank, if one of them can't read it.
+    """
+    found: list[checkpoint.Checkpoint | None] = []
+    here.on_main(lambda: found.append(checkpoint.latest(run.checkpoints)))
+    step = here.agree(found[0].step if found and found[0] else None)
+    if step is None:
+        return None
+    return here.on_all(lambda: found[0] if found else checkpoint.at_step(run.checkpoints, step))
+
+
+def check_shared(run: RunDir, here: World) -> None:
+    """Raise CheckpointError, on every rank, unless all see the directory that rank 0 has locked."""
+    if here.size == 1:
+        return
+    file = run.path / LOCK
+
+    def seen() -> str | None:
+        return file.read_text("utf-8", errors="replace") if file.is_file() else None
+
+    locked = here.agree(seen())
+
+    def check() -> None:
+        deadline = time.monotonic() + APPEARS
+        while seen() != locked:
+            if time.monotonic() >= deadline:
+                raise CheckpointError(
+                    f"{run.path}: not the directory that rank 0 trains in, whose lock is not there;"
+                    " put the run on a file system that all machines share, under the same path"
+                )
+            time.sleep(0.1)
+
+    here.on_all(check)
 
 
 def create_run(
     config: RunConfig[Method],
-    corpus: Corpus,
+    objective: Objective,
     here: World,
     held: contextlib.ExitStack,
     saved: checkpoint.Checkpoint | None,
@@ -85,14 +136,13 @@ def create_run(
     if not config.method.has_dense_equivalent:
         log.warning("%s has no dense equivalent: eval runs the model itself, and `peptrain export`"
                     " needs --form factorised", config.method.name)  # fmt: skip
-    compare_tokenizers(config, corpus)
     path = config.run
 
     def make() -> None:
         nonlocal path
         path = path or first_free(Path("runs"), config.method.name)
         text = dump(config)
-        fill = partial(_first_files, config=config, corpus=corpus, saved=saved)
+        fill = partial(_first_files, config=config, objective=objective, saved=saved)
         held.enter_context(RunDir.create(path, text, fill))
 
     here.on_main(make)
@@ -104,11 +154,11 @@ def create_run(
 def _first_files(
     run: RunDir,
     config: RunConfig[Method],
-    corpus: Corpus,
+    objective: Objective,
     saved: checkpoint.Checkpoint | None,
 ) -> None:
     """Write what else resume, eval and export need besides their checkpoints and the corpus."""
-    write_run_tokenizer(run, corpus)
+    objective.write_tokenizer(run)
     if saved is not None:
         own = replace(saved, settings=other_settings(config), rows=0)
         checkpoint.save(run.checkpoints, own, checkpoint.Keep(1))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,57 +15,64 @@ import torch
 from torch import Tensor
 
 from peptrain.config import RunConfig, resolved
-from peptrain.data import Corpus, configured_corpus
 from peptrain.distributed.world import World, world
 from peptrain.errors import Diverged, Interrupted
 from peptrain.estimation.phases import flops_per_token
-from peptrain.eval.perplexity import Evaluation, held_out_loss
+from peptrain.eval.perplexity import Evaluation
 from peptrain.loggers import chosen
 from peptrain.methods.base import Method, Metrics
 from peptrain.models.hf import count_non_embedding, count_parameters
-from peptrain.models.probe import check_causal
 from peptrain.optim.adamw import clip_gradients, learning_rates, set_lr, state_bytes
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.rng import Rng, seed_default
-from peptrain.runs import checkpoint
 from peptrain.runs.build import run_config
 from peptrain.runs.directory import RunDir
 from peptrain.runs.environment import record_environment
 from peptrain.runs.identity import identity_of
 from peptrain.runs.init_from import with_inherited_model
-from peptrain.runs.tokenizer import restore_run_tokenizer
 from peptrain.training.begin import (
+    check_shared,
     checkpoint_row,
     create_run,
     first_checkpoint,
     how_to_resume,
+    latest,
     loggers_of,
     make_longer,
     take_back_later,
     to_resume,
 )
+from peptrain.training.go_on import begun, goes_on
 from peptrain.training.instruments import Instrument, instrument
 from peptrain.training.metrics import MetricsLog, Observer, silent
+from peptrain.training.objective import Objective, objective_of
 from peptrain.training.result import Result
-from peptrain.training.signals import BY_SYSTEM, BY_USER, Stop, stop_on_signals
+from peptrain.training.signals import Agreement, stop_on_signals
 from peptrain.training.state import (
     TrainState,
-    check_corpus,
     check_ranks,
-    check_vocabulary,
     diverged,
+    keep_of,
     restore,
     save,
 )
-from peptrain.training.tasks import TasksInTraining
+from peptrain.tuning.settle import with_task
 
 log = logging.getLogger("peptrain")
 
 
-def train(config: RunConfig[Any], observe: Observer = silent, *, show: bool = False) -> Result:
+def train(
+    config: RunConfig[Any],
+    observe: Observer = silent,
+    *,
+    go_on: bool = False,
+    show: bool = False,
+) -> Result:
     """Train the model described by `config` to the last step, in a new run directory.
 
-    observe: called with every row of metrics. show: print the progress that the command prints.
+    observe: called with every row of metrics. go_on: resume the run in that directory if it has
+    begun with the same settings. After a restart by `torchrun` it is always resumed. show: print
+    the progress that the command prints.
 
     Raises ConfigError, DataError or Unsupported before anything is written. Two cases of
     Unsupported appear only during training: a CUDA graph that cannot be captured, and metrics of
@@ -72,15 +80,18 @@ def train(config: RunConfig[Any], observe: Observer = silent, *, show: bool = Fa
     disk is full, Diverged when the loss is not finite, Interrupted after a
     signal (`stop_on_signals`).
     """
+    go_on = goes_on(config, go_on)
     with (
         _observing(observe, show) as observe,
-        world(config.train.device) as here,
+        world(config.train.device, config.train.timeout) as here,
         contextlib.ExitStack() as held,
     ):
-        config = resolved(
-            with_inherited_model(config), world_size=here.size, on_gpu=here.device.type == "cuda"
-        )
-        return _train(config, None, here, observe, held)
+        wanted = with_task(with_inherited_model(config))
+        wanted = replace(wanted, continue_from=here.agree(wanted.continue_from))
+        wanted = resolved(wanted, world_size=here.size, on_gpu=here.device.type == "cuda")
+        if go_on and (run := begun(config, wanted, here)) is not None:
+            return _resumed(run, here, observe, held)
+        return _train(wanted, None, here, observe, held)
 
 
 def resume(
@@ -99,14 +110,26 @@ def resume(
     while another process trains the run, and otherwise what `train` raises.
     """
     run = to_resume(path)
+    now = run_config(run).train
     with (
         _observing(observe, show) as observe,
-        world(run_config(run).train.device) as here,
+        world(now.device, now.timeout) as here,
         contextlib.ExitStack() as held,
     ):
-        here.on_main(lambda: held.enter_context(run.lock()))
-        here.on_main(lambda: make_longer(run, steps, schedule))
-        return _train(run_config(run), run, here, observe, held)
+        return _resumed(run, here, observe, held, steps, schedule)
+
+
+def _resumed(
+    run: RunDir,
+    here: World,
+    observe: Observer,
+    held: contextlib.ExitStack,
+    steps: int | None = None,
+    schedule: ScheduleConfig | None = None,
+) -> Result:
+    here.on_main(lambda: held.enter_context(run.lock()))
+    here.on_main(lambda: make_longer(run, steps, schedule))
+    return _train(here.on_all(lambda: run_config(run)), run, here, observe, held)
 
 
 def _observing(observe: Observer, show: bool) -> contextlib.AbstractContextManager[Observer]:
@@ -128,61 +151,52 @@ def _train(
     stop = held.enter_context(stop_on_signals())
     stop.at_once = "stopped before the first step" + (f"; {how_to_resume(run)}" if run else "")
     here.on_main(lambda: chosen(config.train.log_to))
-    again = run is not None  # a resume verifies the shards again
-    corpus, tasks = here.on_all(lambda: _read(config, here, verify_again=again))
-    identity = identity_of(config, corpus.fingerprint)
-    check_ranks(config, {**identity, **tasks.data}, here)
-    saved = first_checkpoint(config, run, identity)
+    objective, again = here.on_all(lambda: objective_of(config, run, here)), run is not None
+    identity = identity_of(config, objective.fingerprint)
+    check_ranks(config, {**identity, **objective.data}, here)
+    saved = first_checkpoint(config, run, identity, here)
     state = restore(config, saved, here)
-    check_vocabulary(state.model, corpus)
-    if config.model.config is not None:
-        check_causal(state.model)
+    objective.check(state.model)
     if run is None:
-        run = create_run(config, corpus, here, held, saved)
-    elif here.main:
-        restore_run_tokenizer(run, corpus)
+        run = create_run(config, objective, here, held, saved)
+    check_shared(run, here)
+    if again and here.main:
+        objective.restore_tokenizer(run)
+    state.keep = keep_of(config, run, objective.best_by)
     if here.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    metrics_log = MetricsLog(run, here, observe, config.train.batch_size * config.train.seq_len)
+    metrics_log = MetricsLog(run, here, observe, objective.tokens_per_step)
     tool = instrument(config.train, run, here)
     if here.main:
         metrics_log.loggers = held.enter_context(loggers_of(config, run, state.step))
         take_back_later(config, run, state, metrics_log)
-        record_environment(run, here, corpus.fingerprint)
-        observe(_start(config, run, state, corpus))
+        record_environment(run, here, objective.fingerprint)
+        observe(_start(config, run, state, objective))
     _announce(state, metrics_log)
     try:
-        stop.at_once = None
+        stop.at_once, agreement = None, Agreement(stop, here)
         if saved is None and config.train.keeps(0):
             _save(state, run, here, identity, metrics_log)
         del saved
-        _loop(config, state, corpus, run, metrics_log, stop, identity, tool, tasks)
+        _loop(config, state, objective, run, metrics_log, agreement, identity, tool)
         while state.step < config.train.steps:
             del state  # so that the moments of both phases are never in memory at once
-            state = restore(config, checkpoint.latest(run.checkpoints), here)
+            state = restore(config, latest(run, here), here)
+            state.keep = keep_of(config, run, objective.best_by)
             _announce(state, metrics_log)
             metrics_log.pause()
-            _loop(config, state, corpus, run, metrics_log, stop, identity, tool, tasks)
+            _loop(config, state, objective, run, metrics_log, agreement, identity, tool)
         stop.at_once = f"stopped before the end of the last evaluation; {how_to_resume(run)}"
-        held_out = _evaluate(config, state, corpus, run, metrics_log, limit=0)
-        judged = tasks.measure(state.model)
+        held_out, judged = _evaluate(state, objective, run, metrics_log, limit=0)
     except Diverged as error:
         metrics_log.write("diverged", step=state.step, error=str(error))
         raise
     result = _result(run, state, held_out, metrics_log)
     counts = _counts(config, state, here) if here.main else {}
     stop.at_once = None
+    counts |= objective.last([*run.metrics(), {"step": state.step, **judged}])
     metrics_log.end(state.step, held_out, **counts, **judged, state_bytes=result.state_bytes)
     return result
-
-
-def _read(
-    config: RunConfig[Method], here: World, *, verify_again: bool
-) -> tuple[Corpus, TasksInTraining]:
-    """Open the corpus and the data of tasks. Raises DataError for what is missing or damaged."""
-    corpus = configured_corpus(config.data.path, verify_again=verify_again)
-    check_corpus(corpus, config)
-    return corpus, TasksInTraining(config, corpus, here)
 
 
 def _save(
@@ -204,35 +218,40 @@ def _announce(state: TrainState, metrics_log: MetricsLog) -> None:
 def _loop(
     config: RunConfig[Method],
     state: TrainState,
-    corpus: Corpus,
+    objective: Objective,
     run: RunDir,
     metrics_log: MetricsLog,
-    stop: Stop,
+    agreement: Agreement,
     identity: Mapping[str, Any],
     tool: Instrument,
-    tasks: TasksInTraining,
 ) -> None:
     """Train to the end of the current phase and save a checkpoint there."""
     t, here, optimizer = config.train, metrics_log.world, state.optimizer
     tool.due(state.model, state.step)
+    slow_until = state.step + 2  # the wait in a step is for the one before, which may compile
     while state.step < state.end:
-        loss, norm, metrics = advance(state, config, corpus, here)
+        limit = here.slow if state.step < slow_until else float(t.timeout)
+        with here.within(limit):
+            loss, norm, metrics = advance(state, config, objective.batch(state.step), here)
+            stopping = agreement.code()
         metrics_log.add(state.step, learning_rates(optimizer), loss, norm, metrics)
 
-        stopping = _agreed(stop, here, state.step % t.log_every == 0)
         due = _due(t.checkpoint_every, state.step) or t.keeps(state.step)
-        saving = state.step == state.end or stopping or due
         evaluating = state.step < t.steps and _due(t.eval_every, state.step)
+        due = due or (evaluating and bool(objective.best_by))
+        saving = state.step == state.end or stopping or due
         observing = tool.due(state.model, state.step)
         if saving or evaluating or observing or state.step % t.log_every == 0:
-            _flush(metrics_log, run)
+            with here.within(limit):
+                _flush(metrics_log, run)
         if observing:
             measure = partial(tool.measure, state.model, state.step)
             metrics_log.observation(t.observe, state.step, measure)
+            here.agree(None)  # what rank 0 alone measures may take longer than a step
         if evaluating:
             assert t.eval_tokens is not None
-            held_out = _evaluate(config, state, corpus, run, metrics_log, limit=t.eval_tokens)
-            metrics_log.evaluation(state.step, held_out, tasks.measure(state.model))
+            found = _evaluate(state, objective, run, metrics_log, limit=t.eval_tokens)
+            metrics_log.evaluation(state.step, *found)
         if saving:
             _save(state, run, here, identity, metrics_log)
         if saving or evaluating or observing:
@@ -243,60 +262,33 @@ def _loop(
 
 
 def advance(
-    state: TrainState, config: RunConfig[Method], corpus: Corpus, here: World
+    state: TrainState, config: RunConfig[Method], parts: Sequence[Any], here: World
 ) -> tuple[Tensor, Tensor | None, Metrics]:
     """Run one optimizer step and, unless the phase ends with it, the method's `after_step`.
 
-    Returns the mean loss before the step, the gradient norm (None where neither clipping nor a row
-    of metrics needs it) and the method's metrics.
+    One that only reports is called at the end of a phase too.
+
+    parts: this process's micro-batches of the step. Returns the mean loss before the step, the
+    gradient norm (None where neither clipping nor a row of metrics needs it) and the method's
+    metrics.
     """
     t, rng = config.train, Rng(config.train.seed)
     model, optimizer = state.model, state.optimizer
     set_lr(optimizer, state.schedule(state.step))
     seed_default(rng.integer(f"rank {here.rank}", state.step, "dropout"), here.device)
-    loss = _accumulate(state, corpus, config, here)
+    loss = state.forward_backward(parts)
     wanted = config.optim.clip or _due(t.log_every, state.step + 1)
     norm = clip_gradients(model, config.optim.clip) if wanted else None
     optimizer.step()
     optimizer.zero_grad()
     state.step += 1
-    if state.step == state.end:
+    if state.step == state.end and not config.method.only_reports:
         return loss, norm, {}
     return loss, norm, config.method.after_step(model, optimizer, state.step, rng)
 
 
 def _due(every: int | None, step: int) -> bool:
     return bool(every) and step % (every or 1) == 0
-
-
-def _accumulate(
-    state: TrainState, corpus: Corpus, config: RunConfig[Method], here: World
-) -> Tensor:
-    """Compute the gradients of this process's share of the batch; return the mean loss."""
-    t = config.train
-    assert t.micro_batch is not None
-    windows = corpus.batch(
-        seed=t.seed,
-        step=state.step,
-        rank=here.rank,
-        world=here.size,
-        batch_size=t.batch_size,
-        seq_len=t.seq_len,
-    ).to(here.device, non_blocking=True)
-    return state.forward_backward(torch.split(windows, t.micro_batch))
-
-
-def _agreed(stop: Stop, here: World, at_boundary: bool) -> int:
-    """Return the exit code to stop with, or 0 to continue.
-
-    A single process stops at once. Several stop together, at the next row of metrics.
-    """
-    if here.size == 1:
-        return stop.code
-    codes = (BY_SYSTEM, BY_USER)
-    asked = torch.tensor([float(stop.code == code) for code in codes], device=here.device)
-    agreed = here.sum(asked).tolist()
-    return next((code for code, n in zip(codes, agreed, strict=True) if at_boundary and n), 0)
 
 
 def _flush(metrics_log: MetricsLog, run: RunDir) -> None:
@@ -307,34 +299,23 @@ def _flush(metrics_log: MetricsLog, run: RunDir) -> None:
 
 
 def _evaluate(
-    config: RunConfig[Method],
-    state: TrainState,
-    corpus: Corpus,
-    run: RunDir,
-    metrics_log: MetricsLog,
-    limit: int,
-) -> Evaluation:
-    """Return the held-out loss. Raises Diverged, on every process, if it is not finite."""
-    t = config.train
-    assert t.precision is not None
-    held_out = held_out_loss(
-        state.model,
-        corpus.held_out(),
-        seq_len=t.seq_len,
-        precision=t.precision,
-        world=metrics_log.world,
-        limit=limit,
-        watch=metrics_log.evaluating(state.step),
-    )
+    state: TrainState, objective: Objective, run: RunDir, metrics_log: MetricsLog, limit: int
+) -> tuple[Evaluation, Mapping[str, float | None]]:
+    """Return the held-out loss and other results.
+
+    Raises Diverged, on every process, if the loss is not finite.
+    """
+    watch = metrics_log.evaluating(state.step)
+    held_out, judged = objective.evaluate(state.model, limit, watch)
     if not math.isfinite(held_out.loss):
         lr = state.optimizer.param_groups[0]["lr"]
         what = f"step {state.step}: the held-out loss is {held_out.loss}"
         raise diverged(f"{what} at a learning rate of {lr:.3g}", run)
-    return held_out
+    return held_out, judged
 
 
 def _start(
-    config: RunConfig[Method], run: RunDir, state: TrainState, corpus: Corpus
+    config: RunConfig[Method], run: RunDir, state: TrainState, objective: Objective
 ) -> dict[str, Any]:
     t = config.train
     return {
@@ -343,9 +324,10 @@ def _start(
         "method": config.method.name,
         "step": state.step,
         "steps": t.steps,
-        "tokens_per_step": t.batch_size * t.seq_len,
-        "train_tokens": corpus.train_tokens,
+        "tokens_per_step": objective.tokens_per_step,
+        "train_tokens": objective.train_tokens,
         "precision": t.precision,
+        "task": config.tune.task,
         **_sizes(state),
     }
 

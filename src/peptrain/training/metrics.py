@@ -169,12 +169,12 @@ class MetricsLog:
         self, step: int, held_out: Evaluation, tasks: Mapping[str, float | None]
     ) -> None:
         """Write a row for an evaluation during training. tasks: the results of `eval.tasks`."""
-        self.write("eval", step=step, **_fields(held_out), **tasks)
+        self.write("eval", step=step, **held_out.row(), **tasks)
 
     def end(self, step: int, held_out: Evaluation, **counts: float | None) -> None:
         """Write the last row: the evaluation on the full held-out set and `counts` of the run."""
         rate = self.median_throughput()
-        self.write("end", step=step, **_fields(held_out), tokens_per_second=rate, **counts)
+        self.write("end", step=step, **held_out.row(), tokens_per_second=rate, **counts)
 
     def median_throughput(self) -> float:
         """Return the median tokens per second of all rows, which a slow first one cannot shift."""
@@ -217,11 +217,3 @@ class MetricsLog:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         return seconds
-
-
-def _fields(held_out: Evaluation) -> dict[str, float | None]:
-    return {
-        "held_out_loss": held_out.loss,
-        "perplexity": held_out.perplexity if math.isfinite(held_out.perplexity) else None,
-        "held_out_tokens": held_out.tokens,
-    }

@@ -6,10 +6,11 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from peptrain.distributed.world import World
 from peptrain.errors import Interrupted
 
 BY_USER, BY_SYSTEM = 128 + signal.SIGINT, os.EX_TEMPFAIL
@@ -63,3 +64,25 @@ def stop_on_signals() -> Iterator[Stop]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+class Agreement:
+    """Lets several processes stop after the same step, whichever of them was asked to.
+
+    The wishes after a step are exchanged while the next one runs, and are read at its end. So
+    nobody waits for a GPU, and a wish is fulfilled after the step that follows it.
+    """
+
+    def __init__(self, stop: Stop, here: World) -> None:
+        self._stop, self._here = stop, here
+        self._wishes: Callable[[], int] | None = None
+
+    def code(self) -> int:
+        """Return the exit code to stop with, or 0 to continue. Called by all after each step.
+
+        A single process stops at once.
+        """
+        if self._here.size == 1:
+            return self._stop.code
+        before, self._wishes = self._wishes, self._here.largest(self._stop.code)
+        return before() if before else 0

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from peptrain import __version__
 from peptrain.config import RunConfig, load
-from peptrain.data import Corpus
-from peptrain.data.tokenizer import load_tokenizer
 from peptrain.distributed.world import World
-from peptrain.errors import CheckpointError, ConfigError, DataError, Diverged
+from peptrain.errors import CheckpointError, ConfigError, Diverged
 from peptrain.execution.forward_backward import ForwardBackward
 from peptrain.execution.prepare import prepare
 from peptrain.methods.base import Method
-from peptrain.models.hf import vocabulary_size
 from peptrain.models.sites import reparametrized
 from peptrain.ops.checksum import checksum
 from peptrain.optim import schedule
@@ -34,6 +32,8 @@ from peptrain.runs.ends import stable_steps
 from peptrain.runs.identity import other_settings
 from peptrain.runs.init_from import initial_weights
 from peptrain.text import quoted
+from peptrain.tuning.objective import best_evaluation
+from peptrain.tuning.weights import classifier_weights
 
 
 @dataclass
@@ -77,7 +77,8 @@ def restore(
     if saved:
         model = rebuild(config, saved, phase)
     else:
-        model = build(config, phase, initial_weights(config))
+        initial = classifier_weights if config.tune.task else initial_weights
+        model = build(config, phase, initial(config))
     optimizer, forward_backward = prepare(model, config, here, phase)
     built = rebuilt(model, optimizer)
     if saved:
@@ -92,19 +93,30 @@ def restore(
     known = saved.rows if saved else None
     return TrainState(
         model, forward_backward, optimizer, moves, phase, step, end, entered, sizes,
-        other_settings(config), known, keep_of(config), built,
+        other_settings(config), known, built=built,
     )  # fmt: skip
 
 
-def keep_of(config: RunConfig[Method]) -> checkpoint.Keep:
-    """Return which checkpoints of a run are not deleted."""
-    return checkpoint.Keep(config.train.keep, config.train.keeps, stable_steps(config))
+def keep_of(config: RunConfig[Method], run: RunDir, best_by: str = "") -> checkpoint.Keep:
+    """Return which checkpoints of a run are not deleted.
+
+    best_by: the result whose best evaluation so far has a checkpoint to keep.
+    """
+
+    def kept(step: int) -> bool:
+        if config.train.keeps(step):
+            return True
+        best = best_evaluation(run.metrics(), best_by) if best_by else None
+        return best is not None and step == best[0]
+
+    return checkpoint.Keep(config.train.keep, kept, stable_steps(config))
 
 
 def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: World) -> None:
-    """Raise ConfigError, on every rank, unless all have the same settings and the same data."""
+    """Raise ConfigError, on every rank, unless all have the same settings, data and versions."""
     asked = {"eval.tasks": config.eval.tasks, "eval.items": config.eval.items}
-    own = {**other_settings(config), **identity, **asked}
+    versions = {"the version of peptrain": __version__, "that of torch": torch.__version__}
+    own = {**other_settings(config), **identity, **asked, **versions}
     first = here.agree(own)
     steps_first = sorted(own.keys() | first.keys(), key=lambda key: (key != "train.steps", key))
     unlike = [
@@ -115,29 +127,8 @@ def check_ranks(config: RunConfig[Method], identity: Mapping[str, Any], here: Wo
     found = [line for line in here.gather(unlike[0] if unlike else None) if line]
     if found:
         raise ConfigError(
-            f"{found[0]}; start every process with the same command, on the same data"
-        )
-
-
-def check_corpus(corpus: Corpus, config: RunConfig[Method]) -> None:
-    """Raise DataError early for a corpus that would make the training fail later."""
-    corpus.windows(config.train.seq_len)
-    load_tokenizer(corpus.tokenizer_file)
-    if len(corpus.held_out()) < 2:
-        raise DataError(
-            f"{corpus.path}: the held-out set has fewer than 2 tokens, so there is nothing to"
-            " evaluate on; prepare it with a larger --held-out, or with --held-out-inputs"
-        )
-
-
-def check_vocabulary(model: PreTrainedModel, corpus: Corpus) -> None:
-    """Raise ConfigError unless the model has an embedding for every token id in the corpus."""
-    vocabulary = vocabulary_size(model)
-    if corpus.max_id >= vocabulary:
-        raise ConfigError(
-            f"model.vocab_size: too small for token id {corpus.max_id} in {corpus.path} (got"
-            f" {vocabulary}); set it to {corpus.vocab_size}, or prepare the data with the model's"
-            " own tokenizer"
+            f"{found[0]}; start every process with the same command, on the same data, with the"
+            " same versions"
         )
 
 

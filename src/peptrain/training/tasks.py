@@ -42,7 +42,8 @@ class TasksInTraining:
         tokenizer = load_tokenizer(corpus.tokenizer_file)
         self._encoder = plain_encoder(tokenizer, corpus.eos_id, corpus.special_tokens)
         for task in chosen_tasks(asked.tasks, "eval.tasks"):
-            items = items_of(task, read_rows(task, asked.tasks_data))
+            rows = read_rows(task, asked.tasks_data)
+            items = items_of(task, rows, rows.place)
             self._tasks.append((task, subsample(items, asked.items)))
         self._count()
         self._announce()

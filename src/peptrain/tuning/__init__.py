@@ -1,0 +1,1 @@
+"""Fine-tuning on classification and similarity: tasks, examples, metrics."""

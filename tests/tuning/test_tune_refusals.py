@@ -1,0 +1,93 @@
+"""What can't be fine-tuned is refused by name, before anything is written."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Killed, kill_at
+from transformers import RobertaConfig, RobertaForSequenceClassification
+from tuned import ROBERTA, tuning, write_encoder, write_rows
+
+from peptrain.errors import CheckpointError, ConfigError, DataError
+from peptrain.training.loop import resume, train
+
+
+@pytest.mark.parametrize(
+    "differs, error, said",
+    [
+        ({"init_from": None}, ConfigError, "init_from: must be a run or a Hugging Face directory"),
+        ({"tune": {"task": "colla"}}, ConfigError, "tune.task: unknown task 'colla'.*'cola'"),
+        ({"tune": {"tasks_data": None}}, DataError, "--tasks-data: must be given"),
+        ({"tune": {"task": "mrpc"}}, DataError, "mrpc.*is missing"),
+        ({"tune": {"rows": 23}}, ConfigError, r"tune.rows: must be <= 22.*\(got 23\)"),
+        ({"tune": {"labels": "a,b,c"}}, ConfigError, "tune.labels: must be unset for cola"),
+        ({"data": True}, ConfigError, "data.path: must be unset to fine-tune"),
+        ({"train": {"cuda_graph": True}}, ConfigError, "train.cuda_graph: must be false"),
+        ({"continue_from": True}, ConfigError, "continue_from"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    differs: dict[str, Any], error: type[Exception], said: str, decoder: Path, data: Path,
+    corpus: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    sections = {key: value for key, value in differs.items() if isinstance(value, dict)}
+    config = tuning("full", decoder, data, tmp_path / "run", **sections)
+    if "init_from" in differs:
+        config = replace(config, init_from=None)
+    if "data" in differs:
+        config = replace(config, data=replace(config.data, path=corpus))
+    if "continue_from" in differs:
+        config = replace(config, continue_from=decoder)
+    with pytest.raises(error, match=f"(?s){said}"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_for_other_classes_is_refused(data: Path, tmp_path: Path) -> None:
+
+    start = write_encoder(tmp_path / "start")
+    RobertaForSequenceClassification(RobertaConfig(**ROBERTA, num_labels=3)).save_pretrained(start)
+    with pytest.raises(ConfigError, match=r"has a head for 3 classes, but tune\.task cola has 2"):
+        train(tuning("full", start, data, tmp_path / "run"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(data: Path, tmp_path: Path) -> None:
+    start = write_encoder(tmp_path / "start", vocab_size=9)
+    with pytest.raises(ConfigError, match=r"model.vocab_size: too small .* \(got 9\)"):
+        train(tuning("full", start, data, tmp_path / "run"))
+    (start / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"init_from: .* has no tokenizer.json"):
+        train(tuning("full", start, data, tmp_path / "run"))
+
+
+def test_other_rows_are_noticed_at_a_resume(decoder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data")
+    with pytest.raises(Killed):
+        train(tuning("full", decoder, data, tmp_path / "run"), kill_at("checkpoint", 3))
+    file = data / "cola" / "train.jsonl"
+    first, *rest = file.read_text().splitlines()
+    changed = json.dumps(json.loads(first) | {"sentence": "no no no"})
+    file.write_text("\n".join([changed, *rest]) + "\n")
+    with pytest.raises(CheckpointError, match="data"):
+        resume(tmp_path / "run")
+
+
+def test_a_damaged_tokenizer_is_noticed_at_a_resume(
+    decoder: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        train(tuning("full", decoder, data, tmp_path / "run"), kill_at("checkpoint", 3))
+    file = tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace("e", "f", 1))
+    with pytest.raises(CheckpointError, match=r"differs from what the run wrote.*init_from"):
+        resume(tmp_path / "run")
+
+
+def test_an_encoder_has_fewer_positions_than_its_table_has_rows(data: Path, tmp_path: Path) -> None:
+    """RoBERTa's first position is that after the padding's id."""
+    start = write_encoder(tmp_path / "start", pad_token_id=1)
+    train(tuning("full", start, data, tmp_path / "fits", {"epochs": 1}, train={"seq_len": 38}))
+    with pytest.raises(ConfigError, match=r"train\.seq_len: must be at most .* 38 positions"):
+        train(tuning("full", start, data, tmp_path / "run", train={"seq_len": 39}))
