@@ -354,8 +354,8 @@ def _parse_method(table: Mapping[str, Any]) -> Method:
     return toml.parse(known[name], {k: v for k, v in table.items() if k != "name"}, "method.")
 
 
-def load(path: Path) -> RunConfig[Method]:
-    """Load a configuration from a TOML file.
+def load(path: Path, task: str = "") -> RunConfig[Method]:
+    """Load a configuration from a TOML file, for a task of fine-tuning, if any (`toml.for_task`).
 
     In the config.toml of a run, a setting that did not exist when it was written takes the value
     that stands for the behaviour of that time (`fields.added`). Raises ConfigError, naming the
@@ -365,7 +365,7 @@ def load(path: Path) -> RunConfig[Method]:
     given_as = "" if of_run else "--config "
     table = toml.read(path, given_as)
     try:
-        config = parse(table)
+        config = parse(toml.for_task(table, task))
     except ConfigError as error:
         raise ConfigError(f"{given_as}{path}: {error}") from error
     return _as_written(config, table) if of_run else config

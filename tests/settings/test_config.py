@@ -298,3 +298,38 @@ def test_precision_follows_the_device() -> None:
         assert resolved(unset, world_size=1, on_gpu=on_gpu).train.precision == wanted
         given = replace(unset, train=TrainConfig(precision="bf16"))
         assert resolved(given, world_size=1, on_gpu=on_gpu).train.precision == "bf16"
+
+
+# --- settings by task
+
+
+BY_TASK = '[method]\nname = "full"\n[optim]\nlr = 1.0\nclip = 2.0\n'
+
+
+def test_a_file_may_have_settings_for_each_task(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    own = "[tasks.cola]\noptim.lr = 3.0\ntune.epochs = 7\n[tasks.rte.optim]\nlr = 4.0\n"
+    file.write_text(BY_TASK + own)
+    cola, rte = load(file, "cola"), load(file, "rte")
+    assert (cola.optim.lr, cola.optim.clip, cola.tune.epochs, cola.tune.task) == (3, 2, 7, "cola")
+    assert (rte.optim.lr, rte.optim.clip, rte.tune.epochs, rte.tune.task) == (4, 2, 3, "rte")
+    file.write_text(BY_TASK)
+    assert (load(file, "rte").tune.task, load(file).tune.task) == ("rte", "")
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        ("[tasks.rte]\noptim.lr = 3.0", "tune.task: must be one of rte, for which there are"),
+        ("[tasks]\ncola = 3", "tasks: must be tables, [tasks.NAME], with settings such as"),
+        ("[tasks]", "tasks: must be tables, [tasks.NAME], with settings such as optim.lr = 1e-4"),
+        ("[tasks.cola]", "tasks: must be tables, [tasks.NAME], with settings such as"),
+        ("[tasks.cola]\nlr = 3.0", "lr: unknown key; did you mean 'optim.lr'?"),
+        ("[tasks.cola]\noptim = 3", "optim: must be a table, [optim] (got 3)"),
+    ],
+)
+def test_settings_for_tasks_are_checked(own: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(BY_TASK + own)
+    with pytest.raises(ConfigError) as told:
+        load(tmp_path / "c.toml", "cola")
+    assert message in str(told.value) and str(told.value).startswith("--config ")

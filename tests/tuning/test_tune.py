@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import Killed, kill_at, rows, step_numbers, tiny_method, untimed
-from tuned import SHORT, WORDS, tuning
+from tuned import SHORT, WORDS, tuning, write_encoder
 
 from peptrain.distributed.world import World
 from peptrain.execution.label_loss import NO_TARGET, Labelled, LabelLoss, text_scores
@@ -189,6 +189,13 @@ def test_without_a_template_the_end_token_parts_two_texts(decoder: Path) -> None
         assert ids.tolist() == [*a, words.end, *b][:room]
         assert types.tolist() == [*[0] * (len(a) + 1), *[1] * len(b)][:room]
         assert cut == (room < len(a) + len(b) + 1)
+
+
+def test_padding_stays_within_the_length(data: Path, tmp_path: Path) -> None:
+    """A model of 11 positions reads texts of 11 tokens, which are no multiple of 8."""
+    start = write_encoder(tmp_path / "start", max_position_embeddings=12)
+    train(tuning("full", start, data, tmp_path / "run", {"epochs": 1}, train={"seq_len": 11}))
+    assert rows(tmp_path / "run", "end")
 
 
 def test_an_empty_text_is_the_end_token(decoder: Path) -> None:

@@ -89,5 +89,9 @@ def test_an_encoder_has_fewer_positions_than_its_table_has_rows(data: Path, tmp_
     """RoBERTa's first position is that after the padding's id."""
     start = write_encoder(tmp_path / "start", pad_token_id=1)
     train(tuning("full", start, data, tmp_path / "fits", {"epochs": 1}, train={"seq_len": 38}))
-    with pytest.raises(ConfigError, match=r"train\.seq_len: must be at most .* 38 positions"):
-        train(tuning("full", start, data, tmp_path / "run", train={"seq_len": 39}))
+    first = write_encoder(tmp_path / "first", pad_token_id=0)
+    for path, most in ((start, 38), (first, 39)):
+        with pytest.raises(
+            ConfigError, match=rf"train\.seq_len: must be at most .* {most} positions"
+        ):
+            train(tuning("full", path, data, tmp_path / "run", train={"seq_len": most + 1}))

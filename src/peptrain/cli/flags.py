@@ -52,7 +52,9 @@ def with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | No
             " by flags"
         )
     [(flag, value)] = sources.items()
-    given, source = READ[flag](value), f"{flag} {value}"
+    if flag == "--recipe":
+        _check_purpose(args[0], value)
+    given, source = READ[flag](value, vars(wanted)["tune.task"] or ""), f"{flag} {value}"
     given = replace(given, method=reopened(given.method))
     if method is None:
         return [args[0], given.method.name, *args[1:]], given
@@ -66,19 +68,32 @@ def with_config_file(args: list[str]) -> tuple[list[str], RunConfig[Method] | No
     return args, given
 
 
-def _of_run(path: Path) -> RunConfig[Method]:
+def _check_purpose(command: str, recipe: str) -> None:
+    """Raise ConfigError for a recipe to fine-tune where one to pre-train is due, or conversely."""
+    tunes = recipes.about(recipe).tunes
+    if tunes != (command == "tune"):
+        of = "fine-tunes" if tunes else "pre-trains"
+        flags = " --init-from DIR --task TASK --tasks-data DIR" if tunes else ""
+        raise ConfigError(
+            f"--recipe {recipe}: {of} a model; give it to `peptrain {'tune' if tunes else 'train'}"
+            f" --recipe {recipe}{flags}`"
+        )
+
+
+def _of_run(path: Path, task: str) -> RunConfig[Method]:
     """Return the settings with which a new run continues RUN or RUN@STEP."""
     _, config, _ = read_run(path)
     return replace(config, init_from=None, match_trainable=None)
 
 
 SETTINGS = ("config", "recipe", "continue_from")
-READ: dict[str, Callable[[Any], RunConfig[Method]]] = {
+READ: dict[str, Callable[[Any, str], RunConfig[Method]]] = {
     "--config": load,
     "--recipe": recipes.load,
     "--continue-from": _of_run,
 }
-"""The flags that name a complete set of settings, and how it is read."""
+"""The flags that name a complete set of settings, and how it is read, for a task if there is one.
+"""
 
 
 def say_what_a_preset_leaves(given: RunConfig[Method] | None, wanted: RunConfig[Any]) -> None:

@@ -205,12 +205,12 @@ def refusing_control_characters(args: Sequence[str]) -> Iterator[bool]:
 
 
 def named(args: Sequence[str]) -> argparse.Namespace:
-    """Return the values of the flags that name other settings, --model.preset and --optim.kind."""
+    """Return the values of the flags that name other settings, or that these depend on."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for path in ("--config", "--model.config", "--continue-from"):
         as_given = partial(as_path, key=path)
         parser.add_argument(path, type=as_given, nargs="?")  # tyro reports a missing value
-    for name in ("--recipe", "--model.preset", "--optim.kind"):
+    for name in ("--recipe", "--model.preset", "--optim.kind", "--tune.task"):
         parser.add_argument(name, nargs="?")
     return parser.parse_known_args(args)[0]
 

@@ -303,7 +303,7 @@ def list_recipes(name: Annotated[Positional[str | None], UNSET] = None) -> None:
     """List the settings of the papers' tables, with the results to expect.
 
     Args:
-        name: Print this recipe as a TOML file for `peptrain train --config`.
+        name: Print this recipe as a TOML file for `--config`.
     """
     if name is not None:
         # No newline added, so that redirecting to a file copies the recipe byte for byte.
@@ -312,7 +312,10 @@ def list_recipes(name: Annotated[Positional[str | None], UNSET] = None) -> None:
     table = Table("recipe", "method", "parameters", "trainable", "tokens", "expected", box=None)
     for known, method, about in recipes.listed():
         counts = (f"{n / 1e6:,.1f}M" for n in (about.parameters, about.trainable))
-        tokens = f"{about.tokens / 1e9:.1f}B"
+        tokens = "" if about.tunes else f"{about.tokens / 1e9:.1f}B"
         table.add_row(known, method, *counts, tokens, about.expected)
     print_wide(table)
-    say("\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it.")
+    say(
+        "\n`peptrain recipes NAME` prints one, `peptrain train --recipe NAME` runs it, and"
+        " `peptrain tune --recipe NAME` one without tokens, which fine-tunes."
+    )

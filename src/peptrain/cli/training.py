@@ -80,7 +80,8 @@ def tune_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[...,
         Args:
             options: The settings of the run.
             config: TOML file with any of these settings. Flags override it.
-            recipe: Use the settings of a row of a paper's table (`peptrain recipes` lists them).
+            recipe: Use the settings of a row of a paper's table (`peptrain recipes` lists them),
+                those for --task if they differ between tasks. Flags override them.
             go_on: Resume the run in --run if it has begun with these settings.
         """
         from peptrain.training.loop import train
@@ -90,6 +91,9 @@ def tune_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[...,
                 "--task: must be cola, sst2, rte, mrpc, qnli, qqp, mnli, stsb or a TOML file"
                 " (got nothing); `peptrain train` pre-trains without one"
             )
+        result = recipe and recipes.about(recipe).results.by_task().get(options.tune.task)
+        if result:
+            log.info("--recipe %s: the source reports %.2f %%", recipe, result)
         watched(lambda observe: train(options, observe, go_on=go_on))
 
     tune.__annotations__ |= {"options": options_type, **OF_A_RUN}

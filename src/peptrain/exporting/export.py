@@ -19,7 +19,7 @@ from peptrain.exporting.factorised import write_factorised
 from peptrain.files import open_up, scratch
 from peptrain.models.auto import load_model, load_tokenizer
 from peptrain.models.dense import dense_state
-from peptrain.models.hf import hf_config
+from peptrain.models.hf import hf_config, positions_of
 from peptrain.models.sites import reparametrized
 from peptrain.ops.precision import at_least_fp32
 from peptrain.runs.build import Opened, open_run, run_config
@@ -39,8 +39,6 @@ Form = Literal["dense", "factorised"]
 SAMPLE = "In 2026 the naïve fox's 12,345 jumps:\n\n    return x == 'é'\t#  你好 🙂 <a>\n"
 """Text that tokenizers split in different ways."""
 ADVICE = "load the tokenizer with PreTrainedTokenizerFast.from_pretrained"
-OFFSET = 2
-"""Positions that RoBERTa does not use, at most."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest accepted difference of logits computed in this dtype, relative to the largest logit.
 Folding fp32 factors changed logits by 3e-7 to 6e-5. Omitting a factor or diagonal changes them by
@@ -169,10 +167,10 @@ def _compare(model: PreTrainedModel, written: PreTrainedModel) -> None:
     model.to(wide)  # type: ignore[arg-type]
     for name, p in written.to(wide).named_parameters():  # type: ignore[arg-type]
         p.copy_(folded[name])
-    positions = getattr(model.config, "max_position_embeddings", None) or 64 + OFFSET
+    limit = positions_of(model) or getattr(model.config, "max_position_embeddings", None)
     ids = torch.randint(
         model.config.get_text_config().vocab_size,
-        (2, min(64, positions - OFFSET)),
+        (2, min(64, limit or 64)),
         generator=torch.Generator().manual_seed(0),
     )
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}

@@ -193,6 +193,22 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return table.num_embeddings
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Return how many tokens fit into a learned table of positions that has a row for padding.
+
+    RoBERTa's begin after that row, so they are fewer than `max_position_embeddings`. None for a
+    model without such a table.
+    """
+    rows = getattr(model.config, "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding) or module is words or module.padding_idx is None:
+            continue
+        if module.num_embeddings == rows:
+            return module.num_embeddings - module.padding_idx - 1
+    return None
+
+
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Count the parameters of the model, shared ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

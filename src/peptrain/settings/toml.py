@@ -19,8 +19,10 @@ from peptrain.settings.fields import as_path, check, nearest, shown
 T = TypeVar("T")
 HEADER = "recipe"
 """The table with the description of a file, such as a recipe's title and source."""
+TASKS = "tasks"
+"""The table with the settings of a fine-tuning that depend on its task, in [tasks.NAME]."""
 LARGEST_FILE = 1 << 20
-"""Bytes. The largest recipe has 3,000."""
+"""Bytes. The largest recipe has 3,200."""
 LEAVES = (str, int, float, bool)
 """Types of settings, apart from paths."""
 DEEPEST = 32
@@ -83,6 +85,37 @@ def parse(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
     return cls(
         **{key: parse_value(hints[key], value, prefix + key) for key, value in table.items()}
     )
+
+
+def for_task(table: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Return the table of a file for a task: with `tune.task`, and with what [tasks.TASK] has.
+
+    task: empty for none. Raises ConfigError if the file has [tasks], but not this one.
+    """
+    made = {**table}
+    own = _of_task(made.pop(TASKS), task) if TASKS in made else {}
+    for sections in (own, {"tune": {"task": task}} if task else {}):
+        for name, values in sections.items():
+            made[name] = _over(made.get(name, {}), values)
+    return made
+
+
+def _of_task(tasks: Any, task: str) -> Mapping[str, Any]:
+    """Return [tasks.TASK] of the table [tasks]."""
+    for table in (tasks, *tasks.values()) if isinstance(tasks, Mapping) else (tasks,):
+        check(isinstance(table, Mapping) and bool(table), TASKS, table,
+              "tables, [tasks.NAME], with settings such as optim.lr = 1e-4")  # fmt: skip
+    wanted = f"one of {', '.join(tasks)}, for which there are settings"
+    check(task in tasks, "tune.task", task or None, wanted)
+    own: Mapping[str, Any] = tasks[task]
+    return own
+
+
+def _over(section: Any, values: Any) -> Any:
+    """Return a section with other values for some keys. What is no table is left to `parse`."""
+    if isinstance(section, Mapping) and isinstance(values, Mapping):
+        return {**section, **values}
+    return values if isinstance(section, Mapping) else section
 
 
 def untypable(cls: type) -> str | None:

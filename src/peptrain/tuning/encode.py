@@ -32,7 +32,8 @@ class Encoded:
     labels: Tensor
     """[rows], or [rows, T] for target texts, as in `Labelled`."""
     cut: int
-    """How many were longer than allowed."""
+    """How many were longer than `seq_len`."""
+    seq_len: int
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,7 +53,7 @@ class Encoded:
     def rows(self, numbers: Sequence[int], pad: int, device: torch.device, typed: bool) -> Labelled:
         """Return the examples with these numbers as one batch. typed: with `types`."""
         longest = max(len(self.ids[n]) for n in numbers)
-        shape = len(numbers), -(-longest // MULTIPLE) * MULTIPLE
+        shape = len(numbers), min(-(-longest // MULTIPLE) * MULTIPLE, self.seq_len)
         ids, mask, types = np.full(shape, pad), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for row, n in enumerate(numbers):
             size = len(self.ids[n])

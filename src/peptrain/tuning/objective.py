@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peptrain.config import RunConfig
 from peptrain.data.corpus import order
@@ -18,7 +18,7 @@ from peptrain.distributed.world import World
 from peptrain.eval.perplexity import Evaluation, Watch
 from peptrain.execution.label_loss import Labelled, row_losses, text_scores
 from peptrain.methods.base import Method
-from peptrain.models.hf import autocast, hf_config, vocabulary_size
+from peptrain.models.hf import autocast, hf_config, positions_of, vocabulary_size
 from peptrain.models.probe import evaluating
 from peptrain.runs.directory import RunDir
 from peptrain.runs.tokenizer import keep_tokenizer
@@ -74,7 +74,7 @@ class Labels:
         else:
             texts = [example.texts for example in examples]
         ids, types, cut = encode_texts(words.tokenizer, texts, seq_len, words.end)
-        return Encoded(ids, types, self._labels(examples), cut)
+        return Encoded(ids, types, self._labels(examples), cut, seq_len)
 
     def _labels(self, examples: Sequence[Example]) -> Tensor:
         if self._writes_text:
@@ -122,13 +122,9 @@ class Labels:
     def check(self, model: PreTrainedModel) -> None:
         """Raise ConfigError unless the model can read the data."""
         check_vocabulary(self._words, vocabulary_size(model))
-        seq_len = self._train.seq_len
-        for name, module in model.named_modules():
-            # RoBERTa counts positions from the padding's id on.
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                positions = module.num_embeddings - (module.padding_idx or -1) - 1
-                wanted = f"at most the model's {positions} positions"
-                check(seq_len <= positions, "train.seq_len", seq_len, wanted)
+        positions, seq_len = positions_of(model), self._train.seq_len
+        wanted = f"at most the model's {positions} positions"
+        check(positions is None or seq_len <= positions, "train.seq_len", seq_len, wanted)
 
     def batch(self, step: int) -> list[Labelled]:
         """Return this process's micro-batches of a step, on its device.
