@@ -199,6 +199,8 @@ EXHAUSTIVE = re.compile(
     r"|test_a_preset_says_which_sizes_of_a_recipe_it_leaves\[--model"
     r"|test_llama_7b_takes_seconds_and_less_than_2_gb\[(?!full)|test_they_are_so_for_more_runs"
     r"|test_a_comparison_at_an_equal_budget\[flops"
+    r"|test_a_recipe_counts_the_parameters_of_the_model_that_it_names\[relora-t5-large-(?!relora)"
+    r"|test_a_recipe_fine_tunes_a_smaller_model\[relora-t5-large-(?!relora)"
     r"|test_a_thousand_mutated_files|test_five_hundred_mutated_lines"
 )
 """Slow cases that the marker `exhaustive` leaves to a release: the others of a kind, of which some
