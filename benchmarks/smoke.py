@@ -59,6 +59,10 @@ SCRIPTS = {
     "study": f"{MODEL} --data={{corpus}} --tasks-data={{tasks}} --domains {{corpus}}"
     " --out={out}/study --steps=20 --batch-size=2 --seq-len=64 --probe=1 {no_compile}"
     " --only full bpt --rates 1e-3 --seeds=1",
+    "tune": f"{MODEL} --data={{corpus}} --tasks-data={{tasks}} --out={{out}}/tune --steps=4"
+    " --rank=4 --batch-size=2 --seq-len=16 {no_compile} --workers=1 --tasks cola"
+    " --tune-batch-size=4 --tune-seq-len=16 --epochs cola=1 --seeds 1"
+    " --only full@0:full full:loro --rates full=1e-4 loro=1e-4,1e-3",
     "cpu_peft": f"{MODEL} --set=train.compile=false {RUN} --log-every=2 --rounds=1"
     " lora:rank=4 lora:rank=4:train_rest=false full",
 }
@@ -126,11 +130,13 @@ def make_corpus(folder: Path) -> None:
     pair = {"sentence_good": "Both doors open.", "sentence_bad": "Both doors opens."}
     items = {
         "piqa/validation": [{"goal": f"Open {n}.", **choices, "label": n % 2} for n in range(6)],
+        "cola/train": [{"sentence": f"Turn key {n}.", "label": n % 2} for n in range(8)],
+        "cola/validation": [{"sentence": f"Open {n}.", "label": n % 2} for n in range(6)],
         "blimp/all": [pair | {"UID": t, "linguistics_term": t} for t in ("binding", "island")],
     }
     for name, made in items.items():
         file = folder / "tasks" / f"{name}.jsonl"
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(item) + "\n" for item in made), encoding="utf-8")
 
 

@@ -226,6 +226,104 @@ def test_the_tables_of_the_study_pair_seeds_and_leave_out_what_is_not_known(
     assert lines[-1] == "bpt-2 diverged and is left out"
 
 
+@pytest.fixture
+def tune(script: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script tune, which trains in a thread here and not in processes of its own."""
+    found: ModuleType = script("tune")
+    monkeypatch.setattr(found, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    return found
+
+
+@pytest.mark.slow
+def test_tune(
+    tune: ModuleType, numbers: Any, smoke_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Two rates of loro, then the seeds; a second call trains nothing, or what is new."""
+    found = numbers("tune")
+    assert [(r["case"], r["seed"]) for r in found] == [("full@0:full", 1), ("full:loro", 1)]
+    assert all(-1 <= r["value"] <= 1 and r["steps"] == 2 and r["seconds"] > 0 for r in found)
+    out = smoke_folder / "out" / "tune"
+    kept = json.loads((out / "results.json").read_text())
+    assert [(r["lr"], r["seed"]) for r in kept["runs"][:2]] == [(1e-4, 0), (1e-3, 0)]
+    assert {r["start_loss"] for r in kept["runs"]} == {kept["starts"][0]["loss"]}
+    assert [file.name for file in (out / "runs").iterdir()] == ["full"]
+    printed = capsys.readouterr().out
+    assert "| majority class |  |  | 0.0000 |" in printed and "| full | loro | 2,176 |" in printed
+    assert numbers("tune", "--seeds", "1", "2", "--minutes=0") == found
+    assert "(1 of 2) |" in capsys.readouterr().out
+    monkeypatch.setattr(tune, "pretrain", lambda *given: pytest.fail(f"called with {given}"))
+    seeds = [row["seed"] for row in numbers("tune", "--seeds", "1", "2")]
+    assert seeds == [1, 2, 1, 2]
+    with pytest.raises(SystemExit, match=r"--epochs: .* has results of \{'cola': 1.*another --out"):
+        numbers("tune", "--epochs", "cola=2")
+
+
+def test_tune_is_out_of_time_at_once(
+    tune: ModuleType, numbers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert numbers("tune", "--minutes=0", f"--out={tmp_path / 'out'}") == []
+    assert "| full | loro |  | – (0 of 1) |" in capsys.readouterr().out
+
+
+def test_the_cases_of_tune_differ_in_start_and_method_alone(tune: ModuleType) -> None:
+    given = ["--data=corpus", "--tasks-data=tasks", "--out=out", "--rates", "lora=1e-3,2e-3"]
+    args = tune.parsed([*given, "--epochs", "rte=5", "--start-rates", "loro=1e-2"])
+    assert args.rates["lora"] == [1e-3, 2e-3] and args.rates["relora"] == (3e-4, 1e-3, 3e-3)
+    assert args.epochs["rte"] == 5 and args.epochs["sst2"] == 1
+    assert args.start_rates == {"full": 1e-3, "relora": 4e-3, "loro": 1e-2}
+    configs = [tune.tuning(args, tune.Job(case, "rte", 1e-3, 1)) for case in tune.CASES]
+    assert len({config.run for config in configs}) == len(tune.CASES)
+    names = ["full@0", "full", "relora", "loro", *["full"] * 3]
+    assert [config.init_from.name for config in configs] == names
+    assert [config.method.name for config in configs] == [*["full"] * 4, "relora", "lora", "loro"]
+    for method in (config.method for config in configs[4:]):
+        assert (method.rank, method.targets, method.train) == (8, "q,k", "classifier")
+    relora, _, loro = (config.method for config in configs[4:])
+    assert (relora.warm, loro.around, loro.alpha_over_rank) == (0, "frozen", True)
+    for flag, item in [("--rates", "lora=fast"), ("--epochs", "cola"), ("--rows", "ten=10")]:
+        with pytest.raises(SystemExit, match=f"{flag}: must be NAME=VALUE.*{item}"):
+            tune.parsed([*given, flag, item])
+
+
+def test_the_tables_of_tune_have_the_best_rates_and_say_what_is_missing(
+    tune: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The interval of two values is 12.7062 |x - y| / 2."""
+    values = [  # case, lr, seed, value, loss
+        ("full:full", 1.0, 0, 0.7, 0.5), ("full:full", 2.0, 0, 0.7, 0.4),
+        ("full:full", 2.0, 1, 0.8, 0.4), ("full:full", 2.0, 2, 0.82, 0.4),
+        ("full:full", 1.0, 1, 0.1, 0.4),
+        ("full@0:full", 1.0, 0, 0.6, 0.6), ("full@0:full", 2.0, 0, None, None),
+        ("full@0:full", 1.0, 1, 0.5, 0.6), ("full@0:full", 1.0, 2, 0.54, 0.6),
+        ("full:lora", 3.0, 1, 0.75, 0.5), ("full:loro", 1.0, 0, 0.9, 0.5),
+    ]  # fmt: skip
+    keys = ("case", "lr", "seed", "value", "loss")
+    runs = [dict(zip(keys, row, strict=True)) | {"task": "rte", "trainable": 10, "seconds": 2.0,
+            "start_loss": 4.0} for row in values]  # fmt: skip
+    starts = [{"start": "full", "lr": 1.0, "loss": loss, "trainable": 9, "parameters": 10,
+               "seconds": 60.0} for loss in (3.9, 4.0)]  # fmt: skip
+    args = argparse.Namespace(
+        only=[*dict.fromkeys(row[0] for row in values)], tasks=["rte"], seeds=[1, 2],
+        rates={"full": [1.0, 2.0], "lora": [3.0], "loro": [1.0, 2.0]},
+    )  # fmt: skip
+    found = tune.print_tables(args, starts, runs, {"rte": 0.527})
+    assert [row["value"] for row in found] == [0.8, 0.82, 0.5, 0.54, 0.75]
+    lines = capsys.readouterr().out.splitlines()
+    assert "| majority class |  |  | 0.5270 |" in lines
+    assert "| full | full | 10 | 0.8100 ± 0.1271 |" in lines
+    assert "| full@0 | full | 10 | 0.5200 ± 0.2541 |" in lines
+    assert "| full | lora | 10 | 0.7500 (1 of 2) |" in lines
+    assert "| full | loro | 10 | – (0 of 2) |" in lines
+    assert "| full@0:full | -0.2900 ± 0.1271 |" in lines
+    assert "| full:full | 1: 0.7000, **2: 0.7000** |" in lines
+    assert "| full@0:full | **1: 0.6000**, 2: diverged |" in lines
+    assert "| full:lora | 3, not tuned |" in lines
+    assert "| full:loro | 1: 0.9000, 2: – |" in lines
+    assert "| full | 1 | 3.9000 | 9 / 10 | 60 | 0 |" in lines
+    assert "| full | 1 | 4.0000 | 9 / 10 | 60 | 11 |" in lines
+
+
 def test_merges(numbers: Any) -> None:
     rows = numbers("merges")
     assert [r["event"] for r in rows] == ["merge", "merge", "exact step"]
@@ -365,7 +463,7 @@ def test_a_run_that_ends_before_the_clock_kills_it_is_repeated(
 
 def test_the_smoke_test_has_every_script(script: Any) -> None:
     """And so this file has, which calls each as the smoke test does."""
-    parts = {"common", "smoke", "subjects", "study_tables"}
+    parts = {"common", "smoke", "subjects", "study_tables", "tune_tables"}
     found = {file.stem for file in BENCHMARKS.glob("*.py")} - parts
     assert script("smoke").SCRIPTS.keys() == found
     assert all(f"test_{name}" in globals() for name in found)
@@ -501,6 +599,7 @@ def test_no_gpu_benchmark_needs_the_command_lines_packages() -> None:
 import sys
 sys.modules |= {"tyro": None, "rich": None, "peft": None}
 import smoke, speed, inference, budget, merges, loop, estimate, fast_forms, first_table, exact_step
+import tune
 """
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
