@@ -64,9 +64,9 @@ def write_encoder(folder: Path, **differs: Any) -> Path:
     return folder
 
 
-def write_t5(folder: Path) -> Path:
+def write_t5(folder: Path, **differs: Any) -> Path:
     """Save a small T5 and a tokenizer that ends a text by </s>."""
-    T5ForConditionalGeneration(T5Config(**T5)).save_pretrained(folder)
+    T5ForConditionalGeneration(T5Config(**{**T5, **differs})).save_pretrained(folder)
     special = [("</s>", WORDS.index("</s>"))]
     _write_tokenizer(folder, processors.TemplateProcessing("$A </s>", "$A $B </s>", special))
     return folder
