@@ -16,7 +16,7 @@ from peptrain.testing import MODEL, differences, newest
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("struck.py")
-LIMIT = 100
+LIMIT = 300
 """Seconds that no case of these comes near to."""
 TIMEOUT = 10
 
