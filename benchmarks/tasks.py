@@ -101,7 +101,7 @@ def available(tasks: str, data: Path) -> list[str]:
     found = []
     for task in chosen_tasks(tasks, "--tasks"):
         try:
-            data_files(task, data)
+            data_files(task, data, task.splits)
         except DataError as error:
             print(f"left out: {error}")
         else:
