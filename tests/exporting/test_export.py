@@ -22,10 +22,11 @@ from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import CheckpointError, ConfigError, Unsupported
 from peptrain.exporting.export import TOLERANCE, export
-from peptrain.exporting.factorised import FACTORS, RECIPE, load_factorised
+from peptrain.exporting.factorised import RECIPE, load_factorised
 from peptrain.methods import METHODS
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.lowrank import LowRankLinear
+from peptrain.models.auto import FACTORS
 from peptrain.models.sites import ReparamLinear, reparametrized
 from peptrain.ops.linear import bpt_weight
 from peptrain.runs.build import open_run

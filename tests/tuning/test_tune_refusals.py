@@ -1,16 +1,21 @@
 """What can't be fine-tuned is refused by name, before anything is written."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Killed, kill_at
+from safetensors.torch import load_file, save_file
+from support import Killed, kill_at, tiny
 from transformers import RobertaConfig, RobertaForSequenceClassification
 from tuned import ROBERTA, tuning, write_encoder, write_rows
 
+from peptrain.config import load
 from peptrain.errors import CheckpointError, ConfigError, DataError
+from peptrain.exporting.export import export
+from peptrain.models.hf import ModelConfig
 from peptrain.training.loop import resume, train
 
 
@@ -51,6 +56,64 @@ def test_a_head_for_other_classes_is_refused(data: Path, tmp_path: Path) -> None
     RobertaForSequenceClassification(RobertaConfig(**ROBERTA, num_labels=3)).save_pretrained(start)
     with pytest.raises(ConfigError, match=r"has a head for 3 classes, but tune\.task cola has 2"):
         train(tuning("full", start, data, tmp_path / "run"))
+
+
+def test_a_head_for_classes_of_other_names_is_refused(data: Path, tmp_path: Path) -> None:
+    """As many classes do not make it the same task. LABEL_0 may be any class."""
+    start = write_encoder(tmp_path / "start")
+    names = {0: "entailment", 1: "not_entailment"}
+    saved = RobertaForSequenceClassification(RobertaConfig(**ROBERTA, id2label=names))
+    saved.save_pretrained(start)
+    with pytest.raises(ConfigError, match="a head for the classes entailment, not_entailment, but"):
+        train(tuning("full", start, data, tmp_path / "run"))
+    train(tuning("full", start, data, tmp_path / "rte", {"task": "rte", "epochs": 1}))
+    RobertaForSequenceClassification(RobertaConfig(**ROBERTA)).save_pretrained(start)
+    train(tuning("full", start, data, tmp_path / "unnamed", {"epochs": 1}))
+
+
+@pytest.mark.parametrize(
+    "kind, lost",
+    [
+        ("encoder", "roberta.embeddings.position_embeddings.weight"),
+        ("t5", "encoder.final_layer_norm.weight"),
+    ],
+)
+def test_a_model_without_some_weights_is_refused(
+    kind: str, lost: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Also those outside the layers. Only a head and a pooler are drawn."""
+    start = shutil.copytree(request.getfixturevalue(kind), tmp_path / "start")
+    weights = load_file(start / "model.safetensors")
+    del weights[lost]
+    save_file(weights, start / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"has nothing for {lost}.*give a complete model"):
+        train(tuning("full", start, data, tmp_path / "run"))
+
+
+def test_another_function_with_the_same_shapes_is_refused(
+    decoder: Path, encoder: Path, data: Path, tmp_path: Path
+) -> None:
+    """Another number of heads, say. Dropout is no part of the function."""
+    config = tuning("full", decoder, data, tmp_path / "run")
+    heads = replace(load(decoder / "config.toml").model, heads=4)
+    with pytest.raises(ConfigError, match="has head_dim 8, but the model of this run"):
+        train(replace(config, model=heads))
+    given = json.loads((encoder / "config.json").read_text())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(given | {"hidden_act": "relu"}))
+    config = tuning("full", encoder, data, tmp_path / "run", {"epochs": 1})
+    with pytest.raises(ConfigError, match="has hidden_act 'gelu', but the model of this run"):
+        train(replace(config, model=ModelConfig(config=file)))
+    file.write_text(json.dumps(given | {"hidden_dropout_prob": 0.0}))
+    train(replace(config, model=ModelConfig(config=file)))
+
+
+def test_a_factorised_export_is_refused_by_name(corpus: Path, data: Path, tmp_path: Path) -> None:
+    train(tiny("lowrank", corpus, tmp_path / "lowrank", train={"device": "cpu"}))
+    out = export(tmp_path / "lowrank", tmp_path / "out", "factorised")
+    for config in (tuning("full", out, data), tiny("full", corpus)):
+        with pytest.raises(ConfigError, match=r"factors\.safetensors: a factorised export"):
+            train(replace(config, init_from=out, run=tmp_path / "run"))
 
 
 def test_a_tokenizer_of_another_model_is_refused(data: Path, tmp_path: Path) -> None:

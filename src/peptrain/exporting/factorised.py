@@ -21,7 +21,7 @@ from peptrain.files import read_json_object
 from peptrain.methods import methods
 from peptrain.methods.base import Method
 from peptrain.methods.lowrank import LowRankLinear
-from peptrain.models.auto import load_config, new_model
+from peptrain.models.auto import FACTORS, load_config, new_model
 from peptrain.models.sites import find_sites, reparametrized
 from peptrain.rng import Rng
 from peptrain.runs.build import Opened
@@ -30,9 +30,7 @@ from peptrain.settings import toml
 from peptrain.settings.fields import as_before
 
 CHECKSUMS = "sha256"
-FACTORS, RECIPE = "factors.safetensors", "peptrain.json"
-"""The weights file does not have Hugging Face's name. Otherwise `from_pretrained` would load it,
-find no dense matrices in it, and silently continue with random ones."""
+RECIPE = "peptrain.json"
 SUMMED = ("config.json", FACTORS)
 
 

@@ -34,6 +34,10 @@ COUNT = re.compile(r"_?(num|n)_(\w+_)?(labels|layers?)")
 MOST_OF_A_COUNT = 100_000
 LONGEST_REASON = 300
 """Characters of an error of transformers. Some list all models."""
+FACTORS = "factors.safetensors"
+"""The weights of a factorised export, which does not have Hugging Face's name. Otherwise
+`from_pretrained` would load it, find no dense matrices in it, and silently continue with random
+ones."""
 NEVER = "peptrain never runs code from a directory"
 CONVERT = (
     "convert them, on a machine where a pickle may run code: `AutoModelForCausalLM"
@@ -233,7 +237,12 @@ def _kernels(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 
 
 def _check_weights(directory: Path) -> None:
-    """Raise Unsupported for weights that are pickles, or that are somewhere else."""
+    """Raise Unsupported for weights that are pickles, factorised, or somewhere else."""
+    if (directory / FACTORS).is_file():
+        raise Unsupported(
+            f"{directory / FACTORS}: a factorised export, which only `load_factorised` reads; give"
+            " the run, or its export without --form factorised"
+        )
     if not any(directory.glob(f"*{WEIGHTS}")):
         for pattern in PICKLED:
             for file in sorted(directory.glob(pattern)):
