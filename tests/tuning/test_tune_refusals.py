@@ -149,12 +149,43 @@ def test_a_damaged_tokenizer_is_noticed_at_a_resume(
 
 
 def test_an_encoder_has_fewer_positions_than_its_table_has_rows(data: Path, tmp_path: Path) -> None:
-    """RoBERTa's first position is that after the padding's id."""
-    start = write_encoder(tmp_path / "start", pad_token_id=1)
-    train(tuning("full", start, data, tmp_path / "fits", {"epochs": 1}, train={"seq_len": 38}))
-    first = write_encoder(tmp_path / "first", pad_token_id=0)
-    for path, most in ((start, 38), (first, 39)):
-        with pytest.raises(
-            ConfigError, match=rf"train\.seq_len: must be at most .* {most} positions"
-        ):
-            train(tuning("full", path, data, tmp_path / "run", train={"seq_len": most + 1}))
+    """RoBERTa's first position is that after the padding's id, which may be 0."""
+    for pad in (0, 1):
+        start = write_encoder(tmp_path / f"start{pad}", pad_token_id=pad)
+        config = tuning("full", start, data, tmp_path / f"run{pad}", train={"seq_len": 40 - pad})
+        with pytest.raises(ConfigError, match=rf"seq_len: must be at most .* {39 - pad} positions"):
+            train(config)
+        train(replace(config, train=replace(config.train, seq_len=39 - pad)))
+
+
+@pytest.mark.parametrize("kind, most", [("encoder", 4), ("decoder", 1)])
+def test_a_length_without_room_for_text_is_refused(
+    kind: str, most: int, data: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """<s>, </s> and </s> </s>, or the end token between two texts."""
+    start = request.getfixturevalue(kind)
+    config = tuning("full", start, data, tmp_path / "run", {"task": "rte"}, train={"seq_len": most})
+    with pytest.raises(ConfigError, match=rf"train\.seq_len: must be > {most}, .*\(got {most}\)"):
+        train(config)
+    train(replace(config, train=replace(config.train, seq_len=most + 1)))
+
+
+def test_the_padding_is_an_id_of_the_model_and_moves_no_position(
+    encoder: Path, decoder: Path, data: Path, tmp_path: Path
+) -> None:
+    config = tuning("full", decoder, data, tmp_path / "run", {"pad_token": 320})
+    with pytest.raises(ConfigError, match=r"tune\.pad_token: must be < 320, .*\(got 320\)"):
+        train(config)
+    config = tuning("full", encoder, data, tmp_path / "run", {"pad_token": 3})
+    with pytest.raises(ConfigError, match=r"tune\.pad_token: must be unset or 0, .*\(got 3\)"):
+        train(config)
+
+
+def test_a_fine_tuned_encoder_keeps_its_padding(data: Path, tmp_path: Path) -> None:
+    """Also where only its config.json names it."""
+    start = write_encoder(tmp_path / "start", pad_token_id=3)
+    (start / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    for name in ("one", "two"):
+        train(tuning("full", start, data, tmp_path / name, {"epochs": 1}))
+        assert load(tmp_path / name / "config.toml").tune.pad_token == 3
+        start = tmp_path / "one"

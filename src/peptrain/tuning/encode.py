@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peptrain.execution.label_loss import NO_TARGET, Labelled
+from peptrain.settings.fields import check
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -73,11 +74,15 @@ def encode_texts(
     """Return the ids and types of texts or pairs of texts, and how many were cut to `seq_len`.
 
     A tokenizer with a template, such as RoBERTa's, adds its special tokens. With another the id
-    `end` parts the two texts of a pair. The longer text of a pair is cut first, at its end.
+    `end` parts the two texts of a pair. The longer text of a pair is cut first, at its end. Raises
+    ConfigError if `seq_len` leaves no room for texts.
     """
     pair = len(texts[0]) == 2
     plain = tokenizer.num_special_tokens_to_add(pair) == 0
-    tokenizer.enable_truncation(seq_len - (plain and pair), strategy="longest_first")
+    added = int(pair) if plain else tokenizer.num_special_tokens_to_add(pair)
+    wanted = f"> {added}, the number of tokens that are added to a row's text"
+    check(seq_len > added, "train.seq_len", seq_len, wanted)
+    tokenizer.enable_truncation(seq_len - added * plain, strategy="longest_first")
     try:
         given = [text if pair else text[0] for text in texts]
         found = tokenizer.encode_batch(given, add_special_tokens=True)

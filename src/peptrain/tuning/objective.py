@@ -56,9 +56,10 @@ class Labels:
         self._precision = t.precision
         self.task = tuning_task(tune.task, "tune.task")
         self._words = words_of(config.init_from if run is None else run.path)
-        self._writes_text = bool(hf_config(config.model, t.seq_len).is_encoder_decoder)
         made = hf_config(config.model, t.seq_len)
+        self._writes_text = bool(made.is_encoder_decoder)
         self._typed = (getattr(made, "type_vocab_size", None) or 0) > 1
+        self._model_pad = made.pad_token_id
         self._rows = self._encoded(training_rows(tune.task, tune.tasks_data, tune.rows))
         self._validation, self._gold = dict[str, Encoded](), dict[str, list[float]]()
         for suffix, splits in self.task.validation.items():
@@ -89,7 +90,7 @@ class Labels:
         for name, part in {"training": self._rows, **validation}.items():
             if part.cut and self._here.main:
                 log.warning(
-                    "train.seq_len %d: cuts %s of %s %s texts (%.2g %%); raise it to keep them",
+                    "train.seq_len %d: cuts %s of %s %s texts (%.3g %%); raise it to keep them",
                     self._train.seq_len, f"{part.cut:,}", f"{len(part):,}", name,
                     100 * part.cut / len(part),
                 )  # fmt: skip
@@ -125,6 +126,9 @@ class Labels:
         positions, seq_len = positions_of(model), self._train.seq_len
         wanted = f"at most the model's {positions} positions"
         check(positions is None or seq_len <= positions, "train.seq_len", seq_len, wanted)
+        wanted = f"unset or {self._model_pad}, from which the model counts positions"
+        fits = positions is None or self._pad == self._model_pad
+        check(fits, "tune.pad_token", self._pad, wanted)
 
     def batch(self, step: int) -> list[Labelled]:
         """Return this process's micro-batches of a step, on its device.

@@ -12,6 +12,7 @@ from typing import Any
 from peptrain.config import RunConfig
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
+from peptrain.models.hf import hf_config
 from peptrain.optim.adamw import OptimConfig, filled
 from peptrain.settings.fields import check
 from peptrain.tasks.files import data_files, subsample
@@ -60,6 +61,8 @@ def with_task(config: RunConfig[Any]) -> RunConfig[Any]:
     check(not commas, f"{tune.task}: labels", commas, "names without a comma")
     check(label == ",".join(task.labels), "tune.labels", label, f"unset for {task.name}")
     pad = words_of(config.init_from).pad if tune.pad_token is None else tune.pad_token
+    size = hf_config(config.model, t.seq_len).get_text_config().vocab_size
+    check(pad < size, "tune.pad_token", pad, f"< {size}, the vocabulary of the model")
     return replace(
         config,
         optim=tuned(config.optim, type(config.method)),

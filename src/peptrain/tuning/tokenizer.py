@@ -44,7 +44,8 @@ def words_of(path: Path) -> Words:
     tokenizer, named = load_tokenizer(directory), configured(directory)
     # BERT has no end token, and parts texts by [SEP].
     end = end_id(tokenizer, named.get("eos_token") or named.get("sep_token"))
-    pad = _padding(directory / "config.json")  # an encoder counts its positions from it on
+    # An encoder counts its positions from it on.
+    pad = _padding(run.model_file if directory != path else directory / "config.json")
     if pad is None and "pad_token" in named:
         pad = tokenizer.token_to_id(named["pad_token"])
     return Words(tokenizer, end, end if pad is None else pad, directory)
