@@ -198,6 +198,16 @@ def test_padding_stays_within_the_length(data: Path, tmp_path: Path) -> None:
     assert rows(tmp_path / "run", "end")
 
 
+def test_texts_are_encoded_alike_in_parts(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = words_of(encoder)
+    texts = [("a cat sat",), ("a dog",), ("no",), ("a cat sat . a dog ran",), ("yes",)]
+    whole = encode_texts(words.tokenizer, texts, 5, words.end)
+    monkeypatch.setattr("peptrain.tuning.encode.AT_ONCE", 2)
+    parts = encode_texts(words.tokenizer, texts, 5, words.end)
+    assert [one.tolist() for one in parts[0]] == [one.tolist() for one in whole[0]]
+    assert len(parts[1]) == len(texts) and parts[2] == whole[2] == 1
+
+
 def test_an_empty_text_is_the_end_token(decoder: Path) -> None:
     words = words_of(decoder)
     ids, _, cut = encode_texts(words.tokenizer, [("",), ("ab",)], 5, words.end)

@@ -10,13 +10,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support import Killed, kill_at, tiny
 from transformers import RobertaConfig, RobertaForSequenceClassification
-from tuned import ROBERTA, tuning, write_encoder, write_rows
+from tuned import ROBERTA, WORDS, tuning, write_encoder, write_rows
 
 from peptrain.config import load
 from peptrain.errors import CheckpointError, ConfigError, DataError
 from peptrain.exporting.export import export
 from peptrain.models.hf import ModelConfig
 from peptrain.training.loop import resume, train
+from peptrain.tuning.tokenizer import words_of
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,66 @@ def test_a_tokenizer_of_another_model_is_refused(data: Path, tmp_path: Path) -> 
         train(tuning("full", start, data, tmp_path / "run"))
     (start / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"init_from: .* has no tokenizer.json"):
+        train(tuning("full", start, data, tmp_path / "run"))
+
+
+def renamed(start: Path, copy: Path, **words: str) -> Path:
+    """Copy a model with other names for some tokens of its tokenizer."""
+    shutil.copytree(start, copy)
+    content = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {words.get(w, w): number for w, number in vocabulary.items()}
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    return copy
+
+
+def test_an_encoder_may_name_a_separator_and_no_end(
+    encoder: Path, data: Path, tmp_path: Path
+) -> None:
+    """As BERT does."""
+    start = shutil.copytree(encoder, tmp_path / "start")
+    content = (start / "tokenizer.json").read_text()
+    (start / "tokenizer.json").write_text(content.replace("</s>", "[SEP]"))
+    config = start / "tokenizer_config.json"
+    config.write_text('{"pad_token": "<pad>"}')
+    with pytest.raises(ConfigError, match="name one of its tokens as eos_token or sep_token in"):
+        train(tuning("full", start, data, tmp_path / "run"))
+    config.write_text('{"pad_token": "<pad>", "sep_token": "[SEP]"}')
+    train(tuning("full", start, data, tmp_path / "run", {"epochs": 1}))
+    assert words_of(start).end == WORDS.index("</s>")
+
+
+def test_a_text_without_tokens_is_refused(encoder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data")
+    start = renamed(encoder, tmp_path / "start")
+    content = json.loads((start / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["<unk>"]
+    (start / "tokenizer.json").write_text(json.dumps(content))
+    with (data / "cola" / "train.jsonl").open("a") as file:
+        file.write('{"sentence": "zebra", "label": 1}\n')
+    with pytest.raises(DataError, match=r"can.t encode the text.*with an unknown token"):
+        train(tuning("full", start, data, tmp_path / "run"))
+
+
+def test_answers_that_a_text_model_can_not_tell_apart_are_refused(
+    t5: Path, data: Path, tmp_path: Path
+) -> None:
+    start = renamed(t5, tmp_path / "start", acceptable="x", unacceptable="y")
+    with pytest.raises(ConfigError, match="'unacceptable' and 'acceptable' are the same tokens"):
+        train(tuning("full", start, data, tmp_path / "run"))
+    train(tuning("full", start, data, tmp_path / "run", {"task": "rte", "epochs": 1}))
+
+
+def test_a_text_model_needs_words_and_a_first_token(t5: Path, data: Path, tmp_path: Path) -> None:
+    task = write_rows(tmp_path / "own") / "stsb" / "own.toml"
+    task.write_text('texts = ["sentence1"]\nlabels = []\n')
+    with pytest.raises(ConfigError, match=r"own\.toml: words: must be given"):
+        train(tuning("full", t5, data, tmp_path / "run", {"task": str(task)}))
+    start = shutil.copytree(t5, tmp_path / "start")
+    given = json.loads((start / "config.json").read_text())
+    del given["decoder_start_token_id"]
+    (start / "config.json").write_text(json.dumps(given))
+    with pytest.raises(ConfigError, match=r"init_from: decoder_start_token_id in config\.json"):
         train(tuning("full", start, data, tmp_path / "run"))
 
 

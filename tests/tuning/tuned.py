@@ -17,7 +17,8 @@ from peptrain.training.loop import train
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "a", "cat", "dog", "sat", "ran", "good", "bad", "not",
          "yes", "no", ".", "unacceptable", "acceptable", "entailment", "not_entailment", ":",
          "cola", "rte", "stsb", "sentence", "sentence1", "sentence2",
-         *(f"{fifths / 5:.1f}" for fifths in range(26))]  # fmt: skip
+         *(f"{fifths / 5:.1f}" for fifths in range(26)), "negative", "positive", "not_equivalent",
+         "equivalent", "not_duplicate", "duplicate", "neutral", "contradiction"]  # fmt: skip
 ROBERTA: dict[str, Any] = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 40,
     "pad_token_id": 0, "type_vocab_size": 1, "bos_token_id": 2, "eos_token_id": 1}  # fmt: skip

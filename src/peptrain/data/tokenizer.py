@@ -36,6 +36,8 @@ CONVERT = (
     " config.json too, or is its name on the hub"
 )
 COUNTED_AS_ONE = 1024
+CANT_ENCODE = "tokenizer: can't encode the text"
+ADVICE = "give a tokenizer with an unknown token in its vocabulary, or a byte-level one"
 SHOWN = 200  # characters of an error of the library
 log = logging.getLogger("peptrain")
 
@@ -59,7 +61,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     advice = "if it was made by a newer version, upgrade: pip install -U tokenizers"
     if b'"model"' not in content:
         advice = f"if it is a tokenizer in another form, {CONVERT}"
-    with _explained(
+    with explained(
         f"tokenizer: {file} is not a tokenizer.json that tokenizers {version('tokenizers')} reads",
         advice,
     ):
@@ -67,7 +69,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 @contextmanager
-def _explained(what: str, advice: str) -> Iterator[None]:
+def explained(what: str, advice: str) -> Iterator[None]:
     """Turn an error of the library tokenizers into a DataError.
 
     Of its functions only this context calls those that may fail. They raise Exception itself and,
@@ -85,7 +87,8 @@ def _explained(what: str, advice: str) -> Iterator[None]:
 def configured(path: Path) -> dict[str, str]:
     """Return the tokens and the chat template that the files next to a tokenizer.json configure.
 
-    The keys are "eos_token" and those of SPECIAL. Raises DataError for a file that can't be read.
+    The keys are "eos_token", "sep_token" and those of SPECIAL. Raises DataError for a file that
+    can't be read.
     """
     directory, found = path if path.is_dir() else path.parent, dict[str, str]()
     if not path.is_dir() and not path.name.startswith("tokenizer.json"):
@@ -95,7 +98,7 @@ def configured(path: Path) -> dict[str, str]:
             content = read_json_object(file)
         except ValueError as error:
             raise DataError(f"tokenizer: {file}: {error}; fix it or remove it") from error
-        for key in ("eos_token", *SPECIAL):
+        for key in ("eos_token", "sep_token", *SPECIAL):
             value = content.get(key)
             token = value.get("content") if isinstance(value, dict) else value
             if isinstance(token, str) and token:
@@ -212,8 +215,7 @@ def encode(
 
     Raises DataError for text that the tokenizer can't encode.
     """
-    advice = "give a tokenizer with an unknown token in its vocabulary, or a byte-level one"
-    with _explained("tokenizer: can't encode the text", advice):
+    with explained(CANT_ENCODE, ADVICE):
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, dtype) for encoding in encodings]
 
@@ -241,7 +243,7 @@ def losses(
     Raises DataError if the tokenizer can't decode them.
     """
     known = [ids if unknown is None else ids[ids != unknown] for ids in encoded]
-    with _explained("tokenizer: can't decode what it encoded", "give another tokenizer"):
+    with explained("tokenizer: can't decode what it encoded", "give another tokenizer"):
         decoded = tokenizer.decode_batch([ids.tolist() for ids in known], skip_special_tokens=False)
     return [
         Losses(len(ids) - len(kept), len(text), 0 if text == back else _lost(text, back))

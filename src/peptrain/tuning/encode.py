@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from peptrain.data.tokenizer import ADVICE, CANT_ENCODE, explained
+from peptrain.errors import ConfigError
 from peptrain.execution.label_loss import NO_TARGET, Labelled
 from peptrain.settings.fields import check
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 Ids = NDArray[np.int64]
+AT_ONCE = 1000
+"""Texts to encode at once. What the tokenizer returns takes ten times the memory of the ids."""
 MULTIPLE = 8
 """Sequences of a batch are padded to a multiple of it, for the GPU's tiles."""
 
@@ -82,14 +86,17 @@ def encode_texts(
     added = int(pair) if plain else tokenizer.num_special_tokens_to_add(pair)
     wanted = f"> {added}, the number of tokens that are added to a row's text"
     check(seq_len > added, "train.seq_len", seq_len, wanted)
+    parts, cut = list[tuple[Ids, Ids]](), 0
     tokenizer.enable_truncation(seq_len - added * plain, strategy="longest_first")
     try:
-        given = [text if pair else text[0] for text in texts]
-        found = tokenizer.encode_batch(given, add_special_tokens=True)
+        for at in range(0, len(texts), AT_ONCE):
+            given = [text if pair else text[0] for text in texts[at : at + AT_ONCE]]
+            with explained(CANT_ENCODE, ADVICE):
+                found = tokenizer.encode_batch(given, add_special_tokens=True)
+            parts += [_parted(one, end) if plain and pair else _as_it_is(one, end) for one in found]
+            cut += sum(bool(one.overflowing) for one in found)
     finally:
         tokenizer.no_truncation()
-    parts = [_parted(one, end) if plain and pair else _as_it_is(one, end) for one in found]
-    cut = sum(bool(one.overflowing) for one in found)
     return [ids for ids, _ in parts], [types for _, types in parts], cut
 
 
@@ -106,9 +113,20 @@ def _parted(one: Encoding, end: int) -> tuple[Ids, Ids]:
 
 
 def encode_targets(tokenizer: Tokenizer, words: Sequence[str], end: int) -> Tensor:
-    """Return target texts [words, T], each with its end token, padded by `NO_TARGET`."""
-    found = [tokenizer.encode(word, add_special_tokens=True).ids for word in words]
+    """Return target texts [words, T], each with its end token, padded by `NO_TARGET`.
+
+    Raises ConfigError if two of them are the same tokens, such as the unknown one.
+    """
+    with explained(CANT_ENCODE, ADVICE):
+        found = [tokenizer.encode(word, add_special_tokens=True).ids for word in words]
     ended = [ids if ids[-1:] == [end] else [*ids, end] for ids in found]
+    for place, ids in enumerate(ended):
+        if (first := ended.index(ids)) != place:
+            raise ConfigError(
+                f"words: {words[first]!r} and {words[place]!r} are the same tokens to the model's"
+                " tokenizer, so that it can't write the one or the other; give words that differ,"
+                " in the TOML of the task, or another model"
+            )
     table = torch.full((len(words), max(map(len, ended))), NO_TARGET)
     for row, ids in zip(table, ended, strict=True):
         row[: len(ids)] = torch.tensor(ids)

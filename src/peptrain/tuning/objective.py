@@ -26,7 +26,14 @@ from peptrain.settings.fields import check
 from peptrain.tuning import metrics
 from peptrain.tuning.encode import Encoded, encode_targets, encode_texts
 from peptrain.tuning.settle import training_rows
-from peptrain.tuning.tasks import Example, read_examples, target_word, text_form, tuning_task
+from peptrain.tuning.tasks import (
+    Example,
+    read_examples,
+    target_word,
+    target_words,
+    text_form,
+    tuning_task,
+)
 from peptrain.tuning.tokenizer import check_vocabulary, words_of
 
 if TYPE_CHECKING:
@@ -60,6 +67,9 @@ class Labels:
         self._writes_text = bool(made.is_encoder_decoder)
         self._typed = (getattr(made, "type_vocab_size", None) or 0) > 1
         self._model_pad = made.pad_token_id
+        if self._writes_text:
+            words = target_words(self.task)
+            self._targets = encode_targets(self._words.tokenizer, words, self._words.end)
         self._rows = self._encoded(training_rows(tune.task, tune.tasks_data, tune.rows))
         self._validation, self._gold = dict[str, Encoded](), dict[str, list[float]]()
         for suffix, splits in self.task.validation.items():
@@ -79,9 +89,8 @@ class Labels:
 
     def _labels(self, examples: Sequence[Example]) -> Tensor:
         if self._writes_text:
-            table = encode_targets(self._words.tokenizer, self.task.words, self._words.end)
             words = [target_word(self.task, example) for example in examples]
-            return table[[self.task.words.index(word) for word in words]]
+            return self._targets[[self.task.words.index(word) for word in words]]
         values = torch.tensor([example.label for example in examples], dtype=torch.float64)
         return values.long() if self.task.labels else values
 
@@ -123,6 +132,10 @@ class Labels:
     def check(self, model: PreTrainedModel) -> None:
         """Raise ConfigError unless the model can read the data."""
         check_vocabulary(self._words, vocabulary_size(model))
+        start = getattr(model.config, "decoder_start_token_id", None)
+        check(not self._writes_text or start is not None,
+              "init_from: decoder_start_token_id in config.json", start,
+              "the id that a text begins with, of T5 that of the padding")  # fmt: skip
         positions, seq_len = positions_of(model), self._train.seq_len
         wanted = f"at most the model's {positions} positions"
         check(positions is None or seq_len <= positions, "train.seq_len", seq_len, wanted)
@@ -195,8 +208,7 @@ class Labels:
     def _judged(self, model: PreTrainedModel, rows: Labelled) -> tuple[Tensor, Tensor]:
         losses, logits = row_losses(model, rows)
         if self._writes_text:
-            table = encode_targets(self._words.tokenizer, self.task.words, self._words.end)
-            best = text_scores(model, rows, table.to(rows.ids.device)).argmax(1)
+            best = text_scores(model, rows, self._targets.to(rows.ids.device)).argmax(1)
             return losses, best if self.task.labels else self._numbers(best)
         return losses, logits.argmax(1) if self.task.labels else logits[:, 0]
 

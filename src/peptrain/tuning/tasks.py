@@ -276,20 +276,25 @@ def text_form(task: TuningTask, example: Example) -> str:
     return " ".join((task.prefix, *parts))
 
 
-def target_word(task: TuningTask, example: Example) -> str:
-    """Return what a text-to-text model has to generate: one of `task.words`.
-
-    Of a number it is the nearest word; of two that are equally near the one whose place, from 0,
-    is even, so that STS-B's are rounded as T5's: 2.5 becomes "2.4", and 4.3 becomes "4.4". Raises
-    ConfigError for a task of one's own, of numbers, that has no words.
-    """
+def target_words(task: TuningTask) -> tuple[str, ...]:
+    """Return `task.words`. Raises ConfigError for a task of one's own, of numbers, without them."""
     if not task.words:
         raise ConfigError(
             f"{task.source}: words: must be given for a text-to-text model where labels = [],"
             ' as in words = ["0.0", "0.5", "1.0"]'
         )
+    return task.words
+
+
+def target_word(task: TuningTask, example: Example) -> str:
+    """Return what a text-to-text model has to generate: one of `task.words`.
+
+    Of a number it is the nearest word; of two that are equally near the one whose place, from 0,
+    is even, so that STS-B's are rounded as T5's: 2.5 becomes "2.4", and 4.3 becomes "4.4".
+    """
+    words = target_words(task)
     if task.labels:
-        return task.words[int(example.label)]
+        return words[int(example.label)]
     # Decimals, since 4.2 and 4.4 are not equally far from 4.3 in binary.
-    away = [round(abs(float(word) - example.label), 9) for word in task.words]
-    return task.words[min(range(len(away)), key=lambda place: (away[place], place % 2))]
+    away = [round(abs(float(word) - example.label), 9) for word in words]
+    return words[min(range(len(away)), key=lambda place: (away[place], place % 2))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,12 +44,23 @@ def words_of(path: Path) -> Words:
         )
     tokenizer, named = load_tokenizer(directory), configured(directory)
     # BERT has no end token, and parts texts by [SEP].
-    end = end_id(tokenizer, named.get("eos_token") or named.get("sep_token"))
+    end = _end(tokenizer, named, directory)
     # An encoder counts its positions from it on.
     pad = _padding(run.model_file if directory != path else directory / "config.json")
     if pad is None and "pad_token" in named:
         pad = tokenizer.token_to_id(named["pad_token"])
     return Words(tokenizer, end, end if pad is None else pad, directory)
+
+
+def _end(tokenizer: Tokenizer, named: Mapping[str, str], directory: Path) -> int:
+    try:
+        return end_id(tokenizer, named.get("eos_token") or named.get("sep_token"))
+    except ConfigError as error:  # it advises a flag that prepares a corpus
+        said = str(error).partition(";")[0]
+        raise ConfigError(
+            f"init_from: {said}; name one of its tokens as eos_token or sep_token in"
+            f" {directory / 'tokenizer_config.json'}"
+        ) from error
 
 
 def _padding(file: Path) -> int | None:
