@@ -12,7 +12,8 @@ import peptrain
 from peptrain.methods import METHODS
 
 NAMES = {"train", "resume", "adapt", "estimate", "compare", "evaluate", "export"}
-NAMES |= {"plot", "report", "load_factorised", "Corpus", "RunConfig", "TrainConfig", "METHODS"}
+NAMES |= {"plot", "report", "load_factorised", "Corpus", "RunConfig", "TrainConfig", "TuneConfig"}
+NAMES |= {"METHODS"}
 CLASSES = {cls.__name__ for cls in METHODS.values()}
 SOME = {"LORO"}
 """For the default run, where a test below uses the functions."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peptrain.comparison.compare import compare as compare
     from peptrain.config import RunConfig as RunConfig
     from peptrain.config import TrainConfig as TrainConfig
+    from peptrain.config import TuneConfig as TuneConfig
     from peptrain.data import Corpus as Corpus
     from peptrain.estimation.estimate import estimate as estimate
     from peptrain.eval.run import evaluate as evaluate
@@ -44,6 +45,7 @@ FACE = {
     "Corpus": "data",
     "RunConfig": "config",
     "TrainConfig": "config",
+    "TuneConfig": "config",
     "METHODS": "methods",
 }
 """The module that each name is imported from. The method classes are added from METHODS."""

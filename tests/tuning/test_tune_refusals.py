@@ -17,6 +17,7 @@ from peptrain.errors import CheckpointError, ConfigError, DataError
 from peptrain.exporting.export import export
 from peptrain.models.hf import ModelConfig
 from peptrain.training.loop import resume, train
+from peptrain.tuning.settle import with_task
 from peptrain.tuning.tokenizer import words_of
 
 
@@ -196,6 +197,51 @@ def test_other_rows_are_noticed_at_a_resume(decoder: Path, tmp_path: Path) -> No
     file.write_text("\n".join([changed, *rest]) + "\n")
     with pytest.raises(CheckpointError, match="data"):
         resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "was, now, error, said",
+    [
+        ('"yes"]', '"maybe"]', ConfigError, "tune.labels: 'no,yes' in this run, but .* restore"),
+        ('"acc"', '"matthews"', CheckpointError, "data: .* restore the run's original data"),
+        ('"sentence1"', '"sentence2"', CheckpointError, "data: .*restore the run's original data"),
+    ],
+)
+def test_an_edited_task_is_noticed_at_a_resume(
+    was: str, now: str, error: type[Exception], said: str, decoder: Path, tmp_path: Path
+) -> None:
+    task = write_rows(tmp_path) / "rte" / "own.toml"
+    task.write_text('texts = ["sentence1"]\nlabels = ["no", "yes"]\nmetrics = ["acc"]\n')
+    config = tuning("full", decoder, tmp_path, tmp_path / "run", {"task": str(task)})
+    with pytest.raises(Killed):
+        train(config, kill_at("checkpoint", 3))
+    task.write_text(task.read_text().replace(was, now))
+    with pytest.raises(error, match=said):
+        resume(tmp_path / "run")
+
+
+def test_settings_that_a_fine_tuning_determines_are_not_silently_replaced(
+    decoder: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of the run's own config.toml are the same, and the defaults were not given."""
+    config = tuning("full", decoder, data, train={"steps": 100, "eval_tokens": 5})
+    settled = with_task(config)
+    for said in ("train.steps: 100 is not used", "train.eval_tokens: 5 is not used"):
+        assert said in caplog.text
+    caplog.clear()
+    with_task(settled)
+    with_task(replace(config, train=replace(config.train, steps=300, eval_tokens=None)))
+    assert "not used" not in caplog.text
+
+
+def test_a_pre_training_does_not_start_from_a_classifier(
+    decoder: Path, encoder: Path, data: Path, corpus: Path, tmp_path: Path
+) -> None:
+    for start in (decoder, encoder):
+        train(tuning("full", start, data, run := tmp_path / start.name, {"epochs": 1}))
+        config = replace(tiny("full", corpus), init_from=run, model=ModelConfig())
+        with pytest.raises(ConfigError, match=rf"fine-tuned on cola and is no.* give .*{start}"):
+            train(config)
 
 
 def test_a_damaged_tokenizer_is_noticed_at_a_resume(

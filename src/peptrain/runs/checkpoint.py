@@ -167,13 +167,13 @@ def agrees(
     """Raise CheckpointError, naming the first setting that differs, unless the identities agree.
 
     before: values of settings that an older checkpoint does not contain. repair: what to do, with
-    the {file} of the run that has the setting.
+    the {file} of the run that has the setting, or its data.
     """
     then_all = {**(before or {}), **saved.identity}
     keys = then_all.keys() | identity.keys()
     for key in sorted(keys, key=lambda key: (key != "method.name", key)):
         then, now = then_all.get(key), identity.get(key)
-        file = "model.json" if key == "model.config" else "config.toml"
+        file = {"model.config": "model.json", "data": "data"}.get(key, "config.toml")
         if then != now:
             raise CheckpointError(
                 f"{key}: the checkpoint of step {saved.step} was written with {then!r}, but the"

@@ -51,6 +51,8 @@ def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
     if config.match_trainable is not None:
         return matched(config)
     path = config.init_from
+    if path is not None and not config.tune.task:
+        _check_language_model(path)
     if path is None:
         if setting := config.method.needs_weights:
             raise ConfigError(f"{setting} needs the weights of a trained model; give --init-from")
@@ -63,6 +65,15 @@ def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
             )  # fmt: skip
         return _with_vocabulary(config)
     return replace(config, model=_model_of(path)) if config.model == ModelConfig() else config
+
+
+def _check_language_model(path: Path) -> None:
+    """Raise ConfigError for a run that was fine-tuned, whose head is for classes."""
+    if is_run(path) and (theirs := run_config(RunDir.open(at(path)[0]))).tune.task:
+        raise ConfigError(
+            f"init_from: {path} was fine-tuned on {theirs.tune.task} and is no language model any"
+            f" more; give the model that it started from, {theirs.init_from}"
+        )
 
 
 def _with_vocabulary(config: RunConfig[Any]) -> RunConfig[Any]:

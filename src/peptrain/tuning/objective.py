@@ -15,6 +15,7 @@ from torch import Tensor
 from peptrain.config import RunConfig
 from peptrain.data.corpus import order
 from peptrain.distributed.world import World
+from peptrain.errors import ConfigError
 from peptrain.eval.perplexity import Evaluation, Watch
 from peptrain.execution.label_loss import Labelled, row_losses, text_scores
 from peptrain.methods.base import Method
@@ -62,6 +63,11 @@ class Labels:
         self._here, self._train, self._pad = here, t, tune.pad_token or 0
         self._precision = t.precision
         self.task = tuning_task(tune.task, "tune.task")
+        self._own = tune.task.endswith(".toml")
+        names = ",".join(self.task.labels)
+        if names != tune.labels:
+            raise ConfigError(f"tune.labels: {tune.labels!r} in this run, but {tune.task} now has"
+                              f" {names!r}; restore that file")  # fmt: skip
         self._words = words_of(config.init_from if run is None else run.path)
         made = hf_config(config.model, t.seq_len)
         self._writes_text = bool(made.is_encoder_decoder)
@@ -108,6 +114,7 @@ class Labels:
     def fingerprint(self) -> str:
         """16 hex digits that identify the data in checkpoints."""
         sums = [part.checksum() for part in (self._rows, *self._validation.values())]
+        sums += self.task.metrics if self._own else ()  # they may be edited before a resume
         return sha256(" ".join(sums).encode()).hexdigest()[:16]
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -9,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from peptrain.config import RunConfig
+from peptrain.config import RunConfig, TrainConfig
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
 from peptrain.models.hf import hf_config
@@ -19,6 +20,7 @@ from peptrain.tasks.files import data_files, subsample
 from peptrain.tuning.tasks import Example, read_examples, tuning_task
 from peptrain.tuning.tokenizer import words_of
 
+log = logging.getLogger("peptrain")
 LOWER = 0.1
 """The learning rate where none is given, as a factor of the method's default for pre-training."""
 
@@ -49,6 +51,10 @@ def with_task(config: RunConfig[Any]) -> RunConfig[Any]:
     rows = len(training_rows(tune.task, tune.tasks_data, tune.rows))
     per_epoch = -(-rows // t.batch_size)
     steps = -(-tune.epochs * rows // t.batch_size)
+    for key, given, used in (("steps", t.steps, steps), ("eval_tokens", t.eval_tokens or 0, 0)):
+        if given not in (used, getattr(TrainConfig(), key)):
+            log.warning("train.%s: %s is not used, since a fine-tuning takes tune.epochs times its"
+                        " rows and evaluates all validation rows", key, given)  # fmt: skip
     train = replace(
         t,
         steps=steps,
