@@ -22,7 +22,12 @@ from peptrain.estimation.estimate import estimate
 from peptrain.eval.perplexity import unwatched
 from peptrain.eval.run import evaluate
 from peptrain.exporting.export import export
+from peptrain.figures.read import read
+from peptrain.figures.source import Source
+from peptrain.reporting.report import report
+from peptrain.reporting.tables import fine_tuned, shown, states
 from peptrain.runs.build import build
+from peptrain.runs.directory import RunDir
 from peptrain.runs.init_from import with_inherited_model
 from peptrain.tasks.subject import open_subject
 from peptrain.training.loop import resume, train
@@ -102,6 +107,44 @@ def test_an_export_classifies_as_the_run_does(finished: Path, data: Path, tmp_pa
     assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
 
 
+def test_a_report_has_the_results_and_no_perplexity(finished: Path, tmp_path: Path) -> None:
+    """Figures count the tokens of the texts, not those of full sequences."""
+    (drawn,) = read([finished]).runs
+    source = Source(runs=[drawn])
+    (end,) = rows(finished, "end")
+    (one,) = fine_tuned(source).rows
+    told = end["rte_acc"], end["rte_best_acc"], end["rte_majority_acc"]
+    assert [one[2], one[3], *one[5:]] == ["rte_acc", *map(shown, (*told, end["best_step"]))]
+    (state,) = states(source).rows
+    assert state[states(source).heads.index("ppl")] == "–"
+    assert drawn.tokens_per_step == rows(finished)[-1]["tokens"] / 6 < 8 * 24
+    page = report([finished], tmp_path / "report.html").read_text()
+    assert "loss (per row)" in page and "nats per token" not in page
+    assert "peptrain eval" not in page
+
+
+def test_a_watch_counts_tokens_of_texts_and_says_no_perplexity(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, said = call(capsys, "watch", finished)
+    tokens = rows(finished)[-1]["tokens"]
+    assert f"{tokens:,} tokens {tokens // 6:,} a step" in said
+    assert "perplexity" not in said and "held-out" not in said and "validation loss" in said
+    file = RunDir(finished).metrics_file
+    before = file.read_bytes()
+    file.write_bytes(before.splitlines(keepends=True)[0])  # before the first evaluation
+    _, said = call(capsys, "watch", finished)
+    file.write_bytes(before)
+    assert "loss" in said and "perplexity" not in said
+
+
+def test_a_finished_fine_tuning_is_not_advised_to_be_longer(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, said = call(capsys, "resume", finished)
+    assert "only evaluated" in said and "--train.steps" not in said
+
+
 @pytest.mark.parametrize("kind", ["decoder", "t5"])
 def test_other_kinds_are_exported_too(
     kind: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest
@@ -161,6 +204,8 @@ def test_a_comparison_chooses_rates_by_the_result(
     assert made.tuned == "cola_matthews" and "Fine-tuned for 1 epochs" in made.caption
     assert "ppl" not in made.columns and "cola_best_matthews" in made.columns
     (full,) = made.lines
+    assert ",perplexity," in (out / "table.csv").read_text()
+    assert json.loads((out / "runs.json").read_text())["configurations"][0]["perplexity"] is None
     ends = [rows(run, "end")[0] for run in sorted((out / "runs").glob("full-*"))]
     by_rate = [sum(end["cola_matthews"] for end in ends[k : k + 2]) / 2 for k in (0, 2)]
     assert full.tasks["cola_matthews"] == max(by_rate) and full.seeds == 2

@@ -248,7 +248,8 @@ def _write(out: Path, made: Comparison, outcomes: Sequence[Outcome]) -> None:
         }
         for one in outcomes
     ]
-    lines = [{**asdict(line), "perplexity": line.perplexity} for line in made.lines]
+    lines = [{**asdict(line), "perplexity": None if made.tuned else line.perplexity}
+             for line in made.lines]  # fmt: skip
     said = {"equal": made.equal, "caption": made.caption, "notes": made.notes}
     content = {**said, "runs": runs, "configurations": lines}
     write_atomically(out / "runs.json", json.dumps(content, indent=1) + "\n")

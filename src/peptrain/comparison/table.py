@@ -232,8 +232,9 @@ def as_csv(comparison: Comparison) -> str:
     )  # fmt: skip
     for line in comparison.lines:
         low, high = interval(line)
+        ppl = None if comparison.tuned else line.perplexity
         writer.writerow(
-            [line.label, line.method, line.loss, low, high, line.perplexity, line.trainable,
+            [line.label, line.method, line.loss, low, high, ppl, line.trainable,
              line.state_bytes, line.tokens_per_second, line.steps, line.tokens,
              line.cost if comparison.equal == "flops" else None,
              line.cost if comparison.equal == "time" else None,

@@ -132,10 +132,9 @@ class TrainingProgress:
         run, step, steps = seen["run"], seen["step"], seen["steps"]
         self._time = TimeLeft(step)
         if step == steps:
-            self._say(
-                f"{run} is finished at step {step:,} of {steps:,} and only evaluated; to train"
-                f" longer, `peptrain resume {quoted(run)} --train.steps N`"
-            )
+            longer = f"; to train longer, `peptrain resume {quoted(run)} --train.steps N`"
+            longer = "" if seen.get("task") else longer
+            self._say(f"{run} is finished at step {step:,} of {steps:,} and only evaluated{longer}")
         else:
             at = f" from step {step}" if step else ""
             self._say(

@@ -112,7 +112,14 @@ class RunView:
 
     @property
     def _tokens_per_step(self) -> int:
+        """Those of a fine-tuning are counted without padding, in its rows."""
+        if self._fine_tuned:
+            return int(self._seen.get("tokens", 0) / max(1, self.step))
         return int(self._config["train"]["batch_size"] * self._config["train"]["seq_len"])
+
+    @property
+    def _fine_tuned(self) -> bool:
+        return bool(self._config.get("tune", {}).get("task"))
 
     def _settings(self) -> Iterator[str]:
         model, train = self._config["model"], self._config["train"]
@@ -120,8 +127,9 @@ class RunView:
         name = str(model.get("config") or model.get("preset") or "model")
         yield self._config["method"]["name"]
         yield f"{name} ({sizes})" if sizes else name
-        yield f"{self.steps * self._tokens_per_step:,} tokens"
-        yield f"{self._tokens_per_step:,} a step"
+        if each := self._tokens_per_step:
+            yield f"{self.steps * each:,} tokens"
+            yield f"{each:,} a step"
         yield str(train.get("precision", ""))
 
     def _numbers(self) -> Iterator[str]:
@@ -130,9 +138,10 @@ class RunView:
             return
         yield f"loss {seen['loss']:.3f}"
         if "held_out_loss" in seen:
-            yield f"held-out loss {seen['held_out_loss']:.3f}"
+            if not self._fine_tuned:
+                yield f"held-out loss {seen['held_out_loss']:.3f}"
             yield held_out(seen)
-        else:
+        elif not self._fine_tuned:
             yield f"perplexity {perplexity(seen['loss'])}"
         yield rates(seen)
         if "grad_norm" in seen:

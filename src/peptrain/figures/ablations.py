@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from peptrain.figures.panel import Drawn, Panel, sheet
-from peptrain.figures.source import NotMeasured, Row, RunRows, Source, View, number
+from peptrain.figures.source import NotMeasured, Row, RunRows, Source, View, loss_label, number
 from peptrain.figures.style import INK, Look, look, styled
 from peptrain.ops.student import half_width
 from peptrain.text import one_line
 
-LOSS = "held-out loss (nats per token)"
+LOSS = "held-out loss"
 LOSS_KEY, MEMORY_KEY, SIZE_KEY = "held_out_loss", "peak_bytes", "non_embedding_trainable"
 GIB = 2**30
 
@@ -162,7 +162,7 @@ def grid(source: Source, view: View) -> Drawn:
     memory, notes = all(known), list[str]()
     if any(known) and not memory:  # on a CPU none has it
         notes.append("peak memory: not known of every configuration; a GPU's rows have it")
-    columns: list[tuple[str, str, float]] = [(LOSS, LOSS_KEY, 1.0)]
+    columns: list[tuple[str, str, float]] = [(loss_label(source, LOSS), LOSS_KEY, 1.0)]
     if memory:
         columns.append(("peak memory (GiB)", MEMORY_KEY, GIB))
     named = {key: [(line.name(of_key), line) for line in of_key] for key, of_key in lines.items()}
@@ -262,11 +262,12 @@ def scaling(source: Source, view: View) -> Drawn:
         )
     with styled():
         made, rows = sheet([2.8], legend=len(found))
+        loss = loss_label(source, LOSS)
         label = "log10 of the trainable parameters without embeddings"
-        panel = made.panel(rows[0][0], "loss over size", label, LOSS)
+        panel = made.panel(rows[0][0], "loss over size", label, loss)
         for n, (name, points) in enumerate(found.items()):
             _means(panel, name, sorted(points), look(n))
-        panel.axes.set(xlabel=label, ylabel=LOSS)
+        panel.axes.set(xlabel=label, ylabel=loss)
         made.legend([(name, {"color": look(n).colour, "ls": look(n).dash, "marker": look(n).marker})
                      for n, name in enumerate(found)])  # fmt: skip
     return Drawn(

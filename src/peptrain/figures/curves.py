@@ -17,6 +17,7 @@ from peptrain.figures.source import (
     View,
     curve,
     listed,
+    loss_label,
     marks,
 )
 from peptrain.figures.style import Look, look, styled
@@ -75,7 +76,7 @@ def loss(source: Source, view: View) -> Drawn:
     with styled():
         made, rows = sheet([2.5, *strip, *[0.95] * len(shown)], legend=_lines(source), sharex=True)
         axes = iter(row[0] for row in rows)
-        panel = made.panel(next(axes), "loss", LABELS[view.x], "loss (nats per token)")
+        panel = made.panel(next(axes), "loss", LABELS[view.x], loss_label(source))
         crowded = len(runs) > 4
         for r, x, y in trained:
             if x:

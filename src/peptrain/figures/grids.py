@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peptrain.figures.panel import Drawn, engineering, plain, sheet
-from peptrain.figures.source import NotMeasured, Row, Source, View, number
+from peptrain.figures.source import NotMeasured, Row, Source, View, loss_label, number
 from peptrain.figures.style import look, styled
 from peptrain.ops.student import half_width
 from peptrain.text import one_line
@@ -19,7 +19,7 @@ PLACES = {
     "highest": "at the highest rate tried: a better one may lie above",
     "only": "one rate tried: not tuned",
 }
-LOSS = "held-out loss (nats per token)"
+LOSS = "held-out loss"
 
 
 def _trials(source: Source) -> dict[str, list[Row]]:
@@ -51,7 +51,8 @@ def rates(source: Source, view: View) -> Drawn:
                 if row.get("state") == "diverged"]  # fmt: skip
     with styled():
         made, rows = sheet([2.8], legend=len(made_of))
-        panel = made.panel(rows[0][0], "loss over learning rate", "learning rate", LOSS)
+        loss = loss_label(source, LOSS)
+        panel = made.panel(rows[0][0], "loss over learning rate", "learning rate", loss)
         handles, notes = [], diverged
         for n, (name, by_rate) in enumerate(made_of.items()):
             style, place = look(n), str(lines.get(name, {}).get("place", ""))
@@ -68,7 +69,7 @@ def rates(source: Source, view: View) -> Drawn:
                 notes.append(f"{name}: best at {best:g}, {PLACES.get(place, place)}")
             handles.append((name, {"color": style.colour, "ls": style.dash,
                                    "marker": style.marker}))  # fmt: skip
-        panel.axes.set(xscale="log", xlabel="learning rate", ylabel=LOSS)
+        panel.axes.set(xscale="log", xlabel="learning rate", ylabel=loss)
         _rates_as_ticks(panel.axes, sorted({lr for by_rate in made_of.values() for lr in by_rate}))
         made.legend(handles)
     return Drawn(
@@ -130,7 +131,7 @@ def frontier(source: Source, view: View) -> Drawn:
     with styled():
         made, rows = sheet([1.9] * len(shown), legend=len(points))
         for (axes,), (key, label) in zip(rows, shown, strict=True):
-            panel = made.panel(axes, label, label, LOSS)
+            panel = made.panel(axes, label, label, loss_label(source, LOSS))
             ends = []
             for n, (name, of_line) in enumerate(points.items()):
                 losses, style = _values(of_line, "held_out_loss"), look(n)

@@ -65,10 +65,16 @@ class RunRows:
         return f"unfinished: step {last:,}" + (f" of {steps:,}" if type(steps) is int else "")
 
     @property
+    def fine_tuned(self) -> bool:
+        """Whether its losses are those of labelled rows."""
+        return bool(self.settings.get("tune.task"))
+
+    @property
     def tokens_per_step(self) -> float | None:
-        """Tokens of a step, from the settings or else from a row."""
+        """Tokens of a step, from the settings or else from a row, as of a fine-tuning, whose
+        sequences are shorter than train.seq_len."""
         sizes = [number(self.settings, f"train.{key}") for key in ("batch_size", "seq_len")]
-        if sizes[0] and sizes[1]:
+        if sizes[0] and sizes[1] and not self.fine_tuned:
             return sizes[0] * sizes[1]
         for row in self.of("step"):
             step, tokens = number(row, "step"), number(row, "tokens")
@@ -127,6 +133,12 @@ class View:
     """Of curves over training."""
     what: str = "weight"
     """Of dynamics: weight, update, from_start and so on (docs/dynamics.md)."""
+
+
+def loss_label(source: Source, which: str = "loss") -> str:
+    """Return the label of an axis of losses, with their unit."""
+    fine_tuned = any(run.fine_tuned for run in source.runs)
+    return f"{which} ({'per row' if fine_tuned else 'nats per token'})"
 
 
 def _but_seed(run: RunRows) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from peptrain.reporting.tables import (
     compared,
     differing,
     evaluations,
+    fine_tuned,
     in_pairs,
     judged,
     shown,
@@ -198,14 +199,21 @@ def _dynamics(source: Source) -> Section:
 
 def _held_out(source: Source) -> Section:
     made = Section("Held-out results and tasks")
-    tables = (each(source) for each in (evaluations, by_domain, judged, in_pairs))
-    made.tables += [table for table in tables if table.rows]
-    if made.tables:
+    if (tuned := fine_tuned(source)).rows:
         made.text = (
+            "Of fine-tuning, on the validation rows. Best: the largest value of the result that"
+            " chooses the checkpoint. Majority: always the most frequent class. "
+        )
+        made.tables.append(tuned)
+    tables = (each(source) for each in (evaluations, by_domain, judged, in_pairs))
+    given = [table for table in tables if table.rows]
+    made.tables += given
+    if given:
+        made.text += (
             "Of `peptrain eval`. Losses of different corpora can't be compared. Standard errors are"
             " over items, and contain no spread between seeds."
         )
-    else:
+    elif not made.tables:
         made.missing.append("no run was evaluated with `peptrain eval`")
     return made
 

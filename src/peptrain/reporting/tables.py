@@ -9,6 +9,7 @@ from typing import Any
 
 from peptrain.comparison.summary import Line
 from peptrain.comparison.table import COSTS, Comparison
+from peptrain.display.training import RESULT
 from peptrain.errors import CheckpointError
 from peptrain.figures.panel import shortened
 from peptrain.figures.source import Row, RunRows, Source, number
@@ -90,7 +91,7 @@ def _state(run: RunRows) -> list[str]:
     trainable = _last(run, "trainable", "phase", "end")
     speed = _last(run, "tokens_per_second", "step", "end")
     seconds = _last(run, "seconds", "step", "eval", "end")
-    ppl = None if held is None or held >= 700 else math.exp(held)
+    ppl = None if held is None or held >= 700 or run.fine_tuned else math.exp(held)
     return [
         run.name,
         run.state,
@@ -134,6 +135,23 @@ def judged(source: Source) -> Table:
                 items = shown(entry.get("items"))
                 rows.append([*named, shown(value), _known(error, ".2g"), items])
     return Table(["run", "step", "task", "metric", "value", "± s.e.", "items"], rows)
+
+
+def fine_tuned(source: Source) -> Table:
+    """Return the latest results of fine-tunings, with what the last row says of the best one."""
+    rows = []
+    for run in filter(lambda run: run.fine_tuned, source.runs):
+        for row in run.of("eval", "end")[-1:]:
+            best = shown(row.get("best_step"))
+            for key in filter(RESULT.fullmatch, row):
+                name, _, metric = key.rpartition("_")
+                others = (row.get(f"{name}_{what}_{metric}") for what in ("best", "majority"))
+                error = _known(number(row, f"{key}_stderr"), ".2g")
+                rows.append([run.name, shown(row.get("step")), key, shown(row[key]), error,
+                             *map(shown, others), best])  # fmt: skip
+    return Table(
+        ["run", "step", "result", "value", "± s.e.", "best", "majority", "best step"], rows
+    )
 
 
 def by_domain(source: Source) -> Table:
