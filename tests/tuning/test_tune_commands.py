@@ -4,13 +4,14 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support import as_toml, rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from tuned import tuning
+from tuned import tuning, write_encoder
 
 from peptrain.analysis.analyze import analyze
 from peptrain.cli.app import main
@@ -105,6 +106,41 @@ def test_an_export_classifies_as_the_run_does(finished: Path, data: Path, tmp_pa
     (evaluated,) = rows(finished, "eval")
     assert evaluated["step"] == 3 and sum(correct) / 10 == evaluated["rte_acc"]
     assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
+
+
+@pytest.mark.parametrize("kind, task", [("decoder", "cola"), ("decoder", "rte"), ("bert", "rte")])
+def test_an_export_encodes_as_the_run_does(
+    kind: str, task: str, decoder: Path, data: Path, tmp_path: Path
+) -> None:
+    """By `AutoTokenizer` alone, which parts, tells apart and fills up texts."""
+    run, sped = tmp_path / "run", {"lr": 1e-2}
+    start = decoder if kind == "decoder" else write_encoder(tmp_path / "bert", type_vocab_size=2)
+    train(tuning("full", start, data, run, {"task": task}, optim=sped, train={"seq_len": 39}))
+    out = export(run, tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    texts = [json.loads(line) for line in (data / task / "validation.jsonl").open()]
+    columns = ["sentence"] if task == "cola" else ["sentence1", "sentence2"]
+    given = ([row[key] for row in texts] for key in columns)
+    inputs = tokenizer(*given, padding=True, truncation=True, max_length=39, return_tensors="pt")
+    assert ("token_type_ids" in inputs) == (kind == "bert")
+    loss = model(**inputs, labels=torch.tensor([row["label"] for row in texts])).loss.item()
+    assert loss == pytest.approx(rows(run, "end")[0]["held_out_loss"], rel=1e-9)
+    again = tmp_path / "again"  # its template is the same parting
+    train(tuning("full", out, data, again, {"task": task}, optim=sped, train={"seq_len": 39}))
+    assert rows(again)[0]["tokens"] == rows(run)[0]["tokens"]
+
+
+def test_an_export_that_auto_tokenizer_reads_otherwise_is_warned_of(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    """As where it replaces a tokenizer by that of the model's type."""
+    export(finished, tmp_path / "one")
+    assert "AutoTokenizer" not in caplog.text
+    monkeypatch.setattr("peptrain.exporting.export.load_tokenizer",
+                        lambda out: lambda *texts: SimpleNamespace(input_ids=[0]))  # fmt: skip
+    export(finished, tmp_path / "two")
+    assert "AutoTokenizer replaces it" in caplog.text and "as the fine-tuning did" in caplog.text
 
 
 def test_a_report_has_the_results_and_no_perplexity(finished: Path, tmp_path: Path) -> None:

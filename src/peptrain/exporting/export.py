@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peptrain.data.tokenizer import encode
+from peptrain.data.tokenizer import ADVICE, CANT_ENCODE, encode, explained
+from peptrain.data.tokenizer import load_tokenizer as read_tokenizer
 from peptrain.errors import CheckpointError, ConfigError, DataError, Unsupported
 from peptrain.exporting.factorised import write_factorised
 from peptrain.files import open_up, scratch
@@ -38,7 +39,7 @@ log = logging.getLogger("peptrain")
 Form = Literal["dense", "factorised"]
 SAMPLE = "In 2026 the naïve fox's 12,345 jumps:\n\n    return x == 'é'\t#  你好 🙂 <a>\n"
 """Text that tokenizers split in different ways."""
-ADVICE = "load the tokenizer with PreTrainedTokenizerFast.from_pretrained"
+LOAD = "load the tokenizer with PreTrainedTokenizerFast.from_pretrained"
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest accepted difference of logits computed in this dtype, relative to the largest logit.
 Folding fp32 factors changed logits by 3e-7 to 6e-5. Omitting a factor or diagonal changes them by
@@ -85,7 +86,9 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
                 _name_end_token(opened.model, end)
             written = (_dense if form == "dense" else write_factorised)(opened, temporary)
             _compare(opened.model, written)
-            if not tuned:
+            if tuned:
+                _compare_pairs(temporary)
+            else:
                 _compare_tokenizers(tokenizer, end, temporary)
             open_up(temporary)
             _check_free(out)
@@ -137,7 +140,7 @@ def _compare_tokenizers(trained: Tokenizer, end: int, out: Path) -> None:
     try:
         exported = load_tokenizer(out)
     except DataError as error:
-        log.warning("%s; %s", error, ADVICE)
+        log.warning("%s; %s", error, LOAD)
         return
     try:
         (ids,) = encode(trained, [SAMPLE], np.dtype("<u4"))
@@ -147,8 +150,28 @@ def _compare_tokenizers(trained: Tokenizer, end: int, out: Path) -> None:
         log.warning(
             "tokenizer: AutoTokenizer replaces it by a %s for this type of model, which does not"
             " encode as the training data was encoded; %s",
-            *(type(exported).__name__, ADVICE),
+            *(type(exported).__name__, LOAD),
         )
+
+
+def _compare_pairs(out: Path) -> None:
+    """Warn unless `AutoTokenizer` encodes two texts as the tokenizer.json of a fine-tuned run.
+
+    Raises Unsupported if it needs code of its own.
+    """
+    own = read_tokenizer(out)
+    try:
+        with explained(CANT_ENCODE, ADVICE):
+            ids = own.encode(SAMPLE, SAMPLE).ids
+        exported = load_tokenizer(out)
+    except DataError as error:
+        log.warning("%s", error)
+        return
+    if exported(SAMPLE, SAMPLE).input_ids != ids:
+        log.warning(
+            "tokenizer: AutoTokenizer replaces it by a %s for this type of model, which does not"
+            " encode as the fine-tuning did; %s", type(exported).__name__, LOAD,
+        )  # fmt: skip
 
 
 @torch.no_grad()

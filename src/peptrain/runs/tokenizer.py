@@ -6,6 +6,7 @@ tokenizer/tokenizer.json, tokenizer_config.json, chat_template.jinja
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from peptrain.data.corpus import Corpus
 from peptrain.data.tokenizer import configured, end_id, load_tokenizer
 from peptrain.errors import CheckpointError, ConfigError, DataError
-from peptrain.files import scratch, sha256sums, write_atomically
+from peptrain.files import read_json_object, scratch, sha256sums, write_atomically
 from peptrain.models.hf import TOKENIZER_FILES, encode_plainly, save_tokenizer
 from peptrain.runs.directory import RunDir
 from peptrain.text import quoted
@@ -36,13 +37,48 @@ def write_run_tokenizer(run: RunDir, corpus: Corpus) -> None:
     _fill(run.tokenizer, corpus)
 
 
-def keep_tokenizer(directory: Path, run: RunDir) -> None:
+def keep_tokenizer(directory: Path, run: RunDir, end: int | None, pad: int, typed: bool) -> None:
     """Copy the tokenizer in `directory` into a run that is fine-tuned, and write its checksums.
 
-    Unlike that of a corpus it keeps what its template adds to a text. Raises OSError if it fails.
+    Unlike that of a corpus it keeps what its template adds to a text. Where that is nothing, it
+    gets one that parts two texts by the token `end`, unless it is None. Where it does not say so,
+    it is told to fill up texts by `pad` and, if `typed`, to tell the two apart by
+    `token_type_ids`. So an export's encodes as the run does. Raises OSError if it fails.
     """
     _copy(directory, run.tokenizer)
+    if end is not None:
+        _part_by(run.tokenizer / "tokenizer.json", end)
+    _configure(run.tokenizer, pad, typed)
     write_atomically(run.tokenizer / SUMS, _sums(run.tokenizer, TOKENIZER_FILES))
+
+
+def _part_by(file: Path, end: int) -> None:
+    tokenizer = load_tokenizer(file)
+    if tokenizer.num_special_tokens_to_add(True):
+        return
+    token = tokenizer.id_to_token(end)
+    first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+    template = {
+        "type": "TemplateProcessing",
+        "single": [first],
+        "pair": [first, {"SpecialToken": {"id": token, "type_id": 0}}, second],
+        "special_tokens": {token: {"id": token, "ids": [end], "tokens": [token]}},
+    }
+    content = json.loads(file.read_bytes())
+    before = [content["post_processor"]] if content.get("post_processor") else []
+    content["post_processor"] = {"type": "Sequence", "processors": [*before, template]}
+    write_atomically(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def _configure(directory: Path, pad: int, typed: bool) -> None:
+    token = load_tokenizer(directory).id_to_token(pad)
+    file = directory / "tokenizer_config.json"
+    content = read_json_object(file) if file.is_file() else {}
+    if token is not None and "pad_token" not in configured(directory):
+        content["pad_token"] = token
+    if typed:
+        content.setdefault("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
+    write_atomically(file, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def check_run_tokenizer(run: RunDir) -> None:

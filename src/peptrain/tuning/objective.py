@@ -225,7 +225,8 @@ class Labels:
 
     def write_tokenizer(self, run: RunDir) -> None:
         """Write the tokenizer into a new run. Raises OSError if that fails."""
-        keep_tokenizer(self._words.directory, run)
+        end = None if self._writes_text else self._words.end
+        keep_tokenizer(self._words.directory, run, end, self._pad, self._typed)
 
     def restore_tokenizer(self, run: RunDir) -> None:
         """Do nothing: the run's own tokenizer has been read."""
