@@ -21,12 +21,10 @@ def main(corpus: Path, out: Path, names: list[str]) -> None:
     for name in names:
         method = Toy() if name == Toy.name else name
 
-        def keeping(
-            config: Any, train_state: Any, *rest: Any, name: str = name, **named: Any
-        ) -> Any:
+        def keeping(train_state: Any, *rest: Any, name: str = name, **named: Any) -> Any:
             weights = {n: p.detach().contiguous() for n, p in train_state.model.named_parameters()}
             save_file(weights, out / f"{name}-rank{rank}.safetensors")
-            return evaluate(config, train_state, *rest, **named)
+            return evaluate(train_state, *rest, **named)
 
         trainer._evaluate = keeping
         trainer.train(tiny(method, corpus, out / name, train=SPREAD))
