@@ -26,7 +26,7 @@ captured in less, and no other thread may ask anything during a capture."""
 class Watchdog:
     """Ends the process if the program stays in one place for longer than it may.
 
-    A collective waits for processes that may have stopped for good. The limits of PyTorch's groups
+    A collective waits for processes that may never answer. The limits of PyTorch's groups
     are fixed when a group is created, end a process of NCCL with a page of C++ frames, and do not
     cover collectives in a CUDA graph. So a thread watches instead, on gloo and NCCL alike. It works
     because collectives and waits for a GPU release Python's lock.

@@ -68,7 +68,7 @@ class Task:
 
 
 class NoAnswer(ValueError):
-    """The answer in a row is none of its choices."""
+    """The answer in a row is not among its choices."""
 
 
 def _answer(row: Row, key: str, names: Sequence[str]) -> int:
