@@ -3,7 +3,8 @@
 python struck.py OUT "RANK:WHERE:STEP:SIGNAL ..." ARGUMENTS
 
 The command trains OUT/run once for every strike, beginning with that of this restart, and then
-OUT/whole without any. Exit codes are appended to OUT/codes-RANK.
+OUT/whole without any. Exit codes are appended to OUT/codes-RANK. The rank ends after a failure, as
+it does when its launcher sees the other's first.
 """
 
 import os
@@ -50,6 +51,8 @@ def run(out: Path, strikes: list[str], arguments: list[str]) -> None:
         code = main([*arguments, f"--run={directory}"])
         with (out / f"codes-{RANK}").open("a") as file:
             file.write(f"{code}\n")
+        if code == 1:
+            sys.exit(code)
 
 
 if __name__ == "__main__":

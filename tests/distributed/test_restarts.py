@@ -50,8 +50,10 @@ def test_a_run_killed_at_a_step_in_a_merge_and_in_a_save_becomes_the_uninterrupt
     assert done.returncode == 0, done.stderr[-4000:]
     begins = [line.split()[-1] for line in done.stdout.splitlines() if "in fp32 from step" in line]
     assert begins == ["4", "8"], "the first kill was before a checkpoint"
-    codes = [(tmp_path / f"codes-{rank}").read_text().split() for rank in (0, 1)]
-    assert codes == [["1", "1", "1", "0", "0"], ["0", "0"]]
+    first, second = ((tmp_path / f"codes-{rank}").read_text().split() for rank in (0, 1))
+    assert first[-2:] == second == ["0", "0"]
+    # torchrun may end rank 0 before it has found out by itself.
+    assert "0" not in first[:-2] and len(first) <= 5
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert differences(newest(run), newest(whole)) == []
     assert untimed(run) == untimed(whole)
