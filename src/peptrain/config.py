@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
+from peptrain.distributed.launch import check_parallel
 from peptrain.distributed.watchdog import LONGEST
 from peptrain.errors import ConfigError
 from peptrain.methods import methods
@@ -64,7 +65,7 @@ class TrainConfig:
     together with cuda_graph: without it, launching the kernels costs more than they save."""
     cuda_graph: bool | None = None
     """Capture the forward and backward pass as a CUDA graph and replay it, which removes Python
-    overhead. Unset: with compile, on one GPU, unless attention needs masks (sliding window)."""
+    overhead. Unset: with compile, on a GPU, unless attention needs masks (sliding window)."""
     memory_budget: float = 1.0
     """With compile: fraction of the activations to keep, in [0, 1]. The compiler recomputes the
     rest, the cheapest first. Attention is recomputed only at 0."""
@@ -94,6 +95,11 @@ class TrainConfig:
     log_to: str = added("", before="")
     """Loggers that get the rows of metrics.jsonl too, such as tensorboard,trackio: tensorboard,
     trackio, wandb, or one of another package (docs/loggers.md). Unset: none."""
+    parallel: Literal["none", "ddp"] | None = added(None, before=None)
+    """none: one process. ddp: several, each of which holds the whole model and takes its share of
+    every batch. Unset: what fits their number."""
+    exchange: Literal["fp32", "bf16"] | None = added(None, before=None)
+    """Of several processes: dtype in which they sum gradients. Unset: that of the gradients."""
     timeout: int = added(120, before=120)
     """Of several processes: seconds that a step may take before a process that waits for another
     one ends, with an error. At least 600 in the first two steps of a phase and where they evaluate
@@ -114,8 +120,7 @@ class TrainConfig:
         listed = re.fullmatch(r"|log|\d{1,9}( *, *\d{1,9})*", self.keep_at)
         check(bool(listed), "train.keep_at", self.keep_at, "log, or steps such as 0,1,5000")
         listed = re.fullmatch(r"|[\w.-]+( *, *[\w.-]+)*", self.log_to)
-        wanted = "names of loggers such as tensorboard,trackio"
-        check(bool(listed), "train.log_to", self.log_to, wanted)
+        check(bool(listed), "train.log_to", self.log_to, "loggers such as tensorboard,trackio")
         fits = self.memory_budget == 1 or (0 <= self.memory_budget < 1 and self.compile)
         wanted = "in [0, 1], and 1 without train.compile"
         check(fits, "train.memory_budget", self.memory_budget, wanted)
@@ -277,6 +282,7 @@ def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainC
     micro = train.micro_batch or max(fitting, default=1)
     check(rows % micro == 0, "train.micro_batch", micro, f"a divisor of the {rows} rows of a rank")
     precision = train.precision or ("bf16-mixed" if on_gpu else "fp32")
+    check_parallel(train.parallel, world_size)
     filled = replace(train, micro_batch=micro, precision=precision)
     return filled if train.eval_tokens is not None else _evaluating(filled, least=train.seq_len)
 
@@ -291,12 +297,11 @@ def _evaluating(train: TrainConfig, least: int) -> TrainConfig:
 
 
 def as_named(config: RunConfig[M], written: RunConfig[M]) -> RunConfig[M]:
-    """Return `config` without loggers, and with the eval_tokens of 0.1.0 where `written` has none.
+    """Return `config` without loggers, and with the eval_tokens of 0.1.0 where `written`, as it was
+    before it was resolved, has none.
 
-    `compare` names its runs by this configuration, since neither affects the training. So finished
-    runs need not be trained again for a logger. A run of 0.1.0 is still the run that is asked for,
-    although it evaluated at least 8,192 tokens at a time, more than a short run trains.
-    written: the configuration before it was resolved.
+    `compare` names its runs by this configuration, since neither affects the training. A run of
+    0.1.0 evaluated at least 8,192 tokens at a time, more than a short run trains.
     """
     config = replace(config, train=replace(config.train, log_to=""))
     if written.train.eval_tokens is not None:

@@ -29,8 +29,8 @@ def struck(owner: Any, name: str, where: str, step_of: Callable[..., int]) -> No
     """Let a function of `owner` do its work, and then send this process the signal that is due."""
     real = getattr(owner, name)
 
-    def function(*given: Any) -> Any:
-        done = real(*given)
+    def function(*given: Any, **named: Any) -> Any:
+        done = real(*given, **named)
         if due and due[:2] == [where, str(step_of(*given))]:
             os.kill(os.getpid(), signal.Signals[due.pop()])
             due.clear()

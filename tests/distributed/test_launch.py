@@ -1,8 +1,10 @@
 """Variables that launchers leave behind: one process is one process, or one line names them."""
 
+import contextlib
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from peptrain.distributed.launch import Launch, launch, speaks
-from peptrain.distributed.world import LAUNCHERS, World, world
+from peptrain.distributed.world import ARRIVED, LAUNCHERS, ON_GPU, World, _arrive, world
 from peptrain.errors import ConfigError, Unsupported
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -151,6 +153,26 @@ def test_a_torchrun_whose_other_process_never_comes_is_waited_for_a_limited_time
         pytest.raises(Unsupported, match=r"waited 0\.5 s as RANK 0 for the other 1 of 2"),
         world("cpu"),
     ):
+        pass
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_processes_with_and_without_a_gpu_are_refused_on_each(gpus: int) -> None:
+    store, until = dist.HashStore(), time.monotonic() + 5
+    store.add(ARRIVED, 1)
+    store.add(ON_GPU, gpus // 2)
+    refused = pytest.raises(Unsupported, match="only 1 of 2 processes have a GPU")
+    with refused if gpus == 1 else contextlib.nullcontext():
+        _arrive(store, 2, gpus > 0, until)
+
+
+def test_a_pytorch_without_nccl_is_named(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given(**COMPLETE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(Unsupported, match="several GPUs need NCCL"), world():
         pass
 
 

@@ -420,12 +420,15 @@ def test_the_state_of_the_process_stays_as_it_is() -> None:
     assert type(torch.zeros(1)) is torch.Tensor
 
 
-def test_replicas_share_the_rows_and_copy_the_gradients() -> None:
+def test_replicas_share_the_rows_and_sum_gradients_in_place() -> None:
     alone = last_phase(Full(), ONE, batch_size=2)
     config = config_of(Full(), ONE, batch_size=4)
     shared = estimate(config, ranks=2).phases[0]
-    assert alone.exchange_bytes == 0 and shared.exchange_bytes == shared.gradient_bytes
-    assert shared.step_peak_bytes == alone.step_peak_bytes + shared.gradient_bytes
+    assert alone.exchange_bytes == shared.exchange_bytes == 0
+    assert shared.step_peak_bytes == alone.step_peak_bytes
+    rounded = replace(config, train=replace(config.train, exchange="bf16"))
+    assert estimate(rounded, ranks=2).phases[0].exchange_bytes == shared.gradient_bytes // 2
+    assert estimate(rounded).phases[0].exchange_bytes == 0
     with pytest.raises(ConfigError, match=r"train.batch_size: must be a multiple of .*got 4"):
         estimate(config, ranks=3)
     with pytest.raises(ConfigError, match="--ranks: must be >= 1"):
@@ -619,7 +622,7 @@ def test_people_read_a_table(command: Any) -> None:
         "relora, tiny steps 0 to 2 steps 2 to 8",
         "parameters 0.01M 0.02M",
         f"non-embedding reduction 0.00 % {spared}",
-        "DDP buckets 0.000 GiB 0.000 GiB",
+        "copies to exchange 0.000 GiB 0.000 GiB",
         "peak: micro-batch of 2 x 16 tokens on each of 2 processes, fp32 on a CPU, uncompiled",
         "run: 8 steps, 512 tokens, ",
         "merges, resets: 2 times, each 0.0 GFLOP in products, peak ",

@@ -192,7 +192,7 @@ def test_what_stays_is_named_with_its_parts() -> None:
     ]
     assert "independent of batch size and recomputation, and the same on every process" in said
     assert "checkpoint_activations" not in said and "seq_len" not in said
-    assert "optimizer state + DDP buckets need" in told(config, phase.weight_bytes, ranks=2)
+    assert "gradients + optimizer state need" in told(config, phase.weight_bytes, ranks=2)
 
 
 def test_a_warm_start_that_is_too_much_is_named_by_its_steps() -> None:

@@ -36,7 +36,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         def replay(self) -> None: ...
 
     @contextlib.contextmanager
-    def recording(graph: Graph, pool: object = None):
+    def recording(graph: Graph, pool: object, capture_error_mode: str):
         try:
             yield
         except Exception:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from peptrain.errors import ConfigError, Unsupported
+from peptrain.settings.fields import check
 
 TORCHRUN = (
     "start several processes with `torchrun --nproc-per-node N -m -- peptrain ...`, or unset"
@@ -53,6 +54,13 @@ def launch() -> Launch:
 def restarts() -> int:
     """Return how many times `torchrun` has restarted the processes after one of them failed."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0, least=0)
+
+
+def check_parallel(parallel: str | None, size: int) -> None:
+    """Raise ConfigError unless train.parallel fits the number of processes, as unset does."""
+    fitting = "ddp" if size > 1 else "none"
+    wanted = f"{fitting} with {size} process{'es' if size > 1 else ''}, or unset"
+    check(parallel in (None, fitting), "train.parallel", parallel, wanted)
 
 
 def speaks() -> bool:

@@ -8,7 +8,6 @@ import gc
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from peptrain.distributed.launch import TORCHRUN, Launch, launch, restarts
+from peptrain.distributed.owners import sharing
 from peptrain.distributed.watchdog import LONGEST, SLOW, Watchdog, watchdog
 from peptrain.errors import PeptrainError, Unsupported
 
@@ -31,8 +30,8 @@ LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "OMPI_COMM_WORLD_RANK", "PM
 """Variables of torchrun, Slurm's srun, and MPI."""
 LAUNCHED, UNKNOWN = 300.0, 60.0
 """Seconds to wait for the other processes, with and without such a variable."""
-ARRIVED = "peptrain/arrived"
-"""Key of the store: the number of processes that have connected."""
+ARRIVED, ON_GPU = "peptrain/arrived", "peptrain/on-gpu"
+"""Keys of the store: the number of processes that have connected, and of those with a GPU."""
 LEAVING = 60.0
 """Seconds to end the process group in, which waits for what was begun."""
 GROUP = timedelta(seconds=LONGEST)
@@ -117,10 +116,12 @@ class World:
         first, *others = self.gather(list(values))
         return [i for i, value in enumerate(first) if any(other[i] != value for other in others)]
 
-    def exchange(self, module: nn.Module, now: bool) -> AbstractContextManager[object]:
-        """Return the context of a backward pass that reduces gradients over ranks only if `now`."""
-        waits = isinstance(module, DistributedDataParallel) and not now
-        return module.no_sync() if waits else contextlib.nullcontext()  # type: ignore[operator]
+    def sharing(self) -> AbstractContextManager[None]:
+        """Return a context in which the ranks divide work that all need (`owners`).
+
+        Its body must be the same on every rank.
+        """
+        return sharing(self.rank, self.size)
 
     def on_main(self, action: Callable[[], object]) -> None:
         """Run `action` on rank 0 while the others wait. Its PeptrainError is raised on every rank.
@@ -157,21 +158,6 @@ class World:
                     error.args = (f"rank {rank}: {error}", *error.args[1:])
                 raise error from own
         return found
-
-    def parallelize(self, module: nn.Module) -> nn.Module:
-        """Wrap `module` in DistributedDataParallel if there are several processes.
-
-        Every phase needs a new wrapper, because one built for another set of trainable parameters
-        silently reduces wrong gradients. Buffers are constants and equal on every rank, so they are
-        not broadcast: SLTrain's would be sent with every pass.
-        """
-        if self.size == 1:
-            return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        with self.within(self.slow), warnings.catch_warnings():
-            # PyTorch 2.13 renames the flag; 2.11 has the old name only
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
 
 def _leave() -> None:
@@ -215,6 +201,11 @@ def world(device: str = "auto", timeout: float = 0.0) -> Iterator[World]:
     if place.size == 1:
         yield World(0, 1, here)
         return
+    if on_gpu and not dist.is_nccl_available():
+        raise Unsupported(
+            "train.device: several GPUs need NCCL, which this build of PyTorch does not have;"
+            " install one that has it, train in one process, or set --train.device cpu"
+        )
     if not dist.is_initialized():
         _meet("nccl" if on_gpu else "gloo", place)
     with _lost_processes():
@@ -272,7 +263,7 @@ def _meet(backend: str, place: Launch) -> None:
         # are gone.
         attempt = f"attempt-{restarts()}"
         store = dist.PrefixStore(attempt, agents)  # type: ignore[attr-defined]
-        _arrive(store, size, began + limit)
+        _arrive(store, size, backend == "nccl", began + limit)
         with watchdog().within(LAUNCHED):
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=GROUP)
     except (RuntimeError, ValueError, TimeoutError) as error:
@@ -287,14 +278,22 @@ def _meet(backend: str, place: Launch) -> None:
     atexit.register(_leave)
 
 
-def _arrive(store: Any, size: int, until: float) -> None:
+def _arrive(store: Any, size: int, on_gpu: bool, until: float) -> None:
     """Wait until all processes have arrived. Raises TimeoutError at the time `until`.
 
-    The store of torchrun answers the first process at once.
+    The store of torchrun answers the first process at once. Raises Unsupported, in every process,
+    if some of them have a GPU and some have none: they could not exchange anything.
     """
+    store.add(ON_GPU, int(on_gpu))
     arrived = store.add(ARRIVED, 1)
     while arrived < size:
         if time.monotonic() >= until:
             raise TimeoutError(f"{arrived} of {size} arrived")
         time.sleep(0.1)
         arrived = store.add(ARRIVED, 0)
+    gpus = store.add(ON_GPU, 0)
+    if 0 < gpus < size:
+        raise Unsupported(
+            f"train.device: only {gpus} of {size} processes have a GPU; start one process for each"
+            " GPU, on machines that have one, or set --train.device cpu"
+        )

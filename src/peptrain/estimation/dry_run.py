@@ -118,7 +118,7 @@ class DryRun:
         rows: int,
         on_gpu: bool,
     ) -> None:
-        """steps: range of the phase. rows: sequences per step on one DDP rank."""
+        """steps: range of the phase. rows: sequences per step on one rank."""
         self.config, self.dense, self.rows, self.on_gpu = config, dense, rows, on_gpu
         self.begin, self.end = steps.start, steps.stop
         self.model = build(config, phase)
@@ -144,8 +144,9 @@ class DryRun:
             self.forward_backward.loss(windows)
         with self.training.counting():
             self.forward_backward([windows])
-        self._moved = [p for p in self.model.parameters() if p.grad is not None]
-        self.gradient_bytes = _bytes(p.grad for p in self._moved)
+        self.moved = [p for p in self.model.parameters() if p.grad is not None]
+        """Parameters with a gradient."""
+        self.gradient_bytes = _bytes(p.grad for p in self.moved)
         groups = self.optimizer.param_groups
         before = [{k: v for k, v in g.items() if type(v) is int} for g in groups]
         self._step()
@@ -280,7 +281,7 @@ class DryRun:
         return LiveBytes(there, GRAIN if self.on_gpu else 1)
 
     def _fill_gradients(self) -> None:
-        for p in self._moved:
+        for p in self.moved:
             p.grad = torch.empty_like(p)
 
     def _step(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from peptrain.config import RunConfig
 from peptrain.errors import ConfigError
-from peptrain.estimation.phases import PhaseEstimate, PhaseEstimator
+from peptrain.estimation.phases import PhaseEstimator
 from peptrain.methods.base import Method
 from peptrain.settings.fields import quiet
 
@@ -146,29 +146,23 @@ def _repairs(config: RunConfig[Any]) -> Iterator[tuple[str, RunConfig[Method]]]:
 def _excess(estimator: PhaseEstimator, gpu_memory: int) -> str:
     """Describe what exceeds `gpu_memory` at micro-batch 1: static memory, a step or an event."""
     phases = estimator.phases(1)
-    stays = max(phases, key=_stays)
-    if _stays(stays) > gpu_memory:
+    stays = max(phases, key=lambda phase: phase.static_bytes)
+    if stays.static_bytes > gpu_memory:
         where = f" in steps {stays.first} to {stays.last}" if len(phases) > 1 else ""
         parts = {"weights": stays.weight_bytes, "gradients": stays.gradient_bytes,
-                 "optimizer state": stays.state_bytes, "DDP buckets":
-                 stays.exchange_bytes}  # fmt: skip
+                 "optimizer state": stays.state_bytes}  # fmt: skip
         parts = {name: size for name, size in parts.items() if size}
         return (
-            f"{' + '.join(parts)} need {in_units(_stays(stays))}"
+            f"{' + '.join(parts)} need {in_units(stays.static_bytes)}"
             f" ({' + '.join(map(in_units, parts.values()))}){where}, independent of batch size"
             " and recomputation, and the same on every process"
         )
     step = max(phases, key=lambda phase: phase.step_peak_bytes)
     if step.step_peak_bytes > gpu_memory:
-        static = in_units(_stays(step))
+        static = in_units(step.static_bytes)
         return f"a step needs {in_units(step.step_peak_bytes)}, of which {static} are static"
     event = max((e for phase in phases for e in phase.events), key=lambda e: e.peak_bytes)
     return f"{event.what.replace('_', ' ')} needs {in_units(event.peak_bytes)}"
-
-
-def _stays(phase: PhaseEstimate) -> int:
-    """Bytes that stay allocated between steps."""
-    return phase.static_bytes + phase.exchange_bytes
 
 
 def in_units(size: int) -> str:

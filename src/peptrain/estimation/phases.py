@@ -12,7 +12,7 @@ from peptrain.config import RunConfig
 from peptrain.errors import Unsupported
 from peptrain.estimation.dry_run import DenseBaseline, DryRun, Event, fake_tensors
 from peptrain.methods.base import Method
-from peptrain.models.hf import count_parameters
+from peptrain.models.hf import count_parameters, dtype_of
 from peptrain.runs.build import bounds
 from peptrain.settings.fields import quiet
 
@@ -35,7 +35,8 @@ class PhaseEstimate:
     state_bytes: int
     """Bytes of the optimizer's state tensors."""
     exchange_bytes: int
-    """Bytes of DDP's gradient buckets; 0 for one process."""
+    """Bytes of the gradients' copies in another dtype (train.exchange), which several processes
+    make in each step; 0 where they sum gradients in place."""
     step_peak_bytes: int
     """Peak bytes in tensors during a usual step."""
     peak_bytes: int
@@ -146,18 +147,20 @@ class PhaseEstimator:
 
     def _static(self, r: DryRun) -> int:
         """Bytes that stay allocated between steps."""
-        return r.weight_bytes() + r.gradient_bytes + r.state_bytes() + self._exchanged(r)
+        return r.weight_bytes() + r.gradient_bytes + r.state_bytes()
 
     def _step(self, r: DryRun, micro_batch: int) -> int:
-        return self._step_peak(r, micro_batch) + self._exchanged(r)
+        return max(self._step_peak(r, micro_batch), self._static(r) + self._exchanged(r))
 
     def _peak(self, r: DryRun, micro_batch: int) -> int:
-        apart = (event.peak_bytes + self._exchanged(r) for event in self._events(r))
-        return max([self._step(r, micro_batch), *apart])
+        return max([self._step(r, micro_batch), *(event.peak_bytes for event in self._events(r))])
 
     def _exchanged(self, r: DryRun) -> int:
-        """Bytes of DDP's buckets, permanent copies of the gradients."""
-        return r.gradient_bytes if self.ranks > 1 else 0
+        exchange = self.config.train.exchange
+        if self.ranks == 1 or exchange is None:
+            return 0
+        copied = dtype_of(exchange)
+        return sum(p.numel() * copied.itemsize for p in r.moved if p.dtype != copied)
 
     def _phase(self, r: DryRun, micro_batch: int) -> PhaseEstimate:
         trainable = count_parameters(r.model, trainable=True)

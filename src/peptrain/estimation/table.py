@@ -35,7 +35,7 @@ def _cells(phase: PhaseEstimate, ranks: int) -> dict[str, str]:
         "weights": phase.weight_bytes,
         "gradients": phase.gradient_bytes,
         "optimizer state": phase.state_bytes,
-        **({"DDP buckets": phase.exchange_bytes} if ranks > 1 else {}),
+        **({"copies to exchange": phase.exchange_bytes} if ranks > 1 else {}),
         "peak": phase.peak_bytes,
     }
     flops = {

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peptrain.distributed.replicas import Replicas
 from peptrain.distributed.world import World
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.models.hf import Precision, autocast
@@ -45,7 +46,7 @@ def uses_triton(
 class EagerSteps:
     """Run micro-batches, which have a length in rows, eagerly, one after another.
 
-    Replicas exchange gradients once, on the last micro-batch.
+    The gradients are those of the loss divided by the number of ranks, whose sum is the mean's.
     """
 
     def __init__(self, loss: nn.Module, precision: Precision, here: World) -> None:
@@ -55,15 +56,14 @@ class EagerSteps:
         # Resumed with another number of processes, the last micro-batch may be shorter.
         rows = sum(len(part) for part in parts)
         total = torch.zeros((), device=self.here.device)
-        for i, part in enumerate(parts):
-            with self.here.exchange(self.loss, i == len(parts) - 1):
-                total = total + self.one(part, len(part) / rows)
+        for part in parts:
+            total = total + self.one(part, len(part) / rows)
         return total
 
     def one(self, part: Any, share: float) -> Tensor:
         with autocast(self.precision, self.here.device):
             loss: Tensor = self.loss(part) * share
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(loss.new_full((), 1 / self.here.size))  # type: ignore[no-untyped-call]
         return loss.detach()
 
 
@@ -127,8 +127,10 @@ class CUDAGraphSteps:
 
     def _recorded(self, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
+        # NCCL's watchdog is another thread that asks the GPU, which ends a global capture.
+        mode = "global" if self.eager.here.size == 1 else "thread_local"
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
                 loss = self.eager.one(self.windows, self.share)
         except RuntimeError as error:
             # A failure inside may make the end of the capture fail too, and hide the first error.
@@ -146,22 +148,46 @@ class CUDAGraphSteps:
 def uses_cuda_graph(cuda_graph: bool | None, suits: bool, here: World) -> bool:
     """Return whether passes are captured in a CUDA graph.
 
-    If `cuda_graph` is unset, they are if that `suits` the model and there is one process with a
-    GPU. The choice is not stored in the run's configuration, because a run may be resumed on
-    another machine. Raises ConfigError if `cuda_graph` is true and a graph cannot be used.
+    If `cuda_graph` is unset, they are if that `suits` the model and there is a GPU. The choice is
+    not stored in the run's configuration, because a run may be resumed on another machine. Raises
+    ConfigError if `cuda_graph` is true and a graph cannot be used.
     """
-    can = here.device.type == "cuda" and here.size == 1
+    can = here.device.type == "cuda"
     if cuda_graph and not can:
         raise ConfigError(
-            "train.cuda_graph: true needs a GPU and a single process (got"
-            f" {here.size} x {here.device.type}); leave it unset or set it to false"
+            f"train.cuda_graph: true needs a GPU (got {here.device.type}); leave it unset or set it"
+            " to false"
         )
     return (suits and can) if cuda_graph is None else cuda_graph
 
 
+class ReplicatedSteps:
+    """Run the passes on this process's rows, and then sum the gradients over all ranks.
+
+    The sum is not in the graph, so it does not matter how the passes are run.
+    """
+
+    def __init__(self, steps: ForwardBackward, replicas: Replicas) -> None:
+        self.steps, self.replicas = steps, replicas
+
+    def __call__(self, parts: Sequence[Any]) -> Tensor:
+        loss = self.steps(parts)
+        self.replicas.sum_gradients()
+        return loss
+
+
 def make_forward_backward(
-    loss: nn.Module, precision: Precision, here: World, *, recorded: bool
+    loss: nn.Module,
+    precision: Precision,
+    here: World,
+    *,
+    recorded: bool,
+    exchange: torch.dtype | None = None,
 ) -> ForwardBackward:
-    """Return CUDAGraphSteps if passes are to be captured (`recorded`), else EagerSteps."""
+    """Return CUDAGraphSteps if passes are to be captured (`recorded`), else EagerSteps.
+
+    Of several processes, with the exchange of gradients, summed in the dtype `exchange`.
+    """
     eager = EagerSteps(loss, precision, here)
-    return CUDAGraphSteps(eager) if recorded else eager
+    steps: ForwardBackward = CUDAGraphSteps(eager) if recorded else eager
+    return steps if here.size == 1 else ReplicatedSteps(steps, Replicas(loss, here, exchange))

@@ -19,6 +19,7 @@ from peptrain.execution.label_loss import LabelLoss
 from peptrain.execution.loss import NextTokenLoss
 from peptrain.execution.padding import pad_mlps
 from peptrain.methods.base import Method
+from peptrain.models.hf import dtype_of
 from peptrain.models.sites import find_sites
 from peptrain.optim.adamw import check_group_names
 
@@ -48,5 +49,7 @@ def prepare(
     optimizer = config.method.optimizer(model, find_sites(model), config.optim, phase)
     check_group_names(optimizer)
     loss = NextTokenLoss(model, compile=t.compile) if whole_windows else LabelLoss(model)
-    parallel = here.parallelize(loss)
-    return optimizer, make_forward_backward(parallel, t.precision, here, recorded=recorded)
+    exchange = dtype_of(t.exchange) if t.exchange else None
+    return optimizer, make_forward_backward(
+        loss, t.precision, here, recorded=recorded, exchange=exchange
+    )

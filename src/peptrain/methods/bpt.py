@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peptrain.distributed.owners import owners
 from peptrain.methods.base import Method, Metrics
 from peptrain.methods.rank import RankMethod
 from peptrain.models.sites import ReparamLinear, Site, reparametrized
@@ -69,14 +70,18 @@ class BPTLinear(ReparamLinear):
         return bpt_weight(*self.parts)
 
     @torch.no_grad()
-    def merge(self, step: int, rng: Rng) -> None:
-        """W += U V inside the diagonals, re-draw U, V = 0: the function is kept (equation 3)."""
+    def merge(self, step: int, rng: Rng, *, draw: bool = True) -> None:
+        """W += U V inside the diagonals, re-draw U, V = 0: the function is kept (equation 3).
+
+        draw: False where another process draws U, and sends it.
+        """
         dtype = at_least_fp32(self.weight.dtype)
         add_(
             self.weight, self.U.to(dtype) @ self.V.to(dtype), rng.integer(self.site, step, "round")
         )
         n, r = self.U.shape
-        self.U.copy_(fresh_U(self.site, step, n, r, rng, self.U))
+        if draw:
+            self.U.copy_(fresh_U(self.site, step, n, r, rng, self.U))
         self.V.zero_()
 
 
@@ -167,11 +172,13 @@ class BPT(RankMethod):
     def after_step(self, model: nn.Module, optimizer: Optimizer, step: int, rng: Rng) -> Metrics:
         if not self.merge_every or step % self.merge_every:
             return {}
-        for layer in reparametrized(model):
-            assert isinstance(layer, BPTLinear)
-            layer.merge(step, rng)
+        layers = [layer for layer in reparametrized(model) if isinstance(layer, BPTLinear)]
+        draws = owners([layer.U.numel() for layer in layers])
+        for i, layer in enumerate(layers):
+            layer.merge(step, rng, draw=draws.owns(i))
             for factor, name in ((layer.U, "U"), (layer.V, "V")):
                 generator = rng(layer.site, step, f"reset {name}")
                 reset_moments(optimizer, factor, self.reset, self.reset_fraction, generator,
                               step=self.reset_step)  # fmt: skip
+        draws.send_([[layer.U] for layer in layers])
         return {"merges": step // self.merge_every}

@@ -77,17 +77,19 @@ class LoRALinear(ReparamLinear):
         return self.weight.to(dtype) + self.sB().to(dtype) @ self.A.to(dtype)
 
     @torch.no_grad()
-    def merge(self, step: int, rng: Rng, *, scaled: bool = True) -> None:
+    def merge(self, step: int, rng: Rng, *, scaled: bool = True, draw: bool = True) -> None:
         """W += s B A, re-draw A, B = 0: the function is unchanged (ReLoRA, equation 1).
 
         A trained s is reset to alpha / r, because an s near 0 would keep the new factors from
         training. If `scaled` is False, the merge is W += B A and changes the function unless s = 1.
+        draw: False where another process draws A, and sends it.
         """
         dtype = at_least_fp32(self.weight.dtype)
         delta = (self.sB() if scaled else self.B).to(dtype) @ self.A.to(dtype)
         add_(self.weight, delta, rng.integer(self.site, step, "round"))
         r, m = self.A.shape
-        self.A.copy_(fresh_A(self.site, step, r, m, rng, self.A))
+        if draw:
+            self.A.copy_(fresh_A(self.site, step, r, m, rng, self.A))
         self.B.zero_()
         if self.s is not None:
             self.s.fill_(self.alpha / r)

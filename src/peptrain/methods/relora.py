@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from peptrain.distributed.owners import owners
 from peptrain.methods.base import Method, Metrics
 from peptrain.methods.lora import LoRA, LoRALinear
 from peptrain.models.sites import Site, reparametrized
@@ -92,12 +93,17 @@ class ReLoRA(LoRA):
     def after_step(self, model: nn.Module, optimizer: Optimizer, step: int, rng: Rng) -> Metrics:
         merges = self._times(self.merge_every, step)
         resets = self._times(self.reset_every if self.reset != "keep" else 0, step)
-        for layer in reparametrized(model) if merges or resets else ():
-            assert isinstance(layer, LoRALinear)
+        if not (merges or resets):
+            return {}
+        layers = [layer for layer in reparametrized(model) if isinstance(layer, LoRALinear)]
+        draws = owners([layer.A.numel() for layer in layers])
+        for i, layer in enumerate(layers):
             if merges:
-                layer.merge(step, rng, scaled=self.merge_scaled)
+                layer.merge(step, rng, scaled=self.merge_scaled, draw=draws.owns(i))
             if resets:
                 self._reset(layer, optimizer, step, rng)
+        if merges:
+            draws.send_([[layer.A] for layer in layers])
         return {k: v for k, v in (("merges", merges), ("resets", resets)) if v}
 
     def _times(self, every: int | None, step: int) -> int:

@@ -32,8 +32,8 @@ def gram_steps_(
     """Replace every pair (B, A) in place by its exact step along (direction(B), direction(A)).
 
     Returns the indices of pairs with a singular or nearly singular factor, and |W' - W| / |W| of
-    the others in any order, with a 0 for each of these. They are unchanged and left to the
-    reference. There is one device-to-host copy for all pairs, at the end.
+    all pairs, with a 0 for each of these. They are unchanged and left to the reference. There is
+    one device-to-host copy for all pairs, at the end.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, (B, A) in enumerate(pairs):
@@ -46,9 +46,9 @@ def gram_steps_(
             batch = indices[start : start + size]
             order += batch
             results.append(_replace([pairs[i] for i in batch], direction, lr, cap))
-    sound, ratios = (torch.cat(parts) for parts in zip(*results, strict=True))
-    singular = sorted(i for i, fine in zip(order, sound.tolist(), strict=True) if not fine)
-    return singular, ratios
+    place = torch.tensor(order, device=pairs[0][0].device).argsort()
+    sound, ratios = (torch.cat(parts)[place] for parts in zip(*results, strict=True))
+    return [i for i, fine in enumerate(sound.tolist()) if not fine], ratios
 
 
 def _replace(

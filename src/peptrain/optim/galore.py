@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peptrain.distributed.owners import owners, sharers
 from peptrain.ops.precision import widened
 from peptrain.ops.projection import add_back_, leading_directions, project, rotated
 from peptrain.optim.base import GroupwiseOptimizer, fused_adamw, gradients
@@ -44,8 +45,12 @@ class GaLoreOptimizer(GroupwiseOptimizer):
     def step_group(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         if group["projected"]:
-            for W in params:  # one at a time, to have only one N in memory
-                self._step_projected(W, group)
+            # One at a time, to have only one N in memory, and one new P for each process.
+            size = sharers()
+            for first in range(0, len(params), size):
+                some = params[first : first + size]
+                for W, P in zip(some, self._new_directions(some, group), strict=True):
+                    self._step_projected(W, P, group)
         elif params:
             self._step_whole(params, group)
         group["clock"] += 1
@@ -57,23 +62,39 @@ class GaLoreOptimizer(GroupwiseOptimizer):
         states = [self.state[p] for p in params]
         _adam(params, gradients(params), states, group, group["lr"], group["weight_decay"])
 
-    def _step_projected(self, W: Tensor, group: dict[str, Any]) -> None:
+    def _new_directions(self, some: list[Tensor], group: dict[str, Any]) -> list[Tensor | None]:
+        """Return the new P of those that get one, each computed by one process."""
+        turning = self.rule.gap > 0 and group["clock"] % self.rule.gap == 0
+        due = [W for W in some if turning or "P" not in self.state[W]]
+        shares = owners([min(W.shape) ** 3 for W in due])
+        found: dict[Tensor, Tensor] = {}
+        for i, (W, G) in enumerate(zip(due, gradients(due), strict=True)):
+            short, r = min(W.shape), min(self.rule.rank, *W.shape)
+            mine = shares.owns(i)
+            found[W] = leading_directions(G, self.rule.rank) if mine else G.new_empty(short, r)
+        shares.send_([[P] for P in found.values()])
+        return [found.get(W) for W in some]
+
+    def _step_projected(self, W: Tensor, P: Tensor | None, group: dict[str, Any]) -> None:
+        """P: set where it is new."""
         assert W.grad is not None
         state, G, lr = self.state[W], W.grad, group["lr"]
-        if "P" not in state:
-            state["P"] = leading_directions(G, self.rule.rank)
-            state.update(_moments(project(state["P"], G)))
-        elif self.rule.gap > 0 and group["clock"] % self.rule.gap == 0:
-            self._turn(state, G, group["betas"])
+        if P is not None and "P" in state:
+            self._turn(state, P, G, group["betas"])
+        elif P is not None:
+            state["P"] = P
+            state.update(_moments(project(P, G)))
         R = project(state["P"], G)
         minus_N = torch.zeros_like(R)
         _adam([minus_N], [R], [state], group, 1.0, 0.0)
         kept = 1 - lr * group["weight_decay"]
         add_back_(W, state["P"], minus_N, beta=kept, alpha=lr * self.rule.scale)
 
-    def _turn(self, state: dict[str, Any], G: Tensor, betas: tuple[float, float]) -> None:
-        """Recompute P; keep the moments, or rotate them to its basis."""
-        old, state["P"] = state["P"], leading_directions(G, self.rule.rank)
+    def _turn(
+        self, state: dict[str, Any], P: Tensor, G: Tensor, betas: tuple[float, float]
+    ) -> None:
+        """Replace P; keep the moments, or rotate them to its basis."""
+        old, state["P"] = state["P"], P
         if self.rule.moments == "rotate":
             old, new, m, v = widened(old, state["P"], state["exp_avg"], state["exp_avg_sq"])
             on_left = G.shape[0] < G.shape[1]

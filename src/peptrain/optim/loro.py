@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peptrain.distributed.owners import Owners, owners
 from peptrain.ops.precision import widened
 from peptrain.ops.riemannian import preconditioned_step, riemannian_step
 from peptrain.ops.riemannian_gram import gram_steps_
@@ -86,7 +87,10 @@ class LOROOptimizer(GroupwiseOptimizer):
                 chosen = zip(params, group["scales"], strict=True)
                 self._adam([p for p, scale in chosen if scale == c], group, c)
         if due:
-            _assign(_pairs(params), lambda *pair: balanced(*widened(*pair)))
+            pairs = _pairs(params)
+            shares = _shares(pairs)
+            _assign([pairs[i] for i in shares.own], lambda *pair: balanced(*widened(*pair)))
+            shares.send_(pairs)
             self._forget_surplus(params)
 
     def _forget_surplus(self, params: list[Tensor]) -> None:
@@ -128,9 +132,10 @@ class LOROOptimizer(GroupwiseOptimizer):
         return m, [self.state[p]["exp_avg_sq"] for p in params]
 
     def _exact(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        lr_p = group["lr"] * _correction(group)
-        damped = [torch.zeros((), dtype=torch.bool, device=params[0].device)]
-        ratios: list[Tensor] = []
+        lr_p, pairs = group["lr"] * _correction(group), _pairs(params)
+        # Of each pair: whether a factor is singular, and |dW| / |W|.
+        facts = params[0].new_zeros(len(pairs), 2, dtype=torch.float64)
+        of_reference: list[Tensor] = []
 
         def direction(p: Tensor) -> Tensor:
             if self.rule.direction == "raw":
@@ -144,19 +149,24 @@ class LOROOptimizer(GroupwiseOptimizer):
             whole = _finite(given)
             B, A, D_B, D_A = (torch.where(whole, t, 0.0) for t in given)
             B, A, singular, ratio = riemannian_step(B, A, D_B, D_A, lr_p, self.rule.exact_cap)
-            damped.append(singular)
-            ratios.append(torch.where(whole, ratio, torch.nan).double()[None])
+            found = singular.double(), torch.where(whole, ratio, torch.nan).double()
+            of_reference.append(torch.stack(found))
             return torch.where(whole, B, torch.nan), torch.where(whole, A, torch.nan)
 
-        pairs = _pairs(params)
-        if params[0].dtype != torch.float64:  # Gram matrices of float64 would need more precision
-            left, of_others = gram_steps_(pairs, direction, lr_p, self.rule.exact_cap)
-            pairs = [pairs[i] for i in left]
-            ratios.append(of_others)
-        _assign(pairs, reference)
-        all_ratios = torch.cat(ratios)
-        self.damped, self.largest_ratio = torch.stack(damped).sum(), all_ratios.max()
-        self.large_ratios = (all_ratios > LARGE).sum()
+        shares = _shares(pairs)
+        left = shares.own
+        if left and params[0].dtype != torch.float64:  # of float64 Gram matrices are too imprecise
+            own = [pairs[i] for i in left]
+            singular, ratios = gram_steps_(own, direction, lr_p, self.rule.exact_cap)
+            for i, ratio in zip(left, ratios, strict=True):
+                facts[i, 1] = ratio
+            left = [left[i] for i in singular]
+        _assign([pairs[i] for i in left], reference)
+        for i, found in zip(left, of_reference, strict=True):
+            facts[i] = found
+        shares.send_([(*pair, facts[i]) for i, pair in enumerate(pairs)])
+        self.damped, self.largest_ratio = facts[:, 0].sum().long(), facts[:, 1].max()
+        self.large_ratios = (facts[:, 1] > LARGE).sum()
 
     def _precondition(self, params: list[Tensor], lr: float) -> None:
         def step(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,6 +198,11 @@ def _correction(group: dict[str, Any]) -> float:
 
 def _pairs(params: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(params[::2], params[1::2], strict=True))
+
+
+def _shares(pairs: list[tuple[Tensor, Tensor]]) -> Owners:
+    """Divide the decompositions of the pairs, of O((n + m) r²) operations, among the processes."""
+    return owners([(B.shape[0] + A.shape[1]) * B.shape[1] ** 2 for B, A in pairs])
 
 
 def _finite(tensors: Iterable[Tensor]) -> Tensor:

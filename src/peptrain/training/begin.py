@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peptrain.config import RunConfig, dump
+from peptrain.distributed.launch import check_parallel, launch
 from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError, ConfigError
 from peptrain.loggers import chosen
@@ -64,6 +65,25 @@ def make_longer(run: RunDir, steps: int | None, schedule: ScheduleConfig | None)
                 " start a new one with more epochs"
             )
     lengthen(run, steps, schedule)
+
+
+def resumed_config(run: RunDir) -> RunConfig[Method]:
+    """Return the configuration of a run to resume, maybe with another number of processes.
+
+    A train.parallel that does not fit it is named in a warning, and what fits is used.
+    """
+    config, size = run_config(run), launch().size
+    try:
+        check_parallel(config.train.parallel, size)
+    except ConfigError as error:
+        log.warning("%s; what fits is used", error)
+    rows = config.train.batch_size
+    if rows % size:
+        raise ConfigError(
+            f"train.batch_size: its {rows} rows can't be divided among {size} processes; resume the"
+            " run with a number of processes that divides them"
+        )
+    return config
 
 
 def first_checkpoint(

@@ -39,6 +39,7 @@ from peptrain.training.begin import (
     latest,
     loggers_of,
     make_longer,
+    resumed_config,
     take_back_later,
     to_resume,
 )
@@ -129,7 +130,7 @@ def _resumed(
 ) -> Result:
     here.on_main(lambda: held.enter_context(run.lock()))
     here.on_main(lambda: make_longer(run, steps, schedule))
-    return _train(here.on_all(lambda: run_config(run)), run, here, observe, held)
+    return _train(here.on_all(lambda: resumed_config(run)), run, here, observe, held)
 
 
 def _observing(observe: Observer, show: bool) -> contextlib.AbstractContextManager[Observer]:
@@ -279,12 +280,13 @@ def advance(
     loss = state.forward_backward(parts)
     wanted = config.optim.clip or _due(t.log_every, state.step + 1)
     norm = clip_gradients(model, config.optim.clip) if wanted else None
-    optimizer.step()
-    optimizer.zero_grad()
-    state.step += 1
-    if state.step == state.end and not config.method.only_reports:
-        return loss, norm, {}
-    return loss, norm, config.method.after_step(model, optimizer, state.step, rng)
+    with here.sharing():
+        optimizer.step()
+        optimizer.zero_grad()
+        state.step += 1
+        if state.step == state.end and not config.method.only_reports:
+            return loss, norm, {}
+        return loss, norm, config.method.after_step(model, optimizer, state.step, rng)
 
 
 def _due(every: int | None, step: int) -> bool:
