@@ -430,7 +430,7 @@ def test_soak(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, BENCHMARKS / "soak.py", "--runs=12", "--workers=2", f"--json={out}"],
         check=True,
-        timeout=300,
+        timeout=1800,
     )
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert [row["files"] + row["rows"] for row in rows] == [[]] * 12

@@ -16,7 +16,7 @@ STEPS = 8
 def printed(code: str) -> str:
     """What a notebook with one cell of `code` shows below it."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
     (cell,) = notebook.cells
     streams = [output for output in cell.outputs if output.output_type == "stream"]
     assert not [
