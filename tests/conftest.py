@@ -221,21 +221,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    """Give each test the same random numbers, whatever ran before it in the same process."""
+def pytest_fixture_setup() -> None:
+    """Make each fixture with the same random numbers, whatever was made before it."""
     _seed()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
-    """And so whether or not it was the one for which a shared fixture was made."""
+    """Give each test the same random numbers, whatever ran before it in the same process."""
     _seed()
 
 
 def _seed() -> None:
     random.seed(0)
     numpy.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed takes milliseconds
 
 
 def pytest_collection_finish() -> None:

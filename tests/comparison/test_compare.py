@@ -559,9 +559,7 @@ def test_a_table_in_a_pipe_has_a_line_for_each_configuration(
     assert re.search(r"^ bpt rank=2 merge_every=5 +3\.000 ± 0\.000 .* 2 +512 +\d", said, re.M)
 
 
-def test_a_terminal_shows_what_is_running(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_shows_what_is_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(monotonic=lambda: 1120.5)
     monkeypatch.setattr(peptrain.comparison.workers, "time", clock)
     console = Console(force_terminal=True, width=100, record=True)
