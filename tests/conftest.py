@@ -2,7 +2,9 @@
 
 import gc
 import os
+import random
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 CACHE = tempfile.TemporaryDirectory(prefix="peptrain-tests-")  # removed when Python exits
 os.environ["PEPTRAIN_CACHE"] = CACHE.name
 
+import numpy  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -217,6 +220,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.exhaustive)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """Make each fixture with the same random numbers, whatever was made before it."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Give each test the same random numbers, whatever ran before it in the same process."""
+    _seed()
+
+
+def _seed() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed takes milliseconds
+
+
 def pytest_collection_finish() -> None:
     """Collect garbage among what the tests make, without what was imported for them: often enough
     that models in cycles leave, and quickly."""
@@ -270,6 +291,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     from peptrain.estimation.phases import flops_per_token
 
     monkeypatch.setattr(peptrain.training.loop, "flops_per_token", flops_per_token)
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Signals do what they do in a terminal: a shell that starts the tests with `&` or under nohup
+    has some of them ignored, here and in every process that is started."""
+    usual = {signal.SIGINT: signal.default_int_handler}
+    usual |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), signal.SIG_DFL)
+    before = {number: signal.signal(number, does) for number, does in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -99,8 +99,9 @@ def test_what_was_chosen_is_said_in_one_line() -> None:
 
 
 def test_a_run_chooses_once_says_so_and_measures_what_it_chose(
-    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(Dynamics, "_cost", lambda *given: 1e-4)  # fits, however slow this machine
     run = tmp_path / "run"
     with caplog.at_level(logging.INFO, logger="peptrain"):
         train(tiny("lora", corpus, run, train={**SETTINGS, "checkpoint_every": 0, "steps": 24}))
@@ -310,7 +311,7 @@ def test_two_ranks_measure_what_one_does(
         [*run, str(tmp_path / "ranks.py"), str(corpus), str(tmp_path / "two")],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
-        timeout=120,
+        timeout=900,
     )
     prepared(monkeypatch, Choice(2, 3, 2))
     one: dict[str, Any] = {**SETTINGS, "steps": STEPS, "micro_batch": 1}

@@ -205,7 +205,7 @@ try:
 finally:
     print(sorted({{"torch", "transformers", "numpy", "pyarrow"}} & {{*sys.modules}}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr[-2000:]
 
 
@@ -652,7 +652,7 @@ def test_a_text_file_for_a_corpus_is_answered_with_how_to_prepare_it(peptrain_: 
 
 
 def test_ctrl_c_saves_and_resume_goes_on(
-    corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, peptrain_: Command, monkeypatch: pytest.MonkeyPatch, signals: None
 ) -> None:
     show = TrainingProgress.__call__
 
@@ -1054,7 +1054,7 @@ def test_the_readme_s_line_for_several_ranks(corpus: Path, tmp_path: Path) -> No
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("finished: ") == 1

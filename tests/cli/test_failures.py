@@ -96,7 +96,7 @@ def test_a_terminal_without_utf_8_gets_what_it_can_show(encoding: str) -> None:
     env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": os.pathsep.join(sys.path)}
     code = "import sys; from peptrain.cli.app import console; console.print('naïve → 漢')"
     code = code.replace("; console", "; from peptrain.cli.app import main; main(['x']); console")
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=900)
     shown = {"ascii": r"na\xefve \u2192 \u6f22", "latin-1": r"naïve \u2192 \u6f22"}[encoding]
     assert done.stdout.decode(encoding) == f"{shown}\n", done.stderr
     assert done.returncode == 0

@@ -9,6 +9,7 @@ import nbclient
 import nbformat
 import pytest
 from test_cli import flags
+from traitlets.config import Config
 
 STEPS = 8
 
@@ -16,7 +17,10 @@ STEPS = 8
 def printed(code: str) -> str:
     """What a notebook with one cell of `code` shows below it."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    limits = {"timeout": 900, "startup_timeout": 900}  # seconds
+    # Sockets in files: ports that are found free may be taken until the kernel listens there.
+    config = Config(KernelManager={"transport": "ipc"})
+    nbclient.NotebookClient(notebook, **limits, kernel_name="python3", config=config).execute()
     (cell,) = notebook.cells
     streams = [output for output in cell.outputs if output.output_type == "stream"]
     assert not [

@@ -137,7 +137,7 @@ def test_a_path_in_a_command_that_is_printed_is_read_by_a_shell_as_it_is(
     assert not UNSAFE.search(text) and "\n" not in text
     (tmp_path / name).write_text("found")
     found = subprocess.run(
-        ["bash", "-c", f"cat {text}"], cwd=tmp_path, capture_output=True, timeout=60, text=True,
+        ["bash", "-c", f"cat {text}"], cwd=tmp_path, capture_output=True, timeout=900, text=True,
         env=os.environ | {"LC_ALL": "C.UTF-8"},
     )  # fmt: skip
     assert found.stdout == "found", found.stderr

@@ -5,10 +5,10 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,19 +132,24 @@ def test_what_ended_otherwise_is_one_line_of_error_and_1(run: Path, said: Any) -
 def test_a_process_of_another_machine_is_known_by_its_beats(
     beats: bool, run: Path, said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "BEAT", 0.1)
-    monkeypatch.setattr(watching, "EVERY", 0.01)
-    monkeypatch.setattr(watching.watch, "__defaults__", (0.01,))
-    lock = run / LOCK
+    """On a clock of our own. A beat comes a second after the first look, or never."""
+    lock, now = run / LOCK, [0.0]
     lock.write_text("gpu9 12 2026-01-01T00:00:00Z boot9/pid:[9] abcd\n")
     os.utime(lock, (1e9, 1e9))
-    if beats:
-        beat = threading.Timer(0.05, lambda: os.utime(lock))
-        beat.start()
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if beats and now[0] == seconds:
+            os.utime(lock)
+
+    ours = SimpleNamespace(sleep=sleep, monotonic=lambda: now[0], time=time.time)
+    monkeypatch.setattr(watching, "time", ours)
+    monkeypatch.setattr(locks, "time", ours)
     code, lines, _ = said(run)
     assert (code, lines[0].split(",")[0]) == (
         (0, f"{run}: running") if beats else (1, f"{run}: crashed")
     )
+    assert now[0] == (1 if beats else 2 * locks.BEAT)
 
 
 def test_a_pipe_in_the_place_of_a_lock_is_no_process(run: Path, said: Any) -> None:

@@ -264,7 +264,7 @@ def test_timed_steps_leave_the_weights_alone(corpus: Path, monkeypatch: pytest.M
     monkeypatch.setattr(timing, "SECONDS", 0.0)
     config = tiny(Full(), corpus, optim={"lr": 1e30}, train={"device": "cpu"})
     (seconds,) = timing.step_seconds(resolved(config, world_size=1, on_gpu=False))
-    assert 0 < seconds < 10
+    assert seconds > 0
 
 
 def test_steps_are_timed_of_a_run_that_is_shorter_than_its_warm_up(
@@ -290,8 +290,10 @@ def test_what_can_not_be_timed_says_why(corpus: Path, tmp_path: Path, importable
 
 @pytest.mark.parametrize("says, error, message", [
     ("raise SystemExit('out of memory')", PeptrainError, "full: steps can't be timed: out of"),
-    ("import os; os.kill(os.getppid(), 15); import time; time.sleep(9)", Interrupted, "continue"),
+    ("import os; os.kill(os.getppid(), 15); import time; time.sleep(600)", Interrupted, "continue"),
+    ("import os; os.kill(os.getppid(), 15)", Interrupted, "continue"),
 ])  # fmt: skip
+@pytest.mark.usefixtures("signals")
 def test_a_timing_that_ends_early_is_told(
     says: str, error: type[Exception], message: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -340,6 +342,7 @@ def test_a_comparison_at_an_equal_budget(
     assert compare(grid, out, 1) == made and made.equal == equal
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize("swallowed", [False, True])
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_while_flops_are_counted_is_no_failure_and_is_not_lost(

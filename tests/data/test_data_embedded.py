@@ -93,7 +93,7 @@ def test_it_is_prepared_once(small, monkeypatch):
 
 
 def test_two_at_once_share_one_corpus(small, monkeypatch):
-    barrier, documents = Barrier(2, timeout=10), embedded_documents()
+    barrier, documents = Barrier(2, timeout=600), embedded_documents()
 
     def both_have_begun():
         barrier.wait()

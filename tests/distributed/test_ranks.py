@@ -24,7 +24,7 @@ def out(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 1, done.stderr[-4000:]
     assert "[rank0]: Traceback" not in done.stderr

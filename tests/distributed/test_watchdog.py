@@ -2,6 +2,7 @@
 
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *acts: Any) -> None:
         self.looks, self.acts = 0, acts
-        monkeypatch.setattr(time, "sleep", self._sleep)
+        monkeypatch.setattr(MODULE, "time", SimpleNamespace(sleep=self._sleep))
         monkeypatch.setattr(MODULE, "_end", self._end)
 
     def _sleep(self, seconds: float) -> None:

@@ -43,6 +43,8 @@ def refused(directory: Path) -> None:
 
 def main(corpus: Path, out: Path) -> None:
     rank, advance = int(os.environ["RANK"]), trainer.advance
+    # Of torchrun, once rank 1 is dead. Rank 0 is to write what it saw itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def struck(state: Any, *rest: Any) -> Any:
         done = advance(state, *rest)

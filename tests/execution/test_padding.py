@@ -138,7 +138,8 @@ def test_dropout_runs_in_training_and_not_in_evaluation() -> None:
     x = torch.randn(4, 16, dtype=torch.float64)
     assert not torch.equal(mlp(x), mlp(x))
     mlp.eval()
-    torch.testing.assert_close(mlp(x), plain.eval().model.layers[0].mlp(x), rtol=0, atol=1e-12)
+    # Values of up to 1e4, since B is far from its size in training.
+    torch.testing.assert_close(mlp(x), plain.eval().model.layers[0].mlp(x), rtol=1e-12, atol=1e-12)
 
 
 @every_method

@@ -136,8 +136,7 @@ def test_one_that_hangs_is_left_behind(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for name in ("OPENING", "CLOSING"):
-        monkeypatch.setattr(sending, name, 0.05)
+    monkeypatch.setattr(sending, "OPENING" if at == "open" else "CLOSING", 0.05)
     monkeypatch.setattr(Hanging, "at", at)
     run = train(tiny("loro", corpus, tmp_path / "run", train={"log_to": "hanging"})).run
     Hanging.until.set()

@@ -43,7 +43,7 @@ def run(copy: Path, *command: str) -> str:
         env=os.environ | {"PYTHONPATH": str(copy / "src")},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

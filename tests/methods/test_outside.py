@@ -65,7 +65,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("outside")
     site = folder / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--target", str(site), str(wheel(folder))], check=True, timeout=120)
+    subprocess.run([*pip, "--target", str(site), str(wheel(folder))], check=True, timeout=900)
     return site
 
 
@@ -88,7 +88,7 @@ def flags(name: str, corpus: Path, run: Path) -> list[str]:
 
 def test_a_bad_package_is_named_and_takes_nothing_along(outside: None) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "peptrain", "methods"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "peptrain", "methods"], capture_output=True, text=True, timeout=900
     )
     said = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == 0

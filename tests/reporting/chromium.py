@@ -115,6 +115,6 @@ def browser() -> Iterator[Browser]:
             yield page
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(600)
             os.close(ours_in)
             os.close(ours_out)

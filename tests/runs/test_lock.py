@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import tiny
@@ -105,6 +106,25 @@ def test_a_silent_holder_of_another_machine_is_replaced(
     assert "left by process 12 on gpu9 since 2026-01-01T00:00:00Z; waiting up to" in caplog.text
 
 
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_holder_that_was_stopped_with_the_whole_machine_may_still_beat(
+    beats: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine was suspended for an hour within the first of several looks."""
+    path, now, looks = tmp_path / "lock", [0.0], []
+    path.write_text("gpu9 12 2026-01-01T00:00:00Z boot9/pid:[9] abcd\n")
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        now[0] += seconds if len(looks) > 1 else 3600
+        if beats and len(looks) == 2:
+            os.utime(path, (1e9, 1e9))
+
+    monkeypatch.setattr(locks, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    assert locks._renewed(path, locks.PATIENCE) == beats
+    assert beats or sum(looks) == pytest.approx(locks.PATIENCE, abs=locks.POLL)
+
+
 @pytest.mark.parametrize("content", ["", "\0" * 50, "[" * 1000, "a 1 b\n"])
 def test_what_names_nobody_is_no_lock(content: str, files: str, tmp_path: Path) -> None:
     path = tmp_path / "lock"
@@ -114,11 +134,16 @@ def test_what_names_nobody_is_no_lock(content: str, files: str, tmp_path: Path) 
     assert not path.exists()
 
 
-def test_of_many_at_a_time_one_holds_it_and_all_get_it(files: str, tmp_path: Path) -> None:
+def test_of_many_at_a_time_one_holds_it_and_all_get_it(
+    files: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, inside, most = tmp_path / "lock", [], []
+    monkeypatch.setattr(locks, "PATIENCE", 60.0)  # none of them is ever dead
+    if files == "no flock":
+        monkeypatch.setattr(locks, "SETTLE", 60.0)
 
     def once() -> None:
-        with lock(path, busy, wait=20):
+        with lock(path, busy, wait=600):
             inside.append(1)
             most.append(len(inside))
             inside.pop()

@@ -22,7 +22,7 @@ ASKED = {"tasks": "blimp,piqa,wikitext", "items": 5}
 
 
 @pytest.fixture(scope="module")
-def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def originals(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, two runs, a dense and a factorised export."""
     folder = tmp_path_factory.mktemp("made")
     write_data(folder / "data")
@@ -31,6 +31,12 @@ def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     export(folder / "full", folder / "dense")
     export(folder / "lowrank", folder / "small", "factorised")
     return folder
+
+
+@pytest.fixture
+def made(originals: Path, tmp_path: Path) -> Path:
+    """The same for one test, which may keep results in it."""
+    return shutil.copytree(originals, tmp_path / "made")
 
 
 def judged(folder: Path, run: str, *given: str) -> int:

@@ -22,7 +22,7 @@ def test_two_ranks_are_one(corpus: Path, tmp_path: Path, importable: None) -> No
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for name, launcher in (("one", []), ("two", torchrun)):
         line = [sys.executable, *launcher, SCRIPT, corpus, tmp_path / name, data]
-        subprocess.run(list(map(str, line)), check=True, timeout=300)
+        subprocess.run(list(map(str, line)), check=True, timeout=900)
     names = ("blimp_acc", "piqa_acc", "piqa_acc_norm", "wikitext_byte_perplexity")
     for event in ("eval", "end"):
         [one], [two] = rows(tmp_path / "one", event), rows(tmp_path / "two", event)

@@ -438,8 +438,8 @@ def test_an_absurd_learning_rate_leaves_no_broken_checkpoint(
 
 # Stopping.
 
-SLOW = """
-import sys, time
+WAITING = """
+import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -449,7 +449,8 @@ from peptrain.training.loop import train
 
 def observe(row):
     print(row["event"], flush=True)
-    time.sleep(0.2 if row["event"] == "step" else 0)
+    if row["event"] == "step" and row["step"] == 1:
+        sys.stdin.readline()  # until the signal has been sent
 
 corpus, *runs = map(Path, sys.argv[1:])
 for run in runs:
@@ -460,29 +461,32 @@ for run in runs:
 """
 
 
+@pytest.mark.usefixtures("signals")
 def test_signals_save_first(corpus: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     train(tiny("bpt", corpus, whole, train={"checkpoint_every": 0}))
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     wishes = {number: tmp_path / number.name for number in numbers}
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(corpus), *map(str, wishes.values())],
+        [sys.executable, "-c", WAITING, str(corpus), *map(str, wishes.values())],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout
+    assert process.stdin and process.stdout
     for number, run in wishes.items():
         heard = iter(process.stdout.readline, "")
         assert "step\n" in heard
         process.send_signal(number)
+        print(file=process.stdin, flush=True)
         said = next(line for line in heard if line.startswith("stopped"))
         step = newest(run).step
-        assert 1 <= step < STEPS
+        assert step == 2, "after the step that follows"
         assert said.startswith(f"stopped and saved at step {step} of {STEPS}")
         code = 130 if number == signal.SIGINT else os.EX_TEMPFAIL
         assert said.endswith(f"`peptrain resume {run}` {code}\n")
-    assert process.wait(60) == 0
+    assert process.wait(900) == 0
     for run in wishes.values():
         resume(run)
         assert differences(newest(run), newest(whole)) == []
@@ -513,6 +517,7 @@ def test_a_wish_to_stop_in_the_last_step_is_no_interruption(
     assert newest(tmp_path / "run").step == step
 
 
+@pytest.mark.usefixtures("signals")
 def test_the_handlers_come_back_and_a_second_ctrl_c_acts_at_once(
     corpus: Path, tmp_path: Path
 ) -> None:
@@ -531,6 +536,7 @@ def test_the_handlers_come_back_and_a_second_ctrl_c_acts_at_once(
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.usefixtures("signals")
 def test_a_signal_that_is_ignored_or_used_by_others_is_left_alone(
     corpus: Path, tmp_path: Path
 ) -> None:
@@ -551,6 +557,7 @@ def test_a_signal_that_is_ignored_or_used_by_others_is_left_alone(
     assert len(losses(tmp_path / "run")) == STEPS and called == [signal.SIGUSR1]
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize("where", ["_evaluate", "restore"])
 def test_a_signal_outside_of_the_steps_stops_at_once(

@@ -109,7 +109,7 @@ def test_two_ranks_are_as_one(decoder: Path, data: Path, tmp_path: Path) -> None
         [*run, *map(str, (tmp_path / "ranks.py", decoder, data, tmp_path / "two"))],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         check=True,
-        timeout=120,
+        timeout=900,
     )
     train(tuning("relora", decoder, data, tmp_path / "one", train={"micro_batch": 1}))
     one, two = (newest(tmp_path / name) for name in ("one", "two"))

@@ -155,6 +155,7 @@ def work(
                     _end(status, status.running.pop(slot))
                 for working in status.running.values():
                     working.look()
+            status.interrupted = stop.code  # also if it came when the last process had ended
         except KeyboardInterrupt:
             _stop(status, signal.SIGKILL)
             raise

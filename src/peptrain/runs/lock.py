@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import re
 import socket
@@ -125,7 +126,7 @@ class Sign:
         holder = self.holder()
         if holder is not None and holder.machine == _me().machine:
             return _runs(holder.pid)
-        state, now = _state(self._path), time.monotonic()
+        now, state = time.monotonic(), _state(self._path)  # the file is the newer one
         if state != self._state:
             self._state, self._seen, self._patience = state, now, PATIENCE
         alive = state is not None and now - self._seen < self._patience
@@ -192,10 +193,16 @@ def _dead(path: Path, holder: Holder | None, flocked: bool) -> bool:
 
 
 def _renewed(path: Path, seconds: float) -> bool:
-    """Return whether the file changes within `seconds`. A removed file does not."""
+    """Return whether the file changes within `seconds`. A removed file does not.
+
+    Time in which this process itself was stopped does not count, since it is measured in looks.
+    Otherwise a holder on the same busy or suspended machine, which was stopped with it, would be
+    taken for dead before its next beat.
+    """
     first = now = _state(path)
-    deadline = time.monotonic() + seconds
-    while now is not None and now == first and time.monotonic() < deadline:
+    for _ in range(math.ceil(seconds / POLL)):
+        if now is None or now != first:
+            break
         time.sleep(POLL)
         now = _state(path)
     return now is not None and now != first
