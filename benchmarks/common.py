@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 import peptrain.runs.environment
 from peptrain.config import RunConfig, TrainConfig, resolved
 from peptrain.distributed.world import World
-from peptrain.execution.forward_backward import CUDAGraphSteps
+from peptrain.execution.forward_backward import CUDAGraphSteps, ReplicatedSteps
 from peptrain.execution.prepare import prepare
 from peptrain.methods import methods
 from peptrain.methods.base import Method
@@ -75,7 +75,12 @@ def _value(text: str) -> Any:
 
 
 def configured(
-    row: str, base: RunConfig[Any], given: Sequence[str] = (), *, device: torch.device
+    row: str,
+    base: RunConfig[Any],
+    given: Sequence[str] = (),
+    *,
+    device: torch.device,
+    world_size: int = 1,
 ) -> RunConfig[Method]:
     """Return `base`, resolved, with the row's method, `given` and the row's own settings.
 
@@ -89,7 +94,7 @@ def configured(
     config = replace(base, method=toml.parse(cls, cold | mine, "method."))
     for key, value in over.items():
         config = _set(config, key, value)
-    return resolved(config, world_size=1, on_gpu=device.type == "cuda")
+    return resolved(config, world_size=world_size, on_gpu=device.type == "cuda")
 
 
 def _set(config: RunConfig[Method], key: str, value: Any) -> RunConfig[Method]:
@@ -126,17 +131,27 @@ class Training:
     train_state: TrainState
 
     def sizes(self) -> dict[str, int | bool]:
-        model = self.train_state.model
+        model, steps = self.train_state.model, self.train_state.forward_backward
+        steps = steps.steps if isinstance(steps, ReplicatedSteps) else steps
         return {
             "parameters": count_parameters(model),
             "trainable": count_parameters(model, trainable=True),
-            "recorded": isinstance(self.train_state.forward_backward, CUDAGraphSteps),
+            "recorded": isinstance(steps, CUDAGraphSteps),
         }
 
 
-def start(config: RunConfig[Method], device: torch.device, *, quick: bool = True) -> Training:
-    """Build what the trainer builds at step 0; with `quick`, draw the weights on the device."""
-    here = World(0, 1, device)
+def start(
+    config: RunConfig[Method],
+    device: torch.device,
+    *,
+    quick: bool = True,
+    here: World | None = None,
+) -> Training:
+    """Build what the trainer builds at step 0; with `quick`, draw the weights on the device.
+
+    here: unset for a training of one process.
+    """
+    here = here or World(0, 1, device)
     phase, end = phase_at(config, 0)
     dense = initial_weights(config)
     with drawn_on(device) if quick else nullcontext():
@@ -190,16 +205,17 @@ def step(training: Training, windows: Tensor) -> Tensor:
     clip, every = training.config.optim.clip, training.config.train.log_every
     if clip or (train_state.step + 1) % every == 0:
         clip_gradients(train_state.model, clip)
-    train_state.optimizer.step()
+    with training.here.sharing():
+        train_state.optimizer.step()
     train_state.optimizer.zero_grad()
     train_state.step += 1
     return loss
 
 
 def random_windows(training: Training, count: int = 4) -> list[Tensor]:
-    """Return batches of random token ids of the configured shape, on the device."""
+    """Return batches of random token ids of this process's share of a batch, on the device."""
     t, device = training.config.train, training.here.device
-    shape = (t.batch_size, t.seq_len + 1)
+    shape = (t.batch_size // training.here.size, t.seq_len + 1)
     generator = torch.Generator().manual_seed(0)
     vocabulary = vocabulary_size(training.train_state.model)
     return [torch.randint(vocabulary, shape, generator=generator).to(device) for _ in range(count)]

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
@@ -63,6 +64,8 @@ SCRIPTS = {
     " --rank=4 --batch-size=2 --seq-len=16 {no_compile} --workers=1 --tasks cola"
     " --tune-batch-size=4 --tune-seq-len=16 --epochs cola=1 --seeds 1"
     " --only full@0:full full:loro --rates full=1e-4 loro=1e-4,1e-3",
+    "scale": f"{COMPILED} --out={{out}}/scale --ranks {{ranks}} --tokens 32 64 --seq-len=16"
+    f" --steps=2 --warm-up=1 --repeat=1 full {ROWS}",
     "cpu_peft": f"{MODEL} --set=train.compile=false {RUN} --log-every=2 --rounds=1"
     " lora:rank=4 lora:rank=4:train_rest=false full",
 }
@@ -82,7 +85,8 @@ TRAININGS = {
     "train-relora": "relora --method.rank=4 --method.warm-start-steps=2 --method.merge-every=3",
     "train-loro": "loro --method.rank=4 --method.exact-every=3",
 }
-"""Training runs, with a change of phase, merges and exact steps among them."""
+"""Training runs, with a change of phase, merges and exact steps among them, by one process and by
+two where there are two GPUs."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,17 @@ def arguments(text: str, *, device: str, folder: Path) -> list[str]:
         "eager": "--set=train.compile=false" if eager else "",
         "no_compile": "--no-compile" if eager else "",
         "graph": "" if eager else "--cuda-graph",
+        "ranks": "1 2" if two_ranks(device) else "1",
     }
-    return [word for word in (part.format(**known) for part in text.split()) if word]
+    return [word for part in text.split() for word in part.format(**known).split()]
+
+
+@cache
+def two_ranks(device: str) -> bool:
+    """Return whether there are two devices for two processes."""
+    import torch
+
+    return device == "cpu" or torch.cuda.device_count() > 1
 
 
 def make_corpus(folder: Path) -> None:
@@ -163,6 +176,10 @@ def trainings(device: str, folder: Path) -> Iterator[Check]:
     for name in TRAININGS:
         words = training_arguments(name, device=device, folder=folder)
         yield Check(name, [sys.executable, "-m", "peptrain", *words])
+        if two_ranks(device):
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            line = [*torchrun, "--nproc-per-node=2", "-m", "--", "peptrain", *words]
+            yield Check(f"{name}-2", [*line, f"--run={folder / name}-2"])
 
 
 def training_arguments(name: str, *, device: str, folder: Path) -> list[str]:

@@ -325,6 +325,24 @@ def test_the_tables_of_tune_have_the_best_rates_and_say_what_is_missing(
     assert "| full | 1 | 4.0000 | 9 / 10 | 60 | 11 |" in lines
 
 
+@pytest.mark.slow
+def test_scale(numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes are called by torchrun; a second call reads the results."""
+    path = os.pathsep.join(map(os.path.abspath, sys.path))
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = numbers("scale")
+    names = ["full", *METHOD_ROWS]
+    assert [r["row"].split(":")[0] for r in found[::2]] == [n.split(":")[0] for n in names] * 2
+    assert [r["ranks"] for r in found] == [1, 2] * 8
+    for one, two in zip(found[::2], found[1::2], strict=True):
+        assert one["sent_bytes"] == 0  # of two: 2 bytes a weight, 4 for a diagonal
+        assert 2 * two["trainable"] <= two["sent_bytes"] <= 2.2 * two["trainable"]
+        assert two["trainable"] == one["trainable"] and len(two["ms"]) == 2
+        assert (one.get("event_ms") is None) == (one["tokens"] == 64 or one["row"] == "full")
+    assert numbers("scale") == found
+
+
 def test_merges(numbers: Any) -> None:
     rows = numbers("merges")
     assert [r["event"] for r in rows] == ["merge", "merge", "exact step"]
