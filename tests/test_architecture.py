@@ -36,6 +36,7 @@ LEVELS = (
     "analysis",
     "figures",
     "tasks",
+    "generation",
     "tuning",
     "estimation",
     "training",
