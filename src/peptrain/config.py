@@ -91,8 +91,8 @@ class TrainConfig:
     many layers and as often as the budget allows (docs/dynamics.md)."""
     observe_budget: float = added(0.02, before=0.02)
     """Largest share of the training time that train.observe may take, above 0 and at most 1."""
-    sample_every: int | None = added(interval(0), before=0)
-    """Steps between texts that the model writes, into metrics.jsonl. Unset or 0: none."""
+    sample_every: int = added(0, before=0)
+    """Steps between texts that the model writes, into metrics.jsonl; 0: none (docs/guide.md)."""
     sample_prompts: Path | None = added(None, before=None)
     """Text file with up to 32 prompts to continue, one a line. Unset: three of peptrain's own."""
     log_to: str = added("", before="")

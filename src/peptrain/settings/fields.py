@@ -130,8 +130,7 @@ def interval(fraction: float, most: int | None = None) -> Any:
     """Return a field for the steps between two events, by default `fraction` of the run.
 
     The default is at most `most`. It is rounded up, so it is at least 1, and below `most` the last
-    event is not just before the end of the run, where it would be useless. 0 means never, also as
-    `fraction`.
+    event is not just before the end of the run, where it would be useless. 0 means never.
     """
     return field(default=None, metadata={"fraction": fraction, "most": most, "up": True})
 

@@ -37,14 +37,14 @@ class Encoder:
     """A tokenizer as tasks and generated texts use it."""
 
     encode: Encode
-    decode: Callable[[Sequence[int]], str]
-    """Token ids to a text, without special tokens."""
     prefix: int
     """The token before a text that has no context: the one that begins texts, else the one that
     ends them."""
     prefix_text: str
     """A text that begins with this gets no special tokens."""
     vocabulary: dict[str, int]
+    decode: Callable[[Sequence[int]], str]
+    """Token ids to a text, without special tokens."""
     ends: tuple[int, ...]
     """Tokens that end a text."""
 
@@ -74,7 +74,7 @@ def plain_encoder(tokenizer: Tokenizer, end: int, special: Mapping[str, str]) ->
         return [ids.tolist() for ids in encode(tokenizer, texts, np.dtype("<u4"))]
 
     prefix = end if begin is None else begin
-    return Encoder(run, tokenizer.decode, prefix, "", tokenizer.get_vocab(), (end,))
+    return Encoder(run, prefix, "", tokenizer.get_vocab(), tokenizer.decode, (end,))
 
 
 def encoder_of_run(directory: Path, tokenizer: Tokenizer, end: int) -> Encoder:
@@ -108,8 +108,8 @@ def encoder_of_directory(path: Path) -> Encoder:
         return text
 
     end = tokenizer.eos_token_id
-    return Encoder(run, decode, prefix, tokenizer.decode(prefix), tokenizer.get_vocab(),
-                   () if end is None else (end,))  # fmt: skip
+    ends = () if end is None else (end,)
+    return Encoder(run, prefix, tokenizer.decode(prefix), tokenizer.get_vocab(), decode, ends)
 
 
 def spans(

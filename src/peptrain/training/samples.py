@@ -41,7 +41,7 @@ class SamplesInTraining:
     ) -> None:
         """Read the prompts. Raises ConfigError or DataError before anything is written."""
         t = config.train
-        self._train, self._world, self._every = t, here, t.sample_every or 0
+        self._train, self._world, self._every = t, here, t.sample_every
         self._prompts: list[tuple[str, list[int]]] = []
         if not self._every:
             return
