@@ -36,6 +36,7 @@ LEVELS = (
     "analysis",
     "figures",
     "tasks",
+    "generation",
     "tuning",
     "estimation",
     "training",
@@ -120,10 +121,13 @@ def test_the_levels_see_imports() -> None:
     assert seen <= set(imports("training/loop.py"))
 
 
+TYRO = "app flags generating parsing reading training"
+
+
 @pytest.mark.parametrize(
     "module, user",
     [
-        ("tyro", {f"cli/{name}.py" for name in ("app", "flags", "parsing", "reading", "training")}),
+        ("tyro", {f"cli/{name}.py" for name in TYRO.split()}),
         ("argparse", {"cli/parsing.py"}),
     ],
 )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peptrain.eval.run import evaluate as evaluate
     from peptrain.exporting.export import export as export
     from peptrain.exporting.factorised import load_factorised as load_factorised
+    from peptrain.generation.generate import generate as generate
     from peptrain.methods import *  # noqa: F403
     from peptrain.reporting.plot import plot as plot
     from peptrain.reporting.report import report as report
@@ -40,6 +41,7 @@ FACE = {
     "evaluate": "eval.run",
     "export": "exporting.export",
     "load_factorised": "exporting.factorised",
+    "generate": "generation.generate",
     "plot": "reporting.plot",
     "report": "reporting.report",
     "Corpus": "data",

@@ -92,6 +92,10 @@ class TrainConfig:
     many layers and as often as the budget allows (docs/dynamics.md)."""
     observe_budget: float = added(0.02, before=0.02)
     """Largest share of the training time that train.observe may take, above 0 and at most 1."""
+    sample_every: int = added(0, before=0)
+    """Steps between texts that the model writes, into metrics.jsonl; 0: none (docs/guide.md)."""
+    sample_prompts: Path | None = added(None, before=None)
+    """Text file with up to 32 prompts to continue, one a line. Unset: three of peptrain's own."""
     log_to: str = added("", before="")
     """Loggers that get the rows of metrics.jsonl too, such as tensorboard,trackio: tensorboard,
     trackio, wandb, or one of another package (docs/loggers.md). Unset: none."""
@@ -112,7 +116,7 @@ class TrainConfig:
             check_whole(f"train.{key}", getattr(self, key), 1)
         for key in ("batch_size", "micro_batch", "seq_len"):
             check_whole(f"train.{key}", getattr(self, key), 1, LARGEST_BATCH)
-        for key in ("eval_every", "checkpoint_every"):
+        for key in ("eval_every", "checkpoint_every", "sample_every"):
             check_whole(f"train.{key}", getattr(self, key), 0)
         check_whole("train.timeout", self.timeout, 10, LONGEST)
         for key in ("seed", "eval_tokens"):
@@ -120,7 +124,8 @@ class TrainConfig:
         listed = re.fullmatch(r"|log|\d{1,9}( *, *\d{1,9})*", self.keep_at)
         check(bool(listed), "train.keep_at", self.keep_at, "log, or steps such as 0,1,5000")
         listed = re.fullmatch(r"|[\w.-]+( *, *[\w.-]+)*", self.log_to)
-        check(bool(listed), "train.log_to", self.log_to, "loggers such as tensorboard,trackio")
+        wanted = "names of loggers such as tensorboard,trackio"
+        check(bool(listed), "train.log_to", self.log_to, wanted)
         fits = self.memory_budget == 1 or (0 <= self.memory_budget < 1 and self.compile)
         wanted = "in [0, 1], and 1 without train.compile"
         check(fits, "train.memory_budget", self.memory_budget, wanted)
@@ -283,7 +288,8 @@ def _resolved_train(train: TrainConfig, world_size: int, on_gpu: bool) -> TrainC
     check(rows % micro == 0, "train.micro_batch", micro, f"a divisor of the {rows} rows of a rank")
     precision = train.precision or ("bf16-mixed" if on_gpu else "fp32")
     check_parallel(train.parallel, world_size)
-    filled = replace(train, micro_batch=micro, precision=precision)
+    prompts = _absolute(train.sample_prompts)
+    filled = replace(train, micro_batch=micro, precision=precision, sample_prompts=prompts)
     return filled if train.eval_tokens is not None else _evaluating(filled, least=train.seq_len)
 
 

@@ -111,7 +111,7 @@ every_method = pytest.mark.parametrize("name", METHODS)
 COMMANDS = [
     "", *(f"{command}{name}" for command in ("train", "tune", "estimate") for name in
           ("", *(f" {name}" for name in METHODS))), "resume", "demo", "compare", "watch", "eval",
-    "analyze", "plot", "report", "export", "data", "data prepare", "methods", "recipes",
+    "generate", "analyze", "plot", "report", "export", "data", "data prepare", "methods", "recipes",
 ]  # fmt: skip
 
 

@@ -193,7 +193,7 @@ def test_what_can_not_be_used_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("given", ["a b", ",", "tensorboard,", "a;b", "../x"])
 def test_a_list_of_names_is_one(given: str) -> None:
-    with pytest.raises(ConfigError, match=r"train\.log_to: must be loggers such as"):
+    with pytest.raises(ConfigError, match=r"train\.log_to: must be names of loggers such as"):
         TrainConfig(log_to=given)
 
 

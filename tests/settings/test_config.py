@@ -156,6 +156,7 @@ def test_resolving_leaves_nothing_unset_and_is_idempotent(name: str) -> None:
         "init_std",
         "momentum",
         "tasks_data",
+        "sample_prompts",
         *("rows", "labels", "pad_token"),
     } | {f.name for f in fields(ModelConfig)}
     optional.add(

@@ -20,7 +20,7 @@ from peptrain.tasks.files import first, items_of, pages, read_rows, subsample
 from peptrain.tasks.measure import Judge, measure
 from peptrain.tasks.paired import mcnemar, paired, two_sided, z_of_proportions
 from peptrain.tasks.score import scores
-from peptrain.tasks.spans import Encoder, Span, page_spans, spans
+from peptrain.tasks.spans import Encode, Encoder, Span, page_spans, spans
 from peptrain.tasks.table import GROUPS, SCORED, TASKS, chosen_tasks, detokenized
 
 V, END = 260, 256
@@ -28,7 +28,11 @@ V, END = 260, 256
 
 def encoder() -> Encoder:
     """A token per byte; END stands before a text without context."""
-    return Encoder(lambda texts, add: [list(t.encode()) for t in texts], END, "", {})
+    return encoder_by(lambda texts, add: [list(t.encode()) for t in texts])
+
+
+def encoder_by(encode: Encode) -> Encoder:
+    return Encoder(encode, END, "", {}, lambda ids: bytes(ids).decode(), (END,))
 
 
 class Model(nn.Module):
@@ -160,7 +164,7 @@ def test_contexts_are_cut_on_the_left_and_continuations_never() -> None:
 
 def test_the_context_has_its_own_tokens_where_it_is_no_prefix_of_the_whole() -> None:
     """As for a tokenizer that ends every text with a token."""
-    ends = Encoder(lambda texts, add: [[*t.encode(), *[END] * add] for t in texts], END, "", {})
+    ends = encoder_by(lambda texts, add: [[*t.encode(), *[END] * add] for t in texts])
     [found] = spans([("ab", "cd")], ends, 9, ["x"])
     assert found == Span((97, 98, END, 100, END), 2)
 
@@ -168,7 +172,7 @@ def test_the_context_has_its_own_tokens_where_it_is_no_prefix_of_the_whole() -> 
 def test_a_text_without_context_follows_the_prefix_once() -> None:
     [found] = spans([("", "ab")], encoder(), 5, ["x"])
     assert found == Span((END, 97, 98), 2)
-    begins = Encoder(lambda texts, add: [[END, *t.encode()] for t in texts], END, "", {})
+    begins = encoder_by(lambda texts, add: [[END, *t.encode()] for t in texts])
     [found] = spans([("", "ab")], begins, 5, ["x"])
     assert found == Span((END, 97, 98), 2)
 

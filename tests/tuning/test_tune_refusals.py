@@ -31,6 +31,7 @@ from peptrain.tuning.tokenizer import words_of
         ({"tune": {"rows": 23}}, ConfigError, r"tune.rows: must be <= 22.*\(got 23\)"),
         ({"tune": {"labels": "a,b,c"}}, ConfigError, "tune.labels: must be unset for cola"),
         ({"data": True}, ConfigError, "data.path: must be unset to fine-tune"),
+        ({"train": {"sample_every": 2}}, ConfigError, "train.sample_every: must be 0 to fine-tune"),
         ({"train": {"cuda_graph": True}}, ConfigError, "train.cuda_graph: must be false"),
         ({"continue_from": True}, ConfigError, "continue_from"),
     ],

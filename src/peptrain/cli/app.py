@@ -10,6 +10,7 @@ import tyro
 
 from peptrain import __version__
 from peptrain.cli.failures import report
+from peptrain.cli.generating import generate_text
 from peptrain.cli.parsing import (
     MARKERS,
     check_command,
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = ["--help" if arg == "--help-all" else arg for arg in args]
     silence_libraries()
     widen()
-    log_on(make(stderr) if "--json" in args else console)
+    told = make(stderr) if "--json" in args or args[0] == "generate" else console
+    log_on(told)
     if args == ["--version"]:
         console.print(__version__, highlight=False)
         return 0
@@ -78,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     config=MARKERS,
                     registry=registry(args, essential_only=essential_only))  # fmt: skip
     except (Exception, KeyboardInterrupt) as error:
-        return report(error, console, debug="--debug" in given)
+        return report(error, told, debug="--debug" in given)
     stdout.flush()
     return 1 if stdout.lost and args[0] in PRINTS_ONLY else 0
 
 
-PRINTS_ONLY = ("estimate", "eval", "methods", "recipes", "watch")
+PRINTS_ONLY = ("estimate", "eval", "generate", "methods", "recipes", "watch")
 """Commands that have failed when nobody could read what they print."""
 DESCRIPTION = f"""Parameter-efficient pre-training of language models ({__version__}).
 
@@ -118,6 +120,7 @@ def _app(args: list[str], essential_only: bool) -> tuple[tyro.extras.SubcommandA
     app.command(name="compare")(paragraphs(run_grid))
     app.command(name="watch")(paragraphs(watch_run))
     app.command(name="eval")(paragraphs(eval_run))
+    app.command(name="generate")(paragraphs(generate_text))
     app.command(name="analyze")(paragraphs(analyze_runs))
     app.command(name="plot")(paragraphs(plot_command()))
     app.command(name="report")(paragraphs(write_report))

@@ -37,8 +37,8 @@ MARKERS = (
 UNSET = tyro.conf.arg(help_behavior_hint="")
 """For an argument whose text says what happens without it: do not print `(default: None)`."""
 TRUTHS = {"true": True, "false": False, "True": True, "False": False}
-COMMANDS = ("train", "tune", "resume", "estimate", "demo", "compare", "watch", "eval", "analyze",
-            "plot", "report", "export", "data", "methods", "recipes")  # fmt: skip
+COMMANDS = ("train", "tune", "resume", "estimate", "demo", "compare", "watch", "eval", "generate",
+            "analyze", "plot", "report", "export", "data", "methods", "recipes")  # fmt: skip
 OF_TUNE = ("init_from", "task", "tasks_data", "epochs", "rows", "train")
 """Settings that `peptrain tune --help` shows besides the essential ones. `train`: of the method."""
 COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")

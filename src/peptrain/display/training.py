@@ -17,7 +17,7 @@ from rich.text import Text
 
 from peptrain.display.console import console, say, wrapped
 from peptrain.display.curve import has_blocks, sparkline
-from peptrain.text import quoted
+from peptrain.text import one_line, quoted
 
 EVENTS = {"merges": "merge", "exact_steps": "exact step"}
 """Counts reported by methods that are shown with the loss, and one of them in words."""
@@ -263,5 +263,6 @@ NOTES: dict[str, Callable[[Row], str]] = {
         f" over {count(row['held_out_tokens'], 'token')}"
     ),
     "checkpoint": lambda row: "checkpoint saved",
+    "sample": lambda row: f"sample: {one_line(row['prompt'])}|{one_line(row['text'])}",
 }
 """What is said of rows other than steps."""

@@ -27,6 +27,7 @@ from peptrain.reporting.tables import (
     fine_tuned,
     in_pairs,
     judged,
+    samples,
     shown,
     states,
 )
@@ -120,7 +121,7 @@ def _sections(source: Source) -> Iterator[Section]:
         yield _between(source)
         return
     made = [_settings(source), _curves(source), _dynamics(source), _speed(source),
-            _held_out(source)]  # fmt: skip
+            _held_out(source), _samples(source)]  # fmt: skip
     if source.trials:
         made.append(_comparison(source))
     said: set[str] = set()
@@ -215,6 +216,19 @@ def _held_out(source: Source) -> Section:
         )
     elif not made.tables:
         made.missing.append("no run was evaluated with `peptrain eval`")
+    return made
+
+
+def _samples(source: Source) -> Section:
+    """Return the texts of the last step of each run that wrote some, with the earlier ones."""
+    made, every = Section("Samples"), samples(source)
+    last = {row[0]: row[1] for row in every.rows}
+    latest = [row for row in every.rows if row[1] == last[row[0]]]
+    if latest:
+        made.text = "Written during training (train.sample_every)."
+        made.tables.append(replace(every, rows=latest))
+    if earlier := [row for row in every.rows if row[1] != last[row[0]]]:
+        made.folded["Earlier samples"] = replace(every, rows=earlier)
     return made
 
 

@@ -13,11 +13,12 @@ from peptrain.display.training import RESULT
 from peptrain.errors import CheckpointError
 from peptrain.figures.panel import shortened
 from peptrain.figures.source import Row, RunRows, Source, number
-from peptrain.text import one_line
+from peptrain.text import escaped, one_line
 
 UNKNOWN = "–"
 WIDEST = 25
 """Characters of a value among settings that differ, where it stays distinct."""
+MOST_SAMPLES = 100
 METRICS = ("acc", "acc_norm", "perplexity", "byte_perplexity", "word_perplexity", "bits_per_byte")
 """Of tasks, as in eval.json."""
 
@@ -28,6 +29,8 @@ class Table:
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
+    prose: bool = False
+    """Whether cells are texts, with lines of their own."""
 
 
 def shown(value: Any) -> str:
@@ -152,6 +155,15 @@ def fine_tuned(source: Source) -> Table:
     return Table(
         ["run", "step", "result", "value", "± s.e.", "best", "majority", "best step"], rows
     )
+
+
+def samples(source: Source) -> Table:
+    """Return what the models wrote during training, the latest `MOST_SAMPLES` of each run."""
+    rows = [
+        [run.name, shown(row["step"]), *(escaped(str(row.get(key))) for key in ("prompt", "text"))]
+        for run in source.runs for row in run.of("sample")[-MOST_SAMPLES:]
+    ]  # fmt: skip
+    return Table(["run", "step", "prompt", "continued"], rows, prose=True)
 
 
 def by_domain(source: Source) -> Table:

@@ -31,8 +31,8 @@ from peptrain.text import quoted
 
 log = logging.getLogger("peptrain")
 NEWEST = 16_384  # bytes read from the end of the metrics: dozens of rows
-CONTENTS = ("config.toml", "env.json", "metrics.jsonl", "eval.json", "model.json", "tokenizer",
-            "checkpoints", "ends", "longer.json", "analysis", "eval", "observe.json",
+CONTENTS = ("config.toml", "env.json", "metrics.jsonl", "eval.json", "model.json", "prompts.txt",
+            "tokenizer", "checkpoints", "ends", "longer.json", "analysis", "eval", "observe.json",
             "tensorboard", "trackio.json", "wandb.json")  # fmt: skip
 LAST = ("end", "diverged")
 """Events that end a run; a resumed run drops their rows."""
@@ -69,6 +69,10 @@ class RunDir:
     @property
     def model_file(self) -> Path:
         return self.path / "model.json"
+
+    @property
+    def prompts_file(self) -> Path:
+        return self.path / "prompts.txt"
 
     @property
     def checkpoints(self) -> Path:
@@ -143,7 +147,8 @@ class RunDir:
     @property
     def _first_names(self) -> set[str]:
         """Names of what a creation writes before config.toml."""
-        return {NEW, self.checkpoints.name, self.tokenizer.name, self.model_file.name}
+        return {NEW, self.checkpoints.name, self.tokenizer.name, self.model_file.name,
+                self.prompts_file.name}  # fmt: skip
 
     def _clear(self) -> None:
         for name in self._first_names - {NEW}:

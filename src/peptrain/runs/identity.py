@@ -53,10 +53,15 @@ def identity_of(config: RunConfig[Method], data: str) -> dict[str, Any]:
 
 
 def other_settings(config: RunConfig[Method]) -> dict[str, Any]:
-    """Return the settings that are not in the identity: rates, schedule, intervals, device."""
+    """Return the settings that are not in the identity, as JSON has them: rates, schedule,
+    intervals, device."""
     every = _flat({name: asdict(getattr(config, name)) for name in CHANGEABLE})
     fixed = identity_of(config, "")
-    return {key: value for key, value in every.items() if key not in fixed}
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in every.items()
+        if key not in fixed
+    }
 
 
 def check_settings(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from peptrain.data.tokenizer import configured, encode
+from peptrain.data.tokenizer import ADVICE, CANT_ENCODE, configured, encode, explained
 from peptrain.errors import DataError
 from peptrain.models.auto import load_tokenizer
 
@@ -34,7 +34,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer as the tasks use it."""
+    """A tokenizer as tasks and generated texts use it."""
 
     encode: Encode
     prefix: int
@@ -43,6 +43,10 @@ class Encoder:
     prefix_text: str
     """A text that begins with this gets no special tokens."""
     vocabulary: dict[str, int]
+    decode: Callable[[Sequence[int]], str]
+    """Token ids to a text, without special tokens."""
+    ends: tuple[int, ...]
+    """Tokens that end a text."""
 
     def ids(self, texts: Iterable[str], special: bool) -> dict[str, list[int]]:
         """Return the ids of each text. `special` adds the special tokens of the tokenizer."""
@@ -70,7 +74,7 @@ def plain_encoder(tokenizer: Tokenizer, end: int, special: Mapping[str, str]) ->
         return [ids.tolist() for ids in encode(tokenizer, texts, np.dtype("<u4"))]
 
     prefix = end if begin is None else begin
-    return Encoder(run, prefix, "", tokenizer.get_vocab())
+    return Encoder(run, prefix, "", tokenizer.get_vocab(), tokenizer.decode, (end,))
 
 
 def encoder_of_run(directory: Path, tokenizer: Tokenizer, end: int) -> Encoder:
@@ -93,12 +97,19 @@ def encoder_of_directory(path: Path) -> Encoder:
         )
 
     def run(texts: Sequence[str], add: bool) -> list[list[int]]:
-        made = tokenizer(list(texts), add_special_tokens=add, return_attention_mask=False,
-                         verbose=False)  # fmt: skip
+        with explained(CANT_ENCODE, ADVICE):
+            made = tokenizer(list(texts), add_special_tokens=add, return_attention_mask=False,
+                             verbose=False)  # fmt: skip
         ids: list[list[int]] = made["input_ids"]
         return ids
 
-    return Encoder(run, prefix, tokenizer.decode(prefix), tokenizer.get_vocab())
+    def decode(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    end = tokenizer.eos_token_id
+    ends = () if end is None else (end,)
+    return Encoder(run, prefix, tokenizer.decode(prefix), tokenizer.get_vocab(), decode, ends)
 
 
 def spans(

@@ -1,4 +1,4 @@
-"""Open what is judged: a run at a checkpoint, a Hugging Face directory, a factorised export."""
+"""Open what is judged, or writes a text: a run, a Hugging Face directory, a factorised export."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNLIMITED = 2048
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to judge."""
+    """A model with its tokenizer."""
 
     path: Path
     model: PreTrainedModel
@@ -94,7 +94,7 @@ def open_subject(path: Path) -> Subject:
         encoder = encoder_of_directory(path)
     except PeptrainError as error:
         said = str(error).removeprefix("tokenizer: ")
-        raise CheckpointError(f"{path}: no tokenizer to read the tasks with: {said}") from error
+        raise CheckpointError(f"{path}: no tokenizer to read texts with: {said}") from error
     return Subject(path, model, encoder, _positions(model), "fp32")
 
 

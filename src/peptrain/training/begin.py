@@ -184,6 +184,8 @@ def _first_files(
         checkpoint.save(run.checkpoints, own, checkpoint.Keep(1))
     if file := config_file(config.model):
         shutil.copyfile(file, run.model_file)
+    if (prompts := config.train.sample_prompts) and config.train.sample_every:
+        shutil.copyfile(prompts, run.prompts_file)
 
 
 def loggers_of(

@@ -245,6 +245,7 @@ def _loop(
         if saving or evaluating or observing or state.step % t.log_every == 0:
             with here.within(limit):
                 _flush(metrics_log, run)
+        objective.sample(state.model, state.step, metrics_log)
         if observing:
             measure = partial(tool.measure, state.model, state.step)
             metrics_log.observation(t.observe, state.step, measure)

@@ -6,7 +6,8 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +24,9 @@ log = logging.getLogger("peptrain")
 
 Observer = Callable[[Mapping[str, Any]], None]
 """Called on rank 0 with one row per event. Its "event" is start, step, eval, checkpoint, phase,
-end, diverged or the value of `train.observe`; start is not in metrics.jsonl. "evaluating" is not
-either, and comes after each forward pass of an evaluation, with `tokens_done` and `tokens_total`.
+sample, end, diverged or the value of `train.observe`; start is not in metrics.jsonl. "evaluating"
+is not either, and comes after each forward pass of an evaluation, with `tokens_done` and
+`tokens_total`.
 An observer cannot influence the training."""
 
 
@@ -155,6 +157,15 @@ class MetricsLog:
         for row in found:
             self.write(event, step=step, **row)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the time of the body out of the training time, between two rows too."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # what is queued belongs to the training
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
     def evaluating(self, step: int) -> Watch:
         """Return a callback that tells the observer how far the evaluation at `step` is."""
 
@@ -185,8 +196,8 @@ class MetricsLog:
     def write(self, event: str, **row: Any) -> None:
         """On rank 0, write one row to the file and pass it to the observer.
 
-        Adds `time` (Unix, in seconds), `seconds` (of training up to this step, without evaluations
-        and checkpoints), `device_hours` (seconds times ranks / 3600), on a GPU `peak_bytes`
+        Adds `time` (Unix, in seconds), `seconds` (of training up to this step, without evaluations,
+        samples and checkpoints), `device_hours` (seconds times ranks / 3600), on a GPU `peak_bytes`
         (reserved by PyTorch since the start of this process), and `observe_seconds`, which
         `train.observe` took besides. Seconds and hours are summed over resumes and leave out steps
         that a kill took back.

@@ -19,6 +19,8 @@ from peptrain.models.probe import check_causal
 from peptrain.runs.directory import RunDir
 from peptrain.runs.init_from import compare_tokenizers
 from peptrain.runs.tokenizer import restore_run_tokenizer, write_run_tokenizer
+from peptrain.training.metrics import MetricsLog
+from peptrain.training.samples import SamplesInTraining
 from peptrain.training.tasks import TasksInTraining
 from peptrain.tuning.objective import Labels
 
@@ -70,6 +72,10 @@ class Objective(Protocol):
         """
         ...
 
+    def sample(self, model: PreTrainedModel, step: int, log: MetricsLog) -> None:
+        """After each step write the rows of `train.sample_every`, if due. Called on every rank."""
+        ...
+
     def write_tokenizer(self, run: RunDir) -> None:
         """Write the tokenizer into a new run. Raises OSError if that fails."""
         ...
@@ -84,16 +90,21 @@ class Objective(Protocol):
 
 
 class NextTokens:
-    """Predicts the next token of a corpus, and measures the tasks of `eval.tasks`."""
+    """Predicts the next token of a corpus, measures `eval.tasks` and writes samples of text."""
 
     best_by = ""
 
-    def __init__(self, config: RunConfig[Method], here: World, *, verify_again: bool) -> None:
-        """Open the corpus and the data of tasks. Raises DataError for missing or damaged ones."""
+    def __init__(self, config: RunConfig[Method], run: RunDir | None, here: World) -> None:
+        """Open the corpus, the data of tasks and the prompts of samples.
+
+        run: one to resume, which verifies the shards again and has prompts of its own. Raises
+        DataError or ConfigError for what is missing or damaged.
+        """
         self._config, self._here = config, here
-        self.corpus = configured_corpus(config.data.path, verify_again=verify_again)
+        self.corpus = configured_corpus(config.data.path, verify_again=run is not None)
         _check_corpus(self.corpus, config)
         self._tasks = TasksInTraining(config, self.corpus, here)
+        self._samples = SamplesInTraining(config, self.corpus, run, here)
 
     @property
     def fingerprint(self) -> str:
@@ -113,6 +124,7 @@ class NextTokens:
 
     def check(self, model: PreTrainedModel) -> None:
         check_vocabulary(model, self.corpus)
+        self._samples.check(model)
         if self._config.model.config is not None:
             check_causal(model)
 
@@ -135,6 +147,9 @@ class NextTokens:
         )
         return found, self._tasks.measure(model)
 
+    def sample(self, model: PreTrainedModel, step: int, log: MetricsLog) -> None:
+        self._samples.write(model, step, log)
+
     def write_tokenizer(self, run: RunDir) -> None:
         write_run_tokenizer(run, self.corpus)
         compare_tokenizers(self._config, self.corpus)
@@ -150,8 +165,7 @@ def objective_of(config: RunConfig[Method], run: RunDir | None, here: World) -> 
     """Return what a new run, or one to resume, trains for."""
     if config.tune.task:
         return Labels(config, run, here)
-    # A resume verifies the shards again.
-    return NextTokens(config, here, verify_again=run is not None)
+    return NextTokens(config, run, here)
 
 
 def windows(

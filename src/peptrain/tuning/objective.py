@@ -223,6 +223,9 @@ class Labels:
         values = torch.tensor([float(word) for word in self.task.words], device=best.device)
         return values[best]
 
+    def sample(self, model: PreTrainedModel, step: int, log: object) -> None:
+        """Do nothing: `train.sample_every` is for pre-training."""
+
     def write_tokenizer(self, run: RunDir) -> None:
         """Write the tokenizer into a new run. Raises OSError if that fails."""
         end = None if self._writes_text else self._words.end

@@ -48,6 +48,8 @@ def with_task(config: RunConfig[Any]) -> RunConfig[Any]:
             f"data.path: must be unset to fine-tune (got {config.data.path}), which reads the"
             " directory tune.tasks_data"
         )
+    wanted = "0 to fine-tune, after which a model is no language model"
+    check(not t.sample_every, "train.sample_every", t.sample_every, wanted)
     rows = len(training_rows(tune.task, tune.tasks_data, tune.rows))
     per_epoch = -(-rows // t.batch_size)
     steps = -(-tune.epochs * rows // t.batch_size)

@@ -1,0 +1,1 @@
+"""Text that a model writes: continuations of a prompt, sampled by transformers."""
