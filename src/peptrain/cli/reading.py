@@ -215,7 +215,7 @@ def export_run(
         step: Step of the checkpoint. all writes each that is kept to a directory OUT/STEP. Unset:
             the latest.
     """
-    from peptrain.exporting.export import export, loader_of
+    from peptrain.exporting.export import export, how_to_load
     from peptrain.runs.select import at, check_done, chosen, may_vanish
 
     done, damaged = list[Path](), list[str]()
@@ -223,10 +223,8 @@ def export_run(
         place = out / str(at(one)[1]) if step == "all" else out
         with may_vanish(one, step == "all", damaged):
             export(one, place, form)
-            loader = f"transformers.{loader_of(run)}.from_pretrained"
-            if form == "factorised":
-                loader = "peptrain.load_factorised"
-            say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
+            call = how_to_load(run, form).replace("DIR", repr(str(place)))
+            say(f"{form} model in {place}; load it in Python with `{call}`")
             done.append(one)
     check_done(run, done, damaged)
 
