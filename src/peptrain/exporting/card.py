@@ -103,7 +103,7 @@ def write_card(opened: Opened, out: Path, loading: Loading, difference: float) -
     data = ModelCardData(
         library_name=loading.library,
         pipeline_tag="text-generation" if writes else "text-classification",
-        tags=["peptrain", config.method.name, "fine-tuned" if tuned else "pre-trained"],
+        tags=["peptrain", config.method.name, "fine-tuning" if tuned else "pre-training"],
         datasets=_datasets(opened) or None,
         base_model=base if base and "/" in base else None,
     )
@@ -113,7 +113,9 @@ def write_card(opened: Opened, out: Path, loading: Loading, difference: float) -
 
 def title(opened: Opened) -> str:
     """Return the first line of the card: family, size and method."""
-    how = f"fine-tuned on {_task(opened)}" if opened.config.tune.task else "pre-trained"
+    how = "pre-trained" if opened.config.init_from is None else "trained further"
+    if opened.config.tune.task:
+        how = f"fine-tuned on {_task(opened)}"
     family, size = opened.model.config.model_type, _size(count_parameters(opened.model))
     return f"{family} with {size} parameters, {how} by {opened.config.method.name}"
 

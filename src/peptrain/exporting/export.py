@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,11 +20,15 @@ from peptrain.errors import CheckpointError, ConfigError, Unsupported
 from peptrain.exporting.card import Loading, describe, metadata, write_card
 from peptrain.exporting.encoding import compare_pairs, compare_tokenizers
 from peptrain.exporting.factorised import write_factorised
+from peptrain.exporting.gguf import check_gguf, load_gguf, write_gguf
+from peptrain.exporting.peft import check_peft, load_peft, peft_tensors, write_peft
 from peptrain.files import open_up, scratch
 from peptrain.methods.base import Method
+from peptrain.methods.lowrank import LowRankLinear
 from peptrain.models.auto import load_model
 from peptrain.models.dense import dense_state
 from peptrain.models.hf import hf_config, positions_of
+from peptrain.models.sites import reparametrized
 from peptrain.ops.precision import at_least_fp32
 from peptrain.runs.build import Opened, open_run, run_config
 from peptrain.runs.directory import RunDir
@@ -35,7 +40,7 @@ from peptrain.runs.tokenizer import (
 )
 
 log = logging.getLogger("peptrain")
-Form = Literal["dense", "factorised"]
+Form = Literal["dense", "factorised", "peft", "gguf"]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest accepted difference of logits computed in this dtype, relative to the largest logit.
 Folding fp32 factors changed logits by 3e-7 to 6e-5. Omitting a factor or diagonal changes them by
@@ -48,8 +53,8 @@ class Kind:
     """A form of exports. The writers return the model as it is read back from the directory."""
 
     write: Callable[[Opened, Path], PreTrainedModel]
-    tensors: Callable[[PreTrainedModel], Mapping[str, Tensor]]
-    """The run's tensors under the names that parameters of the written model have."""
+    tensors: Callable[[PreTrainedModel, PreTrainedModel], Mapping[str, Tensor]]
+    """The run's tensors, given its model and the written one, by the names of the latter."""
     loading: Callable[[RunConfig[Method]], Loading]
     check: Callable[[Opened], None]
     """Raises Unsupported, with the reason, for a run that does not have the form."""
@@ -71,7 +76,7 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
     """
     _check_free(out)
     opened, kind = open_run(run), FORMS[form]
-    kind.check(opened)
+    _check_form(opened, form)
     tuned = bool(opened.config.tune.task)
     if tuned:
         check_run_tokenizer(opened.run)
@@ -85,7 +90,7 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
                 _name_end_token(opened.model, end)
             written = kind.write(opened, temporary)
             loading = kind.loading(opened.config)
-            difference = _compare(opened.model, written, kind.tensors(opened.model))
+            difference = _compare(opened.model, written, kind.tensors(opened.model, written))
             if tuned:
                 fits = compare_pairs(temporary)
             else:
@@ -105,7 +110,8 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
 
 def how_to_load(run: Path, form: Form) -> str:
     """Return the Python expression that loads a form of a run; DIR stands for its directory."""
-    return FORMS[form].loading(run_config(RunDir.open(at(run)[0]))).call
+    config = run_config(RunDir.open(at(run)[0]))
+    return FORMS[form].loading(config).call.replace("BASE", repr(str(config.init_from)))
 
 
 def _check_free(out: Path) -> None:
@@ -114,20 +120,34 @@ def _check_free(out: Path) -> None:
         raise ConfigError(f"--out {out}: exists and is never overwritten; choose another path")
 
 
+def _check_form(opened: Opened, form: Form) -> None:
+    """Raise Unsupported for a form that the run does not have, naming those that it has."""
+    try:
+        FORMS[form].check(opened)
+    except Unsupported as error:
+        raise Unsupported(
+            f"--form {form}: {error}; use --form {' or '.join(_forms_of(opened))}"
+        ) from error
+
+
+def _forms_of(opened: Opened) -> Iterator[Form]:
+    method, layers = opened.config.method, reparametrized(opened.model)
+    kept = not method.has_dense_equivalent or all(isinstance(x, LowRankLinear) for x in layers)
+    for form, kind in FORMS.items():
+        with contextlib.suppress(Unsupported):
+            kind.check(opened)
+            if form != "factorised" or kept:
+                yield form
+
+
 def _check_dense(opened: Opened) -> None:
     if not (method := opened.config.method).has_dense_equivalent:
-        raise Unsupported(
-            f"--form dense: {method.name} has no dense equivalent; use --form factorised, which"
-            " keeps its layers"
-        )
+        raise Unsupported(f"{method.name} has no dense equivalent")
 
 
 def _check_factorised(opened: Opened) -> None:
     if opened.config.tune.task:
-        raise Unsupported(
-            "--form factorised: is for language models, and the run is a fine-tuned classifier;"
-            " export it without --form"
-        )
+        raise Unsupported("is for language models, and the run is a fine-tuned classifier")
 
 
 def _load_dense(config: RunConfig[Method]) -> Loading:
@@ -205,11 +225,12 @@ def _relative(before: Tensor, after: Tensor) -> float:
     return float((before.double() - after.double()).abs().max() / largest)
 
 
-def _own_tensors(model: PreTrainedModel) -> Mapping[str, Tensor]:
-    return dict(model.named_parameters())
-
-
 FORMS: dict[Form, Kind] = {
-    "dense": Kind(_dense, dense_state, _load_dense, _check_dense),
-    "factorised": Kind(write_factorised, _own_tensors, _load_factorised, _check_factorised),
-}
+    "dense": Kind(_dense, lambda model, _: dense_state(model), _load_dense, _check_dense),
+    "factorised": Kind(
+        write_factorised, lambda model, _: dict(model.named_parameters()), _load_factorised,
+        _check_factorised,
+    ),
+    "peft": Kind(write_peft, peft_tensors, load_peft, check_peft),
+    "gguf": Kind(write_gguf, lambda model, _: dense_state(model), load_gguf, check_gguf),
+}  # fmt: skip
