@@ -21,7 +21,7 @@ from peptrain.methods.lora import LoRA, LoRALinear
 from peptrain.methods.vera import VeRALinear
 from peptrain.models.auto import load_model
 from peptrain.models.hf import dtype_of, hf_config
-from peptrain.models.named import leaf
+from peptrain.models.named import HEADS, leaf
 from peptrain.models.sites import ReparamLinear, reparametrized
 from peptrain.runs.build import Opened, open_run, plain_model
 from peptrain.runs.init_from import is_run
@@ -99,7 +99,7 @@ def write_peft(opened: Opened, out: Path) -> PreTrainedModel:
                 made.base_model.vera_B["default"].copy_(layer.B)
                 break  # all layers share them
     made.save_pretrained(out, save_embedding_layers=False)
-    _sort_targets(out / "adapter_config.json")
+    _sort_modules(out / "adapter_config.json")
     describe(out / "adapter_model.safetensors", metadata(opened))
     read = peft.PeftModel.from_pretrained(_base(opened), out)
     model: Any = read.get_base_model()
@@ -107,11 +107,12 @@ def write_peft(opened: Opened, out: Path) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
-def _sort_targets(file: Path) -> None:
-    """Put the modules in order. PEFT writes a set, so that two exports of a run would differ."""
+def _sort_modules(file: Path) -> None:
+    """Put names of modules in order, each once. PEFT writes a set, in another order every time."""
     found = read_json_object(file)
-    text = json.dumps(found | {"target_modules": sorted(found["target_modules"])}, indent=2)
-    file.write_text(text + "\n", encoding="utf-8")
+    for key in ("target_modules", "modules_to_save"):
+        found[key] = found[key] and sorted(set(found[key]))
+    file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def peft_tensors(model: PreTrainedModel, written: PreTrainedModel) -> Mapping[str, Tensor]:
@@ -220,5 +221,5 @@ def _changed(
                 f"--form peft: {name} was trained and is the head too, which PEFT would save apart;"
                 " use --form dense, or train with --method.train-rest false"
             )
-        inside = name.startswith(f"{model.base_model_prefix}.")
-        yield module if inside else name.partition(".")[0]
+        first = name.partition(".")[0]
+        yield first if first in HEADS else module  # PEFT saves the head of a classifier as one

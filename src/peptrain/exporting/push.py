@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from peptrain.errors import ConfigError, PeptrainError
 from peptrain.text import one_line
 
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 LONGEST = 200  # characters of an error of the hub that are shown
 
 
@@ -16,16 +18,9 @@ def check_push(repo: str) -> None:
     It asks nothing of the network.
     """
     from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
-        validate_repo_id(repo)
-        if repo.count("/") != 1:
-            raise HFValidationError("it has no owner")
-    except HFValidationError as error:
-        raise ConfigError(
-            f"--push {one_line(repo)}: must be ORG/NAME, a repository of the hub ({error})"
-        ) from error
+    if NAME.fullmatch(repo) is None:
+        raise ConfigError(f"--push {one_line(repo)}: must be ORG/NAME, a repository of the hub")
     if constants.is_offline_mode():
         raise ConfigError(f"--push {repo}: HF_HUB_OFFLINE forbids it; unset it")
     if get_token() is None:
