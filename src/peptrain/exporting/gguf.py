@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from peptrain.config import RunConfig
 from peptrain.errors import CheckpointError, PeptrainError, Unsupported
@@ -19,7 +19,7 @@ from peptrain.exporting.card import Loading, metadata, title
 from peptrain.exporting.encoding import SAMPLE
 from peptrain.files import read_json_object
 from peptrain.methods.base import Method
-from peptrain.models.auto import new_model
+from peptrain.models.auto import load_tokenizer, new_model
 from peptrain.models.dense import load_dense
 from peptrain.models.hf import hf_config
 from peptrain.runs.build import Opened
@@ -110,7 +110,7 @@ def write_gguf(opened: Opened, out: Path) -> PreTrainedModel:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return _read(out, config, torch.bfloat16 if half else torch.float32)
+    return _read(out, twin, torch.bfloat16 if half else torch.float32)
 
 
 def _add_sizes(writer: Any, config: Any) -> None:
@@ -217,15 +217,15 @@ def _split(made: Mapping[str, Any]) -> str:
     return found
 
 
-def _read(out: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _read(out: Path, twin: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Read the file back: as transformers does, or else tensor for tensor."""
-    if config.model_type in READ_BY_TRANSFORMERS:
+    if twin.config.model_type in READ_BY_TRANSFORMERS:
         _check_tokenizer(out)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = type(twin).from_pretrained(
             out, gguf_file=FILE, dtype=dtype, local_files_only=True
         )
     else:
-        model = new_model(config, dtype)
+        model = new_model(twin.config, dtype)
         load_dense(model, _state(out, model))
     model.eval()
     return model
@@ -243,10 +243,10 @@ def _state(out: Path, model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _check_tokenizer(out: Path) -> None:
     """Raise CheckpointError unless the tokenizer in the file encodes as that of the run."""
-    own = AutoTokenizer.from_pretrained(out, local_files_only=True)
+    own = load_tokenizer(out)
     with TemporaryDirectory() as alone:  # beside a tokenizer.json transformers takes that
         (Path(alone) / FILE).symlink_to((out / FILE).absolute())
-        read = AutoTokenizer.from_pretrained(alone, gguf_file=FILE, local_files_only=True)
+        read = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=FILE, local_files_only=True)
     same = read.eos_token_id == own.eos_token_id
     if not same or read(SAMPLE).input_ids != own(SAMPLE).input_ids:
         raise CheckpointError(f"{FILE}: its tokenizer encodes otherwise; nothing was exported")
