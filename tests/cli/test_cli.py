@@ -512,7 +512,7 @@ def test_what_trains_may_be_named_over_the_settings_of_a_run(
         ("train bpt --method.rank", r"--method\.rank"),
         ("train bpt --config", r"--config"),
         ("train", r"Expected one of \{full,"),
-        ("export run", r"--out PATH Directory to create. \(required\)"),
+        ("export", r"Run directory, or RUN@STEP .*\(required\)"),
         ("resume", r"Run directory. \(required\)"),
         ("data prepare text.txt", r"--out PATH"),
     ],
