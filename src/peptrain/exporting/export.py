@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from peptrain.data.tokenizer import ADVICE, CANT_ENCODE, encode, explained
 from peptrain.data.tokenizer import load_tokenizer as read_tokenizer
 from peptrain.errors import CheckpointError, ConfigError, DataError, Unsupported
-from peptrain.exporting.factorised import write_factorised
+from peptrain.exporting.factorised import exported_names, write_factorised
 from peptrain.files import open_up, scratch
 from peptrain.models.auto import load_model, load_tokenizer
 from peptrain.models.dense import dense_state
+from peptrain.models.factorised import family_of
 from peptrain.models.hf import hf_config, positions_of
-from peptrain.models.sites import reparametrized
 from peptrain.ops.precision import at_least_fp32
 from peptrain.runs.build import Opened, open_run, run_config
 from peptrain.runs.directory import RunDir
@@ -52,8 +52,9 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
 
     dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads without peptrain, or
     `AutoModelForSequenceClassification` (T5: `AutoModelForSeq2SeqLM`) if it was fine-tuned.
-    factorised: the method's own layers, to be loaded with `load_factorised`. It is available for
-    W = B A (lowrank, loro) and for methods without a dense equivalent.
+    factorised: two nn.Linear for each matrix, which `AutoModelForCausalLM.from_pretrained` loads
+    with `trust_remote_code=True` or after `import peptrain.hf`, and `load_factorised` in a faster
+    form. It is available for W = B A (lowrank, loro) and for methods with an `activation`.
 
     Raises ConfigError when `out` exists, Unsupported for a form that the method does not support,
     and CheckpointError for a run whose tokenizer is missing or damaged, for an `out` that can't be
@@ -181,8 +182,10 @@ def _compare(model: PreTrainedModel, written: PreTrainedModel) -> None:
     Logits are compared on random tokens, in at least fp32 and with weights that were not rounded:
     in bf16 a correct fold of a small OLMo2 changed them by 0.4 of the largest.
     """
-    has_factors = next(reparametrized(written), None) is not None
-    folded = dict(model.named_parameters()) if has_factors else dense_state(model)
+    if family_of({"model_type": written.config.model_type}):
+        folded = exported_names(model, dict(model.named_parameters()))
+    else:
+        folded = dense_state(model)
     for name, p in written.named_parameters():
         if not torch.equal(p, folded[name].to(p.dtype)):
             raise CheckpointError(f"{name}: changed when read back from disk; nothing was exported")
