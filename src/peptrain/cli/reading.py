@@ -211,7 +211,8 @@ def export_run(
         run: Run directory, or RUN@STEP for the checkpoint of a step.
         out: Directory to create.
         form: dense loads in transformers and other tools. factorised keeps the factors B and A
-            (lowrank, loro): smaller, loaded with peptrain.load_factorised.
+            (lowrank, loro) as two nn.Linear: smaller, and loaded by transformers with
+            trust_remote_code=True.
         step: Step of the checkpoint. all writes each that is kept to a directory OUT/STEP. Unset:
             the latest.
     """
@@ -223,10 +224,9 @@ def export_run(
         place = out / str(at(one)[1]) if step == "all" else out
         with may_vanish(one, step == "all", damaged):
             export(one, place, form)
-            loader = f"transformers.{loader_of(run)}.from_pretrained"
-            if form == "factorised":
-                loader = "peptrain.load_factorised"
-            say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
+            code = ", trust_remote_code=True" if form == "factorised" else ""
+            load = f"transformers.{loader_of(run)}.from_pretrained({str(place)!r}{code})"
+            say(f"{form} model in {place}; load it in Python with `{load}`")
             done.append(one)
     check_done(run, done, damaged)
 

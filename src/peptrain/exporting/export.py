@@ -66,8 +66,8 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
     method = opened.config.method
     if form == "dense" and not method.has_dense_equivalent:
         raise Unsupported(
-            f"--form dense: {method.name} has no dense equivalent; use --form factorised, which"
-            " keeps its layers"
+            f"--form dense: {method.name} has no dense equivalent; use --form factorised, if its"
+            " layers are y = B f(A x)"
         )
     tuned = bool(opened.config.tune.task)
     if form == "factorised" and tuned:

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -32,7 +31,6 @@ from peptrain.models.auto import FACTORS, load_config, new_model
 from peptrain.models.factorised import (
     factorised_config,
     factorised_model,
-    family_of,
     is_factorised,
 )
 from peptrain.models.modeling_factorised import every_layer
@@ -45,7 +43,8 @@ from peptrain.settings.fields import as_before
 
 CHECKSUMS = "sha256"
 RECIPE = "peptrain.json"
-SUMMED = ("config.json", FACTORS, "model*.safetensors", "model*.index.json", "modeling_*.py")
+SUMMED = ("config.json", "generation_config.json", FACTORS, "model*.safetensors", "model*.json",
+          "modeling_*.py")  # fmt: skip
 
 
 def write_factorised(opened: Opened, out: Path) -> PreTrainedModel:
@@ -152,7 +151,8 @@ def load_factorised(path: Path) -> PreTrainedModel:
     widen_mlps(model)
     if find_spec("triton"):
         getattr(model, METHOD, LowRank()).fuse(model)
-    model.__class__ = _saving(type(model))
+    cls: Any = type(model)
+    model.__class__ = _saving(cls)
     return model
 
 
@@ -170,7 +170,7 @@ def _unite(model: PreTrainedModel) -> None:
         if name in ranks or every_layer(name) in ranks:
             A, B = pair.get_submodule("A"), pair.get_submodule("B")
             site = f"{model.base_model_prefix}.{name}"
-            layer = LowRankLinear.of(site, B.weight, A.weight, B.bias)  # type: ignore[arg-type]
+            layer = LowRankLinear.of(site, B.weight, A.weight, B.bias)
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, layer.eval())
 
@@ -190,7 +190,7 @@ class _Saving:
 
 
 @cache
-def _saving(of: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _saving(of: Any) -> Any:
     return type(of.__name__, (_Saving, of), {"__module__": of.__module__})
 
 

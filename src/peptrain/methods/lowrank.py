@@ -52,7 +52,8 @@ class LowRankLinear(ReparamLinear):
         """Return a layer with these factors, where `__init__` would draw new ones."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.site, layer.B, layer.A, layer.bias = site, B, A, bias
+        layer.site, layer.B, layer.A = site, B, A
+        layer.register_parameter("bias", bias)
         layer.out_features, layer.in_features = B.shape[0], A.shape[1]
         return layer
 

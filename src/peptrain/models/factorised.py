@@ -56,10 +56,10 @@ def _classes(config: type[PretrainedConfig]) -> dict[str, Any]:
     """Return transformers' causal LM of a family, and the model in it if that has a class."""
     import transformers as hf
 
-    causal = hf.MODEL_FOR_CAUSAL_LM_MAPPING[config]
-    inner = hf.MODEL_MAPPING[config] if config in hf.MODEL_MAPPING else None
-    # vLLM builds the inner model by auto_map's AutoModel.
-    whole = inner is not None and inner.base_model_prefix == causal.base_model_prefix
+    causal: Any = hf.MODEL_FOR_CAUSAL_LM_MAPPING[config]
+    inner: Any = hf.MODEL_MAPPING.get(config, None)
+    # vLLM builds the inner model, by auto_map's AutoModel.
+    whole = getattr(inner, "base_model_prefix", None) == causal.base_model_prefix
     return ({"AutoModel": inner} if whole else {}) | {"AutoModelForCausalLM": causal}
 
 
@@ -113,8 +113,9 @@ def factorised_model(
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        made: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        made: PreTrainedModel = cls(config)
     places = made.state_dict()
     fitting = {
         name: t[tuple(map(slice, places[name].shape))] if name in places else t

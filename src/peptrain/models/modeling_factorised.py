@@ -11,7 +11,7 @@ for any other family of transformers: its classes are made when they are first a
 
 import re
 from collections import OrderedDict
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 from torch import nn
@@ -28,9 +28,9 @@ def every_layer(name: str) -> str:
 class FactorisedConfig:
     """What the configuration of a factorised model has besides its family's settings."""
 
-    ranks: Any = {}
+    ranks: ClassVar[dict[str, int]] = {}
     """r by the matrix's name in the base model, or in every layer: "layers.*.mlp.up_proj"."""
-    factor_activation: Any = None
+    factor_activation: ClassVar[str | None] = None
     """f by its name in transformers, such as "silu"."""
 
     @property
@@ -39,9 +39,8 @@ class FactorisedConfig:
         plan: dict[str, str] = super().base_model_tp_plan or {}  # type: ignore[misc]
         if any(every_layer(name) in plan and name not in plan for name in self.ranks):
             return None  # one matrix is factorised in some layers only
-        factor = {"colwise": "B", "rowwise": "A"}
         return {
-            f"{name}.{factor.get(how, 'B')}" if name in self.ranks else name: how
+            f"{name}.{'A' if 'rowwise' in how else 'B'}" if name in self.ranks else name: how
             for name, how in plan.items()
         }
 
@@ -50,7 +49,7 @@ class FactorisedModel:
     """What replaces the matrices of a model when it is built."""
 
     def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
-        super().__init__(config, *args, **settings)
+        super().__init__(config, *args, **settings)  # type: ignore[call-arg]
         factorise(self.base_model, config.ranks, config.factor_activation)  # type: ignore[attr-defined]
 
 
