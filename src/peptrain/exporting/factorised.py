@@ -119,9 +119,9 @@ def _sums(path: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
     return {RECIPE: hashlib.sha256(text).hexdigest(), **files}
 
 
-def _verify(path: Path, recipe: dict[str, Any]) -> None:
+def _verify(path: Path, recipe: dict[str, Any], *, needed: bool) -> None:
     """Remove the checksums from `recipe`. Raise ValueError for a file that differs from its own."""
-    sums = recipe.pop(CHECKSUMS, {})  # absent in 0.1.0
+    sums = recipe.pop(CHECKSUMS) if needed else recipe.pop(CHECKSUMS, {})  # absent in 0.1.0
     found = _sums(path, recipe) if sums else {}
     for name in sorted(sums.keys() | found.keys()):
         if found.get(name) != sums.get(name):
@@ -208,8 +208,9 @@ def _read(path: Path) -> PreTrainedModel:
                 f"{path}: is not a factorised model; create one with `peptrain export RUN --form"
                 " factorised`"
             )
-        recipe = read_json_object(path / RECIPE) if old or (path / RECIPE).exists() else {}
-        _verify(path, recipe)
+        if old or (path / RECIPE).exists():  # not written by save_pretrained
+            recipe = read_json_object(path / RECIPE)
+            _verify(path, recipe, needed=new)
         if old:
             return _read_old(path, recipe)
         model, report = auto.load_model(path, factorised=True)
