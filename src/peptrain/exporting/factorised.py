@@ -73,7 +73,7 @@ def plain_form(model: PreTrainedModel, method: Method) -> PreTrainedModel:
         raise Unsupported(f"--form factorised: {_why_not(method)}")
     f = None if method.has_dense_equivalent else method.activation
     config = factorised_config(model.config, ranks, f)
-    return factorised_model(model, config, exported_names(model, model.state_dict()))
+    return factorised_model(model, config, _exported_names(model, model.state_dict()))
 
 
 def _rank(layer: ReparamLinear, method: Method) -> int:
@@ -98,8 +98,8 @@ def _why_not(method: Method) -> str:
     return f"{method.name} {why}; use --form dense"
 
 
-def exported_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters of a model with a method's layers B, A by their names in an export."""
+def _exported_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a model with a method's layers B, A by their names in an export."""
     sites = {layer.site for layer in reparametrized(model)}
 
     def exported(name: str) -> str:
@@ -109,6 +109,11 @@ def exported_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dic
         return f"{site}.B.bias" if own == "bias" else f"{name}.weight"
 
     return {exported(name): tensor for name, tensor in tensors.items()}
+
+
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the parameters of a run's model by the names that they have in its export."""
+    return _exported_names(model, dict(model.named_parameters()))
 
 
 def _sums(path: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -185,7 +190,7 @@ class _Saving:
         if method := getattr(self, METHOD, None):
             raise Unsupported(f"save_pretrained: {_why_not(method)}; copy the directory instead")
         state = self.state_dict() if state_dict is None else state_dict
-        plain = factorised_model(self, self.config, exported_names(self, state))
+        plain = factorised_model(self, self.config, _exported_names(self, state))
         plain.save_pretrained(save_directory, *args, **settings)
 
 
