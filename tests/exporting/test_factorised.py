@@ -126,6 +126,7 @@ def test_what_load_factorised_returns_is_saved_as_it_was_exported(
     assert torch.equal(saved[key], before[key] / 2)
 
 
+@pytest.mark.slow
 def test_import_of_peptrain_hf_replaces_the_flag(exports: Exports, tmp_path: Path) -> None:
     assert peptrain.hf.family == "olmo2"  # the last
     for name in ("loro", "loro-qwen2", "lowrank-olmo2"):

@@ -139,8 +139,14 @@ def _set(method: Method) -> dict[str, Any]:
 
 
 def holds_factors(path: Path) -> bool:
-    """Return whether `path` is a factorised export, of this or an older version."""
-    return (path / FACTORS).is_file() or is_factorised(path)
+    """Return whether `path` is a factorised export, of this or an older version.
+
+    A config.json that can't be read is none: whoever loads the model names what is wrong with it.
+    """
+    try:
+        return (path / FACTORS).is_file() or is_factorised(path)
+    except (OSError, ValueError):
+        return False
 
 
 def load_factorised(path: Path) -> PreTrainedModel:
@@ -208,7 +214,7 @@ def _read(path: Path) -> PreTrainedModel:
                 f"{path}: contains the weights of two exports, {FACTORS} and model.safetensors;"
                 " export the run again to another directory"
             )
-        if not holds_factors(path):
+        if not (old or is_factorised(path)):
             raise CheckpointError(
                 f"{path}: is not a factorised model; create one with `peptrain export RUN --form"
                 " factorised`"

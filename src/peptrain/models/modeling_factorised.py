@@ -82,7 +82,7 @@ def __getattr__(name: str) -> Any:
     if not isinstance(of, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     inside: dict[str, Any] = {"__module__": __name__, "__doc__": of.__doc__}
-    if issubclass(of, transformers.PreTrainedConfig):
+    if issubclass(of, transformers.PretrainedConfig):
         # A model_type of its own: with the family's, transformers without this file would build
         # the dense model, find no weights for its matrices and go on with random ones.
         inside["model_type"] = f"peptrain_{of.model_type}"
