@@ -379,7 +379,8 @@ def test_a_method_trains_and_its_run_is_evaluated_and_exported(
     if name in ("lowrank", "loro"):
         assert small.code == 0 and small.out.endswith(
             "factorised model in small; load it in Python with"
-            " `peptrain.load_factorised('small')`\n"
+            " `transformers.AutoModelForCausalLM.from_pretrained('small',"
+            " trust_remote_code=True)`\n"
         )
         assert load_factorised(Path("small")).dtype == torch.float32
     else:

@@ -78,7 +78,7 @@ def test_a_card_says_how_the_model_was_made(form: Form, exported: dict[Form, Pat
     text = card(exported[form])
     data = ModelCard(text).data.to_dict()
     assert data["pipeline_tag"] == "text-generation" and HAS[form] in data["tags"]
-    libraries = {"dense": "transformers", "factorised": "peptrain"}
+    libraries = {"dense": "transformers", "factorised": "transformers"}
     assert data["library_name"] == libraries.get(form, form)
     for row in ("| step | 8 of 8 |", "| tokens | 512 |", "| batch | 4 sequences of 16 tokens |",
                 f"| peptrain | {peptrain.__version__} |"):  # fmt: skip
@@ -126,7 +126,7 @@ def test_the_lines_to_load_it_work(exported: dict[Form, Path], runs: dict[str, P
 
 
 def test_safetensors_files_say_method_step_and_version(exported: dict[Form, Path]) -> None:
-    for form in ("dense", "peft"):
+    for form in ("dense", "factorised", "peft"):
         (file,) = exported[form].glob("*.safetensors")
         with safe_open(file, "pt") as opened:
             said = opened.metadata()

@@ -46,12 +46,14 @@ class Loading:
     """The expression that returns the model. DIR is the directory, BASE that of the base model."""
     tokenizer: str = "AutoTokenizer"
     """Class of transformers that loads the tokenizer as it was in training."""
+    flags: str = ""
+    """More arguments of the tokenizer's from_pretrained, each after a comma."""
     note: str = ""
     """What else is to know, in Markdown."""
 
     def code(self) -> str:
         """Return the Python that loads the model and the tokenizer."""
-        tokenizer = f"tokenizer = transformers.{self.tokenizer}.from_pretrained(DIR)"
+        tokenizer = f"tokenizer = transformers.{self.tokenizer}.from_pretrained(DIR{self.flags})"
         imports = "\n".join(filter(None, ["import transformers", self.imports]))
         return f"{imports}\n\nmodel = {self.call}\n{tokenizer}"
 

@@ -19,16 +19,14 @@ from peptrain.config import RunConfig
 from peptrain.errors import CheckpointError, ConfigError, Unsupported
 from peptrain.exporting.card import Loading, describe, metadata, write_card
 from peptrain.exporting.encoding import compare_pairs, compare_tokenizers
-from peptrain.exporting.factorised import write_factorised
+from peptrain.exporting.factorised import own_tensors, plain_form, write_factorised
 from peptrain.exporting.gguf import check_gguf, load_gguf, write_gguf
 from peptrain.exporting.peft import check_peft, load_peft, peft_tensors, write_peft
 from peptrain.files import open_up, scratch
 from peptrain.methods.base import Method
-from peptrain.methods.lowrank import LowRankLinear
 from peptrain.models.auto import load_model
 from peptrain.models.dense import dense_state
 from peptrain.models.hf import hf_config, positions_of
-from peptrain.models.sites import reparametrized
 from peptrain.ops.precision import at_least_fp32
 from peptrain.runs.build import Opened, open_run, run_config
 from peptrain.runs.directory import RunDir
@@ -65,8 +63,11 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
 
     dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads without peptrain, or
     `AutoModelForSequenceClassification` (T5: `AutoModelForSeq2SeqLM`) if it was fine-tuned.
-    factorised: the method's own layers, to be loaded with `load_factorised`. It is available for
-    W = B A (lowrank, loro) and for methods without a dense equivalent.
+    factorised: two nn.Linear for each matrix, which `AutoModelForCausalLM.from_pretrained` loads
+    with `trust_remote_code=True` or after `import peptrain.hf`, and `load_factorised` in a faster
+    form. It is available for W = B A (lowrank, loro) and for methods with an `activation`.
+    peft: the adapter of lora, dora or vera around the model of --init-from.
+    gguf: one file for llama.cpp.
     All have the tokenizer as it was in training, and a model card.
 
     Raises ConfigError when `out` exists, Unsupported for a form that the method does not support,
@@ -125,19 +126,15 @@ def _check_form(opened: Opened, form: Form) -> None:
     try:
         FORMS[form].check(opened)
     except Unsupported as error:
-        raise Unsupported(
-            f"--form {form}: {error}; use --form {' or '.join(_forms_of(opened))}"
-        ) from error
+        others = " or ".join(_forms_of(opened)) or "none: this run has no export"
+        raise Unsupported(f"--form {form}: {error}; use --form {others}") from error
 
 
 def _forms_of(opened: Opened) -> Iterator[Form]:
-    method, layers = opened.config.method, reparametrized(opened.model)
-    kept = not method.has_dense_equivalent or all(isinstance(x, LowRankLinear) for x in layers)
     for form, kind in FORMS.items():
         with contextlib.suppress(Unsupported):
             kind.check(opened)
-            if form != "factorised" or kept:
-                yield form
+            yield form
 
 
 def _check_dense(opened: Opened) -> None:
@@ -148,6 +145,7 @@ def _check_dense(opened: Opened) -> None:
 def _check_factorised(opened: Opened) -> None:
     if opened.config.tune.task:
         raise Unsupported("is for language models, and the run is a fine-tuned classifier")
+    plain_form(opened.model, opened.config.method)
 
 
 def _load_dense(config: RunConfig[Method]) -> Loading:
@@ -160,7 +158,11 @@ def _load_dense(config: RunConfig[Method]) -> Loading:
 
 
 def _load_factorised(config: RunConfig[Method]) -> Loading:
-    return Loading("peptrain", "import peptrain", "peptrain.load_factorised(DIR)")
+    call = "transformers.AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)"
+    note = (
+        "`trust_remote_code=True` runs the file `modeling_factorised.py`, which builds the model."
+    )
+    return Loading("transformers", "", call, flags=", trust_remote_code=True", note=note)
 
 
 def _dense(opened: Opened, out: Path) -> PreTrainedModel:
@@ -228,7 +230,7 @@ def _relative(before: Tensor, after: Tensor) -> float:
 FORMS: dict[Form, Kind] = {
     "dense": Kind(_dense, lambda model, _: dense_state(model), _load_dense, _check_dense),
     "factorised": Kind(
-        write_factorised, lambda model, _: dict(model.named_parameters()), _load_factorised,
+        write_factorised, lambda model, _: own_tensors(model), _load_factorised,
         _check_factorised,
     ),
     "peft": Kind(write_peft, peft_tensors, load_peft, check_peft),
