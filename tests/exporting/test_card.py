@@ -126,7 +126,7 @@ def test_the_lines_to_load_it_work(exported: dict[Form, Path], runs: dict[str, P
 
 
 def test_safetensors_files_say_method_step_and_version(exported: dict[Form, Path]) -> None:
-    for form in ("dense", "factorised", "peft"):
+    for form in ("dense", "peft"):
         (file,) = exported[form].glob("*.safetensors")
         with safe_open(file, "pt") as opened:
             said = opened.metadata()

@@ -22,7 +22,6 @@ from transformers.activations import ACT2FN
 from peptrain import __version__
 from peptrain.errors import CheckpointError, Unsupported
 from peptrain.execution.padding import widen_mlps
-from peptrain.exporting.card import describe, metadata
 from peptrain.files import read_json_object
 from peptrain.methods import methods
 from peptrain.methods.base import Method
@@ -56,9 +55,6 @@ def write_factorised(opened: Opened, out: Path) -> PreTrainedModel:
     """
     method = opened.config.method
     plain_form(opened.model, method).save_pretrained(out)
-    said = metadata(opened)
-    for file in out.glob("*.safetensors"):
-        describe(file, said)
     recipe = {"peptrain": __version__, "method": {"name": method.name} | _set(method)}
     text = json.dumps({**recipe, CHECKSUMS: _sums(out, recipe)}, indent=1) + "\n"
     (out / RECIPE).write_text(text, encoding="utf-8")
