@@ -7,7 +7,8 @@ Each case is a fresh copy with one damaged file, in which one command runs in th
 outcome is one of
 
     harmless     the result is that of the undamaged copy: the bytes of weights, moments and
-                 exports, the rows of metrics except for times, the printed values
+                 exports without their cards, the rows of metrics except for times, the printed
+                 values
     refused      exit status 1 and one line that names the file or the setting
     reported     another result, after a message that names the file or the setting
     as written   another result, because a configuration given to `train` has other, valid settings.

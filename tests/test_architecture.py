@@ -43,7 +43,7 @@ LEVELS = (
     "comparison",
     "reporting",
     "recipes",
-    "adaptation.py, testing.py",
+    "adaptation.py, testing.py, hf.py",
     "cli",
     "__main__.py, __init__.py",
 )

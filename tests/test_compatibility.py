@@ -268,13 +268,13 @@ def test_the_configuration_of_an_old_run_is_read_and_written_unchanged(name: str
     assert essence(load(file)) == file.read_text()
 
 
-@pytest.mark.parametrize("name, form", EXPORTS)
-def test_an_export_has_the_same_files(name: str, form: Any, old: Old, tmp_path: Path) -> None:
-    theirs, ours = old.export(name, form), export(old.run(name), tmp_path / "out", form)
+@pytest.mark.parametrize("name", [name for name, form in EXPORTS if form == "dense"])
+def test_a_dense_export_has_the_same_files(name: str, old: Old, tmp_path: Path) -> None:
+    theirs, ours = old.export(name, "dense"), export(old.run(name), tmp_path / "out")
     names = sorted(path.name for path in theirs.iterdir())
     assert sorted(path.name for path in ours.iterdir()) == names
-    # peptrain.json has our version in it. The tokenizer's files now say that it adds nothing.
-    said = ("peptrain.json", "tokenizer.json", "tokenizer_config.json")
+    # The tokenizer's files now say that it adds nothing.
+    said = ("tokenizer.json", "tokenizer_config.json")
     kept = [n for n in names if n not in said]
     assert [n for n in kept if (ours / n).read_bytes() != (theirs / n).read_bytes()] == []
     before, now = (json.loads((d / "tokenizer.json").read_bytes()) for d in (theirs, ours))
@@ -291,9 +291,16 @@ def test_a_dense_export_has_the_same_logits(name: str, old: Old, tmp_path: Path)
     assert same(ours, theirs)
 
 
-def test_a_factorised_export_of_the_old_code_has_the_same_logits(old: Old) -> None:
-    ours = logits(load_factorised(old.export("loro", "factorised")))
-    assert same(ours, load_file(old.logits)["logits"])
+def test_a_factorised_export_of_the_old_code_has_the_same_logits(old: Old, tmp_path: Path) -> None:
+    wanted, theirs = (
+        load_file(old.logits)["logits"],
+        load_factorised(old.export("loro", "factorised")),
+    )
+    assert same(logits(theirs), wanted)
+    theirs.save_pretrained(tmp_path / "saved")
+    export(old.run("loro"), tmp_path / "out", "factorised")
+    for folder in ("saved", "out"):
+        assert same(logits(load_factorised(tmp_path / folder)), wanted)
 
 
 @pytest.mark.parametrize("name", EVALUATED)

@@ -164,6 +164,7 @@ def test_a_command_that_is_not_run_can_be_parsed(
     for target in (
         *("peptrain.cli.training.watched", "peptrain.comparison.compare.compare"),
         *("peptrain.data.prepare", "peptrain.exporting.export.export"),
+        "peptrain.exporting.push.check_push",
         *("peptrain.analysis.analyze.analyze", "peptrain.analysis.line.write_line"),
         *("peptrain.reporting.plot.plot", "peptrain.reporting.report.report"),
         "peptrain.cli.judging.judge",

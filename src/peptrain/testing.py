@@ -2,9 +2,7 @@
 
 Check a method of your own with one line, in a test or a notebook:
 
-    from peptrain.testing import check_method
-
-    check_method(MyMethod)
+    peptrain.testing.check_method(MyMethod)
 """
 
 from __future__ import annotations
@@ -349,7 +347,9 @@ def a_run_is_evaluated_and_exported(method: Method, corpus: Path) -> None:
         end = train(startable(small_run(method, corpus, run))).held_out.loss
         found = evaluate(run).loss
         assert abs(found - end) <= 1e-6 * end, f"loss {found} in evaluation, {end} in training"
-        export(run, Path(folder, "out"), "dense" if method.has_dense_equivalent else "factorised")
+        dense = method.has_dense_equivalent
+        if dense or method.activation is not None:
+            export(run, Path(folder, "out"), "dense" if dense else "factorised")
 
 
 Law = Callable[[Method, Path], None]

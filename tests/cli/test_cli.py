@@ -379,7 +379,8 @@ def test_a_method_trains_and_its_run_is_evaluated_and_exported(
     if name in ("lowrank", "loro"):
         assert small.code == 0 and small.out.endswith(
             "factorised model in small; load it in Python with"
-            " `peptrain.load_factorised('small')`\n"
+            " `transformers.AutoModelForCausalLM.from_pretrained('small',"
+            " trust_remote_code=True)`\n"
         )
         assert load_factorised(Path("small")).dtype == torch.float32
     else:
@@ -512,7 +513,7 @@ def test_what_trains_may_be_named_over_the_settings_of_a_run(
         ("train bpt --method.rank", r"--method\.rank"),
         ("train bpt --config", r"--config"),
         ("train", r"Expected one of \{full,"),
-        ("export run", r"--out PATH Directory to create. \(required\)"),
+        ("export", r"Run directory, or RUN@STEP .*\(required\)"),
         ("resume", r"Run directory. \(required\)"),
         ("data prepare text.txt", r"--out PATH"),
     ],

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers.modeling_utils
 from safetensors import SafetensorError
 from support import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import peptrain.exporting.factorised
 import peptrain.models.hf
 from peptrain.data import Corpus, PrepareConfig, prepare
 from peptrain.data.tokenizer import encode, train_tokenizer
@@ -263,10 +263,10 @@ def test_a_disk_that_fills_leaves_no_run_and_no_export(
 def test_a_disk_that_fills_with_weights_leaves_no_export(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **settings: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(peptrain.exporting.factorised, "save_file", full)
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
     with pytest.raises(CheckpointError, match=r"--out .*: can't be written: .*No space left"):
         export(run, tmp_path / "out", "factorised")
     assert [*tmp_path.iterdir()] == []

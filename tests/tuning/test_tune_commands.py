@@ -137,7 +137,7 @@ def test_an_export_that_auto_tokenizer_reads_otherwise_is_warned_of(
     """As where it replaces a tokenizer by that of the model's type."""
     export(finished, tmp_path / "one")
     assert "AutoTokenizer" not in caplog.text
-    monkeypatch.setattr("peptrain.exporting.export.load_tokenizer",
+    monkeypatch.setattr("peptrain.exporting.encoding.load_tokenizer",
                         lambda out: lambda *texts: SimpleNamespace(input_ids=[0]))  # fmt: skip
     export(finished, tmp_path / "two")
     assert "AutoTokenizer replaces it" in caplog.text and "as the fine-tuning did" in caplog.text

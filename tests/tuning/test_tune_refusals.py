@@ -115,7 +115,7 @@ def test_a_factorised_export_is_refused_by_name(corpus: Path, data: Path, tmp_pa
     train(tiny("lowrank", corpus, tmp_path / "lowrank", train={"device": "cpu"}))
     out = export(tmp_path / "lowrank", tmp_path / "out", "factorised")
     for config in (tuning("full", out, data), tiny("full", corpus)):
-        with pytest.raises(ConfigError, match=r"factors\.safetensors: a factorised export"):
+        with pytest.raises(ConfigError, match=r"config\.json: a factorised export; give the run"):
             train(replace(config, init_from=out, run=tmp_path / "run"))
 
 

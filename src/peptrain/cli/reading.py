@@ -15,6 +15,7 @@ from peptrain import recipes
 from peptrain.cli.parsing import UNSET
 from peptrain.display.console import console, print_wide, say
 from peptrain.display.training import count
+from peptrain.errors import ConfigError
 from peptrain.settings.fields import check
 from peptrain.text import quoted
 
@@ -201,33 +202,51 @@ def write_report(
 
 def export_run(
     run: Positional[Path],
-    out: Path,
-    form: Literal["dense", "factorised"] = "dense",
+    out: Annotated[Path | None, UNSET] = None,
+    form: Literal["dense", "factorised", "peft", "gguf"] = "dense",
     step: Annotated[str | None, UNSET] = None,
+    push: Annotated[str | None, UNSET] = None,
 ) -> None:
     """Export a run to the Hugging Face format, and check its logits.
 
     Args:
         run: Run directory, or RUN@STEP for the checkpoint of a step.
-        out: Directory to create.
+        out: Directory to create. Needed unless --push is given.
         form: dense loads in transformers and other tools. factorised keeps the factors B and A
-            (lowrank, loro): smaller, loaded with peptrain.load_factorised.
-        step: Step of the checkpoint. all writes each that is kept to a directory OUT/STEP. Unset:
-            the latest.
+            (lowrank, loro) as two nn.Linear: smaller, and loaded by transformers with
+            trust_remote_code=True. peft: the adapter alone (lora, dora, vera around the model given
+            by --init-from). gguf: one file for llama.cpp.
+        step: Step of the checkpoint. all writes each that is kept to a directory OUT/STEP, and
+            pushes each as a commit with the tag step-STEP. Unset: the latest.
+        push: Upload the export to ORG/NAME on the hub, private if it is new.
     """
-    from peptrain.exporting.export import export, loader_of
+    from tempfile import TemporaryDirectory
+
+    from peptrain.exporting.export import export, how_to_load
+    from peptrain.exporting.push import check_push
+    from peptrain.exporting.push import push as upload
     from peptrain.runs.select import at, check_done, chosen, may_vanish
 
+    if out is None and push is None:
+        raise ConfigError("--out: must be a directory to create (got nothing); or give --push")
+    if push is not None:
+        check_push(push)
     done, damaged = list[Path](), list[str]()
-    for one in chosen(run, step):
-        place = out / str(at(one)[1]) if step == "all" else out
-        with may_vanish(one, step == "all", damaged):
-            export(one, place, form)
-            loader = f"transformers.{loader_of(run)}.from_pretrained"
-            if form == "factorised":
-                loader = "peptrain.load_factorised"
-            say(f"{form} model in {place}; load it in Python with `{loader}({str(place)!r})`")
-            done.append(one)
+    with TemporaryDirectory() as unnamed:
+        for one in chosen(run, step):
+            place = (out or Path(unnamed) / "export") / (str(at(one)[1]) if step == "all" else "")
+            with may_vanish(one, step == "all", damaged):
+                export(one, place, form)
+                call = how_to_load(run, form)
+                if push is not None:
+                    number = at(one)[1]
+                    tag = f"step-{number}" if step == "all" else None
+                    url = upload(place, push, f"{form} export by peptrain", tag)
+                    say(f"{form} model pushed to {push}: {url}")
+                if out is not None:
+                    call = call.replace("DIR", repr(str(place)))
+                    say(f"{form} model in {place}; load it in Python with `{call}`")
+                done.append(one)
     check_done(run, done, damaged)
 
 

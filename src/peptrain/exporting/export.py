@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peptrain.data.tokenizer import ADVICE, CANT_ENCODE, encode, explained
-from peptrain.data.tokenizer import load_tokenizer as read_tokenizer
-from peptrain.errors import CheckpointError, ConfigError, DataError, Unsupported
-from peptrain.exporting.factorised import write_factorised
+from peptrain.config import RunConfig
+from peptrain.errors import CheckpointError, ConfigError, Unsupported
+from peptrain.exporting.card import Loading, describe, metadata, write_card
+from peptrain.exporting.encoding import compare_pairs, compare_tokenizers
+from peptrain.exporting.factorised import own_tensors, plain_form, write_factorised
+from peptrain.exporting.gguf import check_gguf, load_gguf, write_gguf
+from peptrain.exporting.peft import check_peft, load_peft, peft_tensors, write_peft
 from peptrain.files import open_up, scratch
-from peptrain.models.auto import load_model, load_tokenizer
+from peptrain.methods.base import Method
+from peptrain.models.auto import load_model
 from peptrain.models.dense import dense_state
 from peptrain.models.hf import hf_config, positions_of
-from peptrain.models.sites import reparametrized
 from peptrain.ops.precision import at_least_fp32
 from peptrain.runs.build import Opened, open_run, run_config
 from peptrain.runs.directory import RunDir
@@ -32,14 +37,8 @@ from peptrain.runs.tokenizer import (
     load_run_tokenizer,
 )
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 log = logging.getLogger("peptrain")
-Form = Literal["dense", "factorised"]
-SAMPLE = "In 2026 the naïve fox's 12,345 jumps:\n\n    return x == 'é'\t#  你好 🙂 <a>\n"
-"""Text that tokenizers split in different ways."""
-LOAD = "load the tokenizer with PreTrainedTokenizerFast.from_pretrained"
+Form = Literal["dense", "factorised", "peft", "gguf"]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest accepted difference of logits computed in this dtype, relative to the largest logit.
 Folding fp32 factors changed logits by 3e-7 to 6e-5. Omitting a factor or diagonal changes them by
@@ -47,13 +46,29 @@ Folding fp32 factors changed logits by 3e-7 to 6e-5. Omitting a factor or diagon
 looser than it could be, because Hugging Face's norms compute in fp32."""
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A form of exports. The writers return the model as it is read back from the directory."""
+
+    write: Callable[[Opened, Path], PreTrainedModel]
+    tensors: Callable[[PreTrainedModel, PreTrainedModel], Mapping[str, Tensor]]
+    """The run's tensors, given its model and the written one, by the names of the latter."""
+    loading: Callable[[RunConfig[Method]], Loading]
+    check: Callable[[Opened], None]
+    """Raises Unsupported, with the reason, for a run that does not have the form."""
+
+
 def export(run: Path, out: Path, form: Form = "dense") -> Path:
     """Write the latest checkpoint of a run, or RUN@STEP, to `out`, and compare the logits.
 
     dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads without peptrain, or
     `AutoModelForSequenceClassification` (T5: `AutoModelForSeq2SeqLM`) if it was fine-tuned.
-    factorised: the method's own layers, to be loaded with `load_factorised`. It is available for
-    W = B A (lowrank, loro) and for methods without a dense equivalent.
+    factorised: two nn.Linear for each matrix, which `AutoModelForCausalLM.from_pretrained` loads
+    with `trust_remote_code=True` or after `import peptrain.hf`, and `load_factorised` in a faster
+    form. It is available for W = B A (lowrank, loro) and for methods with an `activation`.
+    peft: the adapter of lora, dora or vera around the model of --init-from.
+    gguf: one file for llama.cpp.
+    All have the tokenizer as it was in training, and a model card.
 
     Raises ConfigError when `out` exists, Unsupported for a form that the method does not support,
     and CheckpointError for a run whose tokenizer is missing or damaged, for an `out` that can't be
@@ -61,19 +76,9 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
     logged if `AutoTokenizer` encodes text otherwise than the training data was encoded.
     """
     _check_free(out)
-    opened = open_run(run)
-    method = opened.config.method
-    if form == "dense" and not method.has_dense_equivalent:
-        raise Unsupported(
-            f"--form dense: {method.name} has no dense equivalent; use --form factorised, which"
-            " keeps its layers"
-        )
+    opened, kind = open_run(run), FORMS[form]
+    _check_form(opened, form)
     tuned = bool(opened.config.tune.task)
-    if form == "factorised" and tuned:
-        raise Unsupported(
-            "--form factorised: is for language models, and the run is a fine-tuned classifier;"
-            " export it without --form"
-        )
     if tuned:
         check_run_tokenizer(opened.run)
     else:
@@ -84,12 +89,16 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
             copy_run_tokenizer(opened.run, temporary, plain=not tuned)
             if not tuned:
                 _name_end_token(opened.model, end)
-            written = (_dense if form == "dense" else write_factorised)(opened, temporary)
-            _compare(opened.model, written)
+            written = kind.write(opened, temporary)
+            loading = kind.loading(opened.config)
+            difference = _compare(opened.model, written, kind.tensors(opened.model, written))
             if tuned:
-                _compare_pairs(temporary)
+                fits = compare_pairs(temporary)
             else:
-                _compare_tokenizers(tokenizer, end, temporary)
+                fits = compare_tokenizers(tokenizer, end, temporary)
+            if not fits:
+                loading = replace(loading, tokenizer="PreTrainedTokenizerFast")
+            write_card(opened, temporary, loading, difference)
             open_up(temporary)
             _check_free(out)
             temporary.replace(out)
@@ -100,13 +109,10 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
     return out
 
 
-def loader_of(run: Path) -> str:
-    """Return the class of transformers that loads the dense form of a run."""
+def how_to_load(run: Path, form: Form) -> str:
+    """Return the Python expression that loads a form of a run; DIR stands for its directory."""
     config = run_config(RunDir.open(at(run)[0]))
-    if not config.tune.task:
-        return "AutoModelForCausalLM"
-    text = hf_config(config.model, config.train.seq_len).is_encoder_decoder
-    return "AutoModelForSeq2SeqLM" if text else "AutoModelForSequenceClassification"
+    return FORMS[form].loading(config).call.replace("BASE", repr(str(config.init_from)))
 
 
 def _check_free(out: Path) -> None:
@@ -115,11 +121,58 @@ def _check_free(out: Path) -> None:
         raise ConfigError(f"--out {out}: exists and is never overwritten; choose another path")
 
 
+def _check_form(opened: Opened, form: Form) -> None:
+    """Raise Unsupported for a form that the run does not have, naming those that it has."""
+    try:
+        FORMS[form].check(opened)
+    except Unsupported as error:
+        others = " or ".join(_forms_of(opened)) or "none: this run has no export"
+        raise Unsupported(f"--form {form}: {error}; use --form {others}") from error
+
+
+def _forms_of(opened: Opened) -> Iterator[Form]:
+    for form, kind in FORMS.items():
+        with contextlib.suppress(Unsupported):
+            kind.check(opened)
+            yield form
+
+
+def _check_dense(opened: Opened) -> None:
+    if not (method := opened.config.method).has_dense_equivalent:
+        raise Unsupported(f"{method.name} has no dense equivalent")
+
+
+def _check_factorised(opened: Opened) -> None:
+    if opened.config.tune.task:
+        raise Unsupported("is for language models, and the run is a fine-tuned classifier")
+    plain_form(opened.model, opened.config.method)
+
+
+def _load_dense(config: RunConfig[Method]) -> Loading:
+    loader = "AutoModelForCausalLM"
+    if config.tune.task:
+        text = hf_config(config.model, config.train.seq_len).is_encoder_decoder
+        loader = "AutoModelForSeq2SeqLM" if text else "AutoModelForSequenceClassification"
+    call = f"transformers.{loader}.from_pretrained(DIR)"
+    return Loading("transformers", "", call)
+
+
+def _load_factorised(config: RunConfig[Method]) -> Loading:
+    call = "transformers.AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)"
+    note = (
+        "`trust_remote_code=True` runs the file `modeling_factorised.py`, which builds the model."
+    )
+    return Loading("transformers", "", call, flags=", trust_remote_code=True", note=note)
+
+
 def _dense(opened: Opened, out: Path) -> PreTrainedModel:
     twin, tuned = opened.dense_twin(), bool(opened.config.tune.task)
     if not tuned:
         _name_end_token(twin, opened.model.config.eos_token_id)
     twin.save_pretrained(out)
+    said = metadata(opened)
+    for file in out.glob("*.safetensors"):
+        describe(file, said)
     model, _ = load_model(out, classifier=twin.config if tuned else None)
     model.eval()
     return model
@@ -132,57 +185,18 @@ def _name_end_token(model: PreTrainedModel, end: int) -> None:
         model.generation_config.eos_token_id = end
 
 
-def _compare_tokenizers(trained: Tokenizer, end: int, out: Path) -> None:
-    """Warn unless the exported tokenizer encodes as the training data was encoded.
-
-    Raises Unsupported if it needs code of its own.
-    """
-    try:
-        exported = load_tokenizer(out)
-    except DataError as error:
-        log.warning("%s; %s", error, LOAD)
-        return
-    try:
-        (ids,) = encode(trained, [SAMPLE], np.dtype("<u4"))
-    except DataError:  # it has no unknown token for the characters of the sample
-        return
-    if exported(SAMPLE).input_ids != ids.tolist() or exported.eos_token_id != end:
-        log.warning(
-            "tokenizer: AutoTokenizer replaces it by a %s for this type of model, which does not"
-            " encode as the training data was encoded; %s",
-            *(type(exported).__name__, LOAD),
-        )
-
-
-def _compare_pairs(out: Path) -> None:
-    """Warn unless `AutoTokenizer` encodes two texts as the tokenizer.json of a fine-tuned run.
-
-    Raises Unsupported if it needs code of its own.
-    """
-    own = read_tokenizer(out)
-    try:
-        with explained(CANT_ENCODE, ADVICE):
-            ids = own.encode(SAMPLE, SAMPLE).ids
-        exported = load_tokenizer(out)
-    except DataError as error:
-        log.warning("%s", error)
-        return
-    if exported(SAMPLE, SAMPLE).input_ids != ids:
-        log.warning(
-            "tokenizer: AutoTokenizer replaces it by a %s for this type of model, which does not"
-            " encode as the fine-tuning did; %s", type(exported).__name__, LOAD,
-        )  # fmt: skip
-
-
 @torch.no_grad()
-def _compare(model: PreTrainedModel, written: PreTrainedModel) -> None:
-    """Raise CheckpointError unless weights are read back unchanged and logits agree.
+def _compare(
+    model: PreTrainedModel, written: PreTrainedModel, folded: Mapping[str, Tensor]
+) -> float:
+    """Return the largest difference of logits, relative to the largest logit.
+
+    Raises CheckpointError unless weights, which should be those of `folded`, are read back
+    unchanged and logits agree.
 
     Logits are compared on random tokens, in at least fp32 and with weights that were not rounded:
     in bf16 a correct fold of a small OLMo2 changed them by 0.4 of the largest.
     """
-    has_factors = next(reparametrized(written), None) is not None
-    folded = dict(model.named_parameters()) if has_factors else dense_state(model)
     for name, p in written.named_parameters():
         if not torch.equal(p, folded[name].to(p.dtype)):
             raise CheckpointError(f"{name}: changed when read back from disk; nothing was exported")
@@ -205,8 +219,20 @@ def _compare(model: PreTrainedModel, written: PreTrainedModel) -> None:
             " the largest logit; nothing was exported"
         )
     log.info("logits of the exported model agree to %.1e, relative to the largest", difference)
+    return difference
 
 
 def _relative(before: Tensor, after: Tensor) -> float:
     largest = before.abs().max().double()
     return float((before.double() - after.double()).abs().max() / largest)
+
+
+FORMS: dict[Form, Kind] = {
+    "dense": Kind(_dense, lambda model, _: dense_state(model), _load_dense, _check_dense),
+    "factorised": Kind(
+        write_factorised, lambda model, _: own_tensors(model), _load_factorised,
+        _check_factorised,
+    ),
+    "peft": Kind(write_peft, peft_tensors, load_peft, check_peft),
+    "gguf": Kind(write_gguf, lambda model, _: dense_state(model), load_gguf, check_gguf),
+}  # fmt: skip

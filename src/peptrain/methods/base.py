@@ -51,6 +51,10 @@ class Method:
     """Whether every layer is a linear map with an `effective_weight`. If False, the model itself is
     evaluated, only the factorised form can be exported, and no phase may follow one with such
     layers."""
+    activation: ClassVar[str | None] = None
+    """The f of layers y = B f(A x) + bias without a dense equivalent, by its name in transformers
+    (ACT2FN), such as "silu". It says that their only parameters are B [out, r], A [r, in] and maybe
+    a bias, so that a run can be exported as two nn.Linear with f between them."""
     keeps_function_with: ClassVar[Mapping[str, Any] | None] = {}
     """Settings with which `install` leaves the model's function unchanged. None if there are none,
     because no dense W remains."""

@@ -45,6 +45,18 @@ class LowRankLinear(ReparamLinear):
             B, A = best_factors(W.to(at_least_fp32(W.dtype)), rank)
         self.B, self.A = nn.Parameter(B.to(W)), nn.Parameter(A.to(W))
 
+    @classmethod
+    def of(
+        cls, site: str, B: nn.Parameter, A: nn.Parameter, bias: nn.Parameter | None
+    ) -> LowRankLinear:
+        """Return a layer with these factors, where `__init__` would draw new ones."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.site, layer.B, layer.A = site, B, A
+        layer.register_parameter("bias", bias)
+        layer.out_features, layer.in_features = B.shape[0], A.shape[1]
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.A), self.B, self.bias)
 

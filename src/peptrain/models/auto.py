@@ -19,6 +19,7 @@ from torch import Tensor
 
 from peptrain.errors import DataError, PeptrainError, Unsupported
 from peptrain.files import read_json_object
+from peptrain.models.factorised import family_of, register
 from peptrain.models.probe import leave_dense
 from peptrain.settings.fields import shown
 
@@ -35,9 +36,8 @@ MOST_OF_A_COUNT = 100_000
 LONGEST_REASON = 300
 """Characters of an error of transformers. Some list all models."""
 FACTORS = "factors.safetensors"
-"""The weights of a factorised export, which does not have Hugging Face's name. Otherwise
-`from_pretrained` would load it, find no dense matrices in it, and silently continue with random
-ones."""
+"""The weights of a factorised export of older versions, beside a dense model's config.json."""
+OF_A_RUN = "a factorised export; give the run, or its export without --form factorised"
 NEVER = "peptrain never runs code from a directory"
 CONVERT = (
     "convert them, on a machine where a pickle may run code: `AutoModelForCausalLM"
@@ -45,12 +45,13 @@ CONVERT = (
 )
 
 
-def load_config(path: Path, **overrides: Any) -> PretrainedConfig:
+def load_config(path: Path, *, factorised: bool = False, **overrides: Any) -> PretrainedConfig:
     """Return the configuration in `path`, a config.json or a directory with one, with `overrides`.
 
     A model type of transformers is built by its own code, with a warning if the file names other
-    code. Raises Unsupported for a configuration that needs code from elsewhere, and OSError,
-    ValueError, KeyError or StrictDataclassError for one that can't be read.
+    code. That of a factorised export is built by ours if `factorised`. Otherwise it raises
+    Unsupported, as for a configuration that needs code from elsewhere, and OSError, ValueError,
+    KeyError or StrictDataclassError for one that can't be read.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
@@ -59,7 +60,11 @@ def load_config(path: Path, **overrides: Any) -> PretrainedConfig:
     _check_numbers(found)
     for key, value in _kernels(found):
         raise Unsupported(f"{file}: {key} {value!r} is code from elsewhere, and {NEVER}; remove it")
-    own = found.get("auto_map")
+    if family := family_of(found):
+        if not factorised:
+            raise Unsupported(f"{file}: {OF_A_RUN}")
+        register(family)
+    own = None if family else found.get("auto_map")
     kind = found.get("model_type")
     if own and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise _needs_code(file, own, f"model_type {kind!r} is not in transformers")
@@ -148,12 +153,15 @@ def load_model(
     path: Path,
     dtype: torch.dtype | Literal["auto"] = "auto",
     classifier: PretrainedConfig | None = None,
+    *,
+    factorised: bool = False,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """Load a causal LM from safetensors; return it with transformers' report on the weights.
 
     classifier: the configuration of a `new_classifier`, to load the weights into that instead.
-    Raises Unsupported for a directory whose model or weights would need code, and what
-    `load_config` and transformers raise for one that can't be read.
+    factorised: whether a factorised export may be loaded. Raises Unsupported for a directory whose
+    model or weights would need code, and what `load_config` and transformers raise for one that
+    can't be read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -163,7 +171,7 @@ def load_model(
     auto: Any = AutoModelForCausalLM if classifier is None else _classifier(classifier)[0]
     model, report = auto.from_pretrained(
         path,
-        config=classifier or load_config(path),
+        config=classifier or load_config(path, factorised=factorised),
         dtype=dtype,
         trust_remote_code=False,
         use_safetensors=True,
@@ -183,7 +191,10 @@ def load_tokenizer(directory: Path) -> Any:
 
     for name in ("tokenizer_config.json", "config.json"):
         file = directory / name
-        if file.is_file() and (own := read_json_object(file).get("auto_map")):
+        found = read_json_object(file) if file.is_file() else {}
+        if family := family_of(found):
+            register(family)
+        elif own := found.get("auto_map"):
             raise _needs_code(file, own, "a tokenizer.json needs none")
     try:
         return AutoTokenizer.from_pretrained(
@@ -239,10 +250,7 @@ def _kernels(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 def _check_weights(directory: Path) -> None:
     """Raise Unsupported for weights that are pickles, factorised, or somewhere else."""
     if (directory / FACTORS).is_file():
-        raise Unsupported(
-            f"{directory / FACTORS}: a factorised export, which only `load_factorised` reads; give"
-            " the run, or its export without --form factorised"
-        )
+        raise Unsupported(f"{directory / FACTORS}: {OF_A_RUN}")
     if not any(directory.glob(f"*{WEIGHTS}")):
         for pattern in PICKLED:
             for file in sorted(directory.glob(pattern)):

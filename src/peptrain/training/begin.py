@@ -155,7 +155,8 @@ def create_run(
     """
     if not config.method.has_dense_equivalent:
         log.warning("%s has no dense equivalent: eval runs the model itself, and `peptrain export`"
-                    " needs --form factorised", config.method.name)  # fmt: skip
+                    " %s", config.method.name, "needs --form factorised" if config.method.activation
+                    else "is not possible, unless the method has an `activation`")  # fmt: skip
     path = config.run
 
     def make() -> None:

@@ -39,6 +39,7 @@ class Silu(RankMethod):
     name = "silu"
     equation = "y = B silu(A x)"
     has_dense_equivalent = False
+    activation = "silu"
     keeps_function_with = None
 
     def layer(self, site: Site, rng: Rng) -> SiluLinear:
