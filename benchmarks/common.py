@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import peptrain.runs.environment
-from peptrain.config import RunConfig, TrainConfig, resolved
+from peptrain.config import RunConfig, resolved
 from peptrain.distributed.world import World
 from peptrain.execution.forward_backward import CUDAGraphSteps, ReplicatedSteps
 from peptrain.execution.prepare import prepare
@@ -36,6 +36,7 @@ from peptrain.optim import schedule
 from peptrain.optim.adamw import clip_gradients, set_lr
 from peptrain.runs.build import build, phase_at
 from peptrain.runs.init_from import initial_weights
+from peptrain.sections import TrainConfig
 from peptrain.settings import toml
 from peptrain.training.metrics import throughput
 from peptrain.training.state import TrainState

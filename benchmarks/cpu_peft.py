@@ -49,13 +49,14 @@ from transformers import (
     default_data_collator,
 )
 
-from peptrain.config import DataConfig, RunConfig
+from peptrain.config import RunConfig
 from peptrain.data import configured_corpus
 from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
 from peptrain.models.hf import count_parameters
 from peptrain.models.sites import find_sites
 from peptrain.runs.build import plain_model
+from peptrain.sections import DataConfig
 
 CPU = torch.device("cpu")
 ROWS = ("lora", "lora:train_rest=false", "relora", "bpt", "loro", "full")

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from common import announce, configured, device_of, free, model_of, parser, table, write
 
-from peptrain.config import DataConfig, RunConfig, TrainConfig
+from peptrain.config import RunConfig
 from peptrain.methods import methods
+from peptrain.sections import DataConfig, TrainConfig
 from peptrain.training.loop import train
 
 ROWS = (

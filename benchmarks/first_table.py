@@ -26,12 +26,13 @@ from pathlib import Path
 
 import torch
 
-from peptrain.config import DataConfig, RunConfig, TrainConfig
+from peptrain.config import RunConfig
 from peptrain.data import PrepareConfig, prepare
 from peptrain.methods import methods
 from peptrain.models.hf import ModelConfig
 from peptrain.optim.adamw import OptimConfig
 from peptrain.optim.schedule import ScheduleConfig
+from peptrain.sections import DataConfig, TrainConfig
 from peptrain.settings import toml
 from peptrain.training.loop import train
 

@@ -39,8 +39,9 @@ from common import (
     write,
 )
 
-from peptrain.config import DataConfig, RunConfig
+from peptrain.config import RunConfig
 from peptrain.methods.base import Method
+from peptrain.sections import DataConfig
 from peptrain.training.loop import train
 
 ROWS = ("full", "lora", "loro")

@@ -49,12 +49,13 @@ from common import (
 )
 from tune_tables import FULL, SEED, Row, best, print_tables, rates_of, runs_of
 
-from peptrain.config import DataConfig, RunConfig, TrainConfig, TuneConfig
+from peptrain.config import RunConfig
 from peptrain.errors import Diverged, PeptrainError
 from peptrain.files import write_atomically
 from peptrain.methods import methods
 from peptrain.optim.adamw import OptimConfig
 from peptrain.runs.directory import RunDir
+from peptrain.sections import DataConfig, TrainConfig, TuneConfig
 from peptrain.settings import toml
 from peptrain.training.loop import train
 from peptrain.tuning.metrics import majority

@@ -27,6 +27,7 @@ LEVELS = (
     "optim",
     "methods",
     "data",
+    "sections.py",
     "config.py",
     "loggers",
     "execution",

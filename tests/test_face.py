@@ -98,7 +98,7 @@ def test_a_run_from_the_face(corpus: Path, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 import peptrain as pt
-from peptrain.config import DataConfig
+from peptrain.sections import DataConfig
 
 folder = Path({str(tmp_path)!r})
 short = pt.TrainConfig(steps=2, batch_size=2, seq_len=16, device="cpu")

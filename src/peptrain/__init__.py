@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from peptrain.adaptation import adapt as adapt
     from peptrain.comparison.compare import compare as compare
     from peptrain.config import RunConfig as RunConfig
-    from peptrain.config import TrainConfig as TrainConfig
-    from peptrain.config import TuneConfig as TuneConfig
     from peptrain.data import Corpus as Corpus
     from peptrain.estimation.estimate import estimate as estimate
     from peptrain.eval.run import evaluate as evaluate
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
     from peptrain.methods import *  # noqa: F403
     from peptrain.reporting.plot import plot as plot
     from peptrain.reporting.report import report as report
+    from peptrain.sections import TrainConfig as TrainConfig
+    from peptrain.sections import TuneConfig as TuneConfig
     from peptrain.training.loop import resume as resume
     from peptrain.training.loop import train as train
 
@@ -46,8 +46,8 @@ FACE = {
     "report": "reporting.report",
     "Corpus": "data",
     "RunConfig": "config",
-    "TrainConfig": "config",
-    "TuneConfig": "config",
+    "TrainConfig": "sections",
+    "TuneConfig": "sections",
     "METHODS": "methods",
 }
 """The module that each name is imported from. The method classes are added from METHODS."""

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peptrain.config import DataConfig, RunConfig, TrainConfig, dump, parse, resolved
+from peptrain.config import RunConfig, dump, parse, resolved
 from peptrain.data import PrepareConfig, prepare
 from peptrain.eval.run import evaluate
 from peptrain.execution.loss import NextTokenLoss
@@ -39,6 +38,7 @@ from peptrain.rng import Rng
 from peptrain.runs.build import build, plain_model
 from peptrain.runs.checkpoint import Checkpoint, available, read
 from peptrain.runs.directory import RunDir
+from peptrain.sections import DataConfig, TrainConfig
 from peptrain.training.loop import resume, train
 
 STEPS, EVENT = 8, 3
@@ -213,7 +213,7 @@ def forward_is_the_effective_weight(one: Bench) -> None:
     """Check that y = x W_effᵀ + bias in every layer."""
     for layer in one.layers if one.config.method.has_dense_equivalent else ():
         x = _inputs(layer)
-        wanted = F.linear(x, layer.effective_weight(), layer.bias)
+        wanted = nn.functional.linear(x, layer.effective_weight(), layer.bias)
         with evaluating(one.model):
             close(layer(x), wanted, 1e-13 * max(1.0, wanted.abs().max().item()))
 

@@ -18,9 +18,9 @@ import peptrain.training.begin as trainer_begin
 import peptrain.training.loop as trainer
 import peptrain.training.state as trainer_state
 from peptrain import __version__
-from peptrain.config import EvalConfig
 from peptrain.errors import PeptrainError
 from peptrain.runs import checkpoint
+from peptrain.sections import EvalConfig
 
 AT = 5
 OTHERWISE: dict[str, dict[str, Any]] = {"longer": {"steps": 9}, "seeded": {"seed": 1}}

@@ -24,7 +24,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from peptrain.cli.app import main
-from peptrain.config import RunConfig, TrainConfig, resolved
+from peptrain.config import RunConfig, resolved
 from peptrain.errors import ConfigError, Unsupported
 from peptrain.estimation.estimate import Estimate, PhaseEstimate, estimate, memory
 from peptrain.execution.prepare import prepare
@@ -34,6 +34,7 @@ from peptrain.models.hf import ModelConfig, Precision
 from peptrain.optim.adamw import clip_gradients
 from peptrain.rng import Rng
 from peptrain.runs.build import build
+from peptrain.sections import TrainConfig
 from peptrain.testing import EVENT, MODEL
 from peptrain.training.state import TrainState
 

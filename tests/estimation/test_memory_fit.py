@@ -18,7 +18,7 @@ from rich.console import Console
 
 from peptrain.cli.app import main
 from peptrain.cli.progress import fitting
-from peptrain.config import RunConfig, TrainConfig
+from peptrain.config import RunConfig
 from peptrain.errors import ConfigError
 from peptrain.estimation.dry_run import DryRun
 from peptrain.estimation.estimate import estimate
@@ -26,6 +26,7 @@ from peptrain.estimation.memory_fit import _largest, in_units
 from peptrain.methods import BPT, LORO, Full, LowRank, ReLoRA
 from peptrain.methods.base import Method
 from peptrain.models.hf import ModelConfig
+from peptrain.sections import TrainConfig
 from peptrain.testing import MODEL
 
 WIDE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 168, "layers": 1, "heads": 4}

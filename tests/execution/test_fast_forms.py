@@ -11,7 +11,6 @@ from support import ALONE, tiny, tiny_method
 from torch import Tensor, fx, nn
 
 import peptrain.execution.graph_passes
-from peptrain.config import TrainConfig
 from peptrain.distributed.world import World
 from peptrain.errors import ConfigError
 from peptrain.execution.attention import attend_without_masks
@@ -27,6 +26,7 @@ from peptrain.kernels.swiglu_mlp import FusedMLP
 from peptrain.models.hf import ModelConfig, build_model
 from peptrain.models.sites import find_sites, reparametrized
 from peptrain.rng import Rng
+from peptrain.sections import TrainConfig
 from peptrain.testing import losses
 from peptrain.training.loop import train
 

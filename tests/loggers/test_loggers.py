@@ -13,11 +13,11 @@ import peptrain.loggers
 import peptrain.loggers.sending as sending
 from peptrain.comparison.compare import compare
 from peptrain.comparison.grid import load_grid
-from peptrain.config import TrainConfig
 from peptrain.errors import ConfigError, Diverged
 from peptrain.loggers import LOGGERS, chosen, loggers
 from peptrain.loggers.base import Logger, scalars
 from peptrain.runs.directory import RunDir
+from peptrain.sections import TrainConfig
 from peptrain.testing import differences, newest
 from peptrain.training.loop import resume, train
 

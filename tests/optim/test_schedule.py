@@ -8,13 +8,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracles import algebra
 
-from peptrain.config import RunConfig, TrainConfig, resolved
+from peptrain.config import RunConfig, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods import METHODS
 from peptrain.methods.bpt import BPT
 from peptrain.methods.loro import LORO, reference_schedule
 from peptrain.optim import schedule
 from peptrain.optim.schedule import Schedule, ScheduleConfig, restarted
+from peptrain.sections import TrainConfig
 
 EXAMPLES = settings(max_examples=300, deadline=None, derandomize=True)
 

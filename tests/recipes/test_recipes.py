@@ -15,13 +15,14 @@ from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedModel
 
 from peptrain import recipes
-from peptrain.config import DataConfig, RunConfig, dump, parse, resolved
+from peptrain.config import RunConfig, dump, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
 from peptrain.models.hf import build_model, count_parameters, hf_config
 from peptrain.models.sites import find_sites
 from peptrain.optim.schedule import build as build_schedule
 from peptrain.rng import Rng
+from peptrain.sections import DataConfig
 from peptrain.testing import MODEL, STEPS
 from peptrain.training.loop import train
 

@@ -11,7 +11,6 @@ from support import Killed, kill_at, rows, step_numbers, tiny, untimed
 
 from peptrain import evaluate, export
 from peptrain.cli.app import main
-from peptrain.config import TrainConfig
 from peptrain.errors import CheckpointError, ConfigError
 from peptrain.methods import METHODS
 from peptrain.models.dense import dense_state
@@ -21,6 +20,7 @@ from peptrain.runs.checkpoint import Keep, available
 from peptrain.runs.directory import RunDir
 from peptrain.runs.init_from import initial_weights
 from peptrain.runs.select import at, chosen, may_vanish
+from peptrain.sections import TrainConfig
 from peptrain.testing import STEPS, differences, newest
 from peptrain.training.loop import resume, train
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peptrain.comparison.grid import expand
-from peptrain.config import RunConfig, TrainConfig, dump, essence, load, resolved
+from peptrain.config import RunConfig, dump, essence, load, resolved
 from peptrain.errors import CheckpointError
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method, Metrics
@@ -19,6 +19,7 @@ from peptrain.models.hf import ModelConfig
 from peptrain.optim.adamw import OptimConfig
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.rng import Rng
+from peptrain.sections import TrainConfig
 from peptrain.settings import toml
 from peptrain.settings.fields import added, before, interval
 from peptrain.testing import differences, losses, newest

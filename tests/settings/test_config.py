@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny, tiny_method
 
-from peptrain.config import DataConfig, RunConfig, TrainConfig, dump, load, parse, resolved
+from peptrain.config import RunConfig, dump, load, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method
@@ -20,6 +20,7 @@ from peptrain.methods.loro import LORO
 from peptrain.models.hf import ModelConfig
 from peptrain.optim.adamw import OptimConfig
 from peptrain.optim.schedule import ScheduleConfig, build
+from peptrain.sections import DataConfig, TrainConfig
 from peptrain.settings import toml
 from peptrain.settings.fields import interval, of_width, resolve, same_as
 
@@ -157,6 +158,8 @@ def test_resolving_leaves_nothing_unset_and_is_idempotent(name: str) -> None:
         "momentum",
         "tasks_data",
         "sample_prompts",
+        "parallel",
+        "exchange",
         *("rows", "labels", "pad_token"),
     } | {f.name for f in fields(ModelConfig)}
     optional.add(

@@ -10,10 +10,11 @@ import pytest
 from support import tiny
 
 from peptrain.comparison.grid import load_grid
-from peptrain.config import RunConfig, TrainConfig, dump, load, parse, resolved
+from peptrain.config import RunConfig, dump, load, parse, resolved
 from peptrain.errors import ConfigError
 from peptrain.methods import METHODS
 from peptrain.methods.full import Full
+from peptrain.sections import TrainConfig
 from peptrain.settings import toml
 
 HUGE = 1 << 20_000

@@ -12,9 +12,10 @@ from support import rows, tiny, untimed
 from task_rows import write_data
 
 from peptrain.cli.app import main
-from peptrain.config import EvalConfig, dump, essence, resolved
+from peptrain.config import dump, essence, resolved
 from peptrain.errors import ConfigError, DataError
 from peptrain.exporting.export import export
+from peptrain.sections import EvalConfig
 from peptrain.testing import newest, same
 from peptrain.training.loop import train
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from peptrain.config import EvalConfig
 from peptrain.methods import METHODS
+from peptrain.sections import EvalConfig
 from peptrain.testing import small, small_run
 from peptrain.training.loop import train
 

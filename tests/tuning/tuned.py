@@ -10,8 +10,9 @@ from support import tiny, tiny_method
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import RobertaConfig, RobertaForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from peptrain.config import RunConfig, TuneConfig
+from peptrain.config import RunConfig
 from peptrain.methods.base import Method
+from peptrain.sections import TuneConfig
 from peptrain.training.loop import train
 
 WORDS = ["<pad>", "</s>", "<s>", "<unk>", "a", "cat", "dog", "sat", "ran", "good", "bad", "not",

@@ -9,8 +9,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from peptrain.config import RunConfig, TrainConfig
+from peptrain.config import RunConfig
 from peptrain.methods import BPT, LORO, Full, ReLoRA
+from peptrain.sections import TrainConfig
 from peptrain.training.loop import train
 from peptrain.training.metrics import Observer
 from peptrain.training.result import Result

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from torch import nn
 
 from peptrain.analysis.live import Dynamics
-from peptrain.config import TrainConfig
 from peptrain.distributed.world import World
 from peptrain.runs.directory import RunDir
+from peptrain.sections import TrainConfig
 
 
 class Instrument(Protocol):

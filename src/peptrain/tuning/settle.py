@@ -10,11 +10,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from peptrain.config import RunConfig, TrainConfig
+from peptrain.config import RunConfig
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
 from peptrain.models.hf import hf_config
 from peptrain.optim.adamw import OptimConfig, filled
+from peptrain.sections import TrainConfig
 from peptrain.settings.fields import check
 from peptrain.tasks.files import data_files, subsample
 from peptrain.tuning.tasks import Example, read_examples, tuning_task
