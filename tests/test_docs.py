@@ -249,6 +249,8 @@ def as_text(section: Any, key: str) -> str:
         return "no limit"
     if key == "init_std":
         return "0.01 with normal"
+    if key == "muon_scale":
+        return "spectral with muon"
     if key == "momentum":
         return "0 with sgd"
     if key in OWN_RATES:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 from tyro.conf import arg
@@ -17,7 +17,7 @@ from peptrain.config import RunConfig, load
 from peptrain.errors import ConfigError
 from peptrain.methods import methods
 from peptrain.methods.base import Method
-from peptrain.optim.adamw import OptimConfig, filled
+from peptrain.optim.adamw import Kind, OptimConfig, filled
 from peptrain.optim.schedule import ScheduleConfig
 from peptrain.runs.build import read_run
 from peptrain.settings.fields import fill, nearest, reopened
@@ -127,8 +127,8 @@ def by_method(
 
     The help of the method that `args` calls ends with `note`.
     """
-    called, sgd = next(iter(args[1:]), None), vars(named(args))["optim.kind"] == "sgd"
-    optim = OptimConfig(kind="sgd") if sgd else OptimConfig()
+    called, kind = next(iter(args[1:]), None), vars(named(args))["optim.kind"]
+    optim = OptimConfig(kind=kind) if kind in get_args(Kind) else OptimConfig()
     tuning = args[0] == "tune"
     app = tyro.extras.SubcommandApp()
     app.__doc__ = summary

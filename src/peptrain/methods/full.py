@@ -1,4 +1,4 @@
-"""Full training: AdamW or SGD on every parameter, the baseline of all the papers."""
+"""Full training: AdamW, SGD or Muon on every parameter, the baseline of all the papers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from torch.optim import Optimizer
 from peptrain.methods.base import Method
 from peptrain.models.sites import Site
 from peptrain.optim.adamw import Kind, OptimConfig, adamw, sgd
+from peptrain.optim.muon import muon
 
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Method):
-    """Train every parameter with AdamW, or with SGD."""
+    """Train every parameter with AdamW, or with SGD or Muon."""
 
     name: ClassVar[str] = "full"
     purpose: ClassVar[str] = "reference: all weights trained by AdamW"
     equation: ClassVar[str] = "W, all trainable"
-    optim_kinds: ClassVar[tuple[Kind, ...]] = ("adamw", "sgd")
+    optim_kinds: ClassVar[tuple[Kind, ...]] = ("adamw", "sgd", "muon")
 
     def optimizer(
         self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
     ) -> Optimizer:
+        if optim.kind == "muon":
+            return muon(model, sites, optim)
         return sgd(model, optim) if optim.kind == "sgd" else adamw(model, optim)

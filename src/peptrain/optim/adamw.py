@@ -15,10 +15,14 @@ from peptrain.models.named import of_kind
 from peptrain.models.sites import reparametrized
 from peptrain.settings.fields import added, check, check_positive, essential, fill
 
-Kind = Literal["adamw", "sgd"]
+Kind = Literal["adamw", "sgd", "muon"]
 ResetMode = Literal["zero", "magnitude", "random", "keep"]
 SMALLEST_EPS, LARGEST_BETA = 1e-37, 0.9999999
-NOT_OF = {"adamw": ("momentum",), "sgd": ("beta1", "beta2", "eps")}
+NOT_OF = {
+    "adamw": ("momentum", "muon_scale"),
+    "sgd": ("beta1", "beta2", "eps", "muon_scale"),
+    "muon": (),
+}
 """Settings that an optimizer does not have. They are refused, as they would have no effect."""
 OWN_RATES = {"embedding_lr": "embedding", "head_lr": "head"}
 """Learning rates that, where they are set, give some parameters a group, with this name."""
@@ -28,17 +32,23 @@ OWN_RATES = {"embedding_lr": "embedding", "head_lr": "head"}
 class OptimConfig:
     """Settings of the optimizer. An unset one takes the method's own default."""
 
-    kind: Literal["adamw", "sgd"] = added("adamw", before="adamw")
-    """adamw, or sgd for method full: stochastic gradient descent, which has no second moment."""
+    kind: Literal["adamw", "sgd", "muon"] = added("adamw", before="adamw")
+    """adamw, or for method full: sgd, stochastic gradient descent, which has no second moment; muon
+    for the matrices of decoder layers, with adamw for all else."""
     lr: float | None = essential(None)
-    """Peak learning rate. Unset with sgd: 0.1."""
+    """Peak learning rate, with muon that of its matrices. Unset with sgd: 0.1; with muon: 1e-2."""
     embedding_lr: float | None = added(None, before=None)
-    """Peak learning rate of embeddings, norms and biases. Unset: that of all parameters."""
+    """Peak learning rate of embeddings, norms and biases, with muon of all that adamw trains.
+    Unset: that of all parameters; with muon: 5e-3."""
     head_lr: float | None = added(None, before=None)
     """Peak learning rate of an output head that is not tied. Unset: embedding_lr where that is set,
     else that of all parameters."""
     momentum: float | None = added(None, before=None)
-    """With sgd: decay of the summed gradient. Unset: 0, which needs no memory."""
+    """With sgd: decay of the summed gradient. Unset: 0, which needs no memory. With muon: decay of
+    the averaged gradient. Unset: 0.95."""
+    muon_scale: Literal["spectral", "moonlight"] | None = added(None, before=None)
+    """With muon: a step is lr times sqrt(max(1, n/m)) (spectral) or 0.2 sqrt(max(n, m)) (moonlight,
+    the size of adamw's) in spectral norm. Unset: spectral."""
     beta1: float | None = None
     """Decay of the first moment."""
     beta2: float | None = None
@@ -46,8 +56,8 @@ class OptimConfig:
     eps: float | None = None
     """Added to the square root of the second moment."""
     weight_decay: float | None = None
-    """Decay of matrices, never of embeddings, norms, biases or diagonals: decoupled with adamw,
-    added to the gradient with sgd."""
+    """Decay of matrices, never of embeddings, norms, biases or diagonals: decoupled with adamw and
+    muon, added to the gradient with sgd."""
     clip: float | None = None
     """Maximum global norm of the gradient; 0 is off."""
 
@@ -76,13 +86,20 @@ class OptimConfig:
 
 SGD_DEFAULTS = OptimConfig(kind="sgd", lr=0.1, momentum=0.0)
 """They replace a method's learning rate, which is one of AdamW."""
+MUON_DEFAULTS = OptimConfig(
+    kind="muon", lr=1e-2, embedding_lr=5e-3, momentum=0.95, muon_scale="spectral"
+)
+"""Likewise. What AdamW trains besides has the method's betas and eps."""
 
 
 def filled(optim: OptimConfig, *defaults: OptimConfig) -> OptimConfig:
     """Return `optim` with each unset setting taken from the first of `defaults` that sets it.
 
     With sgd the learning rate and the momentum are `SGD_DEFAULTS`, and AdamW's settings stay unset.
+    With muon those of `MUON_DEFAULTS` come first.
     """
+    if optim.kind == "muon":
+        defaults = (MUON_DEFAULTS, *defaults)
     if optim.kind == "sgd":
         no_adam: dict[str, Any] = dict.fromkeys(NOT_OF["sgd"])
         defaults = (SGD_DEFAULTS, *(replace(d, **no_adam) for d in defaults))
@@ -200,6 +217,8 @@ def check_groups(optimizer: Optimizer, optim: OptimConfig) -> None:
         check(names.count(name) == 1, "name of an optimizer group", name, "unique")
     for key, name in OWN_RATES.items():
         lr = getattr(optim, key)
+        if optim.kind == "muon" and key == "embedding_lr":
+            continue  # it has a default, and is the rate of whatever else AdamW trains
         wanted = f"unset, as no {name} is trained in a group of its own"
         check(lr is None or name in names, f"optim.{key}", lr, wanted)
 

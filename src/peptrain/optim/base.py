@@ -1,8 +1,8 @@
-"""Base class of the optimizers of GaLore and LORO: steps by group, with PyTorch's fused AdamW."""
+"""Base class of GaLore's, LORO's and Muon's optimizers: steps by group, with fused AdamW."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -71,4 +71,28 @@ def fused_adamw(
         lr=lr,
         weight_decay=weight_decay,
         eps=group["eps"],
+    )
+
+
+def new_moments(like: Tensor) -> dict[str, Tensor]:
+    """Return an initial Adam state with the keys of torch's AdamW."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=like.device),
+        "exp_avg": torch.zeros_like(like),
+        "exp_avg_sq": torch.zeros_like(like),
+    }
+
+
+def step_adamw(
+    params: list[Tensor], state: MutableMapping[Tensor, dict[str, Any]], group: dict[str, Any]
+) -> None:
+    """Do a step of torch's AdamW on `params`, which have gradients, with the moments in `state`."""
+    for p in params:
+        if not state[p]:
+            state[p].update(new_moments(p))
+    states = [state[p] for p in params]
+    fused_adamw(
+        *(params, gradients(params), states, [s["step"] for s in states], group),
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
     )

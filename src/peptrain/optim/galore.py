@@ -12,7 +12,13 @@ from torch import Tensor
 from peptrain.distributed.owners import owners, sharers
 from peptrain.ops.precision import widened
 from peptrain.ops.projection import add_back_, leading_directions, project, rotated
-from peptrain.optim.base import GroupwiseOptimizer, fused_adamw, gradients
+from peptrain.optim.base import (
+    GroupwiseOptimizer,
+    fused_adamw,
+    gradients,
+    new_moments,
+    step_adamw,
+)
 
 
 @dataclass(frozen=True)
@@ -52,15 +58,8 @@ class GaLoreOptimizer(GroupwiseOptimizer):
                 for W, P in zip(some, self._new_directions(some, group), strict=True):
                     self._step_projected(W, P, group)
         elif params:
-            self._step_whole(params, group)
+            step_adamw(params, self.state, group)
         group["clock"] += 1
-
-    def _step_whole(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p].update(_moments(p))
-        states = [self.state[p] for p in params]
-        _adam(params, gradients(params), states, group, group["lr"], group["weight_decay"])
 
     def _new_directions(self, some: list[Tensor], group: dict[str, Any]) -> list[Tensor | None]:
         """Return the new P of those that get one, each computed by one process."""
@@ -83,10 +82,10 @@ class GaLoreOptimizer(GroupwiseOptimizer):
             self._turn(state, P, G, group["betas"])
         elif P is not None:
             state["P"] = P
-            state.update(_moments(project(P, G)))
+            state.update(new_moments(project(P, G)))
         R = project(state["P"], G)
         minus_N = torch.zeros_like(R)
-        _adam([minus_N], [R], [state], group, 1.0, 0.0)
+        fused_adamw([minus_N], [R], [state], [state["step"]], group, lr=1.0, weight_decay=0.0)
         kept = 1 - lr * group["weight_decay"]
         add_back_(W, state["P"], minus_N, beta=kept, alpha=lr * self.rule.scale)
 
@@ -102,24 +101,3 @@ class GaLoreOptimizer(GroupwiseOptimizer):
             m, v = rotated(*columns, new.mT @ old, state["step"], betas)
             state["exp_avg"].copy_(m if on_left else m.mT)
             state["exp_avg_sq"].copy_(v if on_left else v.mT)
-
-
-def _moments(like: Tensor) -> dict[str, Tensor]:
-    """Return an initial Adam state with the keys of torch's AdamW."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=like.device),
-        "exp_avg": torch.zeros_like(like),
-        "exp_avg_sq": torch.zeros_like(like),
-    }
-
-
-def _adam(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[dict[str, Tensor]],
-    group: dict[str, Any],
-    lr: float,
-    weight_decay: float,
-) -> None:
-    steps = [state["step"] for state in states]
-    fused_adamw(params, grads, states, steps, group, lr=lr, weight_decay=weight_decay)

@@ -20,7 +20,7 @@ from peptrain.text import quoted
 
 log = logging.getLogger("peptrain")
 FIXED = ("precision", "seed", "batch_size", "seq_len")
-FIXED_OPTIM = ("kind", "momentum")
+FIXED_OPTIM = ("kind", "momentum", "muon_scale")
 FIXED_TUNE = ("task", "epochs", "rows", "labels", "pad_token")
 CHANGEABLE = ("method", "optim", "schedule", "train")
 """Sections with settings that are not in the identity."""

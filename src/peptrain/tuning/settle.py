@@ -14,7 +14,7 @@ from peptrain.config import RunConfig
 from peptrain.errors import ConfigError
 from peptrain.methods.base import Method
 from peptrain.models.hf import hf_config
-from peptrain.optim.adamw import OptimConfig, filled
+from peptrain.optim.adamw import OWN_RATES, OptimConfig, filled
 from peptrain.sections import TrainConfig
 from peptrain.settings.fields import check
 from peptrain.tasks.files import data_files, subsample
@@ -81,11 +81,15 @@ def with_task(config: RunConfig[Any]) -> RunConfig[Any]:
 
 
 def tuned(optim: OptimConfig, method: type[Method]) -> OptimConfig:
-    """Return `optim` with the learning rate of a fine-tuning, if it has none: `LOWER` times the
-    method's own for pre-training."""
-    usual = filled(optim, method.optim_defaults, Method.optim_defaults).lr
-    assert usual is not None
-    return optim if optim.lr is not None else replace(optim, lr=LOWER * usual)
+    """Return `optim` with the learning rates of a fine-tuning, where it has none: `LOWER` times the
+    method's own for pre-training, of embeddings too where they have one."""
+    usual = filled(optim, method.optim_defaults, Method.optim_defaults)
+    lower: dict[str, Any] = {
+        key: LOWER * rate
+        for key in ("lr", *OWN_RATES)
+        if getattr(optim, key) is None and (rate := getattr(usual, key)) is not None
+    }
+    return replace(optim, **lower)
 
 
 def _absolute(task: str) -> str:

@@ -1,0 +1,108 @@
+"""Muon: matrices follow the polar factor of their momentum, and AdamW trains everything else."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peptrain.distributed.owners import owners
+from peptrain.models.sites import ReparamLinear, Site
+from peptrain.ops.newton_schulz import COEFFICIENTS, Polynomial, polar
+from peptrain.optim.adamw import OptimConfig, parameter_groups
+from peptrain.optim.base import GroupwiseOptimizer, gradients, step_adamw
+from peptrain.settings.fields import check
+
+Scale = Literal["spectral", "moonlight"]
+
+
+class MuonOptimizer(GroupwiseOptimizer):
+    """Groups with `matrices` by Muon, the others by AdamW.
+
+    M = μ M + (1 - μ) G, N = (1 - μ) G + μ M, and W = (1 - lr decay) W - lr c polar(N), with
+    c = sqrt(max(1, n/m)) (spectral: Jordan et al., Muon, 2024) or 0.2 sqrt(max(n, m)) (moonlight:
+    the size of AdamW's steps; Liu et al., 2025). Matrices of one shape are done at once, in bf16
+    on a GPU unless they are float64. M, of the dtype of W, is the only state. With several
+    processes each computes the polar factors of its share.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        momentum: float,
+        scale: Scale = "spectral",
+        coefficients: Sequence[Polynomial] = COEFFICIENTS,
+        **adam: Any,
+    ) -> None:
+        """adam: lr, betas and eps. coefficients: a polynomial for each Newton-Schulz step."""
+        check(bool(coefficients), "coefficients", coefficients, "one polynomial or more")
+        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        self.momentum, self.scale, self.coefficients = momentum, scale, coefficients
+        # `fused` makes load_state_dict move AdamW's step counts to the device of the weights.
+        super().__init__(groups, **adam, matrices=False, fused=True)
+
+    def step_group(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+        if group["matrices"] and params:
+            self._step_matrices(params, group)
+        elif params:
+            step_adamw(params, self.state, group)
+
+    def _step_matrices(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {"momentum": torch.zeros_like(p)}
+        M, grads = [self.state[p]["momentum"] for p in params], gradients(params)
+        torch._foreach_lerp_(M, grads, 1 - self.momentum)
+        N = list(torch._foreach_lerp(grads, M, self.momentum))
+        shares = owners([max(p.shape) * min(p.shape) ** 2 for p in params])
+        for where in _alike([params[i] for i in shares.own], shares.own):
+            stack = torch.stack([N[i] for i in where])
+            narrow = stack.is_cuda and stack.dtype == torch.float32
+            found = polar(stack.bfloat16() if narrow else stack, self.coefficients)
+            torch._foreach_copy_([N[i] for i in where], list(found.unbind()))
+        shares.send_([[n] for n in N])
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for where in _alike(params, range(len(params))):
+            rate = group["lr"] * self._factor(*params[where[0]].shape)
+            torch._foreach_add_([params[i] for i in where], [N[i] for i in where], alpha=-rate)
+
+    def _factor(self, n: int, m: int) -> float:
+        if self.scale == "moonlight":
+            return 0.2 * math.sqrt(max(n, m))
+        return math.sqrt(max(1.0, n / m))
+
+
+def _alike(matrices: Iterable[Tensor], numbers: Iterable[int]) -> list[list[int]]:
+    """Return the numbers of matrices of each shape."""
+    found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for matrix, number in zip(matrices, numbers, strict=True):
+        found[tuple(matrix.shape)].append(number)
+    return list(found.values())
+
+
+def muon(model: nn.Module, sites: Sequence[Site], optim: OptimConfig) -> MuonOptimizer:
+    """Return Muon on the matrices of `sites` that are dense and trained, at `optim.lr`, and AdamW
+    on all else, at `embedding_lr` and `head_lr`.
+
+    Raises ConfigError if there is no such matrix.
+    """
+    assert optim.momentum is not None and optim.muon_scale is not None, "unresolved settings"
+    dense = [site.linear.weight for site in sites if not isinstance(site.module, ReparamLinear)]
+    matrices = list(dict.fromkeys(W for W in dense if W.requires_grad))
+    wanted = "adamw, since no dense matrix inside the model's decoder layers is trained"
+    check(bool(matrices), "optim.kind", optim.kind, wanted)
+    mine = {id(W) for W in matrices}
+    rest = parameter_groups(model, optim, (p for p in model.parameters() if id(p) not in mine))
+    decay = float(optim.weight_decay or 0)
+    groups = [
+        {"params": matrices, "weight_decay": decay, "matrices": True},
+        *({"lr": optim.embedding_lr, **group} for group in rest),
+    ]
+    return MuonOptimizer(groups, momentum=optim.momentum, scale=optim.muon_scale, **optim.adam())
