@@ -27,8 +27,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "galore": ("galore", {"moments": "rotate"}, {}),
     "full": ("full", {}, {}),
     "full-bf16": ("full", {}, {"exchange": "bf16"}),
+    "muon": ("full", {}, {}),
 }
 """Method, its settings, and those of the training."""
+OPTIM = {"muon": {"kind": "muon"}}
+"""Settings of the optimizer, by case."""
 TRAIN = {"micro_batch": 1, "batch_size": 6, "steps": 11, "checkpoint_every": 2}
 """Events at 3, 6 and 9, and a check of the replicas at every second step."""
 
@@ -48,7 +51,8 @@ def kept(out: Path, case: str, corpus: Path) -> None:
 
     name, method, train = CASES[case]
     trainer._evaluate, replicas._sum = keeping, counted
-    trainer.train(tiny(tiny_method(name, **method), corpus, out / case, train=TRAIN | train))
+    sections = {"train": TRAIN | train, "optim": OPTIM.get(case, {})}
+    trainer.train(tiny(tiny_method(name, **method), corpus, out / case, **sections))
     trainer._evaluate, replicas._sum = evaluate, total
     (out / f"{case}-calls{RANK}").write_text(" ".join(map(str, calls)))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from replicas import CASES, TRAIN
+from replicas import CASES, OPTIM, TRAIN
 from safetensors.torch import load_file
 from support import tiny, tiny_method
 
@@ -50,8 +50,8 @@ def test_three_ranks_are_one_process(case: str, three: Path, corpus: Path, tmp_p
     weights = [load_file(three / f"{case}-rank{rank}.safetensors") for rank in range(3)]
     assert all(torch.equal(weights[0][n], other[n]) for other in weights for n in other)
     name, method, settings = CASES[case]
-    alone = tiny(tiny_method(name, **method), corpus, tmp_path / "alone", train=TRAIN | settings)
-    train(alone)
+    sections = {"train": TRAIN | settings, "optim": OPTIM.get(case, {})}
+    train(tiny(tiny_method(name, **method), corpus, tmp_path / "alone", **sections))
     for n, weight in newest(tmp_path / "alone").model.items():
         close(weight, weights[0][n], 1e-12)
     assert losses(three / case) == [

@@ -12,6 +12,7 @@ from support import rows, tiny, tiny_method
 from torch import nn
 
 from peptrain.adaptation import adapt
+from peptrain.cli.app import main
 from peptrain.config import RunConfig, load, resolved
 from peptrain.distributed import owners
 from peptrain.errors import CheckpointError, ConfigError
@@ -21,7 +22,7 @@ from peptrain.methods.full import Full
 from peptrain.ops.newton_schulz import COEFFICIENTS
 from peptrain.optim.adamw import OptimConfig, adamw, learning_rates, state_bytes
 from peptrain.optim.muon import MuonOptimizer, Scale
-from peptrain.testing import QWEN, Bench, bench
+from peptrain.testing import MODEL, QWEN, Bench, bench
 from peptrain.training.loop import resume, train
 from peptrain.tuning.settle import tuned
 
@@ -232,6 +233,16 @@ def test_a_run_has_its_settings_and_a_resume_must_agree_in_them(
         (run / "config.toml").write_text(text.replace(old, new))
         with pytest.raises(CheckpointError, match=rf"optim\.{key}: the checkpoint"):
             resume(run)
+
+
+def test_the_command_has_muons_defaults_and_its_run_says_so(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sizes = [f"--model.{k.replace('_', '-')}={v}" for k, v in MODEL.items()]
+    shape = ["--train.steps=2", "--train.batch-size=2", "--train.seq-len=16", "--train.device=cpu"]
+    command = ["train", "full", "--optim.kind", "muon", f"--data.path={corpus}", f"--run={run}"]
+    assert main([*command, *sizes, *shape]) == 0
+    found = load(run / "config.toml").optim
+    assert found == settled()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])

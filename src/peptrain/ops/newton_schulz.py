@@ -39,7 +39,7 @@ def polar(X: Tensor, coefficients: Sequence[Polynomial] = COEFFICIENTS) -> Tenso
     """
     wide = X if X.shape[-2] <= X.shape[-1] else X.mT
     norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True, dtype=at_least_fp32(X.dtype))
-    x = (wide / norm.clamp(min=1e-30)).to(X.dtype)
+    x: Tensor = (wide / norm.clamp(min=1e-30)).to(X.dtype)
     for a, b, c in coefficients:
         S = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(S, S, S, beta=b, alpha=c), x, beta=a)
