@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from support import tiny, tiny_method
+from support import rows, tiny, tiny_method
 from torch import nn
 
 import peptrain.distributed.replicas as replicas
@@ -50,6 +50,7 @@ def kept(out: Path, case: str, corpus: Path) -> None:
     trainer._evaluate, replicas._sum = keeping, counted
     trainer.train(tiny(tiny_method(name, **method), corpus, out / case, train=TRAIN | train))
     trainer._evaluate, replicas._sum = evaluate, total
+    assert rows(out / case, "end"), "rank 0 writes the last row before any process ends"
     (out / f"{case}-calls{RANK}").write_text(" ".join(map(str, calls)))
 
 
