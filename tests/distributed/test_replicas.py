@@ -113,6 +113,19 @@ def test_two_gpus_with_graphs_are_one(name: str, corpus: Path, tmp_path: Path) -
         assert one == pytest.approx(two, abs=1e-4)
 
 
+@pytest.mark.slow
+def test_any_parameter_is_sent_and_one_that_is_trained_later_is_refused(three: Path) -> None:
+    """Columns of a larger matrix, a scalar, an empty one, and a dtype that gloo does not know."""
+    for rank in range(3):
+        sent, beside, later, sparse = (three / f"odd-{rank}").read_text().splitlines()
+        columns = [[0.0, 1.0], [4.0, 5.0], [8.0, 9.0]]
+        assert sent == str([columns, 11.0, [], [0, 1, 2, 3]])
+        own = torch.arange(12.0).view(3, 4)[:, 2:] * (1 - rank)
+        assert beside == str(own.tolist()), "what lies beside the columns is another's"
+        assert later.startswith("lookup.weight: has a gradient in some steps only; several")
+        assert sparse.startswith("lookup.weight: has a sparse gradient, which several processes")
+
+
 # Work that is divided.
 
 
