@@ -29,6 +29,7 @@ from peptrain.config import RunConfig, parse, resolved
 from peptrain.data import PrepareConfig, embedded
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method
+from peptrain.optim.adamw import OWN_RATES
 from peptrain.settings.fields import fill
 
 ROOT = Path(__file__).parents[1]
@@ -250,6 +251,8 @@ def as_text(section: Any, key: str) -> str:
         return "0.01 with normal"
     if key == "momentum":
         return "0 with sgd"
+    if key in OWN_RATES:
+        return "as `--optim.lr`" if key == "embedding_lr" else "as the embeddings"
     if "same_as" in rule:
         return f"as `--method.{rule['same_as'].replace('_', '-')}`"
     if "unless" in rule:

@@ -23,7 +23,7 @@ from peptrain.models.sites import Site, find_sites, reparametrized
 from peptrain.optim import schedule
 from peptrain.optim.adamw import (
     OptimConfig,
-    check_group_names,
+    check_groups,
     clip_gradients,
     learning_rates,
     set_lr,
@@ -116,6 +116,13 @@ class Adapted:
             )
         while self._phase < phase:
             self._next_phase()
+        then = [group.get("name") for group in state["optimizer"]["param_groups"]]
+        now = [group.get("name") for group in self.optimizer.param_groups]
+        if then != now:
+            raise ConfigError(
+                f"state: its optimizer has groups named {then}, but this one {now}; set"
+                " optim.embedding_lr and optim.head_lr where they were set, and only there"
+            )
         peaks = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -140,7 +147,7 @@ class Adapted:
         with _without_autocast(self.model):
             self.method.install(self.model, sites, self._rng, self._phase)
         optimizer = self.method.optimizer(self.model, sites, self.optim, self._phase)
-        check_group_names(optimizer)
+        check_groups(optimizer, self.optim)
         return optimizer
 
 

@@ -21,7 +21,7 @@ from peptrain.execution.padding import pad_mlps
 from peptrain.methods.base import Method
 from peptrain.models.hf import dtype_of
 from peptrain.models.sites import find_sites
-from peptrain.optim.adamw import check_group_names
+from peptrain.optim.adamw import check_groups
 
 
 def prepare(
@@ -47,7 +47,7 @@ def prepare(
     if t.compile:
         compile_layers(model, t.memory_budget)
     optimizer = config.method.optimizer(model, find_sites(model), config.optim, phase)
-    check_group_names(optimizer)
+    check_groups(optimizer, config.optim)
     loss = NextTokenLoss(model, compile=t.compile) if whole_windows else LabelLoss(model)
     exchange = dtype_of(t.exchange) if t.exchange else None
     return optimizer, make_forward_backward(

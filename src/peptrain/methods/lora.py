@@ -124,7 +124,8 @@ class LoRA(RankMethod):
     warm_start_steps: int | None = essential(0)
     """Steps of full training before the adapters are added; 0 is none."""
     warm_start_lr: float = changeable(1e-3)
-    """Peak learning rate of the warm start; the default is full training's."""
+    """Peak learning rate of the warm start, in place of optim.lr; the default is full training's.
+    optim.embedding_lr and head_lr hold in the warm start too."""
     warm_start_warmup: int | None = changeable(None)
     """Steps of learning-rate warm-up at the beginning of the warm start. Unset: schedule.warmup."""
     warm_start_then: Literal["continue", "fresh"] = "continue"

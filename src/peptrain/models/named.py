@@ -95,6 +95,11 @@ def named_parameters(
     return chosen
 
 
+def of_kind(model: nn.Module, kind: str) -> set[int]:
+    """Return the ids of all parameters of a kind (`KINDS`), by any of their names."""
+    return {id(h.p) for h in _held(model) if h.is_one_of(kind)}
+
+
 def _held(model: nn.Module) -> Iterator[Held]:
     output = getattr(model, "get_output_embeddings", lambda: None)()
     heads = set() if output is None else {id(module) for module in output.modules()}

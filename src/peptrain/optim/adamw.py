@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from peptrain.models.named import of_kind
+from peptrain.models.sites import reparametrized
 from peptrain.settings.fields import added, check, check_positive, essential, fill
 
 Kind = Literal["adamw", "sgd"]
@@ -18,6 +20,8 @@ ResetMode = Literal["zero", "magnitude", "random", "keep"]
 SMALLEST_EPS, LARGEST_BETA = 1e-37, 0.9999999
 NOT_OF = {"adamw": ("momentum",), "sgd": ("beta1", "beta2", "eps")}
 """Settings that an optimizer does not have. They are refused, as they would have no effect."""
+OWN_RATES = {"embedding_lr": "embedding", "head_lr": "head"}
+"""Learning rates that, where they are set, give some parameters a group, with this name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,11 @@ class OptimConfig:
     """adamw, or sgd for method full: stochastic gradient descent, which has no second moment."""
     lr: float | None = essential(None)
     """Peak learning rate. Unset with sgd: 0.1."""
+    embedding_lr: float | None = added(None, before=None)
+    """Peak learning rate of embeddings, norms and biases. Unset: that of all parameters."""
+    head_lr: float | None = added(None, before=None)
+    """Peak learning rate of an output head that is not tied. Unset: embedding_lr where that is set,
+    else that of all parameters."""
     momentum: float | None = added(None, before=None)
     """With sgd: decay of the summed gradient. Unset: 0, which needs no memory."""
     beta1: float | None = None
@@ -48,7 +57,7 @@ class OptimConfig:
             check(value is None, f"optim.{name}", value, f"unset with optim.kind {self.kind}")
         fits = self.momentum is None or 0 <= self.momentum < 1
         check(fits, "optim.momentum", self.momentum, "in [0, 1)")
-        for name in ("lr", "weight_decay", "clip"):
+        for name in ("lr", *OWN_RATES, "weight_decay", "clip"):
             check_positive(f"optim.{name}", getattr(self, name), or_zero=True)
         check_positive("optim.eps", self.eps)
         wanted = f">= {SMALLEST_EPS}, or fp32 rounds it to 0 and weights become NaN"
@@ -90,28 +99,60 @@ def decays(model: nn.Module) -> Callable[[nn.Parameter], bool]:
 def parameter_groups(
     model: nn.Module, optim: OptimConfig, params: Iterable[nn.Parameter] | None = None
 ) -> list[dict[str, Any]]:
-    """Split the trainable parameters (or `params`) into groups with and without weight decay."""
+    """Split the trainable parameters (or `params`) into groups with and without weight decay.
+
+    Those with a learning rate of their own follow, in the groups "embedding" and "head". Raises
+    ConfigError for `head_lr` where the head is tied to the embeddings.
+    """
     chosen = [p for p in (model.parameters() if params is None else params) if p.requires_grad]
-    may_decay = decays(model)
+    may_decay, kind = decays(model), _kinds(model, optim)
+    decay = float(optim.weight_decay or 0)
+    usual = [p for p in chosen if not kind(p)]
     groups: list[dict[str, Any]] = [
-        {
-            "params": [p for p in chosen if may_decay(p)],
-            "weight_decay": float(optim.weight_decay or 0),
-        },
-        {"params": [p for p in chosen if not may_decay(p)], "weight_decay": 0.0},
+        {"params": [p for p in usual if may_decay(p)], "weight_decay": decay},
+        {"params": [p for p in usual if not may_decay(p)], "weight_decay": 0.0},
     ]
+    head_lr = optim.embedding_lr if optim.head_lr is None else optim.head_lr
+    for name, lr, own in (("embedding", optim.embedding_lr, 0.0), ("head", head_lr, decay)):
+        theirs = [p for p in chosen if kind(p) == name]
+        groups.append({"params": theirs, "weight_decay": own, "lr": lr, "name": name})
     return [g for g in groups if g["params"]]
+
+
+def _kinds(model: nn.Module, optim: OptimConfig) -> Callable[[nn.Parameter], str]:
+    """Return a function from a parameter to the name of its group, "" for one that has `optim.lr`.
+
+    Norms and biases are with the embeddings, those of the head too. What a method's layers train,
+    apart from biases, has `optim.lr`.
+    """
+    if optim.embedding_lr is None and optim.head_lr is None:
+        return lambda p: ""
+    tables, heads, biases, norms = (
+        of_kind(model, kind) for kind in ("embedding", "head", "bias", "norm")
+    )
+    adapted = {id(p) for layer in reparametrized(model) for p in layer.parameters()}
+    matrices = {id(p) for p in model.parameters() if p.ndim >= 2} - biases - adapted
+    tied, heads = heads & tables, (heads & matrices) - tables
+    wanted = "unset where the head is tied to the embeddings, which have optim.embedding_lr"
+    check(optim.head_lr is None or bool(heads) or not tied, "optim.head_lr", optim.head_lr, wanted)
+    small = tables | biases | norms if optim.embedding_lr is not None else set()
+
+    def kind(p: nn.Parameter) -> str:
+        return "head" if id(p) in heads else "embedding" if id(p) in small else ""
+
+    return kind
 
 
 def groups_around(
     model: nn.Module, optim: OptimConfig, own: Sequence[Tensor], **settings: Any
 ) -> list[dict[str, Any]]:
-    """Return the groups of all trainable parameters except `own`, followed by one group of `own`,
-    with weight decay and the given `settings`."""
+    """Return the groups of all trainable parameters except `own`, with one group of `own`, which
+    has weight decay and the given `settings`, before those with a name."""
     mine = {id(p) for p in own}
-    rest = (p for p in model.parameters() if id(p) not in mine)
-    last = {"params": list(own), "weight_decay": float(optim.weight_decay or 0), **settings}
-    return [*parameter_groups(model, optim, rest), last]
+    groups = parameter_groups(model, optim, (p for p in model.parameters() if id(p) not in mine))
+    between = {"params": list(own), "weight_decay": float(optim.weight_decay or 0), **settings}
+    named = [group for group in groups if "name" in group]
+    return [*groups[: len(groups) - len(named)], between, *named]
 
 
 def adamw(
@@ -151,11 +192,16 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     return {"lr": groups[0]["lr"], **named}
 
 
-def check_group_names(optimizer: Optimizer) -> None:
-    """Raise ConfigError if two groups have the same name, since the rows would have one rate."""
+def check_groups(optimizer: Optimizer, optim: OptimConfig) -> None:
+    """Raise ConfigError if two groups have the same name, since the rows would have one rate, or
+    if a learning rate of their own is set for parameters that no group has."""
     names = [group["name"] for group in optimizer.param_groups if "name" in group]
     for name in names:
         check(names.count(name) == 1, "name of an optimizer group", name, "unique")
+    for key, name in OWN_RATES.items():
+        lr = getattr(optim, key)
+        wanted = f"unset, as no {name} is trained in a group of its own"
+        check(lr is None or name in names, f"optim.{key}", lr, wanted)
 
 
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:

@@ -13,6 +13,7 @@ from peptrain.config import RunConfig
 from peptrain.errors import CheckpointError
 from peptrain.methods.base import Method
 from peptrain.models.hf import config_file
+from peptrain.optim.adamw import OWN_RATES
 from peptrain.runs.checkpoint import Checkpoint, agrees
 from peptrain.settings.fields import before, quiet
 from peptrain.text import quoted
@@ -79,6 +80,7 @@ def check_settings(
     """
     identity = identity or identity_of(config, saved.identity.get("data", ""))
     agrees(saved, identity, _of_older(config, identity))
+    _check_own_rates(saved, config, "restore the run's original config.toml")
     now = other_settings(config)
     then = {**_of_older(config, now), **saved.settings}
     if not saved.settings:  # 0.1.0 saved only the step at which the phase was to end
@@ -118,6 +120,20 @@ def check_continued(saved: Checkpoint, config: RunConfig[Method], data: str) -> 
         f" the weights alone, with --init-from {config.continue_from}"
     )
     agrees(saved, identity, _of_older(config, identity), repair)
+    _check_own_rates(saved, config, repair)
+
+
+def _check_own_rates(saved: Checkpoint, config: RunConfig[Method], repair: str) -> None:
+    """Raise CheckpointError if a learning rate that makes a group of the optimizer is set now and
+    was not, or conversely: the step counts of its parameters are those of their group."""
+    for key in OWN_RATES:
+        then, now = saved.settings.get(f"optim.{key}"), getattr(config.optim, key)
+        if (then is None) != (now is None):
+            raise CheckpointError(
+                f"optim.{key}: the checkpoint of step {saved.step} was written with {then!r}, but"
+                f" the configuration has {now!r}; its value may change, but not whether it is set;"
+                f" {repair}"
+            )
 
 
 def _of_older(config: RunConfig[Method], wanted: Mapping[str, Any]) -> dict[str, Any]:
