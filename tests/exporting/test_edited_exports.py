@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_export import Exports
 from transformers import AutoModelForCausalLM
 
+import peptrain.exporting.export
 import peptrain.hf
 from peptrain.analysis.source import is_run
 from peptrain.errors import CheckpointError
+from peptrain.exporting.export import Form, export
 from peptrain.exporting.factorised import RECIPE, load_factorised
+from peptrain.runs.build import Opened, open_run
 
 assert peptrain.hf.register  # imported for what it registers
 UP = "layers.*.mlp.up_proj"
@@ -85,3 +89,19 @@ def test_forms_that_only_others_read_are_named(file: str, said: str, tmp_path: P
     (tmp_path / file).write_text("{}")
     with pytest.raises(CheckpointError, match=rf"{said} \({file}\).* give the run, or its export"):
         is_run(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["dense", "factorised"])
+def test_a_run_whose_logits_are_gone_is_not_exported_and_an_earlier_step_is_advised(
+    form: Form, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(run: Path) -> Opened:
+        opened = open_run(run)
+        with torch.no_grad():
+            opened.model.get_input_embeddings().weight.fill_(torch.inf)
+        return opened
+
+    monkeypatch.setattr(peptrain.exporting.export, "open_run", diverged)
+    with pytest.raises(CheckpointError, match=r"not finite.* give an earlier checkpoint by --step"):
+        export(exports.run("loro"), tmp_path / "out", form)
+    assert not [*tmp_path.iterdir()]
