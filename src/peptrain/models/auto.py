@@ -89,9 +89,10 @@ def of_strangers(what: str, but: tuple[type[Exception], ...] = ()) -> Iterator[N
     transformers raises anything for values that do not fit together. This is the one place that
     catches it. but: errors that the caller expects.
     """
+    expected: tuple[type[Exception], ...] = (PeptrainError, MemoryError, *but)
     try:
         yield
-    except (PeptrainError, MemoryError, *but):
+    except expected:
         raise
     except Exception as error:
         said = " ".join(str(error).split())  # transformers writes several lines
