@@ -3,9 +3,11 @@
     python benchmarks/inference.py --preset llama-1b --intermediate-size 5504 --rank 512 \\
         [--cuda-graph] [--logits last] [--cells 512x128 64x1024] [--json FILE]
 
-The default cells are those of LORO's Table 3. Both models are in memory and take turns. A model's
-peak consists of its weights and the memory added by its forward pass. If f is odd both models are
-padded with zeros to a multiple of 64, because tensor cores are inefficient otherwise.
+The default cells are those of LORO's Table 3. All models are in memory and take turns. A model's
+peak consists of its weights and the memory added by its forward pass. If f is odd models are padded
+with zeros to a multiple of 64, because tensor cores are inefficient otherwise. "factorised" is what
+`load_factorised` returns, "two nn.Linear" what transformers alone loads of the same export, which
+is neither fused nor padded.
 """
 
 from __future__ import annotations
@@ -40,13 +42,14 @@ from transformers import PreTrainedModel
 from peptrain.execution.attention import attend_without_masks
 from peptrain.execution.compile import compile_layers
 from peptrain.execution.padding import widen_mlps
+from peptrain.exporting.factorised import plain_form
 from peptrain.models.hf import count_parameters, vocabulary_size
 from peptrain.runs.build import build
 
 CELLS = ("512x128", "512x64", "512x32", "256x256", "256x128", "256x64",
          "128x512", "128x256", "128x128", "64x1024", "64x512", "64x256")  # fmt: skip
-HEADER = ("batch x length", "dense, ms", "factorised, ms", "times as fast", "dense GiB",
-          "factorised GiB", "of dense")  # fmt: skip
+HEADER = ("batch x length", "dense, ms", "factorised, ms", "times as fast", "two nn.Linear, ms",
+          "times as fast", "dense GiB", "factorised GiB", "of dense")  # fmt: skip
 
 
 @dataclass
@@ -98,15 +101,21 @@ def captured(forward: Callable[[], Tensor]) -> Callable[[], object]:
     return replay
 
 
-def runner(row: str, args: Any, device: torch.device) -> Runner:
-    """Build the model of a row as a run does, for inference."""
+def runner(row: str, args: Any, device: torch.device, *, plain: bool = False) -> Runner:
+    """Build the model of a row as a run does, for inference.
+
+    plain: in the form that transformers loads of a factorised export.
+    """
     base = base_config(model_of(args), 1, longest(args.cells), precision=args.precision)
     config = configured(row, base, args.set, device=device)
     with drawn_on(device):
         model = build(config, phase=0)
     model.to(device).eval()
-    widen_mlps(model)
-    config.method.fuse(model)  # as load_factorised does
+    if plain:
+        model = plain_form(model, config.method)
+    else:
+        widen_mlps(model)
+        config.method.fuse(model)  # as load_factorised does
     if device.type == "cuda":
         attend_without_masks(model, longest(args.cells))
     if args.compile:
@@ -119,7 +128,7 @@ def longest(cells: list[str]) -> int:
 
 
 def measured(cell: str, runners: dict[str, Runner], args: Any, device: torch.device) -> Any:
-    """Measure both models on one cell, in turns; no times if either ran out of memory."""
+    """Measure all models on one cell, in turns; no times if one ran out of memory."""
     batch, length = map(int, cell.split("x"))
     vocabulary = vocabulary_size(runners["dense"].model)
     ids = torch.randint(vocabulary, (batch, length), device=device)
@@ -140,12 +149,14 @@ def measured(cell: str, runners: dict[str, Runner], args: Any, device: torch.dev
 def cells(found: dict[str, Any]) -> list[str]:
     cell = f"{found['batch']} x {found['length']}"
     if "dense" not in found:
-        return [cell, "out of memory", "", "", "", "", ""]
-    dense, small = found["dense"], found["factorised"]
-    ratio = statistics.median(dense["ms"]) / statistics.median(small["ms"])
+        return [cell, "out of memory", *[""] * 7]
+    dense, small, plain = found["dense"], found["factorised"], found["plain"]
+    usual = statistics.median(dense["ms"])
+    ratios = [f"{usual / statistics.median(one['ms']):.2f}" for one in (small, plain)]
     size = small["peak_bytes"] / dense["peak_bytes"]
-    return [cell, spread(dense["ms"]), spread(small["ms"]), f"{ratio:.2f}",
-            gib(dense["peak_bytes"]), gib(small["peak_bytes"]), f"{size:.2f}"]  # fmt: skip
+    return [cell, spread(dense["ms"]), spread(small["ms"]), ratios[0], spread(plain["ms"]),
+            ratios[1], gib(dense["peak_bytes"]), gib(small["peak_bytes"]),
+            f"{size:.2f}"]  # fmt: skip
 
 
 @torch.no_grad()
@@ -163,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     device = device_of(args.device)
     rows = {"dense": "full", "factorised": f"loro:rank={args.rank}"}
     runners = {name: runner(row, args, device) for name, row in rows.items()}
+    runners["plain"] = runner(rows["factorised"], args, device, plain=True)
     sizes = {n: f"{count_parameters(r.model) / 1e6:.1f}M" for n, r in runners.items()}
     announce(device, {"preset": args.preset, "f": args.intermediate_size, "rank": args.rank,
                       "precision": args.precision, "logits": args.logits, "parameters": sizes,

@@ -100,7 +100,7 @@ def test_speed(numbers: Any, capsys: pytest.CaptureFixture[str]) -> None:
 def test_inference(numbers: Any) -> None:
     rows = numbers("inference")
     assert [(r["batch"], r["length"]) for r in rows] == [(2, 8), (1, 16)]
-    assert all(len(r[k]["ms"]) == 20 for r in rows for k in ("dense", "factorised"))
+    assert all(len(r[k]["ms"]) == 20 for r in rows for k in ("dense", "factorised", "plain"))
 
 
 def test_budget(numbers: Any) -> None:

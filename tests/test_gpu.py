@@ -19,8 +19,10 @@ from peptrain.execution.attention import attend_without_masks
 from peptrain.execution.compile import compile_layers
 from peptrain.execution.loss import token_loss
 from peptrain.exporting.export import export
+from peptrain.exporting.factorised import load_factorised
 from peptrain.methods import METHODS
 from peptrain.methods.base import Method
+from peptrain.models.auto import load_model
 from peptrain.ops.cross_entropy import linear_cross_entropy, softmax_
 from peptrain.ops.riemannian_gram import gram_steps_
 from peptrain.ops.spectral import semi_orthogonal
@@ -155,6 +157,28 @@ def test_a_recorded_run_resumes(corpus: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
     again = resume(tmp_path / "run")
     assert again.held_out.loss == pytest.approx(whole.held_out.loss, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["full", "bpt", "loro"])
+def test_samples_of_a_recorded_run_change_nothing(name: str, corpus: Path, tmp_path: Path) -> None:
+    fast = {"precision": "bf16-mixed", "device": "cuda", "compile": True, "cuda_graph": True}
+    for every in (0, 3):
+        train(tiny(name, corpus, tmp_path / str(every), train=fast | {"sample_every": every}))
+    assert len(rows(tmp_path / "3", "sample")) == 6
+    for (_, without), (_, with_samples) in zip(
+        losses(tmp_path / "0"), losses(tmp_path / "3"), strict=True
+    ):
+        assert without == pytest.approx(with_samples, abs=1e-4)
+
+
+def test_the_small_model_is_the_same_fused_on_a_gpu(corpus: Path, tmp_path: Path) -> None:
+    train(tiny("loro", corpus, tmp_path / "run", train={"device": "cuda", "precision": "fp32"}))
+    small = export(tmp_path / "run", tmp_path / "small", "factorised")
+    ids = torch.arange(96).view(2, 48) * 7 % 300
+    with torch.no_grad():
+        wanted = load_model(small, factorised=True)[0].eval().double()(ids).logits
+        found = load_factorised(small).bfloat16().cuda()(ids.cuda()).logits
+    assert (found.cpu().double() - wanted).norm() <= 0.03 * wanted.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

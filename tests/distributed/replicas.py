@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from support import tiny, tiny_method
+from support import rows, tiny, tiny_method
 from torch import nn
 
 import peptrain.distributed.replicas as replicas
@@ -54,6 +54,7 @@ def kept(out: Path, case: str, corpus: Path) -> None:
     sections = {"train": TRAIN | train, "optim": OPTIM.get(case, {})}
     trainer.train(tiny(tiny_method(name, **method), corpus, out / case, **sections))
     trainer._evaluate, replicas._sum = evaluate, total
+    assert rows(out / case, "end"), "rank 0 writes the last row before any process ends"
     (out / f"{case}-calls{RANK}").write_text(" ".join(map(str, calls)))
 
 
@@ -89,8 +90,44 @@ def refused(out: Path) -> None:
         (out / f"refused-{RANK}").write_text("\n".join([str(module.one.tolist()), *said]))
 
 
+class Odd(nn.Module):
+    """Parameters that backends of torch.distributed do not take as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        held = torch.arange(12.0).view(3, 4) * (1 - RANK)  # rank 0's are sent
+        self.columns = nn.Parameter(held[:, :2])
+        self.scalar = nn.Parameter(held[2, 3].clone())
+        self.empty = nn.Parameter(held[:0])
+        self.short = nn.Parameter(held[0].to(torch.int16), requires_grad=False)
+        self.beside = held[:, 2:]
+
+
+def odd(out: Path) -> None:
+    """Send odd parameters, then train one that was frozen, and one with a sparse gradient."""
+    with world("cpu") as here:
+        module, lookup = Odd(), nn.Embedding(5, 2, sparse=True)
+        lookup.weight.requires_grad_(False)
+        module.add_module("lookup", lookup)
+        made = replicas.Replicas(module, here, None)
+        said = [str([p.tolist() for n, p in module.named_parameters() if n != "lookup.weight"])]
+        said.append(str(module.beside.tolist()))
+        module.columns.sum().backward()
+        made.sum_gradients()
+        lookup.weight.requires_grad_(True)
+        lookup(torch.tensor([1])).sum().backward()
+        for _ in range(2):
+            try:
+                made.sum_gradients()
+            except Unsupported as error:
+                said.append(str(error))
+            made.moved.clear()  # as in a first step
+        (out / f"odd-{RANK}").write_text("\n".join(said))
+
+
 if __name__ == "__main__":
     corpus, out, cases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     for case in cases:
         kept(out, case, corpus)
     refused(out)
+    odd(out)

@@ -13,7 +13,7 @@ from support import tiny, tiny_method
 
 from peptrain.distributed.owners import owners, sharers, sharing
 from peptrain.errors import ConfigError
-from peptrain.testing import close, losses, newest
+from peptrain.testing import MODEL, close, losses, newest
 from peptrain.training.loop import resume, train
 
 EXACT = [case for case in CASES if not case.endswith("bf16")]
@@ -88,6 +88,42 @@ def test_gradients_of_different_parameters_are_never_added(three: Path) -> None:
         first, later = said
         assert first.startswith("one: has a gradient on rank 0 or on rank 1, but not on both; ")
         assert later.startswith("other: has a gradient in some steps only; several processes need")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="for two GPUs")
+@pytest.mark.parametrize("name", ["full", "bpt", "relora", "loro"])
+def test_two_gpus_with_graphs_are_one(name: str, corpus: Path, tmp_path: Path) -> None:
+    """Two micro-batches a step on two GPUs, four on one, which records another graph."""
+    train_settings = {"compile": True, "cuda_graph": True, "precision": "fp32", "micro_batch": 1}
+    given = {"batch_size": 4, "seq_len": 16, "steps": 8, "log_every": 1, "eval_every": 0}
+    flags = [f"--data.path={corpus}", "--optim.eps=0.1", "--schedule.kind=constant"]
+    sections = {"train": given | train_settings, "model": MODEL}
+    flags += [
+        f"--{section}.{key.replace('_', '-')}={value}"
+        for section, values in sections.items()
+        for key, value in values.items()
+    ]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for size in (1, 2):
+        line = [*run, f"--nproc-per-node={size}", "-m", "--", "peptrain", "train", name, *flags]
+        line += [] if name == "full" else ["--method.rank=4"]
+        subprocess.run([*line, f"--run={tmp_path / str(size)}"], check=True, timeout=300)
+    for (_, one), (_, two) in zip(losses(tmp_path / "1"), losses(tmp_path / "2"), strict=True):
+        assert one == pytest.approx(two, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_any_parameter_is_sent_and_one_that_is_trained_later_is_refused(three: Path) -> None:
+    """Columns of a larger matrix, a scalar, an empty one, and a dtype that gloo does not know."""
+    for rank in range(3):
+        sent, beside, later, sparse = (three / f"odd-{rank}").read_text().splitlines()
+        columns = [[0.0, 1.0], [4.0, 5.0], [8.0, 9.0]]
+        assert sent == str([columns, 11.0, [], [0, 1, 2, 3]])
+        own = torch.arange(12.0).view(3, 4)[:, 2:] * (1 - rank)
+        assert beside == str(own.tolist()), "what lies beside the columns is another's"
+        assert later.startswith("lookup.weight: has a gradient in some steps only; several")
+        assert sparse.startswith("lookup.weight: has a sparse gradient, which several processes")
 
 
 # Work that is divided.

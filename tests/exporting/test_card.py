@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 import peptrain
 from peptrain.data.index import Index
 from peptrain.eval.run import evaluate
-from peptrain.exporting.card import CARD, base_of, describe
+from peptrain.exporting.card import CARD, base_of, describe, in_markdown
 from peptrain.exporting.export import FORMS, Form, export
 from peptrain.runs.directory import RunDir
 from peptrain.testing import MODEL
@@ -183,3 +183,7 @@ def test_the_recipe_of_the_command_is_named(runs: dict[str, Path], tmp_path: Pat
 )
 def test_a_base_is_named_without_its_path(path: str, name: str) -> None:
     assert base_of(Path(path)) == name
+
+
+def test_a_name_does_not_end_the_markdown_around_it() -> None:
+    assert in_markdown("my `base`|x\n# y") == r"my _base__x\n# y"

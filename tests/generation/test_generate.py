@@ -143,12 +143,26 @@ def test_a_model_whose_numbers_are_gone_writes_nonsense_and_no_error(made: Path)
     continuation(subject.model, subject.encoder, [5], Sampling(5), **given)
 
 
+@pytest.mark.parametrize("temperature", [0.8, 1e-6])
+def test_logits_near_the_largest_number_are_drawn_from(made: Path, temperature: float) -> None:
+    """Divided by a temperature below 1 they would be infinite."""
+    subject = open_subject(made / "full")
+    with torch.no_grad():
+        subject.model.lm_head.weight.fill_(-1e37)
+        subject.model.lm_head.weight[8] = 1e38
+        subject.model.lm_head.weight[9] = -1e38
+    given: Any = {"positions": 64, "precision": "fp32", "seed": 1}
+    text = continuation(subject.model, subject.encoder, [5], Sampling(5, temperature), **given)
+    assert set(text) <= set(subject.encoder.decode([8, 9]))
+
+
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
         ({"tokens": 0}, ConfigError, r"--tokens: must be >= 1 \(got 0\)"),
         ({"temperature": -1.0}, ConfigError, "--temperature: must be a finite number >= 0"),
         ({"temperature": float("nan")}, ConfigError, "--temperature: must be a finite"),
+        ({"temperature": 1e-45}, ConfigError, "--temperature: must be 0, or at least 1e-06"),
         ({"top_p": 0.0}, ConfigError, "--top-p: must be above 0 and at most 1"),
         ({"samples": 0}, ConfigError, "--samples: must be >= 1"),
         ({"samples": 2, "temperature": 0}, ConfigError, "--samples: must be 1 with --temperature"),

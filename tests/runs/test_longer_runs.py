@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import Killed, kill_at, rows, step_numbers, tiny, tiny_method, untimed
 
 from peptrain.config import RunConfig, load, resolved
+from peptrain.distributed.watchdog import Watchdog
+from peptrain.distributed.world import World
 from peptrain.errors import CheckpointError, ConfigError
-from peptrain.methods import METHODS, LoRA, ReLoRA
+from peptrain.methods import BPT, METHODS, LoRA, ReLoRA
 from peptrain.methods.targets import TargetedMethod
 from peptrain.models.hf import ModelConfig
 from peptrain.optim.schedule import ScheduleConfig
@@ -23,6 +26,7 @@ from peptrain.runs.init_from import initial_weights, with_inherited_model
 from peptrain.testing import EVENT, STEPS, differences, newest
 from peptrain.training import loop
 from peptrain.training.loop import resume, train
+from peptrain.training.state import restore
 
 MERGES_LAST = 2 * EVENT
 """The end of a run whose last step is that of a merge, if it goes on."""
@@ -48,6 +52,20 @@ def test_a_finished_run_that_is_given_more_steps_is_a_longer_run(
     resume(tmp_path / "extended", steps=STEPS)
     assert differences(newest(tmp_path / "extended"), newest(tmp_path / "longer")) == []
     assert load(tmp_path / "extended" / "config.toml").train.steps == STEPS
+
+
+def test_what_is_made_up_for_may_not_wait_forever_for_another_process(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes share it out, so each waits for the others."""
+    dog, limits = Watchdog(), []
+    train(tiny("bpt", corpus, tmp_path / "run", train={"steps": EVENT}))
+    saved = newest(tmp_path / "run")
+    monkeypatch.setattr(BPT, "after_step", lambda *given: limits.append(dog._limit) or {})
+    config = load(tmp_path / "run" / "config.toml")
+    longer = replace(config, train=replace(config.train, steps=STEPS))
+    restore(longer, saved, World(0, 1, torch.device("cpu"), watchdog=dog, slow=700.0))
+    assert limits == [700.0]
 
 
 WSD = {"kind": "wsd", "decay": 2, "warmup": 1}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -52,13 +53,25 @@ class Owners:
         """Replace the tensors of every item in place by those of its owner."""
         if self.size == 1:
             return
-        sent = [
-            dist.broadcast(tensor.detach(), owner, async_op=True)
-            for owner, tensors in zip(self.of, items, strict=True)
-            for tensor in tensors
-        ]
-        for work in sent:
-            work.wait()
+        owned = zip(items, self.of, strict=True)
+        send_((tensor, owner) for tensors, owner in owned for tensor in tensors)
+
+
+def send_(tensors: Iterable[tuple[Tensor, int]]) -> None:
+    """Replace each tensor in place by that of the rank given with it.
+
+    Backends lack some dtypes, so bytes are sent. They read and write a tensor as if it were
+    contiguous, so one that is not, such as the first columns of a matrix, is copied.
+    """
+    sent = []
+    for tensor, owner in tensors:
+        whole = tensor.detach().contiguous()
+        work = dist.broadcast(whole.view(-1).view(torch.uint8), owner, async_op=True)
+        sent.append((work, tensor.detach(), whole))
+    for work, tensor, whole in sent:
+        work.wait()
+        if not tensor.is_contiguous():
+            tensor.copy_(whole)
 
 
 def owners(costs: Sequence[float]) -> Owners:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peptrain.distributed.owners import send_
 from peptrain.distributed.world import World
 from peptrain.errors import Unsupported
 
@@ -22,19 +23,20 @@ class Replicas:
     def __init__(self, module: nn.Module, here: World, dtype: torch.dtype | None) -> None:
         """dtype: that in which gradients are summed. None: their own."""
         self.here, self.dtype = here, dtype
+        # Frozen ones too, which a method may train later. The module is a loss around `model`.
         named = module.named_parameters()
-        self.names: dict[Tensor, str] = {p: name for name, p in named if p.requires_grad}
+        self.names: dict[Tensor, str] = {p: name.removeprefix("model.") for name, p in named}
         self.moved: set[Tensor] = set()
         """Parameters with a gradient, the same in every step and on every rank."""
         with here.within(here.slow):
-            for p in module.parameters():
-                dist.broadcast(p.detach(), 0)
+            send_((p, 0) for p in self.names)
 
     def sum_gradients(self) -> None:
         """Replace each gradient by its sum over the ranks, in place, with one call for a dtype.
 
         Raises Unsupported if other parameters have gradients than on another rank or in the first
-        step, because the ranks would add up tensors that do not belong together.
+        step, because the ranks would add up tensors that do not belong together, and for a sparse
+        gradient.
         """
         moved = [p for p in self.names if p.grad is not None]
         if not self.moved:
@@ -46,6 +48,11 @@ class Replicas:
         alike: dict[torch.dtype, list[Tensor]] = {}
         for p in moved:
             assert p.grad is not None
+            if p.grad.layout != torch.strided:
+                raise Unsupported(
+                    f"{self.names[p]}: has a sparse gradient, which several processes can't sum;"
+                    " make the layer with sparse=False, or train in one process"
+                )
             alike.setdefault(p.grad.dtype, []).append(p.grad)
         for dtype, gradients in alike.items():
             if self.dtype in (None, dtype):

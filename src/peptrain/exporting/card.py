@@ -67,6 +67,11 @@ def base_of(path: Path) -> str:
     return names[-1].removeprefix("models--").replace("--", "/") if names else path.name
 
 
+def in_markdown(name: str) -> str:
+    """Return a name for a cell of a table, or between backticks, neither of which it may end."""
+    return re.sub(r"[`|]", "_", one_line(name))
+
+
 def metadata(opened: Opened) -> dict[str, str]:
     """Return what safetensors files say about themselves: method, recipe, step and version."""
     recipe = _recipe(opened)
@@ -172,7 +177,7 @@ def _training(opened: Opened, base: str | None) -> Iterator[tuple[str, str]]:
     yield "learning rate", f"{c.optim.lr} ({c.optim.kind}, schedule {c.schedule.kind})"
     yield "precision", str(c.train.precision)
     yield "seed", str(c.train.seed)
-    yield "started from", base or "random weights"
+    yield "started from", in_markdown(base) if base else "random weights"
     if recipe := _recipe(opened):
         yield "recipe", recipe
     yield "peptrain", " and ".join(dict.fromkeys(_versions(opened))) or "unknown"
@@ -190,7 +195,7 @@ def _sizes(config: PretrainedConfig) -> str:
 
 def _task(opened: Opened) -> str:
     """Return the name of the task, which may be given as a file."""
-    return one_line(Path(opened.config.tune.task).stem)
+    return in_markdown(Path(opened.config.tune.task).stem)
 
 
 def _settings(opened: Opened) -> str:
@@ -219,7 +224,7 @@ def _results(opened: Opened) -> Iterator[tuple[str, str]]:
     for name, value in found.items():
         if isinstance(value, int | float):
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            yield one_line(name.replace("_", " ").replace("|", " ")), shown
+            yield in_markdown(name.replace("_", " ")), shown
 
 
 def _evaluated(entry: Mapping[str, Any], data: Any) -> dict[str, Any]:

@@ -212,6 +212,11 @@ def _compare(
     )
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     before, after = model(ids, **both).logits, written(ids, **both).logits
+    if not before.isfinite().all():
+        raise CheckpointError(
+            "the run's own logits are not finite, so its training had diverged; nothing was"
+            " exported; give an earlier checkpoint by --step"
+        )
     difference = _relative(before, after)
     if not difference <= TOLERANCE[before.dtype]:
         raise CheckpointError(

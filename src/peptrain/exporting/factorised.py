@@ -126,7 +126,9 @@ def _sums(path: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
 
 def _verify(path: Path, recipe: dict[str, Any], *, needed: bool) -> None:
     """Remove the checksums from `recipe`. Raise ValueError for a file that differs from its own."""
-    sums = recipe.pop(CHECKSUMS) if needed else recipe.pop(CHECKSUMS, {})  # absent in 0.1.0
+    sums = recipe.pop(CHECKSUMS, {})  # absent in 0.1.0
+    if not isinstance(sums, dict) or (needed and not sums):
+        raise ValueError(f"{RECIPE}: has no checksums ({CHECKSUMS!r})")
     found = _sums(path, recipe) if sums else {}
     for name in sorted(sums.keys() | found.keys()):
         if found.get(name) != sums.get(name):
@@ -225,10 +227,12 @@ def _read(path: Path) -> PreTrainedModel:
         if old:
             return _read_old(path, recipe)
         model, report = auto.load_model(path, factorised=True)
-        if lacking := sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])]):
+        shapes = (name for name, *_ in report["mismatched_keys"])
+        if lacking := sorted([*report["missing_keys"], *shapes]):
             raise ValueError(f"{lacking[0]}: not in the weights, or of another shape")
     except (
-        OSError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError, Unsupported
+        OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
+        StrictDataclassError, Unsupported,
     ) as error:  # fmt: skip
         raise CheckpointError(f"{path}: can't be read: {error}; export it again") from error
     model.eval()

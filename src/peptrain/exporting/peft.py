@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from peptrain.config import RunConfig
 from peptrain.errors import PeptrainError, Unsupported
-from peptrain.exporting.card import Loading, base_of, describe, metadata
+from peptrain.exporting.card import Loading, base_of, describe, in_markdown, metadata
 from peptrain.files import read_json_object
 from peptrain.methods.base import Method
 from peptrain.methods.dora import DoRALinear
@@ -50,7 +50,7 @@ def load_peft(config: RunConfig[Method]) -> Loading:
             labels = max(1, len(config.tune.classes))
             more += f", num_labels={labels}, pad_token_id={config.tune.pad_token}"
     base = f"transformers.{loader}.from_pretrained(BASE{more})"
-    named = f" `{base_of(at(config.init_from)[0])}`" if config.init_from else ""
+    named = f" `{in_markdown(base_of(at(config.init_from)[0]))}`" if config.init_from else ""
     note = (
         f"`BASE` is the directory or the name on the hub of the base model{named}, without which"
         " the adapter is nothing. In training it had this dtype."

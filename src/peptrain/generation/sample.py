@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from peptrain.errors import DataError, Unsupported
 from peptrain.models.hf import Precision, autocast, vocabulary_size
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS, TEMPERATURE = 64, 0.8
+COLDEST = 1e-6
+"""Below it T itself leaves fp32 at last, and the likeliest token was certain long before."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Sampling:
     def __post_init__(self) -> None:
         check_whole("--tokens", self.tokens, 1)
         check_positive("--temperature", self.temperature, or_zero=True)
+        wanted = f"0, or at least {COLDEST:g}"
+        check(not 0 < self.temperature < COLDEST, "--temperature", self.temperature, wanted)
         check(0 < self.top_p <= 1, "--top-p", self.top_p, "above 0 and at most 1")
 
     def settings(self) -> dict[str, Any]:
@@ -118,7 +123,6 @@ def continuation(
         eos_token_id=end or None,
         pad_token_id=end[0] if end else 0,
         use_cache=cache,
-        remove_invalid_values=True,  # a model that diverges writes nonsense, and no error
     )
     device = model.device
     given = torch.tensor([[*ids]], device=device)
@@ -129,13 +133,28 @@ def continuation(
         autocast(precision, device),
     ):
         seed_default(seed, device)
-        made = model.generate(given, settings, attention_mask=torch.ones_like(given))  # type: ignore[operator]
+        made = model.generate(  # type: ignore[operator]
+            given,
+            settings,
+            attention_mask=torch.ones_like(given),
+            logits_processor=[_bounded],
+        )
     written: list[int] = made[0, len(ids) :].tolist()
     if written and written[-1] in end:
         written.pop()
     before, whole = encoder.decode(ids), encoder.decode([*ids, *written])
     # Decoded alone, a continuation may lose the space that it begins with.
     return whole.removeprefix(before) if whole.startswith(before) else encoder.decode(written)
+
+
+def _bounded(_: Tensor, logits: Tensor) -> Tensor:
+    """Return logits with the same softmax of which none is above 0, with nan as 0.
+
+    So their quotient by a temperature is never infinite: a model that diverges writes nonsense and
+    raises no error.
+    """
+    finite = logits.nan_to_num(0.0)
+    return finite - finite.amax(-1, keepdim=True)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from peptrain.errors import DataError, PeptrainError, Unsupported
@@ -81,15 +83,16 @@ def load_config(path: Path, *, factorised: bool = False, **overrides: Any) -> Pr
 
 
 @contextmanager
-def of_strangers(what: str) -> Iterator[None]:
+def of_strangers(what: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn any error about the values in a config.json into Unsupported, which begins with `what`.
 
     transformers raises anything for values that do not fit together. This is the one place that
-    catches it.
+    catches it. but: errors that the caller expects.
     """
+    expected: tuple[type[Exception], ...] = (PeptrainError, MemoryError, *but)
     try:
         yield
-    except (PeptrainError, MemoryError):
+    except expected:
         raise
     except Exception as error:
         said = " ".join(str(error).split())  # transformers writes several lines
@@ -169,16 +172,18 @@ def load_model(
     if (generation := path / "generation_config.json").exists():
         read_json_object(generation)  # transformers does not say which file is damaged
     auto: Any = AutoModelForCausalLM if classifier is None else _classifier(classifier)[0]
-    model, report = auto.from_pretrained(
-        path,
-        config=classifier or load_config(path, factorised=factorised),
-        dtype=dtype,
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # listed in the report
-        output_loading_info=True,
-    )
+    expected = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
+    with of_strangers(f"{path / 'config.json'}", but=expected):
+        model, report = auto.from_pretrained(
+            path,
+            config=classifier or load_config(path, factorised=factorised),
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # listed in the report
+            output_loading_info=True,
+        )
     return model, report
 
 

@@ -56,8 +56,15 @@ class FactorisedModel:
 def factorise(model: nn.Module, ranks: dict[str, int], activation: str | None) -> None:
     """Replace each nn.Linear that `ranks` names by A, the activation if any, and B.
 
-    Raises ValueError for a name in `ranks` that no nn.Linear has.
+    Raises ValueError for a name in `ranks` that no nn.Linear has, and for impossible values.
     """
+    if not isinstance(ranks, dict) or not ranks:
+        raise ValueError(f"ranks: must be an object with r by the matrix's name (got {ranks!r})")
+    for name, r in ranks.items():
+        if type(r) is not int or r < 1:
+            raise ValueError(f"ranks: {name!r} must have an integer >= 1 (got {r!r})")
+    if activation is not None and activation not in list(ACT2FN):
+        raise ValueError(f"factor_activation: transformers has no {activation!r}")
     found = set()
     for name, linear in list(model.named_modules()):
         key = name if name in ranks else every_layer(name)

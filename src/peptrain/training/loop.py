@@ -197,6 +197,7 @@ def _train(
     stop.at_once = None
     counts |= objective.last([*run.metrics(), {"step": state.step, **judged}])
     metrics_log.end(state.step, held_out, **counts, **judged, state_bytes=result.state_bytes)
+    here.agree(None)  # the others leave the process group when rank 0 has counted and written
     return result
 
 

@@ -86,7 +86,7 @@ def restore(
         if entered:
             config.method.on_phase_start(model, optimizer, phase)
         elif step == saved.end < end:  # the run was extended: no longer the last step of a phase
-            with here.sharing():
+            with here.within(here.slow), here.sharing():
                 config.method.after_step(model, optimizer, step, Rng(config.train.seed))
     base = schedule.build(config.schedule, config.train.steps)
     moves = config.method.schedule(base)
