@@ -160,7 +160,7 @@ def test_resolving_leaves_nothing_unset_and_is_idempotent(name: str) -> None:
         "sample_prompts",
         "parallel",
         "exchange",
-        *("embedding_lr", "head_lr"),
+        *("embedding_lr", "head_lr", "muon_scale"),
         *("rows", "labels", "pad_token"),
     } | {f.name for f in fields(ModelConfig)}
     optional.add(
