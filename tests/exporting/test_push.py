@@ -12,11 +12,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from support import tiny
 
 from peptrain.cli.app import main
 from peptrain.errors import ConfigError, PeptrainError
+from peptrain.exporting.export import export
 from peptrain.exporting.push import check_push, push
+from peptrain.models.auto import load_model
 from peptrain.training.loop import train
 
 TOKEN = "hf_standin"
@@ -129,6 +132,24 @@ def test_a_push_uploads_the_verified_export(
     assert made["message"] == "dense export by peptrain" and not hub.tags
     assert made["files"] == {p.name: p.read_bytes() for p in out.iterdir()}
     assert made["files"]["README.md"].startswith(b"---\nlibrary_name: transformers\n")
+
+
+def test_push_to_hub_of_the_small_model_uploads_its_code_and_it_comes_back(
+    corpus: Path, hub: Hub, tmp_path: Path
+) -> None:
+    """The method that transformers' models have."""
+    train(tiny("loro", corpus, tmp_path / "run"))
+    small = export(tmp_path / "run", tmp_path / "small", "factorised")
+    model: Any = load_model(small, factorised=True)[0].eval()
+    model.push_to_hub("org/name")
+    (made,) = hub.commits
+    assert made["files"].keys() >= {"config.json", "model.safetensors", "modeling_factorised.py"}
+    (back := tmp_path / "back").mkdir()
+    for name, content in made["files"].items():
+        (back / name).write_bytes(content)
+    again: Any = load_model(back, factorised=True)[0].eval()
+    ids = torch.arange(30)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_all_steps_are_a_commit_and_a_tag_each(

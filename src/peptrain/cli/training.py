@@ -118,7 +118,7 @@ def estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[
             config: TOML file with any of these settings. Flags override it.
             recipe: Use the settings of a row of a paper's table (`peptrain recipes` lists them).
             gpu_memory: GPU memory such as 24GiB. Adds the largest micro-batch and rank that fit.
-            ranks: Number of DDP processes (GPUs), each with a full replica.
+            ranks: Number of processes (GPUs), each of which holds the whole model.
             json: Print JSON. Log messages go to stderr.
         """
         from peptrain.cli.flags import say_what_a_preset_leaves

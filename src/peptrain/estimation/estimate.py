@@ -23,7 +23,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimate of a run, with memory per process (DDP rank)."""
+    """Estimate of a run, with memory per process."""
 
     config: RunConfig[Method]
     ranks: int

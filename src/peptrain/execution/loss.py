@@ -23,10 +23,9 @@ log = logging.getLogger("peptrain")
 
 
 class NextTokenLoss(nn.Module):
-    """Mean cross-entropy of windows of tokens, in nats; this module is replicated over processes.
+    """Mean cross-entropy of windows of tokens, in nats.
 
-    The loss is computed inside forward, so that a wrapper such as DDP sees the use of the output
-    head. For a plain linear head the logits are computed in chunks and never exist all at once.
+    For a plain linear head the logits are computed in chunks and never exist all at once.
     """
 
     def __init__(self, model: PreTrainedModel, *, compile: bool = False) -> None:
