@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from pytest import approx
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -272,9 +273,9 @@ def test_the_configuration_of_an_old_run_is_read_and_written_unchanged(name: str
 def test_a_dense_export_has_the_same_files(name: str, old: Old, tmp_path: Path) -> None:
     theirs, ours = old.export(name, "dense"), export(old.run(name), tmp_path / "out")
     names = sorted(path.name for path in theirs.iterdir())
-    assert sorted(path.name for path in ours.iterdir()) == names
-    # The tokenizer's files now say that it adds nothing.
-    said = ("tokenizer.json", "tokenizer_config.json")
+    assert sorted(path.name for path in ours.iterdir()) == sorted([*names, "README.md"])
+    # The tokenizer's files now say that it adds nothing, and the weights how they were trained.
+    said = ("tokenizer.json", "tokenizer_config.json", "model.safetensors")
     kept = [n for n in names if n not in said]
     assert [n for n in kept if (ours / n).read_bytes() != (theirs / n).read_bytes()] == []
     before, now = (json.loads((d / "tokenizer.json").read_bytes()) for d in (theirs, ours))
@@ -282,6 +283,11 @@ def test_a_dense_export_has_the_same_files(name: str, old: Old, tmp_path: Path) 
     assert now == {k: v for k, v in before.items() if k != "post_processor"}
     before, now = (json.loads((d / "tokenizer_config.json").read_bytes()) for d in (theirs, ours))
     assert now == before | {"add_bos_token": False, "add_eos_token": False}
+    weights, before = load_file(ours / said[2]), load_file(theirs / said[2])
+    assert weights.keys() == before.keys()
+    assert all(torch.equal(weights[n], before[n]) for n in before)
+    with safe_open(ours / said[2], "pt") as opened:
+        assert opened.metadata().items() >= {"format": "pt", "method": name}.items()
 
 
 @pytest.mark.parametrize("name", [name for name, form in EXPORTS if form == "dense"])

@@ -134,6 +134,7 @@ def test_a_push_uploads_the_verified_export(
     assert made["files"]["README.md"].startswith(b"---\nlibrary_name: transformers\n")
 
 
+@pytest.mark.slow
 def test_push_to_hub_of_the_small_model_uploads_its_code_and_it_comes_back(
     corpus: Path, hub: Hub, tmp_path: Path
 ) -> None:
