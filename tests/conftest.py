@@ -180,6 +180,7 @@ EXHAUSTIVE = re.compile(
     r"|test_a_name_is_there_in_a_new_process_twice\[(?!train|METHODS)"
     r"|test_low_precision_trains_on_a_cpu\[(?!.*galore)"
     r"|test_accumulation_is_one_big_batch\[(?!full|loro|relora)"
+    r"|test_a_method_keeps_the_laws_with_rates_of_their_own\[(?!.*(full|loro)\])"
     r"|test_the_configuration_of_(the|a)_run_replays_it\[(?!.*(full|loro|relora))"
     r"|test_lora_and_relora"
     r"|test_a_finished_run_that_is_given_more_steps\w*\[(?!relora|loro)"
