@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support import Killed, kill_at, tiny
 from transformers import RobertaConfig, RobertaForSequenceClassification
-from tuned import ROBERTA, WORDS, tuning, write_encoder, write_rows
+from tuned import ROBERTA, WORDS, tuning, write_encoder, write_rows, write_t5
 
 from peptrain.config import load
 from peptrain.errors import CheckpointError, ConfigError, DataError
@@ -126,6 +126,19 @@ def test_a_tokenizer_of_another_model_is_refused(data: Path, tmp_path: Path) -> 
     (start / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"init_from: .* has no tokenizer.json"):
         train(tuning("full", start, data, tmp_path / "run"))
+
+
+def test_a_tokenizer_may_have_ids_that_no_text_has(data: Path, tmp_path: Path) -> None:
+    """T5's has 32,100, and models with 32,000 are trained on its texts."""
+    known = WORDS.index("no") + 1  # the last word of the texts of CoLA
+    start = write_encoder(tmp_path / "start", vocab_size=known)
+    train(tuning("full", start, data, tmp_path / "run", {"epochs": 1}))
+    start = write_encoder(tmp_path / "smaller", vocab_size=known - 1)
+    with pytest.raises(ConfigError, match=rf"token id {known - 1} in the data"):
+        train(tuning("full", start, data, tmp_path / "another"))
+    start = write_t5(tmp_path / "t5", vocab_size=WORDS.index("0.4"))  # of a target, 0.4 to 4.4
+    with pytest.raises(ConfigError, match=rf"token id {WORDS.index('4.4')} in the data"):
+        train(tuning("full", start, data, tmp_path / "third", {"task": "stsb"}))
 
 
 def renamed(start: Path, copy: Path, **words: str) -> Path:

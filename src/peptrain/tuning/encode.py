@@ -47,6 +47,12 @@ class Encoded:
     def tokens(self) -> int:
         return sum(map(len, self.ids))
 
+    @property
+    def largest(self) -> int:
+        """The largest id, in target texts too."""
+        targets = int(self.labels.max()) if self.labels.ndim == 2 else 0
+        return max(targets, *(int(ids.max()) for ids in self.ids))
+
     def checksum(self) -> str:
         """Return 16 hex digits that identify ids and labels."""
         digest = sha256()

@@ -138,7 +138,9 @@ class Labels:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ConfigError unless the model can read the data."""
-        check_vocabulary(self._words, vocabulary_size(model))
+        parts = (self._rows, *self._validation.values())
+        largest = max(part.largest for part in parts)
+        check_vocabulary(self._words, largest, vocabulary_size(model))
         start = getattr(model.config, "decoder_start_token_id", None)
         check(not self._writes_text or start is not None,
               "init_from: decoder_start_token_id in config.json", start,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peptrain.data.tokenizer import configured, end_id, load_tokenizer, vocabulary
+from peptrain.data.tokenizer import configured, end_id, load_tokenizer
 from peptrain.errors import ConfigError, DataError
 from peptrain.files import read_json_object
 from peptrain.runs.directory import RunDir
@@ -72,10 +72,13 @@ def _padding(file: Path) -> int | None:
     return found if type(found) is int and found >= 0 else None
 
 
-def check_vocabulary(words: Words, rows: int) -> None:
-    """Raise ConfigError unless an embedding with so many rows has all ids of the tokenizer."""
-    if (size := vocabulary(words.tokenizer)) > rows:
+def check_vocabulary(words: Words, largest: int, rows: int) -> None:
+    """Raise ConfigError unless an embedding with so many rows has an id as large as `largest`.
+
+    A tokenizer may have more ids than the model: T5's has a hundred that mark gaps in a text.
+    """
+    if largest >= rows:
         raise ConfigError(
-            f"model.vocab_size: too small for the tokenizer in {words.directory}, which has {size}"
-            f" ids (got {rows}); give the tokenizer that belongs to the model"
+            f"model.vocab_size: too small for token id {largest} in the data, by the tokenizer in"
+            f" {words.directory} (got {rows}); give the tokenizer that belongs to the model"
         )
