@@ -134,22 +134,26 @@ def train(args: Any, stage: str, blocks: Mapping[str, Row]) -> list[Row]:
 
 
 def tune(args: Any, names: Sequence[str]) -> list[Row]:
-    """Train the rates that tune.csv lacks, delete what isn't the best, return all rows."""
+    """Train the rates that tune.csv lacks, delete what isn't the best, return all rows.
+
+    One method after another, so that a call that is cut off loses the rates of one.
+    """
     file = args.out / "tune.csv"
     tuned = rows_of(file)
-    have = {(row["method"], row["lr"]) for row in tuned}
-    blocks = {name: settings_of(name, args, tuned) | {"optim.lr": rates, "train.seed": 0}
-              for name in names
-              if (rates := [lr for lr in args.rates if (name, lr) not in have])}  # fmt: skip
-    runs = train(args, "tune", blocks)
-    done = [run for run in runs if run["state"] in ("finished", "diverged")]
-    tuned += [{key: run.get(key) for key in TUNED} for run in done]
-    write_atomically(file, as_csv(TUNED, tuned))
-    if len(done) < len(runs):
-        raise SystemExit(f"failed runs, see {args.runs / 'logs'}; repeat the command to retry")
-    for run in runs:
-        if not args.keep_runs and run["lr"] != best(tuned, run["method"])[0]:
-            shutil.rmtree(args.runs / run["run"])
+    for name in names:
+        have = {row["lr"] for row in tuned if row["method"] == name}
+        if not (rates := [lr for lr in args.rates if lr not in have]):
+            continue
+        block = settings_of(name, args, tuned) | {"optim.lr": rates, "train.seed": 0}
+        runs = train(args, "tune", {name: block})
+        done = [run for run in runs if run["state"] in ("finished", "diverged")]
+        tuned += [{key: run.get(key) for key in TUNED} for run in done]
+        write_atomically(file, as_csv(TUNED, tuned))
+        if len(done) < len(runs):
+            raise SystemExit(f"failed runs, see {args.runs / 'logs'}; repeat the command to retry")
+        for run in runs:
+            if not args.keep_runs and run["lr"] != best(tuned, name)[0]:
+                shutil.rmtree(args.runs / run["run"])
     return tuned
 
 
@@ -262,9 +266,8 @@ def main(argv: list[str] | None = None) -> None:
     device = device_of(args.device)
     shapes = {"steps": args.steps, "batch": f"{args.batch_size} x {args.seq_len}"}
     announce(device, {"model": args.preset, **shapes, "runs at a time": args.workers})
-    if {"full", "relora-warm"} <= set(args.only):
-        tune(args, ["full"])
-    tuned = tune(args, args.only)
+    # relora-warm needs the best rate of full.
+    tuned = tune(args, sorted(args.only, key=lambda name: name != "full"))
     judge_all(args, args.only, tuned)
     write(args, device, print_tables(args.out))
 
