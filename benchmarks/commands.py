@@ -52,7 +52,8 @@ class Command:
     only: tuple[str, ...] = ("*",)
     """Files of the subject to damage."""
     values: bool = True
-    """Whether changed values can be noticed. A Hugging Face directory has no checksums."""
+    """Whether changed values can be noticed. A Hugging Face directory and the rows of a task have
+    no checksums."""
     call: Callable[[list[str]], int] = peptrain
 
 
@@ -93,6 +94,11 @@ def printed(copy: Copy, out: str) -> str:
     return "\n".join(line for line in out.splitlines() if line.startswith("perplexity"))
 
 
+def of_entries(copy: Copy, out: str) -> Any:
+    """Return what `eval` wrote to the file of --out."""
+    return json.loads(copy.made.read_text(encoding="utf-8"))
+
+
 def factors(words: list[str]) -> int:
     """Load a factorised model as the command would: print a hash of it, or one line of error."""
     try:
@@ -109,13 +115,15 @@ def factors(words: list[str]) -> int:
     return 0
 
 
-def moved(copy: Copy) -> list[str]:
-    """Resume a copy of the begun run, on the damaged corpus."""
-    shutil.copytree(copy.subjects.get("begun"), copy.made)
-    config = copy.made / "config.toml"
+def moved(copy: Copy, name: str) -> Path:
+    """Return a copy of a run that was made with the damaged corpus or model."""
+    run = copy.made.with_name("moved")
+    shutil.copytree(copy.subjects.get(name), run)
+    config = run / "config.toml"
     text = config.read_text(encoding="utf-8")
-    config.write_text(text.replace(str(copy.subjects.get(CORPUS)), str(copy.path)), "utf-8")
-    return ["resume", str(copy.made)]
+    whole = str(copy.subjects.get(copy.path.name))
+    config.write_text(text.replace(f'"{whole}"', f'"{copy.path}"'), encoding="utf-8")
+    return run
 
 
 def training(copy: Copy, *more: str, method: str = "full") -> list[str]:
@@ -129,8 +137,26 @@ def on(copy: Copy) -> str:
     return f"--data.path={copy.subjects.get(CORPUS)}"
 
 
-def exporting(copy: Copy, form: str) -> list[str]:
-    return ["export", str(copy.path), "--out", str(copy.made), "--form", form]
+def exporting(copy: Copy, form: str, run: Path | None = None) -> list[str]:
+    return ["export", str(run or copy.path), "--out", str(copy.made), "--form", form]
+
+
+def generating(copy: Copy) -> list[str]:
+    """Draw 36 tokens in all: enough that other weights show in them."""
+    drawn = ["--tokens=12", "--samples=3", "--temperature=1", "--device=cpu"]
+    return ["generate", str(copy.path), "eta", *drawn]
+
+
+def judging(copy: Copy) -> list[str]:
+    data = f"--data={copy.subjects.get(CORPUS)}"
+    return ["eval", str(copy.path), data, f"--out={copy.made}", "--device=cpu"]
+
+
+def tuning(copy: Copy, run: Path, rows: Path) -> list[str]:
+    """Fine-tune for three steps in a new run."""
+    sizes = ["--epochs=1", "--train.batch-size=4", "--train.seq-len=16", "--train.device=cpu"]
+    given = [f"--init-from={run}", "--task=cola", f"--tasks-data={rows}", f"--run={copy.made}"]
+    return ["tune", "full", *given, "--train.precision=fp64", *sizes]
 
 
 def preparing(copy: Copy) -> list[str]:
@@ -149,6 +175,11 @@ COMMANDS = [
     Command("eval --data", "run", lambda c: [
         "eval", str(c.path), "--device=cpu", f"--data={c.subjects.get(CORPUS)}"], printed),
     Command("export", "run", lambda c: exporting(c, "dense"), lambda c, out: of_export(c.made)),
+    Command("export --form gguf", "run", lambda c: exporting(c, "gguf"),
+            lambda c, out: of_export(c.made)),
+    Command("generate", "run", generating, lambda c, out: out),
+    Command("tune --init-from", "run", lambda c: tuning(c, c.path, c.subjects.get("rows")),
+            lambda c, out: of_run(c.made)),
     Command("train --init-from", "run", lambda c: training(c, on(c), f"--init-from={c.path}"),
             lambda c, out: of_run(c.made)),
     Command("train --config", "run", lambda c: [
@@ -166,6 +197,8 @@ COMMANDS = [
         lambda c, out: of_run(c.made), OF_LONGER),
     Command("export", "loro", lambda c: exporting(c, "factorised"),
             lambda c, out: of_export(c.made)),
+    Command("export --form peft", "adapted", lambda c: exporting(c, "peft"),
+            lambda c, out: of_export(c.made)),
     Command("resume", "copied", lambda c: ["resume", str(c.path)],
             lambda c, out: of_run(c.path), ("model.json",)),
     Command("eval", "copied", lambda c: ["eval", str(c.path), "--device=cpu"], printed,
@@ -175,11 +208,20 @@ COMMANDS = [
         lambda c, out: of_table(c.path), TEXTS),
     Command("train --init-from", "dense", lambda c: training(c, on(c), f"--init-from={c.path}"),
             lambda c, out: of_run(c.made), values=False),
+    Command("export --form peft", "dense", lambda c: exporting(c, "peft", moved(c, "adapted")),
+            lambda c, out: of_export(c.made), values=False),
+    Command("eval --data", "dense", judging, of_entries, values=False),
+    Command("generate", "dense", generating, lambda c, out: out, values=False),
     Command("load_factorised", "factorised", lambda c: [str(c.path)], printed, call=factors),
+    Command("eval --data", "factorised", judging, of_entries),
+    Command("generate", "factorised", generating, lambda c, out: out),
     Command("train", "corpus", lambda c: training(c, f"--data.path={c.path}", *SMALL),
             lambda c, out: of_run(c.made)),
-    Command("resume", "corpus", moved, lambda c, out: of_run(c.made)),
+    Command("resume", "corpus", lambda c: ["resume", str(moved(c, "begun"))],
+            lambda c, out: of_run(c.path.with_name("moved"))),
     Command("eval --data", "corpus", lambda c: [
         "eval", str(c.subjects.get("run")), "--device=cpu", f"--data={c.path}"], printed),
+    Command("tune", "rows", lambda c: tuning(c, c.subjects.get("run"), c.path),
+            lambda c, out: of_run(c.made), values=False),
     Command("data prepare", "unfinished", preparing, lambda c, out: of_files(c.path)),
 ]  # fmt: skip

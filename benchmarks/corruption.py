@@ -117,7 +117,8 @@ def classify(command: Command, one: Ran, whole: Ran, file: Path, copy: Copy) -> 
         return "refused" if told and names(line, file) else "unclear"
     if one.result == whole.result:
         return "harmless"
-    if any(names(line.strip(), file) for line in news(one.out, whole.out)):
+    said, usual = (f"{it.out}\n{it.err}" for it in (one, whole))
+    if any(names(line.strip(), file) for line in news(said, usual)):
         return "reported"
     return "as written" if "--config" in command.name and replayed(copy, file) else "silent"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import random
 import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -120,6 +122,26 @@ class Subjects:
         """A run whose model is in a file of its own, model.json."""
         self._train("full", path, lambda row: None, **dict.fromkeys(MODEL),
                     config=self.get("dense"))  # fmt: skip
+
+    def _adapted(self, path: Path) -> None:
+        """A run of an adapter around the model of a Hugging Face directory."""
+        method = small(METHODS["lora"], warm_start_steps=0, train_rest=False)
+        config = small_run(
+            method,
+            self.get(CORPUS),
+            path,
+            model=dict.fromkeys(MODEL),
+            train={"checkpoint_every": 2, "precision": "fp32", "device": "cpu"},
+        )
+        train(replace(config, init_from=self.get("dense")))
+
+    def _rows(self, path: Path) -> None:
+        """The data of a task to fine-tune on."""
+        (path / "cola").mkdir(parents=True)
+        for split, sentences in (("train", 13), ("validation", 9)):
+            rows = [{"sentence": f"eta {n} oin", "label": n % 2} for n in range(sentences)]
+            text = "".join(f"{json.dumps(row)}\n" for row in rows)
+            (path / "cola" / f"{split}.jsonl").write_text(text, encoding="utf-8")
 
     def _grid(self, path: Path) -> None:
         self.grid_file.write_text(GRID.format(corpus=self.get(CORPUS)), encoding="utf-8")
