@@ -1,7 +1,7 @@
 """Damage every file of runs, corpora, comparisons and exports, one at a time, and run each command.
 
     python benchmarks/corruption.py [--only 'run/config.toml' 'corpus/*'] [--flips 8]
-                                    [--workers 1] [--json FILE]
+                                    [--workers 1] [--out FILE] [--table]
 
 Each case is a fresh copy with one damaged file, in which one command runs in this process. Its
 outcome is one of
@@ -18,6 +18,10 @@ outcome is one of
                  neither file nor setting, an exception, no end within a minute
 
 Everything is tiny and runs on the CPU. The exit status is 1 if anything happened that must not.
+
+--out gets a line as soon as a command has read every damage of a file. Repeated with the same file,
+after it was interrupted or with other --only, the sweep continues with what is not in it. The table
+is of the whole file, and --table prints it without running anything.
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from subjects import COMMANDS, Command, Copy, Subjects, checked, damages, files_in, put
+from commands import COMMANDS, Command, Copy, files_in
+from subjects import Subjects, checked, damages, put
 
 from peptrain.config import load
 
@@ -112,7 +117,8 @@ def classify(command: Command, one: Ran, whole: Ran, file: Path, copy: Copy) -> 
         return "refused" if told and names(line, file) else "unclear"
     if one.result == whole.result:
         return "harmless"
-    if any(names(line.strip(), file) for line in news(one.out, whole.out)):
+    said, usual = (f"{it.out}\n{it.err}" for it in (one, whole))
+    if any(names(line.strip(), file) for line in news(said, usual)):
         return "reported"
     return "as written" if "--config" in command.name and replayed(copy, file) else "silent"
 
@@ -171,9 +177,11 @@ class Sweep:
         checked(whole.status or bool(whole.raised))
         return whole
 
-    def damage(self, number: int, file: Path) -> list[dict[str, str]]:
+    def damage(self, job: tuple[int, Path]) -> list[dict[str, str]]:
         """Run a command on a file, damaged in every way."""
+        number, file = job
         command, cases = COMMANDS[number], []
+        place = f"{command.subject}/{file}"
         content = (self.subjects.get(command.subject) / file).read_bytes()
         draw = random.Random(f"{self.seed} {file}")
         flipped = self.flips if command.values else 0
@@ -184,14 +192,13 @@ class Sweep:
             one = ran(command, copy)
             found = classify(command, one, whole, copy.path / file, copy)
             said = one.raised or one.err or one.out
-            place = f"{command.subject}/{file}"
             cases.append({"file": place, "command": command.name, "damage": name,
                           "class": found, "said": said[-2000:]})  # fmt: skip
             if found in BAD:
                 last = said.strip().splitlines()[-1:] or [""]
                 print(f"{found}: {place}, {name}, {command.name}: {last[0][:200]}", flush=True)
         total = Counter(case["class"] for case in cases)
-        print(f"{command.subject}/{file}, {command.name}: {counted(total)}", flush=True)
+        print(f"{place}, {command.name}: {counted(total)}", flush=True)
         return cases
 
 
@@ -201,6 +208,60 @@ def counted(total: Counter[str]) -> str:
 
 def selected(command: Command, file: Path, only: list[str]) -> bool:
     return not only or any(fnmatch(f"{command.subject}/{file}", pattern) for pattern in only)
+
+
+class Found:
+    """The cases so far, also those that are in `path` already.
+
+    It has a line of JSON for each command and damaged file. A line whose writing was interrupted is
+    ignored, and so are lines of another seed or number of flips.
+    """
+
+    def __init__(self, path: Path | None, seed: int, flips: int) -> None:
+        self.path, self.settings = path, {"seed": seed, "flips": flips}
+        self.by_job: dict[tuple[int, str], list[dict[str, str]]] = {}
+        if path is None or not path.exists():
+            return
+        text = path.read_text(encoding="utf-8")
+        if text and not text.endswith("\n"):
+            self._append("\n")
+        for line in text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                read = json.loads(line)
+                if read.items() >= self.settings.items():
+                    self._take(read["cases"])
+
+    def _take(self, cases: list[dict[str, str]]) -> None:
+        for number, command in enumerate(COMMANDS):
+            place = cases[0]["file"]
+            if (command.name, command.subject) == (cases[0]["command"], place.partition("/")[0]):
+                self.by_job[number, lasting(place)] = cases
+
+    def _append(self, text: str) -> None:
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    def add(self, cases: list[dict[str, str]]) -> None:
+        """Keep the cases of a command and a file, and write them."""
+        self._take(cases)
+        self._append(json.dumps({**self.settings, "cases": cases}) + "\n")
+
+    def has(self, number: int, file: Path) -> bool:
+        return (number, lasting(f"{COMMANDS[number].subject}/{file}")) in self.by_job
+
+    @property
+    def cases(self) -> list[dict[str, str]]:
+        """All cases, in the order of the commands and files."""
+        return [case for job in sorted(self.by_job) for case in self.by_job[job]]
+
+
+def lasting(file: str) -> str:
+    """Return the name that a file has in every sweep.
+
+    A comparison's names end in a hash of settings, such as the path of the corpus.
+    """
+    return re.sub(r"-[0-9a-f]{8}(?=[/.])", "", file)
 
 
 # The table.
@@ -242,6 +303,25 @@ def table(cases: list[dict[str, str]]) -> Iterator[str]:
         yield f"| `{file}` | {', '.join(commands[file])} | {cells} | {numbers[-1]} |"
 
 
+def run(args: argparse.Namespace, found: Found) -> None:
+    """Damage what `args` select and `found` does not have yet."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="peptrain-corruption-") as name:
+        folder = Path(name).resolve()
+        sweep = Sweep(Subjects(folder), folder, args.flips, args.seed)
+        with patch.dict(os.environ, PEPTRAIN_CACHE=str(folder / "cache")):
+            jobs = [job for job in sweep.jobs(args.only) if not found.has(*job)]
+            for number in {number for number, _ in jobs}:
+                sweep.undamaged(COMMANDS[number])  # makes what it reads, before any fork
+            if args.workers == 1:
+                for job in jobs:
+                    found.add(sweep.damage(job))
+                return
+            with multiprocessing.get_context("fork").Pool(args.workers) as pool:
+                for cases in pool.imap_unordered(sweep.damage, jobs):
+                    found.add(cases)
+
+
 def main(argv: list[str] | None = None) -> int:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -251,27 +331,18 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument("--flips", type=int, default=8, help="of bits, digits and keys, per file")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--workers", type=int, default=1, help="processes")
-    made.add_argument("--json", type=Path, help="write every case to this file")
+    made.add_argument("--out", type=Path, metavar="FILE",
+                      help="lines of JSON with every case; continued where it exists")  # fmt: skip
+    made.add_argument("--table", action="store_true", help="only print the table of --out")
     args = made.parse_args(argv)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="peptrain-corruption-") as name:
-        folder = Path(name).resolve()
-        sweep = Sweep(Subjects(folder), folder, args.flips, args.seed)
-        with patch.dict(os.environ, PEPTRAIN_CACHE=str(folder / "cache")):
-            jobs = list(sweep.jobs(args.only))
-            for number in {number for number, _ in jobs}:
-                sweep.undamaged(COMMANDS[number])  # makes what it reads, before any fork
-            if args.workers == 1:
-                found = [sweep.damage(*job) for job in jobs]
-            else:
-                with multiprocessing.get_context("fork").Pool(args.workers) as pool:
-                    found = pool.starmap(sweep.damage, jobs, chunksize=1)
-    cases = [case for of_file in found for case in of_file]
-    print("\n".join(table(cases)))
-    total = Counter(case["class"] for case in cases)
-    print(f"\n{len(cases)} cases: {counted(total)}")
-    if args.json:
-        args.json.write_text(json.dumps({"cases": cases}, indent=1), encoding="utf-8")
+    if args.table and args.out is None:
+        made.error("--table: needs --out, the file of an earlier sweep")
+    found = Found(args.out, args.seed, args.flips)
+    if not args.table:
+        run(args, found)
+    print("\n".join(table(found.cases)))
+    total = Counter(case["class"] for case in found.cases)
+    print(f"\n{len(found.cases)} cases: {counted(total)}")
     return 1 if any(total[c] for c in BAD) else 0
 
 

@@ -363,10 +363,10 @@ def test_exact_step(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_corruption(script: Any, smoke_folder: Path, tmp_path: Path) -> None:
-    smoke, out = script("smoke"), tmp_path / "json"
+    smoke, out = script("smoke"), tmp_path / "cases.jsonl"
     words = smoke.arguments(smoke.SCRIPTS["corruption"], device="cpu", folder=smoke_folder)
-    assert script("corruption").main([*words, f"--json={out}"]) == 0
-    cases = json.loads(out.read_text())["cases"]
+    assert script("corruption").main([*words, f"--out={out}"]) == 0
+    cases = [case for line in out.read_text().splitlines() for case in json.loads(line)["cases"]]
     found = {(c["file"], c["damage"]): c["class"] for c in cases}
     assert found["begun/checkpoints/step-00000006/SHA256SUMS", "half"] == "harmless"
     assert found["unfinished/train-00000.bin", "random bytes"] == "refused"
@@ -377,9 +377,9 @@ def test_the_corruption_sweep_sees_what_must_not_happen(
     script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Were another result not reported, an error not named, or an exception not caught."""
-    corruption, subjects = script("corruption"), script("subjects")
+    corruption, commands, subjects = (script(n) for n in ("corruption", "commands", "subjects"))
     whole, file = corruption.Ran(0, "", "", 1), tmp_path / "run" / "env.json"
-    copy = subjects.Copy(subjects.Subjects(tmp_path), tmp_path / "run")
+    copy = commands.Copy(subjects.Subjects(tmp_path), tmp_path / "run")
     ran = {
         "harmless": corruption.Ran(0, "", "", 1),
         "refused": corruption.Ran(1, "", f"error: {file}: damaged\n"),
@@ -390,9 +390,42 @@ def test_the_corruption_sweep_sees_what_must_not_happen(
         "hang": corruption.Ran(raised="hang"),
     }
     for name, one in ran.items():
-        assert corruption.classify(subjects.COMMANDS[0], one, whole, file, copy) == name
+        assert corruption.classify(commands.COMMANDS[0], one, whole, file, copy) == name
     lines = list(corruption.table([{"file": "run/env.json", "command": "eval", "class": "hang"}]))
     assert lines[-1] == "| `run/env.json` | eval |  |  |  |  | 1 |"
+
+
+def test_an_interrupted_corruption_sweep_continues_with_what_is_missing(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corruption, out, damaged = script("corruption"), tmp_path / "cases.jsonl", []
+    command = corruption.COMMANDS[0]
+
+    def damage(sweep: Any, job: tuple[int, Path]) -> list[dict[str, str]]:
+        if len(damaged) == 3:
+            raise KeyboardInterrupt
+        damaged.append(str(job[1]))
+        place = f"{command.subject}/{job[1]}"
+        return [{"file": place, "command": command.name, "damage": "half", "class": "refused"}]
+
+    def jobs(sweep: Any, only: list[str], names: str = "abcd") -> Any:
+        return [(0, Path(f"{name}-{os.urandom(4).hex()}.json")) for name in names]
+
+    monkeypatch.setattr(corruption.Sweep, "damage", damage)
+    monkeypatch.setattr(corruption.Sweep, "jobs", jobs)
+    monkeypatch.setattr(corruption.Sweep, "undamaged", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        corruption.main([f"--out={out}"])
+    with out.open("r+") as file:
+        file.truncate(out.stat().st_size - 9)  # cut off while the third was written
+    damaged.clear()
+    assert corruption.main([f"--out={out}"]) == 0
+    assert [name[0] for name in damaged] == ["c", "d"]
+    assert "4 cases: 4 refused" in capsys.readouterr().out
+    assert corruption.main([f"--out={out}", "--table"]) == 0
+    assert "4 cases: 4 refused" in capsys.readouterr().out
+    assert corruption.main([f"--out={out}", "--table", "--seed=1"]) == 0
+    assert "0 cases" in capsys.readouterr().out
 
 
 def test_first_table(ran: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -482,7 +515,7 @@ def test_a_run_that_ends_before_the_clock_kills_it_is_repeated(
 
 def test_the_smoke_test_has_every_script(script: Any) -> None:
     """And so this file has, which calls each as the smoke test does."""
-    parts = {"common", "smoke", "subjects", "study_tables", "tune_tables"}
+    parts = {"commands", "common", "smoke", "subjects", "study_tables", "tune_tables"}
     found = {file.stem for file in BENCHMARKS.glob("*.py")} - parts
     assert script("smoke").SCRIPTS.keys() == found
     assert all(f"test_{name}" in globals() for name in found)

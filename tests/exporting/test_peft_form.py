@@ -1,6 +1,7 @@
 """Exports for PEFT: what PEFT itself computes with them, and the runs that it can't hold."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -148,6 +149,19 @@ def test_another_base_than_that_of_the_training_is_refused(
     shutil.rmtree(moved)
     with pytest.raises(PeptrainError, match=r"init_from: .* is neither a run directory"):
         export(run, tmp_path / "out", "peft")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_a_base_that_can_not_be_read_is_named(
+    name: str, base: Path, corpus: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(base, tmp_path / "base")
+    run = adapted("lora", corpus, tmp_path / "run", moved, **CASES["lora"])
+    (moved / name).write_text("[]")
+    said = rf"^init_from: {re.escape(str(moved))} can't be read: .*; restore the base model$"
+    with pytest.raises(CheckpointError, match=said):
+        export(run, tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_embedding_that_is_the_head_too_is_refused(corpus: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import peptrain
 from peptrain.cli.app import main
 from peptrain.errors import CheckpointError, ConfigError, DataError, Unsupported
 from peptrain.exporting.export import export
+from peptrain.exporting.factorised import RECIPE
 from peptrain.generation.generate import generate
 from peptrain.generation.sample import Sampling, continuation
 from peptrain.methods import METHODS
@@ -190,6 +192,31 @@ def test_a_token_that_the_model_lacks_is_named(made: Path, tmp_path: Path) -> No
     file.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"prompt: has token id 325, .*vocabulary size is 320"):
         generate(tmp_path / "other", "<new25>")
+
+
+@pytest.mark.parametrize("form", ["dense", "small"])
+def test_a_tokenizer_that_can_not_be_read_is_named(form: str, made: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(made / form, tmp_path / "copy")
+    (copy / RECIPE).unlink(missing_ok=True)
+    (copy / "tokenizer_config.json").write_text("[]")
+    said = rf"^{re.escape(str(copy))}: no tokenizer .*tokenizer_config.json: a JSON list, not an"
+    with pytest.raises(CheckpointError, match=said):
+        generate(copy, PROMPT)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_factorised_exports_tokenizer_is_the_one_that_was_exported(
+    name: str, made: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(made / "small", tmp_path / "copy")
+    (copy / "chat_template.jinja").write_text("{{ messages }}")  # may be added
+    assert generate(copy, PROMPT) == generate(made / "small", PROMPT)
+    content = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps(content))  # the same values in other bytes
+    with pytest.raises(CheckpointError, match=f"copy: {name}: differs from what was exported"):
+        generate(copy, PROMPT)
+    (copy / RECIPE).unlink()  # as after save_pretrained
+    assert generate(copy, PROMPT) == generate(made / "small", PROMPT)
 
 
 def test_a_model_that_is_no_language_model_is_refused(

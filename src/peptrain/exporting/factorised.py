@@ -33,6 +33,7 @@ from peptrain.models.factorised import (
     factorised_model,
     is_factorised,
 )
+from peptrain.models.hf import TOKENIZER_FILES
 from peptrain.models.modeling_factorised import every_layer
 from peptrain.models.sites import ReparamLinear, find_sites, reparametrized
 from peptrain.rng import Rng
@@ -43,6 +44,8 @@ from peptrain.settings.fields import as_before
 
 CHECKSUMS = "sha256"
 RECIPE = "peptrain.json"
+TOKENIZER = "tokenizer"
+"""Key of the recipe: the checksums of the tokenizer's files, which the model does not need."""
 SUMMED = ("config.json", "generation_config.json", FACTORS, "model*.safetensors", "model*.json",
           "modeling_*.py")  # fmt: skip
 
@@ -55,7 +58,12 @@ def write_factorised(opened: Opened, out: Path) -> PreTrainedModel:
     """
     method = opened.config.method
     plain_form(opened.model, method).save_pretrained(out)
-    recipe = {"peptrain": __version__, "method": {"name": method.name} | _set(method)}
+    files = [file for name in TOKENIZER_FILES if (file := out / name).is_file()]
+    recipe = {
+        "peptrain": __version__,
+        "method": {"name": method.name} | _set(method),
+        TOKENIZER: {file.name: _sum(file.read_bytes()) for file in files},
+    }
     text = json.dumps({**recipe, CHECKSUMS: _sums(out, recipe)}, indent=1) + "\n"
     (out / RECIPE).write_text(text, encoding="utf-8")
     return _read(out)
@@ -120,8 +128,11 @@ def _sums(path: Path, recipe: Mapping[str, Any]) -> dict[str, str]:
     """Return the checksums of the recipe and of each file that the model consists of."""
     names = sorted(p.name for p in path.iterdir() if any(fnmatch(p.name, s) for s in SUMMED))
     text = json.dumps(recipe, sort_keys=True).encode()
-    files = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
-    return {RECIPE: hashlib.sha256(text).hexdigest(), **files}
+    return {RECIPE: _sum(text), **{name: _sum((path / name).read_bytes()) for name in names}}
+
+
+def _sum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _verify(path: Path, recipe: dict[str, Any], *, needed: bool) -> None:
@@ -133,6 +144,22 @@ def _verify(path: Path, recipe: dict[str, Any], *, needed: bool) -> None:
     for name in sorted(sums.keys() | found.keys()):
         if found.get(name) != sums.get(name):
             raise ValueError(f"{name}: differs from what was exported")
+
+
+def check_tokenizer(path: Path) -> None:
+    """Raise CheckpointError if the tokenizer of a factorised export is not as it was written.
+
+    Files may be added. Without a recipe, or with one of an earlier version, nothing is compared.
+    """
+    written = read_json_object(path / RECIPE).get(TOKENIZER) if (path / RECIPE).exists() else None
+    for name, expected in written.items() if isinstance(written, dict) else ():
+        if name not in TOKENIZER_FILES:
+            continue
+        file = path / name
+        if not file.is_file() or _sum(file.read_bytes()) != expected:
+            raise CheckpointError(
+                f"{path}: {name}: differs from what was exported; export it again"
+            )
 
 
 def _set(method: Method) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from peptrain.config import RunConfig
-from peptrain.errors import PeptrainError, Unsupported
+from peptrain.errors import CheckpointError, PeptrainError, Unsupported
 from peptrain.exporting.card import Loading, base_of, describe, in_markdown, metadata
 from peptrain.files import read_json_object
 from peptrain.methods.base import Method
@@ -139,14 +140,22 @@ def peft_tensors(model: PreTrainedModel, written: PreTrainedModel) -> Mapping[st
 
 @torch.no_grad()
 def _base(opened: Opened) -> PreTrainedModel:
-    """Return the base model, in the run's dtype, with a new head if the run is a classifier."""
+    """Return the base model, in the run's dtype, with a new head if the run is a classifier.
+
+    Raises CheckpointError if it can't be read.
+    """
     config = opened.config
     path, precision = config.init_from, config.train.precision
     assert path is not None and precision is not None
     if not is_run(path):
         wanted = opened.model.config if config.tune.task else None
-        with torch.random.fork_rng(devices=[]):
-            return load_model(path, dtype_of(precision), wanted)[0]
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return load_model(path, dtype_of(precision), wanted)[0]
+        except (OSError, ValueError, RuntimeError, SafetensorError, Unsupported) as error:
+            raise CheckpointError(
+                f"init_from: {path} can't be read: {error}; restore the base model"
+            ) from error
     base = plain_model(config)
     given = dict(open_run(path).dense_twin().named_parameters())
     for name, p in base.named_parameters():

@@ -190,13 +190,17 @@ def load_model(
 def load_tokenizer(directory: Path) -> Any:
     """Return the tokenizer of a directory.
 
-    Raises Unsupported if it needs code of its own, and DataError if transformers can't load it.
+    Raises Unsupported if it needs code of its own, and DataError if a file can't be read or
+    transformers can't load it.
     """
     from transformers import AutoTokenizer
 
     for name in ("tokenizer_config.json", "config.json"):
         file = directory / name
-        found = read_json_object(file) if file.is_file() else {}
+        try:
+            found = read_json_object(file) if file.is_file() else {}
+        except ValueError as error:
+            raise DataError(f"tokenizer: {directory}: {error}; fix the file") from error
         if family := family_of(found):
             register(family)
         elif own := found.get("auto_map"):

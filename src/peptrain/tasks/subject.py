@@ -14,7 +14,7 @@ from peptrain.data import Corpus
 from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import CheckpointError, DataError, PeptrainError
 from peptrain.eval.run import refuse_tuned
-from peptrain.exporting.factorised import holds_factors, load_factorised
+from peptrain.exporting.factorised import check_tokenizer, holds_factors, load_factorised
 from peptrain.models.hf import Precision, vocabulary_size
 from peptrain.runs.build import Opened, open_run
 from peptrain.runs.checkpoint import SUMS
@@ -89,7 +89,11 @@ def open_subject(path: Path) -> Subject:
         encoder = encoder_of_run(opened.run.tokenizer, *tokenizer)
         return Subject(path, opened.evaluated(), encoder, train.seq_len, train.precision,
                        opened.run, opened.saved.step, _weights(opened))  # fmt: skip
-    model = load_factorised(path) if holds_factors(path) else pretrained(path, "auto")
+    if holds_factors(path):
+        model = load_factorised(path)
+        check_tokenizer(path)
+    else:
+        model = pretrained(path, "auto")
     try:
         encoder = encoder_of_directory(path)
     except PeptrainError as error:
