@@ -75,3 +75,14 @@ def test_attention_is_not_recomputed_for_memory() -> None:
     forward = [n for key, n in calls.items() if key.endswith("flash_attention_for_cpu")]
     backward = [n for key, n in calls.items() if key.endswith("flash_attention_for_cpu_backward")]
     assert forward == backward == [model.config.num_hidden_layers]
+
+
+@pytest.mark.slow
+def test_compiled_layers_can_be_recomputed(corpus: Path, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    for recompute in (False, True):
+        settings = {"precision": "fp32", "compile": True, "checkpoint_activations": recompute}
+        train(tiny("bpt", corpus, tmp_path / str(recompute), train=settings))
+    kept, recomputed = losses(tmp_path / "False"), losses(tmp_path / "True")
+    for (_, one), (_, other) in zip(kept, recomputed, strict=True):
+        assert one == pytest.approx(other, abs=1e-3)

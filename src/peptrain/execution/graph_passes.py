@@ -232,13 +232,14 @@ class KeepAttention(CustomGraphPass):
     PyTorch estimates the cost of a recomputation by its FLOPs, but treats operators missing from
     its list of expensive ones as free. The attention of cuDNN and of the CPU is not on that list,
     although it takes four times as long per element of its result as a product of rank d/4.
+    Recomputed layers (train.checkpoint_activations) have a policy of their own for every node.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
             name = str(node.target)
             if "scaled_dot_product" in name and "backward" not in name:
-                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+                node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,))
