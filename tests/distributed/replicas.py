@@ -24,6 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "relora": ("relora", {}, {}),
     "loro": ("loro", {}, {}),
     "loro-svd": ("loro", {"retraction": "svd"}, {}),
+    "loro-orthographic": ("loro", {"retraction": "orthographic"}, {}),
     "galore": ("galore", {"moments": "rotate"}, {}),
     "full": ("full", {}, {}),
     "full-bf16": ("full", {}, {"exchange": "bf16"}),
