@@ -4,10 +4,12 @@
                                     [--rank 512] [--dtype float32] [--reference 1] [--streams 2 4 8]
 
 The first table has a row for each form of the step: the one used in training, from Gram matrices,
-for all pairs at once; and the reference's SVDs and QRs, for the pairs of --reference layers. The
-error is the relative error of W' = B'A' against the reference in float64, the largest over one pair
-of each shape. Then come the optimizer's complete exact and ordinary steps, and the slowest part of
-the Gram form, the eigendecomposition: in one call, one by one, and on several CUDA streams at once.
+for all pairs at once; the orthographic retraction, likewise; and the reference's SVDs and QRs, for
+the pairs of --reference layers. The error is the relative error of W' = B'A' against the reference
+in float64, the largest over one pair of each shape. That of the orthographic retraction is another
+W', which differs in third order. Then come the optimizer's complete exact and ordinary steps, and
+the slowest part of the Gram form, the eigendecomposition: in one call, one by one, and on several
+CUDA streams at once.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from peptrain.ops.orthographic import orthographic_step
 from peptrain.ops.riemannian import riemannian_step
-from peptrain.ops.riemannian_gram import eigenvectors, gram_steps_
+from peptrain.ops.riemannian_gram import eigenvectors, gram_step, gram_steps_
 from peptrain.optim.loro import LOROOptimizer, LORORule
 
 LR = 0.003  # lr_p of a first step at lr 0.01
@@ -104,48 +108,55 @@ def clones(pairs: list[Pair]) -> list[Pair]:
 
 @torch.no_grad()
 def forms(pairs: list[Pair], args: argparse.Namespace) -> None:
-    """Print one row for the Gram form and one for the reference."""
+    """Print one row for the Gram form, one for the orthographic step, one for the reference."""
     gpu = args.device.startswith("cuda")
     place = f"{torch.cuda.get_device_name() if gpu else platform.machine()}"
     place += f" | {str(args.dtype).removeprefix('torch.')} | {torch.__version__}"
     samples = [pairs[i] for i in (0, 4, 6)]
     right = [B @ A for B, A in (reference(pair, torch.float64) for pair in samples)]
 
-    first = clones(samples)
-    assert gram_steps_(first, direction, LR)[0] == [], "random factors are not singular"
-    worst = max(error(pair, W) for pair, W in zip(first, right, strict=True))
-    moved = clones(pairs)
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    ms = milliseconds(lambda: gram_steps_(moved, direction, LR), args.device) / len(pairs)
     print("\n| form | device | dtype | torch | ms per pair | error |\n|---|---|---|---|---|---|")
-    print(f"| Gram | {place} | {ms:.2f} | {worst:.1e} |")
-    if gpu:
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    peaks = {}
+    for name, step in {"Gram": gram_step, "orthographic": orthographic_step}.items():
+        first = clones(samples)
+        refused, _ = gram_steps_(first, direction, LR, step=step)
+        assert refused == [], "random factors are not singular"
+        worst = max(error(pair, W) for pair, W in zip(first, right, strict=True))
+        moved = clones(pairs)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        work = partial(gram_steps_, moved, direction, LR, step=step)
+        ms = milliseconds(work, args.device) / len(pairs)
+        print(f"| {name} | {place} | {ms:.2f} | {worst:.1e} |")
+        if gpu:
+            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
     wide = torch.promote_types(args.dtype, torch.float32)
     rounded = [[x.to(args.dtype) for x in reference(pair, wide)] for pair in samples]
     worst = max(error((B, A), W) for (B, A), W in zip(rounded, right, strict=True))
     chosen = [pair for i in range(args.reference) for pair in pairs[7 * i : 7 * i + 7]]
     if chosen:
-        work = [lambda pair=pair: reference(pair, wide) for pair in chosen]
-        ms = sum(milliseconds(each, args.device, warm_ups=0) for each in work) / len(work)
+        each = [partial(reference, pair, wide) for pair in chosen]
+        ms = sum(milliseconds(one, args.device, warm_ups=0) for one in each) / len(each)
         print(f"| reference | {place} | {ms:.2f} | {worst:.1e} |")
-    if gpu:
-        print(f"\nThe Gram form's temporaries: {peak:.2f} GiB at the most.")
+    for name, peak in peaks.items():
+        print(f"\nTemporaries of the {name} form: {peak:.2f} GiB at the most.")
 
 
 def whole_steps(pairs: list[Pair], args: argparse.Namespace) -> None:
-    """Time the optimizer's exact and ordinary step of all pairs."""
+    """Time the optimizer's exact steps, by both retractions, and its ordinary step of all pairs."""
     params = [p for pair in pairs for p in pair]
     group = {"params": params, "factors": True, "scales": [0.25] * len(params)}
     optimizer = LOROOptimizer([group], RULE, lr=1e-4, betas=(0.9, 0.999), eps=1e-6)
     exact = milliseconds(optimizer.step, args.device)
+    optimizer.rule = replace(RULE, retraction="orthographic")
+    orthographic = milliseconds(optimizer.step, args.device)
     optimizer.rule = replace(RULE, exact_every=0)
     ordinary = milliseconds(optimizer.step, args.device, times=5)
     numbers = sum(p.numel() for p in params)
     print(f"\n| step of {len(pairs)} pairs, {numbers / 1e6:.0f} M numbers | ms |\n|---|---|")
-    print(f"| exact | {exact:.0f} |\n| ordinary | {ordinary:.2f} |")
+    print(f"| exact | {exact:.0f} |\n| exact, orthographic | {orthographic:.1f} |")
+    print(f"| ordinary | {ordinary:.2f} |")
 
 
 def eigendecompositions(args: argparse.Namespace) -> None:

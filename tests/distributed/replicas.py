@@ -24,13 +24,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "relora": ("relora", {}, {}),
     "loro": ("loro", {}, {}),
     "loro-svd": ("loro", {"retraction": "svd"}, {}),
+    "loro-orthographic": ("loro", {"retraction": "orthographic"}, {}),
     "galore": ("galore", {"moments": "rotate"}, {}),
     "full": ("full", {}, {}),
     "full-bf16": ("full", {}, {"exchange": "bf16"}),
     "muon": ("full", {}, {}),
+    "relora-muon": ("relora", {"exclude": "up"}, {}),
 }
 """Method, its settings, and those of the training."""
-OPTIM = {"muon": {"kind": "muon"}}
+OPTIM = {"muon": {"kind": "muon"}, "relora-muon": {"kind": "muon"}}
 """Settings of the optimizer, by case."""
 TRAIN = {"micro_batch": 1, "batch_size": 6, "steps": 11, "checkpoint_every": 2}
 """Events at 3, 6 and 9, and a check of the replicas at every second step."""

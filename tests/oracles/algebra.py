@@ -65,6 +65,15 @@ def loro_tangent(B: Tensor, A: Tensor, D_B: Tensor, D_A: Tensor) -> Tensor:
     return pinv(B).T @ D_A + outside @ D_B @ pinv(A).T
 
 
+def loro_orthographic(B: Tensor, A: Tensor, D_B: Tensor, D_A: Tensor, lr: float) -> Tensor:
+    """W' = Z V (UᵀZV)⁻¹ UᵀZ, Z = BA - lr T, T the bracket; U and V from an SVD of BA (Absil and
+    Malick, 2012)."""
+    U, _, Vt = svd(B @ A, full_matrices=False)
+    U, V = U[:, : B.shape[1]], Vt[: B.shape[1]].T
+    Z = B @ A - lr * loro_tangent(B, A, D_B, D_A)
+    return Z @ V @ torch.linalg.inv(U.T @ Z @ V) @ U.T @ Z
+
+
 def loro_capped_rate(
     B: Tensor, A: Tensor, D_B: Tensor, D_A: Tensor, lr: float, cap: float
 ) -> float:

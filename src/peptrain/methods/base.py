@@ -14,6 +14,7 @@ from peptrain.models.sites import ReparamLinear as ReparamLinear
 from peptrain.models.sites import Site as Site
 from peptrain.models.sites import reparametrized as reparametrized
 from peptrain.optim.adamw import Kind, OptimConfig, adamw
+from peptrain.optim.muon import muon
 from peptrain.optim.schedule import Schedule, ScheduleConfig
 from peptrain.rng import Rng
 
@@ -29,8 +30,9 @@ RENAMED_HOOKS = {"enter": "on_phase_start", "accelerate": "fuse"}
 class Method:
     """Base class of all methods. Its fields are hyperparameters only, never tensors or counters.
 
-    The default hooks rebuild nothing, replace no layer, use AdamW on all trainable parameters, keep
-    the moments in the next phase and the configured schedule, and do nothing between two steps.
+    The default hooks rebuild nothing, replace no layer, use AdamW on all trainable parameters, or
+    Muon on the dense matrices among them, keep the moments in the next phase and the configured
+    schedule, and do nothing between two steps.
     """
 
     name: ClassVar[str]
@@ -42,8 +44,9 @@ class Method:
         lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0
     )
     """Defaults of the method, including its learning rate. They replace None in a configuration."""
-    optim_kinds: ClassVar[tuple[Kind, ...]] = ("adamw",)
-    """The values of `optim.kind` that the method's `optimizer` implements. Others are refused."""
+    optim_kinds: ClassVar[tuple[Kind, ...]] = ("adamw", "muon")
+    """The values of `optim.kind` that the method's `optimizer` implements. Others are refused. A
+    class with an `optimizer` of its own has adamw only, unless it says otherwise."""
     schedule_defaults: ClassVar[ScheduleConfig] = ScheduleConfig(
         kind="cosine", decay_shape="cosine", floor=0.1, restart_every=0, restart_warmup=50
     )
@@ -79,6 +82,8 @@ class Method:
         for old, new in RENAMED_HOOKS.items():
             if isfunction(vars(cls).get(old)):  # a hyperparameter may have this name
                 raise TypeError(f"{cls.__name__}.{old}: this hook is now called {new}; rename it")
+        if "optimizer" in vars(cls) and "optim_kinds" not in vars(cls):
+            cls.optim_kinds = ("adamw",)  # it need not know the others, and would not refuse them
         if isfunction(hook := vars(cls).get("optimizer")):
             try:
                 signature(hook).bind(*range(5))
@@ -114,6 +119,8 @@ class Method:
         contains only the tensors and numbers in each parameter's state and the integers in the
         groups (step counters).
         """
+        if optim.kind == "muon":
+            return muon(model, sites, optim, phase)
         return adamw(model, optim)
 
     def on_phase_start(self, model: nn.Module, optimizer: Optimizer, phase: int) -> None:

@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from peptrain.methods.base import Method
 from peptrain.models.sites import Site
-from peptrain.optim.adamw import Kind, OptimConfig, adamw, sgd
-from peptrain.optim.muon import muon
+from peptrain.optim.adamw import Kind, OptimConfig, sgd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +26,6 @@ class Full(Method):
     def optimizer(
         self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
     ) -> Optimizer:
-        if optim.kind == "muon":
-            return muon(model, sites, optim)
-        return sgd(model, optim) if optim.kind == "sgd" else adamw(model, optim)
+        if optim.kind == "sgd":
+            return sgd(model, optim)
+        return super().optimizer(model, sites, optim, phase)

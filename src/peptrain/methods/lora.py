@@ -18,7 +18,7 @@ from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.ops.linear import added_linear
 from peptrain.ops.precision import at_least_fp32
 from peptrain.ops.rounding import add_
-from peptrain.optim.adamw import OptimConfig, adamw
+from peptrain.optim.adamw import Kind, OptimConfig
 from peptrain.optim.schedule import Schedule, restarted
 from peptrain.rng import Rng
 from peptrain.settings.fields import (
@@ -31,6 +31,7 @@ from peptrain.settings.fields import (
 )
 
 log = logging.getLogger("peptrain")
+WARM_START_LR = 1e-3
 
 
 class LoRALinear(ReparamLinear):
@@ -111,6 +112,7 @@ class LoRA(RankMethod):
     purpose: ClassVar[str] = "baseline: relora without merges"
     equation: ClassVar[str] = "W_eff = W + s B A, W frozen (after a full warm start, if any)"
     zero_factor = True
+    optim_kinds: ClassVar[tuple[Kind, ...]] = ("adamw", "muon")
     # At llama-60m 1e-3 and 2e-3 are equally good without a warm start, and higher rates are better
     # after one. In the default model 2e-3 beats 1e-3 and 4e-3 (docs/first-table.md, docs/log.md).
     optim_defaults = replace(Method.optim_defaults, lr=2e-3)
@@ -123,9 +125,10 @@ class LoRA(RankMethod):
     """Whether s of each adapted matrix is trained, starting at alpha / rank."""
     warm_start_steps: int | None = essential(0)
     """Steps of full training before the adapters are added; 0 is none."""
-    warm_start_lr: float = changeable(1e-3)
+    warm_start_lr: float = changeable(WARM_START_LR)
     """Peak learning rate of the warm start, in place of optim.lr; the default is full training's.
-    optim.embedding_lr and head_lr hold in the warm start too."""
+    optim.embedding_lr and head_lr hold in the warm start too, and with optim.kind muon so does
+    optim.lr, which is that of the dense matrices."""
     warm_start_warmup: int | None = changeable(None)
     """Steps of learning-rate warm-up at the beginning of the warm start. Unset: schedule.warmup."""
     warm_start_then: Literal["continue", "fresh"] = "continue"
@@ -178,8 +181,13 @@ class LoRA(RankMethod):
     def optimizer(
         self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
     ) -> Optimizer:
-        lr = self.warm_start_lr if self._warming(phase) else optim.lr
-        return adamw(model, replace(optim, lr=lr))
+        if optim.kind == "muon":
+            unset = not self.warm or self.warm_start_lr == WARM_START_LR
+            wanted = "left out with optim.kind muon, whose matrices have optim.lr in every phase"
+            check(unset, "method.warm_start_lr", self.warm_start_lr, wanted)
+        elif self._warming(phase):
+            optim = replace(optim, lr=self.warm_start_lr)
+        return super().optimizer(model, sites, optim, phase)
 
     def on_phase_start(self, model: nn.Module, optimizer: Optimizer, phase: int) -> None:
         if self.warm_start_then == "fresh":

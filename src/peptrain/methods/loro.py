@@ -80,8 +80,10 @@ class LORO(LowRank):
     exact_cap: float | None = added(None, before=None)
     """c: the rate of a pair's exact step is multiplied by min(1, c / ratio), where ratio is
     |lr P(G)| / |W|, the step before truncation. Unset: no limit, as in the paper."""
-    retraction: Literal["riemannian", "svd"] = "riemannian"
-    """svd replaces the exact step by an approximate one and a balanced SVD of B A (ablation)."""
+    retraction: Literal["riemannian", "orthographic", "svd"] = "riemannian"
+    """riemannian: an exact step ends in the truncated SVD. orthographic: in another retraction,
+    equal to second order, by r x r inverses. svd replaces the exact step by an approximate one and
+    a balanced SVD of B A (ablation)."""
     update: Literal["adam", "precond"] = "adam"
     """precond: steps along raw gradients preconditioned by the other factor (ablation)."""
     precond_eps: float = 1e-6

@@ -17,7 +17,8 @@ from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.ops.precision import at_least_fp32
 from peptrain.ops.sparse import sparse_linear, sparse_weight
 from peptrain.ops.spectral import best_factors
-from peptrain.optim.adamw import OptimConfig, adamw, groups_around
+from peptrain.optim.adamw import Kind, OptimConfig, adamw, groups_around
+from peptrain.optim.muon import muon
 from peptrain.rng import Rng
 from peptrain.settings.fields import check, check_positive, essential
 
@@ -96,6 +97,7 @@ class SLTrain(RankMethod):
     keeps_function_with = None
     zero_factor = True
     optim_defaults = replace(Method.optim_defaults, lr=3e-3)
+    optim_kinds: ClassVar[tuple[Kind, ...]] = ("adamw", "muon")
 
     alpha: float = 32.0
     """s = alpha / rank. The paper uses 32 at 60M, 16 at 130M and 350M, 8 at 1B."""
@@ -116,6 +118,9 @@ class SLTrain(RankMethod):
     def optimizer(
         self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
     ) -> Optimizer:
-        """Return AdamW with decay also on `values`: they are 1-D, but the entries of a matrix."""
+        """Decay `values` too: they are 1-D, but the entries of a matrix."""
         values = [m.values for m in reparametrized(model) if isinstance(m, SLTrainLinear)]
-        return adamw(model, optim, groups_around(model, optim, values))
+        groups = groups_around(model, optim, values)
+        if optim.kind == "muon":
+            return muon(model, sites, optim, phase, groups)
+        return adamw(model, optim, groups)

@@ -1,4 +1,4 @@
-"""LORO's exact step from Gram matrices in float64, for many pairs of fp32 or bf16 factors at once.
+"""LORO's exact step from Gram matrices in float64, for many pairs of factors at once.
 
 The reference, ops/riemannian.py, uses SVDs and QRs, which are slow on a GPU. Here each pair needs
 one eigendecomposition, and otherwise only Cholesky factors and products. A Gram matrix squares the
@@ -18,6 +18,10 @@ from peptrain.ops.riemannian import TOLERANCE, relative, share_below
 
 BATCH_BYTES = 2**30
 """Approximate limit for the float64 temporaries of one batch of pairs."""
+Step = Callable[
+    [Tensor, Tensor, Tensor, Tensor, float, float | None], tuple[Tensor, Tensor, Tensor, Tensor]
+]
+"""A step of pairs of one shape: B, A, D_B, D_A, lr and cap to B', A', sound and ratio."""
 STREAMS = 4
 """Concurrent eigendecompositions. On an H200 4 take 8.4 ms per matrix of 1024 columns instead of
 10.4, and more are no faster."""
@@ -28,12 +32,14 @@ def gram_steps_(
     direction: Callable[[Tensor], Tensor],
     lr: float,
     cap: float | None = None,
+    step: Step | None = None,
 ) -> tuple[list[int], Tensor]:
     """Replace every pair (B, A) in place by its exact step along (direction(B), direction(A)).
 
-    Returns the indices of pairs with a singular or nearly singular factor, and |W' - W| / |W| of
-    all pairs, with a 0 for each of these. They are unchanged and left to the reference. There is
-    one device-to-host copy for all pairs, at the end.
+    step: by default `gram_step`. Returns the indices of pairs where it is not sound, as with a
+    singular or nearly singular factor, and |W' - W| / |W| of all pairs, with a 0 for each of these.
+    They are unchanged and left to the reference. There is one device-to-host copy for all pairs, at
+    the end.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, (B, A) in enumerate(pairs):
@@ -45,7 +51,9 @@ def gram_steps_(
         for start in range(0, len(indices), size):
             batch = indices[start : start + size]
             order += batch
-            results.append(_replace([pairs[i] for i in batch], direction, lr, cap))
+            results.append(
+                _replace([pairs[i] for i in batch], direction, lr, cap, step or gram_step)
+            )
     place = torch.tensor(order, device=pairs[0][0].device).argsort()
     sound, ratios = (torch.cat(parts)[place] for parts in zip(*results, strict=True))
     return [i for i, fine in enumerate(sound.tolist()) if not fine], ratios
@@ -56,12 +64,13 @@ def _replace(
     direction: Callable[[Tensor], Tensor],
     lr: float,
     cap: float | None,
+    step: Step,
 ) -> tuple[Tensor, Tensor]:
     """Do gram_steps_ for pairs of one shape; return which were replaced, and their ratios."""
     B, A = [B for B, _ in pairs], [A for _, A in pairs]
     D_B, D_A = [direction(p) for p in B], [direction(p) for p in A]
     b, a, d_b, d_a = (torch.stack(x).double() for x in (B, A, D_B, D_A))
-    new_B, new_A, sound, ratio = gram_step(b, a, d_b, d_a, lr, cap)
+    new_B, new_A, sound, ratio = step(b, a, d_b, d_a, lr, cap)
     for old, new, ok in zip([*B, *A], [*new_B, *new_A], [*sound, *sound], strict=True):
         old.copy_(torch.where(ok, new, old))
     return sound, torch.where(sound, ratio, 0.0)
@@ -159,13 +168,19 @@ def eigenvectors(H: Tensor, streams: int = STREAMS) -> Tensor:
 def cholesky_qr(B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (Q, R, R⁻¹, sound) with QR = B, from the Cholesky factor of BᵀB.
 
-    QᵀQ = I up to cond(B)² eps. sound is true if B's condition number is guaranteed to be below the
-    limit from which on the reference, in fp32, treats B as singular.
+    QᵀQ = I up to cond(B)² eps. sound is true if B is `well_conditioned`.
     """
     M = B.mT @ B
     R, inverse, positive = cholesky(M)
-    limit = 1 / (TOLERANCE * B.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps)
-    return B @ inverse, R, inverse, positive & (condition(M, inverse @ inverse.mT) < limit)
+    return B @ inverse, R, inverse, positive & well_conditioned(M, inverse @ inverse.mT)
+
+
+def well_conditioned(M: Tensor, inverse: Tensor) -> Tensor:
+    """Return whether the condition number of B, BᵀB = M, is guaranteed to be below the limit from
+    which on the reference, in fp32, treats B as singular."""
+    limit = 1 / (TOLERANCE * M.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps)
+    fine: Tensor = condition(M, inverse) < limit
+    return fine
 
 
 def condition(M: Tensor, inverse: Tensor) -> Tensor:

@@ -33,13 +33,13 @@ class OptimConfig:
     """Settings of the optimizer. An unset one takes the method's own default."""
 
     kind: Literal["adamw", "sgd", "muon"] = added("adamw", before="adamw")
-    """adamw, or for method full: sgd, stochastic gradient descent, which has no second moment; muon
-    for the matrices of decoder layers, with adamw for all else."""
+    """adamw; muon, for the matrices of decoder layers that a method leaves dense and trains, with
+    adamw for all else; or, for method full, sgd, gradient descent without a second moment."""
     lr: float | None = essential(None)
     """Peak learning rate, with muon that of its matrices. Unset with sgd: 0.1; with muon: 1e-2."""
     embedding_lr: float | None = added(None, before=None)
-    """Peak learning rate of embeddings, norms and biases, with muon of all that adamw trains.
-    Unset: that of all parameters; with muon: 5e-3."""
+    """Peak learning rate of embeddings, norms and biases, with muon of all that adamw trains, a
+    method's factors too. Unset: that of all parameters; with muon: 5e-3."""
     head_lr: float | None = added(None, before=None)
     """Peak learning rate of an output head that is not tied. Unset: embedding_lr where that is set,
     else that of all parameters."""

@@ -88,8 +88,8 @@ def step_adamw(
 ) -> None:
     """Do a step of torch's AdamW on `params`, which have gradients, with the moments in `state`."""
     for p in params:
-        if not state[p]:
-            state[p].update(new_moments(p))
+        if "exp_avg" not in state[p]:  # it may have Muon's momentum of an earlier phase
+            state[p] = new_moments(p)
     states = [state[p] for p in params]
     fused_adamw(
         *(params, gradients(params), states, [s["step"] for s in states], group),

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from peptrain.distributed.owners import Owners, owners
+from peptrain.ops.orthographic import orthographic_step
 from peptrain.ops.precision import widened
 from peptrain.ops.riemannian import preconditioned_step, riemannian_step
-from peptrain.ops.riemannian_gram import gram_steps_
+from peptrain.ops.riemannian_gram import gram_step, gram_steps_
 from peptrain.ops.spectral import balanced
 from peptrain.optim.base import GroupwiseOptimizer, fused_adamw, gradients
 
@@ -27,7 +28,7 @@ class LORORule:
 
     exact_every: int
     refresh_every: int
-    retraction: Literal["riemannian", "svd"]
+    retraction: Literal["riemannian", "orthographic", "svd"]
     direction: Literal["adam", "raw"]
     update: Literal["adam", "precond"]
     precond_eps: float
@@ -74,7 +75,7 @@ class LOROOptimizer(GroupwiseOptimizer):
             return
         assert len(params) == len(group["params"]), "every factor must have a gradient"
         due = self._due(group, self.rule.exact_every)
-        if due and self.rule.retraction == "riemannian":
+        if due and self.rule.retraction != "svd":
             self._moments(params, group)
             self._exact(params, group)
             self._forget_surplus(params)
@@ -155,12 +156,14 @@ class LOROOptimizer(GroupwiseOptimizer):
 
         shares = _shares(pairs)
         left = shares.own
-        if left and params[0].dtype != torch.float64:  # of float64 Gram matrices are too imprecise
+        step = orthographic_step if self.rule.retraction == "orthographic" else gram_step
+        # Of float64 factors Gram matrices are imprecise. The orthographic step has no other form.
+        if left and (params[0].dtype != torch.float64 or step is orthographic_step):
             own = [pairs[i] for i in left]
-            singular, ratios = gram_steps_(own, direction, lr_p, self.rule.exact_cap)
+            refused, ratios = gram_steps_(own, direction, lr_p, self.rule.exact_cap, step)
             for i, ratio in zip(left, ratios, strict=True):
                 facts[i, 1] = ratio
-            left = [left[i] for i in singular]
+            left = [left[i] for i in refused]
         _assign([pairs[i] for i in left], reference)
         for i, found in zip(left, of_reference, strict=True):
             facts[i] = found

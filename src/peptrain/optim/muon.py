@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ from peptrain.optim.adamw import OptimConfig, parameter_groups
 from peptrain.optim.base import GroupwiseOptimizer, gradients, step_adamw
 from peptrain.settings.fields import check
 
+log = logging.getLogger("peptrain")
 Scale = Literal["spectral", "moonlight"]
 
 
@@ -55,7 +57,7 @@ class MuonOptimizer(GroupwiseOptimizer):
 
     def _step_matrices(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
-            if not self.state[p]:
+            if "momentum" not in self.state[p]:  # it may have AdamW's moments of an earlier phase
                 self.state[p] = {"momentum": torch.zeros_like(p)}
         M, grads = [self.state[p]["momentum"] for p in params], gradients(params)
         torch._foreach_lerp_(M, grads, 1 - self.momentum)
@@ -87,22 +89,41 @@ def _alike(matrices: Iterable[Tensor], numbers: Iterable[int]) -> list[list[int]
     return list(found.values())
 
 
-def muon(model: nn.Module, sites: Sequence[Site], optim: OptimConfig) -> MuonOptimizer:
-    """Return Muon on the matrices of `sites` that are dense and trained, at `optim.lr`, and AdamW
-    on all else, at `embedding_lr` and `head_lr`.
+def dense_matrices(sites: Iterable[Site]) -> list[Tensor]:
+    """Return the matrices of `sites` that are dense and trained, each once."""
+    dense = (site.linear.weight for site in sites if not isinstance(site.module, ReparamLinear))
+    return list(dict.fromkeys(W for W in dense if W.requires_grad))
 
-    Raises ConfigError if there is no such matrix.
+
+def muon(
+    model: nn.Module,
+    sites: Sequence[Site],
+    optim: OptimConfig,
+    phase: int,
+    groups: Iterable[dict[str, Any]] | None = None,
+) -> MuonOptimizer:
+    """Return Muon on `dense_matrices(sites)`, at `optim.lr`, and AdamW on all else: a head that is
+    not tied at `head_lr`, and embeddings, norms, biases and factors at `embedding_lr`.
+
+    groups: those of AdamW, by default `parameter_groups`; the matrices are taken out of them. A
+    later phase may have no such matrix, as after the warm start of ReLoRA, and is AdamW's alone.
+    Raises ConfigError if the first has none.
     """
     assert optim.momentum is not None and optim.muon_scale is not None, "unresolved settings"
-    dense = [site.linear.weight for site in sites if not isinstance(site.module, ReparamLinear)]
-    matrices = list(dict.fromkeys(W for W in dense if W.requires_grad))
-    wanted = "adamw, since no dense matrix inside the model's decoder layers is trained"
-    check(bool(matrices), "optim.kind", optim.kind, wanted)
+    matrices = dense_matrices(sites)
+    wanted = (
+        "adamw, since no dense matrix inside the model's layers is trained, unless"
+        " method.targets or method.exclude leave some"
+    )
+    check(phase > 0 or bool(matrices), "optim.kind", optim.kind, wanted)
+    if not matrices:
+        log.info("muon: no dense matrix is trained in this phase; adamw has all at"
+                 " optim.embedding_lr and head_lr")  # fmt: skip
     mine = {id(W) for W in matrices}
-    rest = parameter_groups(model, optim, (p for p in model.parameters() if id(p) not in mine))
     decay = float(optim.weight_decay or 0)
-    groups = [
-        {"params": matrices, "weight_decay": decay, "matrices": True},
-        *({"lr": optim.embedding_lr, **group} for group in rest),
-    ]
-    return MuonOptimizer(groups, momentum=optim.momentum, scale=optim.muon_scale, **optim.adam())
+    made: list[dict[str, Any]] = [{"params": matrices, "weight_decay": decay, "matrices": True}]
+    for group in parameter_groups(model, optim) if groups is None else groups:
+        rest = [p for p in group["params"] if id(p) not in mine]
+        made.append({"lr": optim.embedding_lr, **group, "params": rest})
+    used = [group for group in made if group["params"]]
+    return MuonOptimizer(used, momentum=optim.momentum, scale=optim.muon_scale, **optim.adam())
