@@ -28,6 +28,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "full": ("full", {}, {}),
     "full-bf16": ("full", {}, {"exchange": "bf16"}),
     "muon": ("full", {}, {}),
+    "spectron": ("spectron", {"exclude": "k"}, {}),
+    "lora-muon": ("spectron", {"rule": "lora-muon"}, {}),
+    "tangent": ("spectron", {"rule": "tangent"}, {}),
 }
 """Method, its settings, and those of the training."""
 OPTIM = {"muon": {"kind": "muon"}}

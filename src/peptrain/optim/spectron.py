@@ -84,9 +84,8 @@ class SpectronOptimizer(MuonOptimizer):
         """Return the vectors of the power iterations of each pair, if the rule has them."""
         if self.rule != "spectron":
             return [()] * len(pairs)
-        for p in (p for pair in pairs for p in pair):
+        for p, r in ((p, A.shape[0]) for B, A in pairs for p in (B, A)):
             if "vector" not in self.state[p]:
-                r = min(p.shape)
                 self.state[p]["vector"] = p.new_full((r,), r**-0.5)
         return [(self.state[B]["vector"], self.state[A]["vector"]) for B, A in pairs]
 
