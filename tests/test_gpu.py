@@ -36,6 +36,11 @@ CALM = {"eps": 0.1}
 LORO's losses on a CPU and a GPU were 7e-9 apart at first and 1e-3 after 7 steps."""
 
 
+def calm(name: str) -> dict[str, float]:
+    """Spectral steps are rounded to bf16 on a GPU and have one size, which has to be small."""
+    return CALM | ({"lr": 1e-4} if name == "spectron" else {})
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_device_changes_the_losses_by_rounding_only(
     name: str, corpus: Path, tmp_path: Path
@@ -43,7 +48,7 @@ def test_the_device_changes_the_losses_by_rounding_only(
     """Every draw is made on the CPU, so both devices train the same model on the same data."""
     for device in ("cpu", "cuda"):
         config = {"precision": "fp64", "device": device}
-        train(tiny(name, corpus, tmp_path / device, train=config, optim=CALM))
+        train(tiny(name, corpus, tmp_path / device, train=config, optim=calm(name)))
     for (_, cpu), (_, gpu) in zip(losses(tmp_path / "cpu"), losses(tmp_path / "cuda"), strict=True):
         assert cpu == pytest.approx(gpu, abs=1e-5)
 
@@ -82,7 +87,7 @@ def test_partial_resets_run_on_a_gpu(name: str, reset: str, corpus: Path, tmp_pa
 def test_compiled_layers_give_the_same_losses(name: str, corpus: Path, tmp_path: Path) -> None:
     for compile in (False, True):
         config = {"precision": "fp32", "device": "cuda", "compile": compile}
-        train(tiny(name, corpus, tmp_path / str(compile), train=config, optim=CALM))
+        train(tiny(name, corpus, tmp_path / str(compile), train=config, optim=calm(name)))
     for (_, eager), (_, compiled) in zip(
         losses(tmp_path / "False"), losses(tmp_path / "True"), strict=True
     ):
@@ -98,7 +103,7 @@ def test_what_makes_a_run_fast_changes_its_losses_by_rounding_only(
     values = {"cuda_graph": (False, True), "kernels": ("torch", "triton")}[setting]
     for value in values:
         config = {"precision": "fp32", "device": "cuda", "micro_batch": 2, setting: value}
-        train(tiny(name, corpus, tmp_path / str(value), train=config, optim=CALM))
+        train(tiny(name, corpus, tmp_path / str(value), train=config, optim=calm(name)))
     one, other = (losses(tmp_path / str(value)) for value in values)
     for (_, plain), (_, fast) in zip(one, other, strict=True):
         assert plain == pytest.approx(fast, abs=1e-5)

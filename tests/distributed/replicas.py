@@ -30,6 +30,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "full-bf16": ("full", {}, {"exchange": "bf16"}),
     "muon": ("full", {}, {}),
     "relora-muon": ("relora", {"exclude": "up"}, {}),
+    "spectron": ("spectron", {"exclude": "k"}, {}),
+    "lora-muon": ("spectron", {"rule": "lora-muon"}, {}),
+    "tangent": ("spectron", {"rule": "tangent"}, {}),
 }
 """Method, its settings, and those of the training."""
 OPTIM = {"muon": {"kind": "muon"}, "relora-muon": {"kind": "muon"}}

@@ -69,7 +69,9 @@ CASES = {name: Case(name, {}) for name in METHODS} | {
     "loro-odd": Case("loro", {"intermediate_size": 21}, "fp64"),
     "lowrank-fp64": Case("lowrank", {}, "fp64"),
 }
-FACTORISED = [name for name, case in CASES.items() if case.method in ("lowrank", "loro")]
+FACTORISED = [
+    name for name, case in CASES.items() if case.method in ("lowrank", "loro", "spectron")
+]
 
 
 class Exports:

@@ -219,9 +219,9 @@ def test_decay_falls_on_matrices_only(name: str, qwen: bool) -> None:
     base (trap 8). One step without gradients shows decay alone."""
     family = {"family": "qwen2", "tied": True} if qwen else {}
     lr, decay = 0.1, 0.5
-    model, optimizer, _ = made(
-        tiny_method(name), model=family, optim={"lr": lr, "weight_decay": decay}
-    )
+    head = {} if qwen else {"head_lr": lr}  # where it may have a rate of its own
+    optim = {"lr": lr, "weight_decay": decay} | head
+    model, optimizer, _ = made(tiny_method(name), model=family, optim=optim)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:

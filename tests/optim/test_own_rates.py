@@ -27,6 +27,8 @@ from peptrain.training.loop import resume, train
 RATES: dict[str, Any] = {"embedding_lr": 5e-3, "head_lr": 2e-3}
 EVERY = {"checkpoint_every": 2, "keep": 9}
 every_method = pytest.mark.parametrize("name", METHODS)
+one_rate = [n for n, cls in METHODS.items() if cls.optim_defaults.embedding_lr is None]
+"""The methods without a default of their own for embeddings."""
 every_optimizer = pytest.mark.parametrize(
     "name, kind",
     [(n, kind) for n in METHODS for kind in ("adamw", "sgd") if kind in METHODS[n].optim_kinds],
@@ -65,7 +67,7 @@ def test_each_parameter_has_the_rate_of_its_kind(name: str, kind: str) -> None:
     assert (decays["embedding"], decays["head"]) == (0.0, 0.1)
 
 
-@every_optimizer
+@pytest.mark.parametrize("name, kind", [*((n, "adamw") for n in one_rate), ("full", "sgd")])
 def test_at_the_same_rates_every_step_is_the_one_without(name: str, kind: str) -> None:
     """LORO and GaLore step their matrices apart from the rest, which this takes part in."""
     optim = {"kind": kind, "lr": 1e-3, "weight_decay": 0.1}
@@ -87,7 +89,7 @@ def test_a_rate_of_0_leaves_its_parameters_alone_and_moves_the_others(name: str)
         assert torch.equal(now[path], before[path]) == (lr == 0.0), path
 
 
-@every_method
+@pytest.mark.parametrize("name", one_rate)
 def test_without_them_the_groups_are_as_ever(name: str) -> None:
     one = bench(tiny_method(name))
     assert not [g for g in one.optimizer.param_groups if "name" in g]

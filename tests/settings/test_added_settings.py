@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from peptrain.comparison.grid import expand
 from peptrain.config import RunConfig, dump, essence, load, resolved
 from peptrain.errors import CheckpointError
-from peptrain.methods import METHODS
+from peptrain.methods import METHODS, Spectron
 from peptrain.methods.base import Method, Metrics
 from peptrain.methods.lowrank import LowRank
 from peptrain.models.hf import ModelConfig
@@ -160,6 +160,8 @@ def test_essence_is_the_dump_without_what_was_added() -> None:
         for line in dump(config).splitlines(keepends=True):
             section = line.strip("[]\n") if line.startswith("[") else section
             new = before(getattr(config, section)) if section else {}
+            if cls is Spectron:
+                new.pop("embedding_lr", None)  # it has a default there, which no older run has
             kept += [line] if line.split(" = ")[0] not in new and section not in new_ones else []
         assert essence(config) == "".join(kept).rstrip("\n") + "\n"
 

@@ -213,7 +213,7 @@ def export_run(
         run: Run directory, or RUN@STEP for the checkpoint of a step.
         out: Directory to create. Needed unless --push is given.
         form: dense loads in transformers and other tools. factorised keeps the factors B and A
-            (lowrank, loro) as two nn.Linear: smaller, and loaded by transformers with
+            (lowrank, loro, spectron) as two nn.Linear: smaller, and loaded by transformers with
             trust_remote_code=True. peft: the adapter alone (lora, dora, vera around the model given
             by --init-from). gguf: one file for llama.cpp.
         step: Step of the checkpoint. all writes each that is kept to a directory OUT/STEP, and

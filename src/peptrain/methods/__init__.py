@@ -14,6 +14,7 @@ from peptrain.methods.lora import LoRA as LoRA
 from peptrain.methods.relora import ReLoRA as ReLoRA
 from peptrain.methods.lowrank import LowRank as LowRank
 from peptrain.methods.loro import LORO as LORO
+from peptrain.methods.spectron import Spectron as Spectron
 from peptrain.methods.dora import DoRA as DoRA
 from peptrain.methods.vera import VeRA as VeRA
 from peptrain.methods.hyperadapt import HyperAdapt as HyperAdapt

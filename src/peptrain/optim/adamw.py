@@ -209,15 +209,18 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     return {"lr": groups[0]["lr"], **named}
 
 
-def check_groups(optimizer: Optimizer, optim: OptimConfig) -> None:
+def check_groups(optimizer: Optimizer, optim: OptimConfig, usual: OptimConfig) -> None:
     """Raise ConfigError if two groups have the same name, since the rows would have one rate, or
-    if a learning rate of their own is set for parameters that no group has."""
+    if a learning rate of their own is set for parameters that no group has.
+
+    usual: the method's defaults. A rate that has one may be of parameters that are frozen.
+    """
     names = [group["name"] for group in optimizer.param_groups if "name" in group]
     for name in names:
         check(names.count(name) == 1, "name of an optimizer group", name, "unique")
     for key, name in OWN_RATES.items():
         lr = getattr(optim, key)
-        if optim.kind == "muon" and key == "embedding_lr":
+        if key == "embedding_lr" and (optim.kind == "muon" or usual.embedding_lr is not None):
             continue  # it has a default, and is the rate of whatever else AdamW trains
         wanted = f"unset, as no {name} is trained in a group of its own"
         check(lr is None or name in names, f"optim.{key}", lr, wanted)

@@ -55,13 +55,17 @@ class MuonOptimizer(GroupwiseOptimizer):
         elif params:
             step_adamw(params, self.state, group)
 
-    def _step_matrices(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _follow(self, params: list[Tensor]) -> list[Tensor]:
+        """Update M of each matrix and return its N."""
         for p in params:
             if "momentum" not in self.state[p]:  # it may have AdamW's moments of an earlier phase
                 self.state[p] = {"momentum": torch.zeros_like(p)}
         M, grads = [self.state[p]["momentum"] for p in params], gradients(params)
         torch._foreach_lerp_(M, grads, 1 - self.momentum)
-        N = list(torch._foreach_lerp(grads, M, self.momentum))
+        return list(torch._foreach_lerp(grads, M, self.momentum))
+
+    def _step_matrices(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        N = self._follow(params)
         shares = owners([max(p.shape) * min(p.shape) ** 2 for p in params])
         for where in _alike([params[i] for i in shares.own], shares.own):
             stack = torch.stack([N[i] for i in where])
