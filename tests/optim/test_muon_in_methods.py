@@ -49,7 +49,7 @@ def by_muon(one: Bench) -> dict[str, tuple[bool, float]]:
 
 
 def test_only_methods_with_an_optimizer_of_their_own_have_no_muon() -> None:
-    assert set(METHODS) - set(MUONS) == {"loro", "galore"}
+    assert set(METHODS) - set(MUONS) == {"loro", "galore", "spectron"}
 
     class Own(LowRank):
         """It says nothing of muon, so it need not have it."""
