@@ -26,7 +26,7 @@ class Spectron(LowRank):
     equation: ClassVar[str] = "W = B A, stepped along polar factors of the gradients"
     # The factors have no other optimizer, and dense matrices in the layers are Muon's already.
     optim_kinds: ClassVar[tuple[Kind, ...]] = ("adamw",)
-    # The best of 2e-2, 4e-2 and 8e-2 at llama-60m and llama-130m (docs/methods/spectron.md).
+    # The best of 2e-2, 4e-2 and 8e-2 at llama-130m (docs/methods/spectron.md).
     optim_defaults = replace(Method.optim_defaults, lr=4e-2, embedding_lr=5e-3, clip=0.0)
 
     rule: Rule = "spectron"
