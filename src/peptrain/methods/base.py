@@ -58,6 +58,9 @@ class Method:
     keeps_function_with: ClassVar[Mapping[str, Any] | None] = {}
     """Settings with which `install` leaves the model's function unchanged. None if there are none,
     because no dense W remains."""
+    from_scratch_only: ClassVar[bool] = False
+    """Whether every run must draw its weights, because the layers can neither keep nor approximate a
+    given W. Then --init-from, and `adapt` without fresh, are refused."""
     zero_factor: ClassVar[bool] = False
     """Whether one factor of each layer starts at zero, so that the other one has no gradient in the
     first step."""
