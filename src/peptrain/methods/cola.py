@@ -65,4 +65,4 @@ class CoLA(RankMethod):
     optim_defaults = replace(Method.optim_defaults, lr=6e-3, weight_decay=0.01, clip=0.5)
 
     def layer(self, site: Site, rng: Rng) -> CoLALinear:
-        return CoLALinear(site, self.r, rng)
+        return CoLALinear(site, self.rank_of(site.name), rng)
