@@ -57,7 +57,8 @@ def main(steps: int) -> None:
             F.cross_entropy(model(x), y).backward()
             training.step()
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{name:8s}  {trainable:9,d}   {accuracy(training.dense()):8.3f}")
+        plain = training.dense() if method.has_dense_equivalent else model
+        print(f"{name:8s}  {trainable:9,d}   {accuracy(plain):8.3f}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from peptrain.training.state import TrainState, restore
 ALONE = World(0, 1, torch.device("cpu"))
 VECTORS = (".a", ".b", ".m", ".lambda_d", ".lambda_b")
 """How the names of diagonals and magnitudes end; they stay fp32 in bf16."""
+DENSE = [name for name, cls in METHODS.items() if cls.has_dense_equivalent]
+"""The methods whose layers have a matrix."""
 SPREAD = {"micro_batch": 1}
 """Of two ranks each accumulates twice."""
 

@@ -57,6 +57,11 @@ class Adapted:
             raise ConfigError(
                 f"{setting} needs the weights of a trained model; adapt one, without fresh=True"
             )
+        if method.from_scratch_only and not fresh:
+            raise ConfigError(
+                f"fresh: must be True for {method.name}, whose layers can't represent the trained"
+                " matrices of a model (got False); adapt a new model, or choose another method"
+            )
         given = (method, optim, schedule_config)
         self.method, self.optim, config = settled(*given, steps, _width(model))
         self.model, self.steps, self.done = model, steps, 0

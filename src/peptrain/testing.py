@@ -348,9 +348,8 @@ def a_run_is_evaluated_and_exported(method: Method, corpus: Path) -> None:
         end = train(startable(small_run(method, corpus, run))).held_out.loss
         found = evaluate(run).loss
         assert abs(found - end) <= 1e-6 * end, f"loss {found} in evaluation, {end} in training"
-        dense = method.has_dense_equivalent
-        if dense or method.activation is not None:
-            export(run, Path(folder, "out"), "dense" if dense else "factorised")
+        if method.has_dense_equivalent or method.activation is not None:
+            export(run, Path(folder, "out"), method.export_form)
 
 
 Law = Callable[[Method, Path], None]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import tiny, tiny_method
+from support import DENSE, tiny, tiny_method
 from torch import Tensor
 
 from peptrain.analysis import analyze as module
@@ -22,7 +22,6 @@ from peptrain.cli.app import main
 from peptrain.errors import CheckpointError, ConfigError, DataError
 from peptrain.exporting.export import export
 from peptrain.files import sha256sums
-from peptrain.methods import METHODS
 from peptrain.runs.checkpoint import SUMMED, SUMS
 from peptrain.testing import EVENT, QWEN, STEPS
 from peptrain.training.loop import train
@@ -155,7 +154,7 @@ def test_of_a_product_the_condition_is_over_its_rank_and_errors_of_gradients_are
         assert x["error_factors_scaled"] <= min(x["error_factors"], x["error_loro"])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", DENSE)
 def test_every_method_can_be_analyzed(tmp_path: Path, corpus: Path, name: str) -> None:
     run = measured(trained(tmp_path, corpus, name), 1, STEPS)
     assert len(lines(run, STEPS, "weight")) == 14 + 2 * 3

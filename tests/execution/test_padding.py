@@ -65,7 +65,8 @@ def test_outputs_gradients_and_steps_are_those_of_the_unpadded_model(name: str) 
             method.after_step(model, moves, step + 1, Rng(0))
         assert_near(snapshot(plain), snapshot(padded), 1e-9)
     assert {n: t.shape for n, t in padded.state_dict().items()} == shapes
-    assert_near(dense_state(plain), dense_state(padded), 1e-9)
+    if method.has_dense_equivalent:
+        assert_near(dense_state(plain), dense_state(padded), 1e-9)
     assert count_parameters(padded) == count_parameters(plain)
 
 
@@ -173,7 +174,7 @@ def test_runs_resumes_and_exports_as_without(
         file.unlink()
     resume(tmp_path / "padded")
     assert differences(newest(tmp_path / "padded"), padded) == []
-    export(tmp_path / "padded", tmp_path / "out")
+    export(tmp_path / "padded", tmp_path / "out", tiny_method(name).export_form)
 
 
 def newest_files(run: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import tiny, tiny_method
+from support import DENSE, tiny, tiny_method
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
@@ -277,7 +277,7 @@ def test_the_factorised_file_is_smaller(name: str, exports: Exports) -> None:
     assert saved > 0 and large - small == pytest.approx(saved * each, abs=4000)  # headers
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in FACTORISED])
+@pytest.mark.parametrize("name", [n for n in DENSE if n not in FACTORISED])
 def test_methods_with_other_matrices_have_no_factorised_form(
     name: str, exports: Exports, tmp_path: Path
 ) -> None:

@@ -33,12 +33,12 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def alone(
-    W: Tensor, rule: GaLoreRule, lr: float = 0.01, eps: float = 1e-3, decay: float = 0.0
+    W: Tensor, rank: int, rule: GaLoreRule, lr: float = 0.01, eps: float = 1e-3, decay: float = 0.0
 ) -> tuple[nn.Parameter, GaLoreOptimizer]:
     """An optimizer of one projected matrix."""
     p = nn.Parameter(W.clone())
     group = {"params": [p], "projected": True, "weight_decay": decay}
-    return p, GaLoreOptimizer([group], rule, lr=lr, betas=BETAS, eps=eps)
+    return p, GaLoreOptimizer([group], rule, {p: rank}, lr=lr, betas=BETAS, eps=eps)
 
 
 def stepped(p: nn.Parameter, optimizer: GaLoreOptimizer, G: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ def test_the_steps_are_the_papers_loop(
     W, common = normal(*shape, seed=seed), normal(*shape, seed=seed + 1)
     gradients = [common + 0.7 * normal(*shape, seed=seed + 2 + t) for t in range(8)]
     rates = [0.02, 0.01, 0.0, 0.03, 0.01, 0.02, 0.0, 0.01]
-    rule = GaLoreRule(rank, gap, 0.25, "rotate" if rotate else "keep")
-    p, optimizer = alone(W, rule, decay=decay)
+    rule = GaLoreRule(gap, 0.25, "rotate" if rotate else "keep")
+    p, optimizer = alone(W, rank, rule, decay=decay)
     right = projected.galore(
         W.numpy(), [G.numpy() for G in gradients], rates,
         r=rank, gap=gap, scale=0.25, betas=BETAS, eps=1e-3, decay=decay, rotate=rotate,
@@ -84,7 +84,7 @@ def test_what_moments_do_at_a_new_projection_matters() -> None:
     """Else the test above could not tell the two apart."""
     ends = []
     for moments in ("keep", "rotate"):
-        p, optimizer = alone(normal(5, 9, seed=0), GaLoreRule(2, 2, 0.25, moments))  # type: ignore[arg-type]
+        p, optimizer = alone(normal(5, 9, seed=0), 2, GaLoreRule(2, 0.25, moments))  # type: ignore[arg-type]
         for t in range(4):
             stepped(p, optimizer, normal(5, 9, seed=t + 1))
         ends.append(p.detach())
@@ -134,7 +134,7 @@ def test_between_two_svds_the_weight_moves_in_r_dimensions_and_over_several_in_m
     shape: tuple[int, int],
 ) -> None:
     """The sum of low-rank updates is not of low rank: what sets GaLore apart from LoRA."""
-    p, optimizer = alone(torch.zeros(shape, dtype=torch.float64), GaLoreRule(2, 4, 0.25, "keep"))
+    p, optimizer = alone(torch.zeros(shape, dtype=torch.float64), 2, GaLoreRule(4, 0.25, "keep"))
     ranks = []
     for t in range(12):
         moved = stepped(p, optimizer, normal(*shape, seed=t))
@@ -198,7 +198,7 @@ def test_the_subspace_is_better_than_from_an_svd_in_fp32() -> None:
 
 def test_a_gradient_that_is_no_number_reaches_the_weights_and_ends_nothing() -> None:
     for bad in (math.nan, math.inf):
-        p, optimizer = alone(normal(3, 5, seed=0), GaLoreRule(2, 1, 0.25, "rotate"))
+        p, optimizer = alone(normal(3, 5, seed=0), 2, GaLoreRule(1, 0.25, "rotate"))
         stepped(p, optimizer, normal(3, 5, seed=1))
         G = normal(3, 5, seed=2)
         G[1, 2] = bad
@@ -207,7 +207,7 @@ def test_a_gradient_that_is_no_number_reaches_the_weights_and_ends_nothing() -> 
 
 @pytest.mark.parametrize("moments", ["keep", "rotate"])
 def test_without_a_gradient_nothing_moves(moments: Any) -> None:
-    p, optimizer = alone(normal(3, 5, seed=0), GaLoreRule(2, 1, 0.25, moments))
+    p, optimizer = alone(normal(3, 5, seed=0), 2, GaLoreRule(1, 0.25, moments))
     for _ in range(3):
         assert torch.equal(stepped(p, optimizer, torch.zeros(3, 5).double()), normal(3, 5, seed=0))
 
@@ -271,7 +271,7 @@ def test_the_second_moment_stays_at_0_or_more(r: int, seed: int) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_moments_are_as_long_as_the_longer_side(shape: tuple[int, int]) -> None:
-    p, optimizer = alone(normal(*shape, seed=0), GaLoreRule(1, 0, 0.25, "keep"))
+    p, optimizer = alone(normal(*shape, seed=0), 1, GaLoreRule(0, 0.25, "keep"))
     stepped(p, optimizer, normal(*shape, seed=1))
     state, short = optimizer.state[p], min(shape)
     of_r = (1, shape[1]) if shape[0] < shape[1] else (shape[0], 1)
@@ -288,7 +288,7 @@ def test_a_matrix_is_projected_if_its_state_is_less_than_adams(n: int, m: int, r
 
 def test_p_is_made_at_the_first_step_and_at_every_gap_th_after_it() -> None:
     for gap, wanted in ((3, [0, 3, 6]), (1, list(range(8))), (0, [0]), (9, [0])):
-        p, optimizer = alone(normal(4, 6, seed=0), GaLoreRule(2, gap, 0.25, "keep"))
+        p, optimizer = alone(normal(4, 6, seed=0), 2, GaLoreRule(gap, 0.25, "keep"))
         changed, before = [], torch.zeros(())
         for t in range(8):
             stepped(p, optimizer, normal(4, 6, seed=t + 1))
@@ -333,24 +333,24 @@ def test_bf16_keeps_all_in_bf16_and_computes_p_in_more(corpus: Path, tmp_path: P
 
 def test_moments_that_come_into_a_phase_keep_their_count_and_meet_a_new_p() -> None:
     """The clocks begin again at a boundary, the moments of parameters that stay do not."""
-    rule = GaLoreRule(2, 4, 0.25, "rotate")
-    p, optimizer = alone(normal(4, 6, seed=0), rule)
+    rule = GaLoreRule(4, 0.25, "rotate")
+    p, optimizer = alone(normal(4, 6, seed=0), 2, rule)
     gradients = [normal(4, 6, seed=t + 1) for t in range(4)]
     for G in gradients:
         stepped(p, optimizer, G)
-    q, other = alone(p.detach(), rule)
+    q, other = alone(p.detach(), 2, rule)
     other.state[q] = {key: value.clone() for key, value in optimizer.state[p].items()}
     late = [normal(4, 6, seed=t + 10) for t in range(3)]
     for G in late:
         assert torch.equal(stepped(p, optimizer, G), stepped(q, other, G))
-    dense, begun = alone(q.detach(), rule)  # full training's state has no P
+    dense, begun = alone(q.detach(), 2, rule)  # full training's state has no P
     begun.state[dense] = {"step": torch.tensor(7.0), "exp_avg": late[0], "exp_avg_sq": late[0] ** 2}
-    fresh, anew = alone(q.detach(), rule)
+    fresh, anew = alone(q.detach(), 2, rule)
     assert torch.equal(stepped(dense, begun, late[0]), stepped(fresh, anew, late[0]))
 
 
 def test_a_closure_gives_the_loss() -> None:
-    p, optimizer = alone(normal(3, 5, seed=0), GaLoreRule(2, 1, 0.25, "keep"))
+    p, optimizer = alone(normal(3, 5, seed=0), 2, GaLoreRule(1, 0.25, "keep"))
 
     def closure() -> float:
         p.grad = None
@@ -366,10 +366,10 @@ def test_a_closure_gives_the_loss() -> None:
 def test_a_state_that_was_read_on_the_cpu_moves_to_the_weights() -> None:
     """By torch.load(..., map_location="cpu"). The fused kernel takes moments and count on one
     device; torch moves the count for an optimizer that says it is fused."""
-    rule = GaLoreRule(2, 2, 0.25, "keep")
-    p, optimizer = alone(normal(5, 9, seed=0), rule)
+    rule = GaLoreRule(2, 0.25, "keep")
+    p, optimizer = alone(normal(5, 9, seed=0), 2, rule)
     stepped(p, optimizer, normal(5, 9, seed=1))
-    elsewhere, other = alone(torch.empty(5, 9, device="meta"), rule)
+    elsewhere, other = alone(torch.empty(5, 9, device="meta"), 2, rule)
     other.load_state_dict(optimizer.state_dict())
     state = other.state[elsewhere]
     assert {key: t.device.type for key, t in state.items()} == dict.fromkeys(state, "meta")

@@ -1,6 +1,7 @@
 """What trains besides the adapted matrices: everything, nothing, or what is named."""
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from byhand import made
 from oracles import algebra
 from support import tiny, tiny_method
-from torch import nn
+from torch import Tensor, nn
 
 from peptrain.adaptation import adapt
 from peptrain.config import dump, essence, parse, resolved
@@ -185,6 +186,14 @@ def test_exactly_what_is_named_and_the_methods_own_trains(
         assert trainable(warm) == names(warm, *NAMED[listed]) | {f"{site}.weight" for site in at}
 
 
+def state_of(run: Path) -> Mapping[str, Tensor]:
+    """The dense weights, or the layers' own where there are none."""
+    opened = open_run(run)
+    if opened.config.method.has_dense_equivalent:
+        return dense_state(opened.model)
+    return opened.model.state_dict()
+
+
 @targeted_methods
 def test_what_is_not_named_has_the_same_bytes_after_training(
     name: str, corpus: Path, tmp_path: Path
@@ -193,11 +202,9 @@ def test_what_is_not_named_has_the_same_bytes_after_training(
     every = {"keep_at": "0,8", "checkpoint_every": 0}
     method = tiny_method(name, targets="q,down", train="norm,classifier")
     train(tiny(method, corpus, tmp_path / "run", model=QWEN, train=every))
-    first, last = (
-        dense_state(open_run(Path(f"{tmp_path / 'run'}@{step}")).model) for step in (0, 8)
-    )
+    first, last = (state_of(Path(f"{tmp_path / 'run'}@{step}")) for step in (0, 8))
     for site, weight in last.items():
-        adapted = "weight" in site and ("q_proj" in site or "down_proj" in site)
+        adapted = not site.endswith(".bias") and ("q_proj" in site or "down_proj" in site)
         moves = adapted or "norm." in site or "lm_head" in site
         assert torch.equal(weight, first[site]) is not moves, site
 

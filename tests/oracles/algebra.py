@@ -338,18 +338,18 @@ class Count(NamedTuple):
 
 
 COUNTED = ("full", "bpt", "lora", "relora", "lowrank", "loro", "dora", "vera", "hyperadapt",
-           "galore", "sltrain", "spectron")  # fmt: skip
+           "galore", "sltrain", "spectron", "cola")  # fmt: skip
 """The methods that `parameter_count` knows: those of the papers' tables."""
 
 
 def parameter_count(arch: Arch, method: str, r: int = 0, trained_scale: bool = False) -> Count:
     """Counts by arithmetic for full, galore, bpt, lora, relora (after its warm start), lowrank,
-    loro, spectron, dora, vera, hyperadapt and sltrain (density 0.03).
+    loro, spectron, dora, vera, hyperadapt, sltrain (density 0.03) and cola.
 
     Adapt a matrix n x m iff that lowers its trainable count: BPT r(n+m) + n + m < nm, DoRA
     r(n+m) + n < nm, sltrain r(n+m) + nnz < nm, the others r(n+m) < nm; VeRA (r + n) and HyperAdapt
-    (n + m) always. galore trains all that full does. lowrank, loro, spectron and sltrain have no
-    dense W, the others keep the frozen nm in the total; VeRA's pair, r x max m and max n x r, is
+    (n + m) always. galore trains all that full does. lowrank, loro, spectron, sltrain and cola have
+    no dense W, the others keep the frozen nm in the total; VeRA's pair, r x max m and max n x r, is
     there once. A trained scale is one more parameter per adapted matrix and outside the rule.
     """
     V, d, f, L = arch["V"], arch["d"], arch["f"], arch["L"]
@@ -370,7 +370,7 @@ def parameter_count(arch: Arch, method: str, r: int = 0, trained_scale: bool = F
         }.get(method, r * (n + m))
         always = method in ("vera", "hyperadapt")
         adapted = method not in ("full", "galore") and (always or adapter < n * m)
-        frozen = 0 if method in ("lowrank", "loro", "spectron", "sltrain") else n * m
+        frozen = 0 if method in ("lowrank", "loro", "spectron", "sltrain", "cola") else n * m
         adapter += trained_scale
         trainable += L * (adapter if adapted else n * m)
         total += L * (frozen + adapter if adapted else n * m)

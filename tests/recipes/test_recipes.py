@@ -205,7 +205,7 @@ SHORT = [
     "bpt-qwen-100m-bpt", "bpt-qwen-0.5b-dora", "bpt-qwen-0.5b-vera", "bpt-qwen-0.5b-hyperadapt",
     "bpt-olmo2-1b-relora", "relora-60m-lora", "relora-1.3b-lora-warm", "relora-250m-online",
     "relora-130m-restarts-reset", "pico-compat-tiny-relora", "pico-small-full", "loro-350m-galore",
-    "loro-60m-sltrain", "loro-130m-loro", "loro-130m-loro-slim-mlp",
+    "loro-60m-sltrain", "cola-60m-cola", "loro-130m-loro", "loro-130m-loro-slim-mlp",
 ]  # fmt: skip
 
 

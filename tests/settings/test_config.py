@@ -156,6 +156,7 @@ def test_resolving_leaves_nothing_unset_and_is_idempotent(name: str) -> None:
         "exact_cap",
         "init_std",
         "momentum",
+        "ranks",
         "tasks_data",
         "sample_prompts",
         "parallel",

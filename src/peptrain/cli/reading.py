@@ -78,7 +78,17 @@ def eval_run(
             _held_out(one, next(iter(data), None), batch_size, legacy, device)
             done.append(one)
     check_done(run, done, damaged)
-    say(f"export the model with `peptrain export {quoted(run)} --out DIR`")
+    _advise_export(run)
+
+
+def _advise_export(run: Path) -> None:
+    from peptrain.runs.build import run_config
+    from peptrain.runs.directory import RunDir
+    from peptrain.runs.select import at
+
+    form = run_config(RunDir.open(at(run)[0])).method.export_form
+    flag = "" if form == "dense" else f" --form {form}"
+    say(f"export the model with `peptrain export {quoted(run)} --out DIR{flag}`")
 
 
 def is_of_run(path: Path) -> bool:
@@ -213,9 +223,9 @@ def export_run(
         run: Run directory, or RUN@STEP for the checkpoint of a step.
         out: Directory to create. Needed unless --push is given.
         form: dense loads in transformers and other tools. factorised keeps the factors B and A
-            (lowrank, loro, spectron) as two nn.Linear: smaller, and loaded by transformers with
-            trust_remote_code=True. peft: the adapter alone (lora, dora, vera around the model given
-            by --init-from). gguf: one file for llama.cpp.
+            (lowrank, loro, spectron, cola) as two nn.Linear: smaller, and loaded by transformers
+            with trust_remote_code=True. peft: the adapter alone (lora, dora, vera around the model
+            given by --init-from). gguf: one file for llama.cpp.
         step: Step of the checkpoint. all writes each that is kept to a directory OUT/STEP, and
             pushes each as a commit with the tag step-STEP. Unset: the latest.
         push: Upload the export to ORG/NAME on the hub, private if it is new.

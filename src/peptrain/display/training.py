@@ -116,7 +116,9 @@ class TrainingProgress:
         elif event == "end":
             self.close()
             self._say_curves()
-            self._say(f"finished: {finished(row, quoted(self._seen['run']))}")
+            seen = self._seen
+            said = finished(row, quoted(seen["run"]), seen.get("form", "dense"))
+            self._say(f"finished: {said}")
         elif event in NOTES:
             self._state = "  ".join(self._measured())
             self._say(f"step {row['step']:,}: {NOTES[event](self._seen)}")
@@ -242,16 +244,20 @@ def held_out(row: Row) -> str:
     return ", ".join([f"validation loss {row['held_out_loss']:.4f}", *results])
 
 
-def finished(row: Row, run: str) -> str:
-    """Return the last row of a run in words, with what can be done next."""
+def finished(row: Row, run: str, form: str = "dense") -> str:
+    """Return the last row of a run in words, with what can be done next.
+
+    form: that of an export of the run, dense where none need be named.
+    """
+    flag = "" if form == "dense" else f" --form {form}"
     if "validation_rows" not in row:
         return (
             f"{held_out(row)} (loss {row['held_out_loss']:.4f}); evaluate with"
-            f" `peptrain eval {run}`, export with `peptrain export {run} --out DIR`"
+            f" `peptrain eval {run}`, export with `peptrain export {run} --out DIR{flag}`"
         )
     best = f"; best at step {row['best_step']:,}" if "best_step" in row else ""
     step = f"@{row['best_step']}" if best and row["best_step"] != row["step"] else ""
-    return f"{held_out(row)}{best}; export with `peptrain export {run}{step} --out DIR`"
+    return f"{held_out(row)}{best}; export with `peptrain export {run}{step} --out DIR{flag}`"
 
 
 NOTES: dict[str, Callable[[Row], str]] = {

@@ -58,6 +58,7 @@ class Estimate:
         return {
             "method": self.config.method.name,
             "rank": getattr(self.config.method, "rank", None),
+            "method_ranks": getattr(self.config.method, "ranks", None),
             "model": str(self.config.model.config or self.config.model.preset),
             "precision": t.precision,
             "device": "cuda" if self.on_gpu else "cpu",

@@ -65,7 +65,8 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
     `AutoModelForSequenceClassification` (T5: `AutoModelForSeq2SeqLM`) if it was fine-tuned.
     factorised: two nn.Linear for each matrix, which `AutoModelForCausalLM.from_pretrained` loads
     with `trust_remote_code=True` or after `import peptrain.hf`, and `load_factorised` in a faster
-    form. It is available for W = B A (lowrank, loro, spectron) and methods with an `activation`.
+    form. It is available for W = B A (lowrank, loro, spectron) and methods with an `activation`
+    (cola).
     peft: the adapter of lora, dora or vera around the model of --init-from.
     gguf: one file for llama.cpp.
     All have the tokenizer as it was in training, and a model card.

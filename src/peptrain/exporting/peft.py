@@ -185,9 +185,12 @@ def _settings(opened: Opened, base: PreTrainedModel) -> Any:
     if isinstance(first, VeRALinear):
         return peft.VeraConfig(**given, save_projection=True)
     assert isinstance(first, LoRALinear)
+    ranks = {x.site: len(x.A) for x in layers if isinstance(x, LoRALinear)
+             and len(x.A) != len(first.A)}  # fmt: skip
     scales = {x.site: x.s.item() * len(x.A) for x in layers if isinstance(x, LoRALinear)
               and x.s is not None}  # fmt: skip
-    given |= {"lora_alpha": first.alpha, "lora_dropout": first.dropout, "alpha_pattern": scales}
+    given |= {"lora_alpha": first.alpha, "lora_dropout": first.dropout}
+    given |= {"rank_pattern": ranks, "alpha_pattern": scales}
     return peft.LoraConfig(**given, use_dora=isinstance(first, DoRALinear))
 
 

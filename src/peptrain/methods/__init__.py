@@ -20,6 +20,7 @@ from peptrain.methods.vera import VeRA as VeRA
 from peptrain.methods.hyperadapt import HyperAdapt as HyperAdapt
 from peptrain.methods.galore import GaLore as GaLore
 from peptrain.methods.sltrain import SLTrain as SLTrain
+from peptrain.methods.cola import CoLA as CoLA
 from peptrain.settings.plugins import with_plugins
 from peptrain.settings.toml import untypable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import isfunction, signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -61,6 +61,9 @@ class Method:
     keeps_function_with: ClassVar[Mapping[str, Any] | None] = {}
     """Settings with which `install` leaves the model's function unchanged. None if there are none,
     because no dense W remains."""
+    from_scratch_only: ClassVar[bool] = False
+    """Whether every run must draw its weights, because the layers can neither keep nor approximate
+    a given W. Then --init-from, and `adapt` without fresh, are refused."""
     zero_factor: ClassVar[bool] = False
     """Whether one factor of each layer starts at zero, so that the other one has no gradient in the
     first step."""
@@ -69,6 +72,11 @@ class Method:
     only_reports: ClassVar[bool] = False
     """Whether `after_step` changes nothing, and returns metrics of the optimizer's step. Then it is
     called after the last step of a phase too."""
+
+    @property
+    def export_form(self) -> Literal["dense", "factorised"]:
+        """The form of `peptrain export` that runs of the method have: dense, or else factorised."""
+        return "dense" if self.has_dense_equivalent else "factorised"
 
     @property
     def needs_weights(self) -> str:

@@ -154,7 +154,7 @@ class BPT(RankMethod):
         return rank * (n + m) + n + m
 
     def layer(self, site: Site, rng: Rng) -> BPTLinear:
-        return BPTLinear(site, self.r, self.init, rng)
+        return BPTLinear(site, self.rank_of(site.name), self.init, rng)
 
     def fuse(self, model: nn.Module) -> None:
         from peptrain.kernels import linear as fused

@@ -74,7 +74,8 @@ class GaLore(RankMethod):
         self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
     ) -> Optimizer:
         assert self.gap is not None
-        weights = [m.weight for m in reparametrized(model) if isinstance(m, ProjectedLinear)]
-        groups = groups_around(model, optim, weights, projected=True)
-        rule = GaLoreRule(self.r, self.gap, self.scale, self.moments)
-        return GaLoreOptimizer(groups, rule, **optim.adam())
+        layers = [m for m in reparametrized(model) if isinstance(m, ProjectedLinear)]
+        ranks = {layer.weight: self.rank_of(layer.site) for layer in layers}
+        groups = groups_around(model, optim, list(ranks), projected=True)
+        rule = GaLoreRule(self.gap, self.scale, self.moments)
+        return GaLoreOptimizer(groups, rule, ranks, **optim.adam())

@@ -155,7 +155,7 @@ class LoRA(RankMethod):
         return rank * (n + m) + self.train_scale
 
     def layer(self, site: Site, rng: Rng) -> LoRALinear:
-        made = self.kind(site, self.r, self.alpha, self.dropout, rng)
+        made = self.kind(site, self.rank_of(site.name), self.alpha, self.dropout, rng)
         if self.train_scale:
             made.train_scale()
         return made

@@ -123,8 +123,9 @@ class LORO(LowRank):
     def layer(self, site: Site, rng: Rng) -> ReparamLinear:
         if self.around == "none":
             return super().layer(site, rng)
-        times_rank = 1 if self.alpha_over_rank else self.r  # LoRALinear divides by it
-        return LoRALinear(site, self.r, self.alpha * times_rank, 0.0, rng)
+        rank = self.rank_of(site.name)
+        times_rank = 1 if self.alpha_over_rank else rank  # LoRALinear divides by it
+        return LoRALinear(site, rank, self.alpha * times_rank, 0.0, rng)
 
     def install(self, model: nn.Module, sites: Sequence[Site], rng: Rng, phase: int) -> None:
         super().install(model, sites, rng, phase)
@@ -181,7 +182,8 @@ class LORO(LowRank):
         """Return c of the approximate step. The released code divides r by the hidden size."""
         n, m = layer.out_features, layer.in_features
         widths = {"hidden": width, "rows": n, "min": min(n, m)}
-        return self.r / widths[self.scale] if self.scale in widths else self._number()
+        rank = self.rank_of(layer.site)
+        return rank / widths[self.scale] if self.scale in widths else self._number()
 
     def _number(self) -> float:
         try:

@@ -84,7 +84,7 @@ def fresh_factors(
         if r > min(n, m):
             raise ConfigError(
                 f"method.init: orthogonal needs a rank of at most min(n, m) = {min(n, m)} in"
-                f" {site.name}, {n} x {m} (got method.rank {r}); lower the rank, or take xavier"
+                f" {site.name}, {n} x {m} (got rank {r}); lower the rank, or take xavier"
             )
         g = (STD * (n * m / r) ** 0.5) ** 0.5
         return g * semi_orthogonal(n, r, for_B), g * semi_orthogonal(r, m, for_A)
@@ -125,7 +125,7 @@ class LowRank(RankMethod):
 
     def layer(self, site: Site, rng: Rng) -> ReparamLinear:
         std = INIT_STD if self.init_std is None else self.init_std
-        return LowRankLinear(site, self.r, rng, self.init, std)
+        return LowRankLinear(site, self.rank_of(site.name), rng, self.init, std)
 
     def fuse(self, model: nn.Module) -> None:
         from peptrain.kernels.llama_layer import fuse_layers  # Triton is not everywhere

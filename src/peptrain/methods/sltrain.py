@@ -113,7 +113,7 @@ class SLTrain(RankMethod):
         return rank * (n + m) + support_size(n, m, self.density)
 
     def layer(self, site: Site, rng: Rng) -> SLTrainLinear:
-        return SLTrainLinear(site, self.r, self.alpha, self.density, rng)
+        return SLTrainLinear(site, self.rank_of(site.name), self.alpha, self.density, rng)
 
     def optimizer(
         self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int

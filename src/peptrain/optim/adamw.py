@@ -39,8 +39,8 @@ class OptimConfig:
     """Peak learning rate, with muon that of its matrices. Unset with sgd: 0.1; with muon: 1e-2."""
     embedding_lr: float | None = added(None, before=None)
     """Peak learning rate of embeddings, norms and biases, with muon of all that adamw trains, a
-    method's factors too. Unset: that of all parameters; with muon or
-    spectron: 5e-3."""
+    method's factors too. Unset: that of all parameters; with muon or spectron:
+    5e-3."""
     head_lr: float | None = added(None, before=None)
     """Peak learning rate of an output head that is not tied. Unset: embedding_lr where that is set,
     else that of all parameters."""

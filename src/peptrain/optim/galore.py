@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ from peptrain.optim.base import (
 class GaLoreRule:
     """How gradients are projected: the fields are GaLore's options of the same names."""
 
-    rank: int
     gap: int
     scale: float
     moments: Literal["keep", "rotate"]
@@ -41,9 +40,15 @@ class GaLoreOptimizer(GroupwiseOptimizer):
     loading an optimizer state restores it.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], rule: GaLoreRule, **adam: Any) -> None:
-        """adam: lr, betas and eps."""
-        self.rule = rule
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        rule: GaLoreRule,
+        ranks: Mapping[Tensor, int],
+        **adam: Any,
+    ) -> None:
+        """ranks: r of each matrix in `projected` groups. adam: lr, betas and eps."""
+        self.rule, self.ranks = rule, ranks
         # `fused` makes load_state_dict move step counts to the device of the weights, as the kernel
         # needs them.
         super().__init__(groups, **adam, projected=False, clock=0, fused=True)
@@ -68,9 +73,8 @@ class GaLoreOptimizer(GroupwiseOptimizer):
         shares = owners([min(W.shape) ** 3 for W in due])
         found: dict[Tensor, Tensor] = {}
         for i, (W, G) in enumerate(zip(due, gradients(due), strict=True)):
-            short, r = min(W.shape), min(self.rule.rank, *W.shape)
-            mine = shares.owns(i)
-            found[W] = leading_directions(G, self.rule.rank) if mine else G.new_empty(short, r)
+            short, r = min(W.shape), min(self.ranks[W], *W.shape)
+            found[W] = leading_directions(G, r) if shares.owns(i) else G.new_empty(short, r)
         shares.send_([[P] for P in found.values()])
         return [found.get(W) for W in some]
 

@@ -44,13 +44,19 @@ def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
     step of `continue_from` is filled in too. Without these it has the vocabulary of the corpus,
     unless `config` names a preset, a config.json or a vocabulary.
 
-    Raises ConfigError for a method that needs given weights without them.
+    Raises ConfigError for a method that needs given weights without them, and for one that can't
+    start from them with them.
     """
     if config.continue_from is not None:
         return _continuing(config, config.continue_from)
     if config.match_trainable is not None:
         return matched(config)
     path = config.init_from
+    if path is not None and config.method.from_scratch_only:
+        raise ConfigError(
+            f"init_from: {path}: the layers of {config.method.name} can't represent its matrices;"
+            " leave it out, or choose another method, such as lowrank, which approximates them"
+        )
     if path is not None and not config.tune.task:
         _check_language_model(path)
     if path is None:

@@ -326,6 +326,7 @@ def _start(
         "event": "start",
         "run": str(run.path),
         "method": config.method.name,
+        "form": config.method.export_form,
         "step": state.step,
         "steps": t.steps,
         "tokens_per_step": objective.tokens_per_step,
