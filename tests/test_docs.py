@@ -253,6 +253,8 @@ def as_text(section: Any, key: str) -> str:
         return "spectral with muon"
     if key == "momentum":
         return "0 with sgd"
+    if key == "ranks":
+        return "none"
     if key in OWN_RATES:
         return "as `--optim.lr`" if key == "embedding_lr" else "as the embeddings"
     if "same_as" in rule:
