@@ -181,6 +181,7 @@ EXHAUSTIVE = re.compile(
     r"|test_low_precision_trains_on_a_cpu\[(?!.*galore)"
     r"|test_accumulation_is_one_big_batch\[(?!full|loro|relora)"
     r"|test_a_method_keeps_the_laws_with_rates_of_their_own\[(?!.*(full|loro)\])"
+    r"|test_a_method_keeps_the_laws_with_muon\[(?!.*(full|relora)\])"
     r"|test_the_configuration_of_(the|a)_run_replays_it\[(?!.*(full|loro|relora))"
     r"|test_lora_and_relora"
     r"|test_a_finished_run_that_is_given_more_steps\w*\[(?!relora|loro)"
@@ -204,7 +205,8 @@ EXHAUSTIVE = re.compile(
     r"|test_llama_7b_takes_seconds_and_less_than_2_gb\[(?!full)|test_they_are_so_for_more_runs"
     r"|test_a_comparison_at_an_equal_budget\[flops"
     r"|test_a_recipe_counts_the_parameters_of_the_model_that_it_names\[relora-t5-large-(?!relora)"
-    r"|test_a_recipe_fine_tunes_a_smaller_model\[relora-t5-large-(?!relora)"
+    r"|test_a_recipe_fine_tunes_a_smaller_model\[(?!loro-roberta-base-r4|relora-350m-glue-relora"
+    r"|relora-t5-base-relora)"
     r"|test_a_thousand_mutated_files|test_five_hundred_mutated_lines"
 )
 """Slow cases that the marker `exhaustive` leaves to a release: the others of a kind, of which some
