@@ -32,7 +32,10 @@ DENSE = "up"
 """Left dense, in every method."""
 MUONS = [name for name in METHODS if "muon" in METHODS[name].optim_kinds]
 ADAPTING = [name for name in MUONS if name != "full"]
+BY_ADAMW = [name for name in ADAPTING if name != "cola"]
+"""Methods whose layers have what only AdamW moves: factors of a W, diagonals."""
 adapting = pytest.mark.parametrize("name", ADAPTING)
+by_adamw = pytest.mark.parametrize("name", BY_ADAMW)
 WARM = STEPS // 2
 
 
@@ -76,7 +79,7 @@ def test_a_method_keeps_the_laws_with_muon(
     law(partly(name), corpus)
 
 
-@adapting
+@by_adamw
 def test_dense_matrices_are_muons_and_what_the_layers_train_is_adamws(name: str) -> None:
     optim = MUON | {"head_lr": 2e-3, "weight_decay": 0.1}
     one = bench(partly(name), optim=optim)
@@ -98,7 +101,7 @@ def decaying(one: Bench) -> set[str]:
     return {names[p] for g in groups for p in g["params"] if g["weight_decay"]}
 
 
-@adapting
+@by_adamw
 def test_what_the_layers_train_moves_as_by_adamw(name: str) -> None:
     """With the matrices at rest and one rate for all else, through a merge and a reset."""
     rest = {"lr": 0.0, "embedding_lr": 1e-2}
@@ -128,7 +131,7 @@ def test_the_matrices_move_by_muon(name: str) -> None:
         assert 0.8 < sizes[0] < 1.2 and sizes[3] > 0.5
 
 
-@pytest.mark.parametrize("name", [n for n in ADAPTING if n not in ("lora", "relora", "dora")])
+@pytest.mark.parametrize("name", [n for n in BY_ADAMW if n not in ("lora", "relora", "dora")])
 def test_a_method_that_leaves_nothing_dense_refuses_muon(
     name: str, corpus: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +142,21 @@ def test_a_method_that_leaves_nothing_dense_refuses_muon(
         " unless method.targets or method.exclude leave some (got 'muon')"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_muon_moves_each_factor_of_colas_as_a_matrix_of_its_own() -> None:
+    """There is no W = B A, so nothing but the factors can be stepped in spectral norm."""
+    one = bench(tiny_method("cola"), optim=MUON | {"lr": 1.0, "momentum": 0.0, "clip": 0.0})
+    muons = {path for path, (by, rate) in by_muon(one).items() if by and rate == 1.0}
+    assert muons == {f"{layer.site}.{factor}" for layer in one.layers for factor in "BA"}
+    before = {n: p.clone() for n, p in one.model.named_parameters()}
+    one.backward()
+    one.optimizer.step()
+    for path in muons:
+        step = (one.model.get_parameter(path) - before[path]).detach()
+        n, m = step.shape
+        sizes = torch.linalg.svdvals(step) / max(1.0, n / m) ** 0.5
+        assert 0.8 < sizes[0] < 1.2, path
 
 
 @pytest.mark.parametrize("name", ["lora", "relora", "dora"])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peptrain.methods.base import Method
 from peptrain.methods.rank import RankMethod
-from peptrain.models.sites import ReparamLinear, Site
+from peptrain.models.sites import ReparamLinear, Site, reparametrized
+from peptrain.optim.adamw import Kind, OptimConfig
+from peptrain.optim.muon import muon
 from peptrain.rng import Rng
 
 
@@ -46,7 +49,8 @@ def fresh_factors(site: Site, rank: int, rng: Rng) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class CoLA(RankMethod):
-    """Train y = B silu(A x) + bias by AdamW on both factors.
+    """Train y = B silu(A x) + bias by AdamW on both factors, or by Muon, which moves each along the
+    polar factor of its own momentum: with silu between them no other spectral rule has a W.
 
     The model keeps its own nonlinearities: silu(gate) * up stays in an MLP beside the silu inside
     each of its three layers, as in the released configurations for 60M and 130M parameters
@@ -61,8 +65,18 @@ class CoLA(RankMethod):
     activation: ClassVar[str | None] = "silu"
     keeps_function_with: ClassVar[Mapping[str, Any] | None] = None
     from_scratch_only = True
+    optim_kinds: ClassVar[tuple[Kind, ...]] = ("adamw", "muon")
     # scripts/cola_scripts/cola60m.sh of the released code; 3e-3 at 130M and 350M, 2e-3 at 1B.
     optim_defaults = replace(Method.optim_defaults, lr=6e-3, weight_decay=0.01, clip=0.5)
 
     def layer(self, site: Site, rng: Rng) -> CoLALinear:
         return CoLALinear(site, self.rank_of(site.name), rng)
+
+    def optimizer(
+        self, model: nn.Module, sites: Sequence[Site], optim: OptimConfig, phase: int
+    ) -> Optimizer:
+        if optim.kind == "muon":
+            layers = [m for m in reparametrized(model) if isinstance(m, CoLALinear)]
+            factors = [p for layer in layers for p in (layer.B, layer.A)]
+            return muon(model, sites, optim, phase, factors=factors)
+        return super().optimizer(model, sites, optim, phase)

@@ -105,16 +105,18 @@ def muon(
     optim: OptimConfig,
     phase: int,
     groups: Iterable[dict[str, Any]] | None = None,
+    factors: Sequence[Tensor] = (),
 ) -> MuonOptimizer:
     """Return Muon on `dense_matrices(sites)`, at `optim.lr`, and AdamW on all else: a head that is
     not tied at `head_lr`, and embeddings, norms, biases and factors at `embedding_lr`.
 
-    groups: those of AdamW, by default `parameter_groups`; the matrices are taken out of them. A
-    later phase may have no such matrix, as after the warm start of ReLoRA, and is AdamW's alone.
-    Raises ConfigError if the first has none.
+    groups: those of AdamW, by default `parameter_groups`; the matrices are taken out of them.
+    factors: those that Muon moves too, each as a matrix of its own. A later phase may have no
+    matrix, as after the warm start of ReLoRA, and is AdamW's alone. Raises ConfigError if the first
+    has none.
     """
     assert optim.momentum is not None and optim.muon_scale is not None, "unresolved settings"
-    matrices = dense_matrices(sites)
+    matrices = [*dense_matrices(sites), *factors]
     wanted = (
         "adamw, since no dense matrix inside the model's layers is trained, unless"
         " method.targets or method.exclude leave some"
