@@ -117,7 +117,7 @@ def muon(
     matrices = dense_matrices(sites)
     wanted = (
         "adamw, since no dense matrix inside the model's layers is trained, unless"
-        " method.targets or method.exclude leave some"
+        " method.targets or method.exclude leave some that method.train and train_rest do not freeze"
     )
     check(phase > 0 or bool(matrices), "optim.kind", optim.kind, wanted)
     if not matrices:
