@@ -139,7 +139,8 @@ def test_a_method_that_leaves_nothing_dense_refuses_muon(
         train(tiny(tiny_method(name), corpus, tmp_path / "run", optim=MUON))
     assert str(refused.value) == (
         "optim.kind: must be adamw, since no dense matrix inside the model's layers is trained,"
-        " unless method.targets or method.exclude leave some (got 'muon')"
+        " unless method.targets or method.exclude leave some that method.train and train_rest"
+        " do not freeze (got 'muon')"
     )
     assert not (tmp_path / "run").exists()
 

@@ -53,6 +53,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_method_that_keeps_no_given_weights_is_refused_with_a_repair_that_helps(
+    decoder: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="; choose another method, such as lowrank"):
+        train(tuning("cola", decoder, data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_head_for_other_classes_is_refused(data: Path, tmp_path: Path) -> None:
 
     start = write_encoder(tmp_path / "start")

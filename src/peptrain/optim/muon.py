@@ -118,8 +118,9 @@ def muon(
     assert optim.momentum is not None and optim.muon_scale is not None, "unresolved settings"
     matrices = [*dense_matrices(sites), *factors]
     wanted = (
-        "adamw, since no dense matrix inside the model's layers is trained, unless"
-        " method.targets or method.exclude leave some"
+        "adamw, since no dense matrix inside the model's layers is trained,"
+        " unless method.targets or method.exclude leave some that method.train and train_rest"
+        " do not freeze"
     )
     check(phase > 0 or bool(matrices), "optim.kind", optim.kind, wanted)
     if not matrices:

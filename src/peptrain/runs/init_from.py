@@ -53,9 +53,10 @@ def with_inherited_model(config: RunConfig[Any]) -> RunConfig[Any]:
         return matched(config)
     path = config.init_from
     if path is not None and config.method.from_scratch_only:
+        repair = "choose" if config.tune.task else "leave it out, or choose"  # a tuning needs it
         raise ConfigError(
             f"init_from: {path}: the layers of {config.method.name} can't represent its matrices;"
-            " leave it out, or choose another method, such as lowrank, which approximates them"
+            f" {repair} another method, such as lowrank, which approximates them"
         )
     if path is not None and not config.tune.task:
         _check_language_model(path)
