@@ -73,7 +73,7 @@ def test_a_run_trains_resumes_and_leaves_the_gpu(
         torch.testing.assert_close(again.model[key], value, rtol=0.02, atol=2e-3)
     held_out = evaluate(run, device="cuda")
     assert held_out.loss == pytest.approx(result.held_out.loss, rel=2e-2)
-    export(run, tmp_path / "out")
+    export(run, tmp_path / "out", tiny_method(name).export_form)
 
 
 @pytest.mark.parametrize("name", ["bpt", "relora"])
