@@ -104,7 +104,8 @@ def test_dense_gives_plain_layers_and_the_same_function(name: str) -> None:
 
 @every_method
 def test_it_learns(name: str) -> None:
-    optim = OptimConfig(lr=1e-2)
+    # Spectron's lr bounds the spectral norm of a step, and is larger than AdamW's.
+    optim = OptimConfig(lr=0.1 if name == "spectron" else 1e-2)
     training = adapt(mlp(), tiny_method(name), steps=200, optim=optim, fresh=True)
     x, y = images(0)
     first = F.cross_entropy(training.model(x), y).item()

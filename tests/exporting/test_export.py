@@ -23,7 +23,6 @@ from peptrain.data.tokenizer import load_tokenizer
 from peptrain.errors import CheckpointError, ConfigError, Unsupported
 from peptrain.exporting.export import TOLERANCE, export
 from peptrain.exporting.factorised import RECIPE, load_factorised
-from peptrain.methods import METHODS
 from peptrain.methods.bpt import BPTLinear
 from peptrain.methods.lowrank import LowRankLinear
 from peptrain.models import modeling_factorised
@@ -56,7 +55,7 @@ class Case:
     """High, so that after 8 steps no factor or diagonal is near its start."""
 
 
-CASES = {name: Case(name, {}) for name in METHODS} | {
+CASES = {name: Case(name, {}) for name in DENSE} | {
     "bpt-gently": Case("bpt", {}, lr=None),  # its own rate
     "bpt-qwen2": Case("bpt", QWEN),
     "loro-qwen2": Case("loro", QWEN),

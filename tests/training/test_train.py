@@ -436,6 +436,13 @@ def test_an_absurd_learning_rate_leaves_no_broken_checkpoint(
     assert_all_finite(run)
 
 
+def test_an_absurd_learning_rate_of_muon_is_told_too(corpus: Path, tmp_path: Path) -> None:
+    settings = {"optim": {"kind": "muon", "lr": 3e38}, "train": {**EACH, "precision": "fp32"}}
+    with pytest.raises(Diverged, match=r"step \d: .*rate of \d.*checkpoint.*optim\.lr"):
+        train(tiny("full", corpus, tmp_path / "run", **settings))
+    assert_all_finite(tmp_path / "run")
+
+
 # Stopping.
 
 WAITING = """

@@ -16,7 +16,7 @@ from peptrain.models.sites import ReparamLinear, Site
 from peptrain.ops.newton_schulz import COEFFICIENTS, Polynomial, polar
 from peptrain.optim.adamw import OptimConfig, parameter_groups
 from peptrain.optim.base import GroupwiseOptimizer, gradients, step_adamw
-from peptrain.settings.fields import check
+from peptrain.settings.fields import LARGEST, check
 
 log = logging.getLogger("peptrain")
 Scale = Literal["spectral", "moonlight"]
@@ -76,13 +76,14 @@ class MuonOptimizer(GroupwiseOptimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         for where in _alike(params, range(len(params))):
-            rate = group["lr"] * self._factor(*params[where[0]].shape)
+            rate = self._rate(group["lr"], *params[where[0]].shape)
             torch._foreach_add_([params[i] for i in where], [N[i] for i in where], alpha=-rate)
 
-    def _factor(self, n: int, m: int) -> float:
-        if self.scale == "moonlight":
-            return 0.2 * math.sqrt(max(n, m))
-        return math.sqrt(max(1.0, n / m))
+    def _rate(self, lr: float, n: int, m: int) -> float:
+        """Return lr c, at most the largest number that the operations take."""
+        moonlight = self.scale == "moonlight"
+        c = 0.2 * math.sqrt(max(n, m)) if moonlight else math.sqrt(max(1.0, n / m))
+        return min(lr * c, LARGEST)
 
 
 def _alike(matrices: Iterable[Tensor], numbers: Iterable[int]) -> list[list[int]]:

@@ -74,11 +74,12 @@ class SpectronOptimizer(MuonOptimizer):
         shares.send_([(*N[2 * i : 2 * i + 2], *vectors[i]) for i in range(len(pairs))])
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        factors = [self._factor(*shape) for pair in pairs for shape in self._shapes(*pair)]
-        for c in dict.fromkeys(factors):
-            where = [i for i, of_it in enumerate(factors) if of_it == c]
+        shapes = [shape for pair in pairs for shape in self._shapes(*pair)]
+        rates = [self._rate(group["lr"], *shape) for shape in shapes]
+        for rate in dict.fromkeys(rates):
+            where = [i for i, of_it in enumerate(rates) if of_it == rate]
             alike, changes = [params[i] for i in where], [N[i] for i in where]
-            torch._foreach_add_(alike, changes, alpha=-group["lr"] * c)
+            torch._foreach_add_(alike, changes, alpha=-rate)
 
     def _vectors(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, ...]]:
         """Return the vectors of the power iterations of each pair, if the rule has them."""
