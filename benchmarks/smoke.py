@@ -155,21 +155,21 @@ def make_corpus(folder: Path) -> None:
 
 def all_checks(device: str, folder: Path) -> list[Check]:
     """Return all checks, longest first, because several run at a time."""
-    tests = [] if device == "cpu" else [gpu_tests()]
+    tests = [] if device == "cpu" else gpu_tests()
     return [*tests, *trainings(device, folder), *scripts(device, folder)]
 
 
-def gpu_tests() -> Check:
-    """Return the check that runs the GPU tests.
+def gpu_tests() -> Iterator[Check]:
+    """Yield a check for each file with GPU tests, so that several run at a time.
 
-    It passes only files that have any, and drops the project's pytest options for parallel runs, so
-    that only pytest needs to be installed.
+    They drop the project's pytest options for parallel runs, so that only pytest needs to be
+    installed.
     """
-    marked = [f for f in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in f.read_text("utf-8")]
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "--no-header"]
-    return Check(
-        "gpu-tests", [*pytest, *map(str, marked)], needs=("pytest",), limit=540, tells=True
-    )
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        if "mark.gpu" in file.read_text("utf-8"):
+            name = f"gpu-{file.stem.removeprefix('test_')}"
+            yield Check(name, [*pytest, str(file)], needs=("pytest",), limit=540, tells=True)
 
 
 def trainings(device: str, folder: Path) -> Iterator[Check]:
