@@ -299,7 +299,7 @@ def run_lines(outcome: Callable[[list[str]], str], n: int, seed: int) -> Counter
 def test_mutated_files_and_lines(
     outcome: Callable[[list[str]], str], corpus: Path, tmp_path: Path
 ) -> None:
-    assert len(run_files(outcome, corpus, tmp_path, 12, seed=0)) == 2
+    assert len(run_files(outcome, corpus, tmp_path, 24, seed=0)) == 2
     assert run_lines(outcome, 6, seed=0)["refused"] >= 1
 
 
