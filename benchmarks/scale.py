@@ -134,7 +134,7 @@ def measured(row: str, tokens: int, args: argparse.Namespace, here: World) -> di
     sent = sum(p.grad.nbytes for p in training.train_state.model.parameters() if p.grad is not None)
     training.train_state.optimizer.zero_grad()
     found = {
-        "row": row, "tokens": tokens, "ranks": here.size, "ms": ms,
+        "row": row, "tokens": tokens, "world_size": here.size, "ms": ms,
         "tokens_per_second": here.size * tokens / step_ms * 1e3,
         "sent_bytes": sent if here.size > 1 else 0,
         **profiled(training, random_windows(training, 1)[0]),
@@ -167,7 +167,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def cells(row: dict[str, Any], known: dict[tuple[str, int, int], dict[str, Any]]) -> list[str]:
-    name, tokens, ranks = row["row"], row["tokens"], row["ranks"]
+    name, tokens, ranks = row["row"], row["tokens"], row["world_size"]
     one = known.get((name, tokens, 1))
     fulls = (r for (n, t, k), r in known.items() if (t, k) == (tokens, ranks))
     full = next((r for r in fulls if r["row"].startswith("full")), None)
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     files = [file_of(args.out, args.preset, row, tokens, ranks)
              for tokens in args.tokens for row in args.rows for ranks in args.ranks]  # fmt: skip
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    known = {(row["row"], row["tokens"], row["ranks"]): row for row in found}
+    known = {(row["row"], row["tokens"], row["world_size"]): row for row in found}
     table(HEADER, [cells(row, known) for row in found])
     write(args, device, found)
 

@@ -334,7 +334,7 @@ def test_scale(numbers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = numbers("scale")
     names = ["full", *METHOD_ROWS]
     assert [r["row"].split(":")[0] for r in found[::2]] == [n.split(":")[0] for n in names] * 2
-    assert [r["ranks"] for r in found] == [1, 2] * 8
+    assert [r["world_size"] for r in found] == [1, 2] * 8
     for one, two in zip(found[::2], found[1::2], strict=True):
         assert one["sent_bytes"] == 0  # of two: 2 bytes a weight, 4 for a diagonal
         assert 2 * two["trainable"] <= two["sent_bytes"] <= 2.2 * two["trainable"]
