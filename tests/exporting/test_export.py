@@ -68,6 +68,8 @@ CASES = {name: Case(name, {}) for name in DENSE} | {
     "loro-odd": Case("loro", {"intermediate_size": 21}, "fp64"),
     "lowrank-fp64": Case("lowrank", {}, "fp64"),
 }
+NOT_DENSE = {"cola": Case("cola", {})}
+"""Exported as factors alone: there is no matrix that computes what its layers do."""
 FACTORISED = [
     name for name, case in CASES.items() if case.method in ("lowrank", "loro", "spectron")
 ]
@@ -81,7 +83,7 @@ class Exports:
 
     def run(self, name: str) -> Path:
         path = self.folder / "runs" / name
-        return path if path.exists() else trained(CASES[name], self.corpus, path)
+        return path if path.exists() else trained((CASES | NOT_DENSE)[name], self.corpus, path)
 
     def dense(self, name: str) -> Path:
         path = self.folder / "dense" / name

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny
-from test_export import FACTORISED, IDS, Exports, logits, size
+from test_export import FACTORISED, IDS, NOT_DENSE, Exports, logits, size
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,7 +73,7 @@ for name, path in given["folders"].items():
 @pytest.fixture
 def strangers(exports: Exports, tmp_path: Path) -> Path:
     """What a process that can't import peptrain makes of every factorised export."""
-    folders = {name: str(exports.factorised(name)) for name in (*FACTORISED, "cola")}
+    folders = {name: str(exports.factorised(name)) for name in (*FACTORISED, *NOT_DENSE)}
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
     given = json.dumps({"folders": folders, "out": str(tmp_path)})
@@ -90,7 +90,7 @@ def test_a_process_without_peptrain_loads_computes_and_saves_it(
     strangers: Path,
     exports: Exports,
 ) -> None:
-    for name in (*FACTORISED, "cola"):
+    for name in (*FACTORISED, *NOT_DENSE):
         found, run = load_file(strangers / f"{name}.safetensors"), open_run(exports.run(name)).model
         for key in ("logits", "again", "inner"):
             assert torch.equal(found[key], logits(run)), (name, key)
