@@ -7,6 +7,10 @@ A step is the trainer's: forward and backward of one micro-batch, clipping, opti
 and exact steps are left out (merges.py measures them). For each number of tokens full training is
 measured first and last to show drift, and ratios are to the mean of both.
 
+"optimizer" is the part of a step that the optimizer takes, on a GPU the time from the end of the
+passes to the end of its last operation, and "TFLOP" are those of its matrix products.
+Decompositions, solves and operations on elements are not counted.
+
 "peak" is the peak memory of tensors, "held" the memory reserved by the allocator. PyTorch doesn't
 count the memory of a captured CUDA graph as tensors, so such rows have no peak. Use
 train.cuda_graph=false to see it.
@@ -19,6 +23,7 @@ from typing import Any
 
 import torch
 from common import (
+    Training,
     announce,
     base_config,
     configured,
@@ -29,20 +34,24 @@ from common import (
     model_of,
     parser,
     peaks,
+    random_windows,
     reset_peak,
     spread,
     start,
     step_times,
+    synchronize,
     table,
+    waited,
     write,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from peptrain.config import RunConfig
 from peptrain.methods.base import Method
 
 ROWS = ("bpt:rank=512", "relora:rank=512", "lowrank:rank=512", "loro:rank=512")
-HEADER = ("row", "ms/step (quartiles)", "tokens/s", "vs full", "peak GiB", "held GiB",
-          "trainable / total")  # fmt: skip
+HEADER = ("row", "ms/step (quartiles)", "tokens/s", "vs full", "optimizer ms", "TFLOP", "peak GiB",
+          "held GiB", "trainable / total")  # fmt: skip
 
 
 def measured(
@@ -55,11 +64,35 @@ def measured(
         training = start(config, device)
         reset_peak()  # before the warm-up, which may capture graphs with memory of their own
         found |= training.sizes()
-        found["ms"] = step_times(training, steps, warm_up)
-        found["tokens_per_second"] = tokens / statistics.median(found["ms"]) * 1e3
+        ms = step_times(training, steps, warm_up)
+        found |= optimizer_part(training, steps)
+        found |= {"ms": ms, "tokens_per_second": tokens / statistics.median(ms) * 1e3}
     except torch.OutOfMemoryError:
         pass
     return found | peaks()
+
+
+def optimizer_part(training: Training, steps: int) -> dict[str, Any]:
+    """Return the milliseconds of the optimizer in each of `steps` steps, and its FLOPs."""
+    state, device = training.train_state, training.here.device
+    windows, found = random_windows(training, 1), []
+    for _ in range(steps):
+        state.forward_backward(windows)
+        if device.type == "cuda":  # the host is ahead of the GPU, as in training
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            state.optimizer.step()
+            end.record()
+            found.append((begin, end))
+        else:
+            found.append(waited(state.optimizer.step, device))
+    state.forward_backward(windows)
+    with FlopCounterMode(display=False) as counter:
+        state.optimizer.step()
+    state.optimizer.zero_grad()
+    synchronize(device)
+    ms = [pair if isinstance(pair, float) else pair[0].elapsed_time(pair[1]) for pair in found]
+    return {"optimizer_ms": ms, "optimizer_flops": counter.get_total_flops()}
 
 
 def compared(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -71,12 +104,14 @@ def compared(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def cells(row: dict[str, Any], rate: float | None) -> list[str]:
     if "ms" not in row:
-        return [row["row"], "out of memory", "", "", f"over {gib(row['peak_bytes'])}", "", ""]
+        return [row["row"], "out of memory", *[""] * 4, f"over {gib(row['peak_bytes'])}", "", ""]
     return [
         row["row"],
         spread(row["ms"]),
         f"{row['tokens_per_second']:,.0f}",
         f"{row['tokens_per_second'] / rate:.3f}" if rate else "",
+        f"{statistics.median(row['optimizer_ms']):.2f}",
+        f"{row['optimizer_flops'] / 1e12:.2f}" if row["optimizer_flops"] else "",
         "" if row["recorded"] else gib(row["peak_bytes"]),
         gib(row["reserved_bytes"]),
         f"{row['trainable'] / 1e6:.1f}M / {row['parameters'] / 1e6:.1f}M",

@@ -94,6 +94,7 @@ def test_speed(numbers: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(r["tokens"], r["row"]) for r in rows] == [(t, n) for t in (32, 64) for n in names]
     assert [r["train"]["precision"] for r in rows[-2:]] == ["fp32", "bf16"]
     assert all(len(r["ms"]) == 2 and r["tokens_per_second"] > 0 for r in rows)
+    assert all(len(r["optimizer_ms"]) == 2 for r in rows)
     assert "| loro:rank=4 |" in capsys.readouterr().out
 
 
@@ -620,13 +621,16 @@ def test_ratios_are_to_the_mean_of_both_full_rows(script: Any) -> None:
     def row(name: str, rate: float, peak: int) -> dict[str, Any]:
         return {"row": name, "ms": [1.0], "tokens_per_second": rate, "peak_bytes": peak * 2**30,
                 "reserved_bytes": 9 * 2**30, "recorded": name == "bpt",
+                "optimizer_ms": [2.0, 4.0, 3.0], "optimizer_flops": peak * 10**11,
                 "trainable": 1, "parameters": 2}  # fmt: skip
 
     rows = [row("full", 90, 8), row("bpt", 150, 5), row("full", 110, 8)]
     table = script("speed").compared([*rows[:2], {"row": "big", "peak_bytes": 2**30}, rows[2]])
     assert [cells[3] for cells in table] == ["0.900", "1.500", "", "1.100"]
-    assert [cells[4] for cells in table] == ["8.00", "", "over 1.00", "8.00"]
-    assert [cells[5] for cells in table] == ["9.00", "9.00", "", "9.00"]
+    assert [cells[4] for cells in table] == ["3.00", "3.00", "", "3.00"]
+    assert [cells[5] for cells in table] == ["0.80", "0.50", "", "0.80"]
+    assert [cells[6] for cells in table] == ["8.00", "", "over 1.00", "8.00"]
+    assert [cells[7] for cells in table] == ["9.00", "9.00", "", "9.00"]
 
 
 def test_the_error_of_a_merge(script: Any) -> None:

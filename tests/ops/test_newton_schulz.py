@@ -6,7 +6,7 @@ from byhand import seeded
 from oracles import muon as oracle
 from torch import Tensor
 
-from peptrain.ops.newton_schulz import COEFFICIENTS, polar
+from peptrain.ops.newton_schulz import COEFFICIENTS, fast_polar, polar
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 SHAPES = [(24, 24), (16, 40), (40, 16), (1, 7), (7, 1)]
@@ -87,3 +87,10 @@ def test_0_stays_0_and_what_is_not_finite_stays_in_its_matrix(dtype: torch.dtype
     X[1, 2, 3] = torch.nan
     found = polar(X)
     assert not found[0].any() and not found[1].isfinite().any() and found[2].isfinite().all()
+
+
+def test_on_a_cpu_bf16_is_computed_in_fp32() -> None:
+    X = drawn(2, 32, 48, torch.ones(32))
+    assert torch.equal(fast_polar(X), polar(X))
+    half = fast_polar(X.bfloat16())
+    assert torch.equal(half, polar(X.bfloat16().float()).bfloat16())

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peptrain.ops.newton_schulz import COEFFICIENTS, Polynomial, polar
+from peptrain.ops.newton_schulz import COEFFICIENTS, Polynomial, fast_polar
 from peptrain.ops.precision import at_least_fp32
 
 DAMPING = 1e-2
@@ -104,7 +104,7 @@ class _Sides:
 def factor_steps(pairs: Sequence[Pair], coefficients: Sequence[Polynomial] = COEFFICIENTS) -> Steps:
     """Return polar(N_B) and polar(N_A): Muon on each factor."""
     sides = _Sides(pairs)
-    return sides.steps([_polar(N, coefficients) for N in sides.followed()])
+    return sides.steps([fast_polar(N, coefficients) for N in sides.followed()])
 
 
 def spectron_steps(
@@ -125,7 +125,7 @@ def spectron_steps(
     norms, v = _spectral_norms(S, v)
     rho = 1 / (norms + sides.partnered(norms) + 1)
     parts = zip(sides.followed(), sides.split(rho), strict=True)
-    steps = sides.steps([_polar(N, coefficients) * p[:, None, None] for N, p in parts])
+    steps = sides.steps([fast_polar(N, coefficients) * p[:, None, None] for N, p in parts])
     of_B, of_A = sides.paired(v.to(pairs[0].A.dtype))
     return steps, list(zip(of_B.unbind(), of_A.unbind(), strict=True))
 
@@ -144,7 +144,7 @@ def lora_muon_steps(
     sides = _Sides(pairs)
     roots = sides.partnered(_inverse_roots(_grams(sides.factors()), damping))
     parts = zip(sides.split(roots), sides.followed(), strict=True)
-    return sides.steps([0.5 * P.mT @ _polar(P @ N, coefficients) for P, N in parts])
+    return sides.steps([0.5 * P.mT @ fast_polar(P @ N, coefficients) for P, N in parts])
 
 
 def tangent_steps(
@@ -177,7 +177,7 @@ def tangent_steps(
     (C_B, C_A), (R_B, R_A) = (sides.paired(torch.cat(t)) for t in (inner, corners))
     C = 0.5 * (C_B.mT + C_A)
     K = torch.cat([torch.cat([C, R_A], -1), torch.cat([R_B.mT, torch.zeros_like(C)], -1)], -2)
-    found = _polar(K, coefficients)
+    found = fast_polar(K, coefficients)
     of_side = sides.split(sides.unpaired(found.mT.unbind(), found.unbind()))
     parts = zip(of_side, across, frames, bases, strict=True)
     return sides.steps([_lifted(M, F, Q, P) for M, P, F, Q in parts])
@@ -188,12 +188,6 @@ def _lifted(M: Tensor, F: Tensor, Q: Tensor, P: Tensor) -> Tensor:
     r = M.shape[-1] // 2
     C, X = M[:, :r, :r], M[:, :r, r:]
     return P.mT @ torch.baddbmm(X @ Q, C, F, alpha=0.5)
-
-
-def _polar(X: Tensor, coefficients: Sequence[Polynomial]) -> Tensor:
-    """Return polar(X), on a GPU in bf16 unless X is float64."""
-    narrow = X.is_cuda and X.dtype == torch.float32
-    return polar(X.bfloat16() if narrow else X, coefficients).to(X.dtype)
 
 
 def _grams(stacks: Sequence[Tensor]) -> Tensor:

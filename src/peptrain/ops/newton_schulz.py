@@ -44,3 +44,11 @@ def polar(X: Tensor, coefficients: Sequence[Polynomial] = COEFFICIENTS) -> Tenso
         S = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(S, S, S, beta=b, alpha=c), x, beta=a)
     return x if wide is X else x.mT
+
+
+def fast_polar(X: Tensor, coefficients: Sequence[Polynomial] = COEFFICIENTS) -> Tensor:
+    """Return `polar(X)` in X's dtype, computed in bf16 on a GPU and in fp32 on a CPU, where bf16's
+    products are slow. float64 stays."""
+    dtype = at_least_fp32(X.dtype)
+    narrow = X.is_cuda and dtype == torch.float32
+    return polar(X.to(torch.bfloat16 if narrow else dtype), coefficients).to(X.dtype)
