@@ -119,6 +119,12 @@ def test_a_rate_with_an_unfinished_seed_is_not_chosen(broken: str | None) -> Non
     assert (line.lr, line.finished, line.runs) == (1e-3, 3, 4)
 
 
+def test_a_line_has_the_losses_of_its_best_rate_by_seed() -> None:
+    found = outcomes({(1e-3, 0): 3.0, (1e-3, 1): 3.1, (2e-3, 0): 2.0, (2e-3, 1): 2.5})
+    (line,) = summarize(found)
+    assert line.losses == {"0": 2.0, "1": 2.5}
+
+
 def test_configurations_have_a_line_each_in_the_grids_order() -> None:
     found = [*outcomes({(1e-3, 0): 3.0, (1e-3, 1): 3.1}, **{"method.rank": [8]}),
              *outcomes({(1e-3, 0): 2.0, (1e-3, 1): 2.1}, **{"method.rank": [4]})]  # fmt: skip
@@ -169,6 +175,33 @@ def test_a_budget_other_than_tokens_is_in_every_form_of_the_table() -> None:
     assert markdown(time).splitlines()[2].endswith("| 4,096 | 61.2 |")
     (one, _) = csv.DictReader(io.StringIO(as_csv(time)))
     assert (one["training_flops"], one["training_seconds"]) == ("", "61.25")
+
+
+def seeds(label: str, losses: dict[str, float], **given: Any) -> Line:
+    mean = sum(losses.values()) / len(losses)
+    return replace(LINE, label=label, method=label.split()[0], loss=mean, losses=losses, **given)
+
+
+def test_differences_to_the_baseline_are_over_pairs_of_a_seed() -> None:
+    """Seeds 0 and 2, which both have; the interval is that of two values a distance 0.02 apart."""
+    ours = seeds("loro", {"0": 3.11, "1": 9.0, "2": 3.33})
+    alone, apart = seeds("bpt", {"2": 3.0}), seeds("lora", {"7": 3.0})
+    full = seeds("full", {"0": 3.0, "2": 3.2, "3": 1.0})
+    made = Comparison([ours, full, alone, apart, FAILED], "tokens", epoch=1)
+    table = [row.split(" | ") for row in markdown(made).splitlines()]
+    assert table[0][2] == "difference"
+    half = 12.7062 * 0.01  # t of one degree of freedom, times half of their distance
+    assert [row[2] for row in table[2:7]] == [f"+0.120 ± {half:.3f}", "–", "-0.200", "–", "–"]
+    assert "Difference: of that loss to full's, mean over the seeds that both have" in made.caption
+    rows = list(csv.DictReader(io.StringIO(as_csv(made))))
+    assert [float(rows[0][f"difference{end}"]) for end in ("", "_95_low", "_95_high")] == (
+        pytest.approx([0.12, 0.12 - half, 0.12 + half], abs=1e-6)
+    )
+    assert [bool(row["difference"]) for row in rows[1:]] == [False, True, False, False]
+    assert rows[2]["difference_95_low"] == ""
+    assert "difference" not in Comparison([full, FAILED], "tokens", epoch=1).columns
+    tuned = replace(made, tuned="cola_matthews", epochs=1)
+    assert "difference" not in tuned.columns
 
 
 def test_markdown() -> None:

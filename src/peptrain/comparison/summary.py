@@ -89,6 +89,8 @@ class Line:
     """Mean held-out loss over the seeds, in nats per token."""
     half_width: float | None = None
     """Half width of the mean's 95 % interval (Student's t); None for one seed."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """Held-out loss by seed."""
     trainable: int | None = None
     state_bytes: int | None = None
     """Bytes of the optimizer's moments, in the phase that has the most of them."""
@@ -106,6 +108,12 @@ class Line:
     def perplexity(self) -> float | None:
         """exp of the mean loss; None if the loss is unknown or too large."""
         return None if self.loss is None or self.loss >= 700 else math.exp(self.loss)
+
+    def difference(self, other: Line) -> tuple[float, float | None] | None:
+        """Return the mean of this line's loss minus the other's over the seeds that both have, and
+        the half width of its 95 % interval (Student's t), None for one seed. None without any."""
+        shared = [loss - other.losses[s] for s, loss in self.losses.items() if s in other.losses]
+        return (statistics.fmean(shared), half_width(shared)) if shared else None
 
 
 def summarize(outcomes: Sequence[Outcome]) -> list[Line]:
@@ -140,14 +148,16 @@ def _line(group: Sequence[Outcome]) -> Line:
         return Line(**line)
     best = min(whole, key=means.__getitem__)
     seeds = [o.end for o in of_rate[best] if o.end]
+    losses = {str(o.planned.config.train.seed): o.loss for o in of_rate[best]}
     found = _tasks(seeds)
     return Line(
         **line,
         lr=best,
         place=_place(best, tried),
         seeds=len(seeds),
-        loss=statistics.fmean(end["held_out_loss"] for end in seeds),
-        half_width=half_width([end["held_out_loss"] for end in seeds]),
+        loss=statistics.fmean(losses.values()),
+        half_width=half_width(list(losses.values())),
+        losses=losses,
         trainable=seeds[0]["trainable"],
         state_bytes=seeds[0]["state_bytes"],
         tokens_per_second=statistics.fmean(end["tokens_per_second"] for end in seeds),

@@ -42,8 +42,16 @@ class Comparison:
     @property
     def columns(self) -> dict[str, Callable[[Line], str]]:
         """Formatters of the columns, by header."""
-        usual = {k: v for k, v in COLUMNS.items() if k != "ppl" or not self.tuned}
+        left_out = {"ppl"} if self.tuned else set()
+        if not any(map(self.difference, self.lines)):
+            left_out.add(DIFFERENCE)
+        shown = COLUMNS | {DIFFERENCE: lambda line: _difference(self.difference(line))}
+        usual = {k: shown[k] for k in COLUMNS if k not in left_out}
         return usual | {name: _task(name) for name in self.tasks} | COSTS[self.equal]
+
+    def difference(self, line: Line) -> tuple[float, float | None] | None:
+        """Return the loss of `line` minus the baseline's, with its interval; None if unknown."""
+        return None if line is self.baseline or self.tuned else line.difference(self.baseline)
 
     @property
     def tasks(self) -> list[str]:
@@ -66,12 +74,22 @@ class Comparison:
             )
         return (
             f"Held-out loss in nats per token {_budget(self)}: mean over seeds with its 95 %"
-            " interval (Student's t; none for one seed). Ppl: exp of that mean. State: the"
+            f" interval (Student's t; none for one seed). {self._differences}Ppl: exp of that"
+            " mean. State: the"
             " optimizer's moments, 10^6 bytes. Tokens/s: measured with one run per worker at the"
             f" same time. {_counted(self)}Each line is at the learning rate with the lowest mean"
             " held-out loss of those tried. (lowest) and (highest) mark a rate at the edge of those"
             " tried, where a better one may lie beyond; (only) marks a rate that was not tuned. "
             + _tuned(self)
+        )
+
+    @property
+    def _differences(self) -> str:
+        if DIFFERENCE not in self.columns:
+            return ""
+        return (
+            f"Difference: of that loss to {self.baseline.label}'s, mean over the seeds that both"
+            " have, with the interval of that mean. "
         )
 
     @property
@@ -136,6 +154,13 @@ def _loss(line: Line) -> str:
     return f"{line.loss:.3f}{interval}"
 
 
+def _difference(found: tuple[float, float | None] | None) -> str:
+    if found is None:
+        return UNKNOWN
+    mean, half = found
+    return f"{mean:+.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
 def _task(name: str) -> Callable[[Line], str]:
     def show(line: Line) -> str:
         width = line.widths.get(name)
@@ -150,9 +175,11 @@ def _rate(line: Line) -> str:
     return _known(lambda lr: f"{lr:g}{place}", line.lr)
 
 
+DIFFERENCE = "difference"
 COLUMNS: dict[str, Callable[[Line], str]] = {
     "method": lambda line: line.label,
     "held-out loss": _loss,
+    DIFFERENCE: lambda line: UNKNOWN,
     "ppl": lambda line: _known(lambda ppl: f"{ppl:.2f}", line.perplexity),
     "trainable": lambda line: _known(lambda count: f"{count / 1e6:.2f}M", line.trainable),
     "state MB": lambda line: _known(lambda size: f"{size / 1e6:.1f}", line.state_bytes),
@@ -226,16 +253,18 @@ def as_csv(comparison: Comparison) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
         ["configuration", "method", "held_out_loss", "interval_95_low", "interval_95_high",
-         "perplexity", "trainable_parameters", "optimizer_state_bytes", "tokens_per_second",
+         "difference", "difference_95_low", "difference_95_high", "perplexity",
+         "trainable_parameters", "optimizer_state_bytes", "tokens_per_second",
          "training_steps", "training_tokens", "training_flops", "training_seconds",
          "best_lr", "best_lr_place", "seeds", "runs_finished", "runs", "errors", *comparison.tasks]
     )  # fmt: skip
     for line in comparison.lines:
-        low, high = interval(line)
+        mean, half = comparison.difference(line) or (None, None)
         ppl = None if comparison.tuned else line.perplexity
         writer.writerow(
-            [line.label, line.method, line.loss, low, high, ppl, line.trainable,
-             line.state_bytes, line.tokens_per_second, line.steps, line.tokens,
+            [line.label, line.method, line.loss, *_interval(line.loss, line.half_width),
+             mean, *_interval(mean, half), ppl, line.trainable, line.state_bytes,
+             line.tokens_per_second, line.steps, line.tokens,
              line.cost if comparison.equal == "flops" else None,
              line.cost if comparison.equal == "time" else None,
              line.lr, line.place, line.seeds, line.finished, line.runs,
@@ -245,8 +274,6 @@ def as_csv(comparison: Comparison) -> str:
     return out.getvalue()
 
 
-def interval(line: Line) -> tuple[float | None, float | None]:
-    """Return the ends of the 95 % interval; None if unknown."""
-    if line.loss is None or line.half_width is None:
-        return None, None
-    return line.loss - line.half_width, line.loss + line.half_width
+def _interval(mean: float | None, half: float | None) -> tuple[float | None, float | None]:
+    """Return the ends of an interval; None if unknown."""
+    return (None, None) if mean is None or half is None else (mean - half, mean + half)
