@@ -152,7 +152,7 @@ class Adapted:
         with _without_autocast(self.model):
             self.method.install(self.model, sites, self._rng, self._phase)
         optimizer = self.method.optimizer(self.model, sites, self.optim, self._phase)
-        check_groups(optimizer, self.optim, self.method.optim_defaults)
+        check_groups(optimizer, self.model, self.optim, self.method.optim_defaults)
         return optimizer
 
 

@@ -57,6 +57,8 @@ class Careless(Method):
         self, model: nn.Module, sites: list[Site], optim: OptimConfig, phase: int
     ) -> Optimizer:
         groups = parameter_groups(model, optim)
+        if self.changes == "left out":
+            groups[0]["params"] = groups[0]["params"][1:]
         if self.changes == "names":
             groups = [{**group, "name": "same"} for group in groups]
         groups[0]["share"] = 0.5
@@ -109,6 +111,17 @@ def test_two_groups_of_an_optimizer_have_two_names(corpus: Path, tmp_path: Path)
         train(tiny(Careless(changes="names"), corpus, tmp_path / "run"))
     with pytest.raises(ConfigError, match=told):
         adapt(nn.Sequential(nn.Linear(4, 4)), Careless(changes="names"), steps=1)
+
+
+def test_an_optimizer_has_all_trainable_parameters(corpus: Path, tmp_path: Path) -> None:
+    """Nothing would clear the gradient of one without a group, and clipping would count it."""
+    told = r"no group with 1 of the trainable parameters, such as "
+    with pytest.raises(
+        ConfigError, match=told + r"model\.layers\.0\.self_attn\.q_proj\.weight; give"
+    ):
+        train(tiny(Careless(changes="left out"), corpus, tmp_path / "run"))
+    with pytest.raises(ConfigError, match=told + r"0\.weight"):
+        adapt(nn.Sequential(nn.Linear(4, 4)), Careless(changes="left out"), steps=1)
 
 
 def test_a_model_is_adapted_once() -> None:

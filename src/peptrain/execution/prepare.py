@@ -47,7 +47,7 @@ def prepare(
     if t.compile:
         compile_layers(model, t.memory_budget)
     optimizer = config.method.optimizer(model, find_sites(model), config.optim, phase)
-    check_groups(optimizer, config.optim, config.method.optim_defaults)
+    check_groups(optimizer, model, config.optim, config.method.optim_defaults)
     loss = NextTokenLoss(model, compile=t.compile) if whole_windows else LabelLoss(model)
     exchange = dtype_of(t.exchange) if t.exchange else None
     return optimizer, make_forward_backward(

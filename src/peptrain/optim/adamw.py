@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from peptrain.errors import ConfigError
 from peptrain.models.named import of_kind
 from peptrain.models.sites import reparametrized
 from peptrain.settings.fields import added, check, check_positive, essential, fill
@@ -210,12 +211,24 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     return {"lr": groups[0]["lr"], **named}
 
 
-def check_groups(optimizer: Optimizer, optim: OptimConfig, usual: OptimConfig) -> None:
-    """Raise ConfigError if two groups have the same name, since the rows would have one rate, or
-    if a learning rate of their own is set for parameters that no group has.
+def check_groups(
+    optimizer: Optimizer, model: nn.Module, optim: OptimConfig, usual: OptimConfig
+) -> None:
+    """Raise ConfigError if a trainable parameter is in no group, since nothing would train it and
+    its gradient would grow from step to step, if two groups have the same name, since the rows
+    would have one rate, or if a learning rate of their own is set for parameters that no group has.
 
     usual: the method's defaults. A rate that has one may be of parameters that are frozen.
     """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trainable = (name for name, p in model.named_parameters() if p.requires_grad)
+    left = [name for name in trainable if id(model.get_parameter(name)) not in held]
+    if left:
+        raise ConfigError(
+            f"the method's optimizer has no group with {len(left)} of the trainable parameters,"
+            f" such as {left[0]}; give it all of them, or freeze what is not to be trained"
+            " (requires_grad_(False) in install)"
+        )
     names = [group["name"] for group in optimizer.param_groups if "name" in group]
     for name in names:
         check(names.count(name) == 1, "name of an optimizer group", name, "unique")
