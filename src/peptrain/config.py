@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -73,6 +74,7 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
     fits = config.train.observe == "none" or method.has_dense_equivalent
     wanted = f"none for {method.name}, which has no dense equivalent"
     check(fits, "train.observe", config.train.observe, wanted)
+    _check_used(config)
     if config.tune.task:
         check(not config.train.cuda_graph, "train.cuda_graph", True,
               "false to fine-tune, since sequences differ in length")  # fmt: skip
@@ -93,6 +95,21 @@ def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfi
     )
 
 
+NEEDS = {
+    "train.sample_prompts": "train.sample_every",
+    "eval.tasks_data": "eval.tasks",
+    **{f"tune.{key}": "tune.task" for key in ("tasks_data", "rows", "labels", "pad_token")},
+}
+"""Settings that are unset by default, and what must be set for them to have an effect."""
+
+
+def _check_used(config: RunConfig[Any]) -> None:
+    """Raise ConfigError for a setting without any effect, which somebody believes to have one."""
+    for key, other in NEEDS.items():
+        value, needed = (attrgetter(name)(config) for name in (key, other))
+        check(value is None or bool(needed), key, value, f"unset without {other}")
+
+
 def _resolved_model(model: ModelConfig) -> ModelConfig:
     preset = model.preset if model.config else model.preset or DEFAULT_PRESET
     return replace(model, config=_absolute(model.config), preset=preset)
@@ -103,10 +120,12 @@ def settled(
 ) -> tuple[M, OptimConfig, ScheduleConfig]:
     """Resolve method, optimizer and schedule for `steps` steps at hidden size `width`.
 
-    Raises ConfigError for an optimizer that the method does not implement.
+    Raises ConfigError for an optimizer that the method does not implement, and for a setting that
+    the optimizer does not have.
     """
     wanted = f"{' or '.join(method.optim_kinds)} for {method.name}"
     check(optim.kind in method.optim_kinds, "optim.kind", optim.kind, wanted)
+    optim.check_kind([f.name for f in fields(method)], method.name)
     schedule = fill(schedule, method.schedule_defaults, Method.schedule_defaults)
     return (
         resolve(method, "method", steps, width),

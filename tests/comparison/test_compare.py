@@ -30,6 +30,7 @@ from peptrain.cli.app import main
 from peptrain.cli.progress import comparing, standing
 from peptrain.comparison import compare as module
 from peptrain.comparison.compare import compare
+from peptrain.comparison.equal_cost import Timing
 from peptrain.comparison.grid import GridRun, load_grid
 from peptrain.comparison.table import Comparison, as_csv
 from peptrain.comparison.workers import Job, Status, Working, visible_gpus
@@ -243,6 +244,18 @@ def test_debug_is_passed_to_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     job = Job("one", tmp_path / "run", tmp_path / "settings", tmp_path / "log", 8, debug=True)
     assert "--debug" in job.command()
     assert "--debug" not in replace(job, debug=False).command()
+
+
+@pytest.mark.parametrize("kind", [Job, Timing])
+@pytest.mark.parametrize("out", ["-dash", "~tilde"])
+def test_a_comparison_may_have_a_name_that_the_command_of_its_runs_would_misread(
+    kind: type[Job], out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = kind("one", Path(out, "run"), Path(out, "settings"), Path(out, "log"), 8)
+    words = job.command()
+    assert {str(tmp_path / out / "run"), str(tmp_path / out / "settings")} <= {*words}
+    assert not [word for word in words if word.startswith(out)]
 
 
 def test_a_run_that_diverged_is_a_result_and_not_tried_again(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import peptrain.exporting.export
 import peptrain.hf
 from peptrain.analysis.source import is_run
+from peptrain.cli.app import main
 from peptrain.errors import CheckpointError
 from peptrain.exporting.export import Form, export
 from peptrain.exporting.factorised import RECIPE, load_factorised
@@ -20,6 +21,10 @@ from peptrain.runs.build import Opened, open_run
 
 assert peptrain.hf.register  # imported for what it registers
 UP = "layers.*.mlp.up_proj"
+READ_A_RUN = ("eval X", "export X --out out", "resume X", "watch X", "report X --out out.html",
+              "plot X --out out.svg", "train full --continue-from X")  # fmt: skip
+TAKE_A_RUN = ("train full --init-from X", "train full --match-trainable X", "generate X a",
+              "analyze X --out out")  # fmt: skip
 
 
 def edited(folder: Path, out: Path, **values: Any) -> Path:
@@ -85,10 +90,38 @@ def test_a_recipe_without_checksums_is_refused(
 @pytest.mark.parametrize(
     "file, said", [("adapter_config.json", "an adapter"), ("model.gguf", "for llama.cpp")]
 )
-def test_forms_that_only_others_read_are_named(file: str, said: str, tmp_path: Path) -> None:
+def test_forms_that_only_others_read_are_named(
+    file: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / file).write_text("{}")
     with pytest.raises(CheckpointError, match=rf"{said} \({file}\).* give the run, or its export"):
         is_run(tmp_path)
+    for command in (*READ_A_RUN, *TAKE_A_RUN):
+        assert main([word.replace("X", str(tmp_path)) for word in command.split()]) == 1
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"{said} ({file}), which peptrain writes and does not read; give the run" in told
+
+
+def test_what_else_is_given_for_a_run_is_named_with_what_to_give(
+    exports: Exports, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = exports.run("loro")
+    for given, said in (
+        (exports.factorised("loro"), "a Hugging Face model (config.json): give the run that"),
+        (corpus, "a prepared corpus (index.json): give a run that was trained on it"),
+        (corpus / "index.json", "it is a file"),
+        (run / "checkpoints", f"a part of a run: give {run}"),
+        (sorted(run.glob("checkpoints/*"))[-1], f"a checkpoint: give the run, {run}"),
+        (corpus.parent, "(config.toml is missing)"),
+    ):
+        for command in READ_A_RUN:
+            words = [word.replace("X", str(given)) for word in command.split()]
+            if given == exports.factorised("loro") and words[0] == "eval":
+                continue  # which judges it by tasks
+            assert main(words) == 1
+            told = " ".join(capsys.readouterr().err.split())
+            assert f"{given}: not a run directory (config.toml is missing)" in told
+            assert told.endswith(said) or f"; it is {said}" in told
 
 
 @pytest.mark.parametrize("form", ["dense", "factorised"])

@@ -18,6 +18,7 @@ from support import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peptrain
+import peptrain.tasks.subject
 from peptrain.cli.app import main
 from peptrain.errors import CheckpointError, ConfigError, DataError, Unsupported
 from peptrain.exporting.export import export
@@ -25,6 +26,7 @@ from peptrain.exporting.factorised import RECIPE
 from peptrain.generation.generate import generate
 from peptrain.generation.sample import Sampling, continuation
 from peptrain.methods import METHODS
+from peptrain.runs.build import open_run
 from peptrain.tasks.subject import open_subject
 from peptrain.testing import startable
 from peptrain.training.loop import train
@@ -57,6 +59,22 @@ def test_the_likeliest_text_of_a_run_is_what_transformers_writes_with_its_export
     for path in ("full", "full@8", "dense"):
         assert generate(made / path, PROMPT, tokens=20, temperature=0) == [expected], path
     assert generate(made / "full@4", PROMPT, tokens=20, temperature=0) != [expected]
+
+
+def test_a_run_in_training_may_delete_the_checkpoint_once_it_was_read(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made / "full", run := tmp_path / "run")
+    expected = open_subject(run)
+
+    def training(path: Path) -> Any:
+        opened = open_run(path)
+        shutil.rmtree(run / "checkpoints" / "step-00000008", ignore_errors=True)
+        return opened
+
+    monkeypatch.setattr(peptrain.tasks.subject, "open_run", training)
+    found = open_subject(run)
+    assert found.step == 8 and found.weights == expected.weights != open_subject(run).weights
 
 
 def test_factors_write_what_their_dense_equivalent_writes(made: Path) -> None:

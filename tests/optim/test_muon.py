@@ -123,7 +123,7 @@ def test_a_method_with_its_own_optimizer_refuses_muon_by_name(name: str) -> None
 )
 def test_a_setting_that_it_can_not_take_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        OptimConfig(**given)
+        settled(**({"kind": "adamw"} | given))
     assert str(refused.value).startswith(said)
 
 

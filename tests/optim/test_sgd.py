@@ -79,8 +79,17 @@ def test_another_method_refuses_sgd_by_name(name: str) -> None:
 )
 def test_a_setting_of_the_other_optimizer_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        OptimConfig(**given)
+        settled(**({"kind": "adamw"} | given))
     assert str(refused.value) == said
+
+
+def test_a_setting_of_the_method_is_named_where_it_was_meant() -> None:
+    with pytest.raises(ConfigError) as refused:
+        settled("spectron", kind="adamw", momentum=0.9)
+    assert str(refused.value) == (
+        "optim.momentum: must be unset with optim.kind adamw; that of spectron is method.momentum"
+        " (got 0.9)"
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

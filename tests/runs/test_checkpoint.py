@@ -26,6 +26,7 @@ from peptrain.runs.checkpoint import (
     Checkpoint,
     Keep,
     agrees,
+    at_step,
     available,
     capture,
     latest,
@@ -243,6 +244,47 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     assert found is not None and found.step == 1
     damage(available(directory)[0] / file)
     with pytest.raises(CheckpointError, match=r"none of the 3 checkpoints can be read"):
+        latest(directory)
+
+
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_one_that_the_training_deletes_while_it_is_read_has_a_later_one_in_its_place(
+    by_torch: bool,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """PyTorch opens the files a second time, and has an error of its own where one is gone."""
+    real, step = peptrain.runs.checkpoint.load_file, 3
+
+    def training(file: Path) -> Any:
+        nonlocal step
+        if step < 5:
+            save(directory, checkpoint_of(step := step + 1), Keep(1))
+            if by_torch:
+                raise RuntimeError(f"unable to open file <{file}> in read-only mode")
+        return real(file)
+
+    monkeypatch.setattr(peptrain.runs.checkpoint, "load_file", training)
+    found = latest(directory)
+    assert found is not None and differences(found, checkpoint_of(5)) == [] and step == 5
+    step = 4
+    save(directory, checkpoint_of(4), Keep(1))
+    with pytest.raises(CheckpointError, match=r"step-00000004: the training deleted it before"):
+        at_step(directory, 4)
+    assert not caplog.records
+
+
+def test_what_pytorch_can_not_read_of_a_whole_checkpoint_is_no_damage(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as for lack of memory: an earlier checkpoint would be another model."""
+
+    def full_of(file: Path) -> Any:
+        raise RuntimeError("can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(peptrain.runs.checkpoint, "load_file", full_of)
+    with pytest.raises(RuntimeError, match="allocate memory"):
         latest(directory)
 
 

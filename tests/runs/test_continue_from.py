@@ -46,10 +46,14 @@ def trunk(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_branch_is_a_run_of_its_own(trunk: Path, tmp_path: Path) -> None:
+def test_a_branch_is_a_run_of_its_own(
+    trunk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rows of the trunk are not missed in it."""
     before = {path: path.stat().st_mtime_ns for path in trunk.rglob("*")}
     train(branch(trunk, tmp_path / "a", optim=OptimConfig(lr=1e-4)))
     assert {path: path.stat().st_mtime_ns for path in trunk.rglob("*")} == before
+    assert "missing" not in caplog.text
     assert step_numbers(tmp_path / "a") == [4, 6, 8]
     assert [row["step"] for row in rows(tmp_path / "a")] == [5, 6, 7, 8]
     assert {row["lr"] for row in rows(tmp_path / "a")[1:]} == {1e-4}

@@ -23,7 +23,7 @@ from peptrain.config import RunConfig
 from peptrain.data import Corpus
 from peptrain.errors import CheckpointError, DataError
 from peptrain.methods import METHODS
-from peptrain.runs.checkpoint import Checkpoint, Keep, available, save
+from peptrain.runs.checkpoint import Checkpoint, Keep, available, save, step_of
 from peptrain.runs.directory import RunDir
 from peptrain.testing import EVENT, MODEL, STEPS, differences, losses, newest
 from peptrain.training.loop import resume, train
@@ -150,6 +150,21 @@ def test_a_kill_before_the_first_checkpoint_starts_again(
     resume(run)
     assert differences(newest(run), newest(whole("bpt"))) == []
     assert losses(run) == losses(whole("bpt"))
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_rows_and_names_the_way_out(
+    configured: Callable[[str, Path], RunConfig], tmp_path: Path
+) -> None:
+    """As in a copy that was made while the training deleted one, or where somebody made room."""
+    run = tmp_path / "run"
+    train(configured("bpt", run))
+    last = step_of(available(RunDir(run).checkpoints)[-1])
+    before = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    wanted = rf"checkpoints: is empty, but .* step {last}; .*`peptrain train bpt --config .*toml"
+    with pytest.raises(CheckpointError, match=wanted):
+        resume(run)
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("half", [True, False])

@@ -97,6 +97,21 @@ def test_the_key_the_value_and_what_is_right_are_named(
     assert said.startswith(message)
 
 
+@pytest.mark.parametrize(
+    "key, value, needed",
+    [("train.sample_prompts", "x.txt", "train.sample_every"), ("eval.tasks_data", "x", "eval.tasks"),
+     ("tune.rows", 5, "tune.task"), ("tune.tasks_data", "x", "tune.task")],
+)  # fmt: skip
+def test_a_setting_without_an_effect_is_refused_for_a_new_run(
+    key: str, value: object, needed: str
+) -> None:
+    """One that is unset by default. A run that has it already is read."""
+    section, name = key.split(".")
+    config = parse(with_value(section, name, value, {"method": {"name": "full"}}))
+    with pytest.raises(ConfigError, match=rf"^{key}: must be unset without {needed} \(got '?{value}"):
+        resolved(config, world_size=1, on_gpu=False)
+
+
 def test_every_path_of_a_file_may_begin_at_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

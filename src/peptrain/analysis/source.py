@@ -18,7 +18,7 @@ from peptrain.models.auto import load_model
 from peptrain.models.sites import ReparamLinear, decoder_layers, find_sites
 from peptrain.runs.build import Opened, bounds, open_run
 from peptrain.runs.checkpoint import available, step_of
-from peptrain.runs.directory import RunDir, refuse_comparison
+from peptrain.runs.directory import RunDir, refuse_known
 from peptrain.runs.select import at, checksums, may_vanish
 from peptrain.settings.fields import intervals
 
@@ -68,10 +68,6 @@ def place_of(model: nn.Module, name: str) -> tuple[int, str]:
     return int(layer), module
 
 
-OTHER_FORMS = {"adapter_config.json": "an adapter", "model.gguf": "a model for llama.cpp"}
-"""Forms of exports by a file in them."""
-
-
 def is_run(path: Path) -> bool:
     """Return whether `path` is a run or RUN@STEP, and not a Hugging Face directory.
 
@@ -82,13 +78,7 @@ def is_run(path: Path) -> bool:
         return True
     if step is None and (path / "config.json").is_file():
         return False
-    refuse_comparison(path)
-    for name, what in OTHER_FORMS.items():
-        if (path / name).is_file():
-            raise CheckpointError(
-                f"{path}: contains {what} ({name}), which peptrain writes and does not read; give"
-                " the run, or its export in another form"
-            )
+    refuse_known(path)
     raise CheckpointError(
         f"{path}: neither a run directory (no config.toml) nor a Hugging Face model (no"
         " config.json); give RUN, RUN@STEP or a directory of either kind"

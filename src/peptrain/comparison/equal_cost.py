@@ -169,7 +169,7 @@ class Timing(Job):
 
     def command(self) -> list[str]:
         timing = [sys.executable, "-m", "peptrain.comparison.timing"]
-        return [*timing, str(self.settings), str(self.run)]
+        return [*timing, str(self.settings.absolute()), str(self.run.absolute())]
 
     def result(self) -> str | None:
         return "timed" if self.run.is_file() else None

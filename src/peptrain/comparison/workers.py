@@ -37,11 +37,15 @@ class Job:
     """Whether the log has the traceback of an error."""
 
     def command(self) -> list[str]:
-        """The command line: `resume` if the run directory exists, else `train`."""
+        """The command line: `resume` if the run directory exists, else `train`.
+
+        Paths are absolute, since one may begin with a dash, or with a tilde.
+        """
+        run, settings = str(self.run.absolute()), str(self.settings.absolute())
         peptrain = [sys.executable, "-m", "peptrain", *["--debug"] * self.debug]
         if RunDir(self.run).config_file.is_file():
-            return [*peptrain, "resume", str(self.run)]
-        return [*peptrain, "train", "--config", str(self.settings), "--run", str(self.run)]
+            return [*peptrain, "resume", run]
+        return [*peptrain, "train", "--config", settings, "--run", run]
 
     def result(self) -> str | None:
         """The result in words; None while it is not finished."""

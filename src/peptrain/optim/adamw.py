@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -64,9 +64,6 @@ class OptimConfig:
     """Maximum global norm of the gradient; 0 is off."""
 
     def __post_init__(self) -> None:
-        for name in NOT_OF[self.kind]:
-            value = getattr(self, name)
-            check(value is None, f"optim.{name}", value, f"unset with optim.kind {self.kind}")
         fits = self.momentum is None or 0 <= self.momentum < 1
         check(fits, "optim.momentum", self.momentum, "in [0, 1)")
         for name in ("lr", *OWN_RATES, "weight_decay", "clip"):
@@ -79,6 +76,17 @@ class OptimConfig:
             check(value is None or 0 <= value < 1, f"optim.{name}", value, "in [0, 1)")
             wanted = f"<= {LARGEST_BETA}, or fp32 rounds it to 1"
             check(value is None or value <= LARGEST_BETA, f"optim.{name}", value, wanted)
+
+    def check_kind(self, own: Collection[str], method: str) -> None:
+        """Raise ConfigError for a setting that an optimizer of this kind does not have.
+
+        own: the settings of the `method`, which the message names where one was meant.
+        """
+        for name in NOT_OF[self.kind]:
+            value = getattr(self, name)
+            meant = f"; that of {method} is method.{name}" if name in own else ""
+            wanted = f"unset with optim.kind {self.kind}{meant}"
+            check(value is None, f"optim.{name}", value, wanted)
 
     def adam(self) -> dict[str, Any]:
         """Return the resolved lr, betas and eps as keyword arguments of an optimizer."""

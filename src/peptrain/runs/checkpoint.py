@@ -57,6 +57,8 @@ class Checkpoint:
     """The other settings of the run, such as rates; empty where an older version ran."""
     rows: int | None = None
     """Rows of metrics written before this checkpoint; None where an older version ran."""
+    sums: str = ""
+    """The checksums of its files, which change with its weights; empty before it was saved."""
 
 
 @dataclass(frozen=True)
@@ -282,25 +284,37 @@ def step_of(path: Path) -> int:
 
 
 def at_step(directory: Path, step: int) -> Checkpoint:
-    """Return the checkpoint of a step. Raises DamagedCheckpoint if it is incomplete or changed."""
+    """Return the checkpoint of a step.
+
+    Raises DamagedCheckpoint if it is incomplete or changed, CheckpointError if the run's training
+    deletes it meanwhile.
+    """
     path = _path(directory, step)
     try:
         return read(path)
     except _Damaged as damage:
+        if path not in available(directory):
+            raise CheckpointError(
+                f"{path}: the training deleted it before it was read; choose another step, or keep"
+                " more of them with --train.keep"
+            ) from None
         raise DamagedCheckpoint(f"{path} is damaged ({damage}); choose another step") from None
 
 
 def latest(directory: Path) -> Checkpoint | None:
     """Return the latest complete checkpoint, or None if there are no checkpoints.
 
-    Damaged ones are skipped with a warning. Raises CheckpointError when all are damaged, or when
-    one was written in another format.
+    Damaged ones are skipped with a warning. One that the run's training deletes meanwhile has a
+    later one in its place. Raises CheckpointError when all are damaged, or when one was written in
+    another format.
     """
     found = available(directory)
     for path in reversed(found):
         try:
             return read(path)
         except _Damaged as damage:
+            if path not in available(directory):
+                return latest(directory)
             log.warning("%s is damaged (%s); falling back to the previous checkpoint", path, damage)
     if found:
         raise CheckpointError(f"{directory}: none of the {len(found)} checkpoints can be read")
@@ -358,6 +372,13 @@ def read(path: Path) -> Checkpoint:
         for key, holds in _rules(path, state):
             if not holds:
                 raise _Damaged(f"{STATE}: {key} is {shown(state.get(key))}")
-        return Checkpoint(step, phase, model, moments, groups, identity, end, sizes, settings, rows)
+        return Checkpoint(
+            step, phase, model, moments, groups, identity, end, sizes, settings, rows,
+            "\n".join([*written, ""]),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise _Damaged(str(error)) from error
+    except RuntimeError as error:  # PyTorch, of a file that is gone; or there is no memory
+        if all((path / name).is_file() for name in FILES):
+            raise
         raise _Damaged(str(error)) from error

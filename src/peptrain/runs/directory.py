@@ -167,9 +167,11 @@ class RunDir:
         run = cls(path)
         if not path.exists():
             raise CheckpointError(f"{path}: not a run directory (there is no such directory)")
-        refuse_comparison(path)
         if not run.config_file.is_file():
-            raise CheckpointError(f"{path}: not a run directory (config.toml is missing)")
+            refuse_known(path)
+            raise CheckpointError(
+                f"{path}: not a run directory (config.toml is missing){_instead(path)}"
+            )
         if (outside := leading_out(path, CONTENTS)) is not None:
             raise CheckpointError(
                 f"{outside}: a link out of the run, or not a regular file, which is never followed;"
@@ -281,13 +283,39 @@ def is_comparison(path: Path) -> bool:
     return (path / COMPARISON).is_file() and not RunDir(path).config_file.exists()
 
 
-def refuse_comparison(path: Path) -> None:
-    """Raise CheckpointError, saying where the runs are, for a directory of `compare`."""
+OTHER_FORMS = {"adapter_config.json": "an adapter", "model.gguf": "a model for llama.cpp"}
+"""Forms of exports by a file in them."""
+
+
+def refuse_known(path: Path) -> None:
+    """Raise CheckpointError, saying what to give, for a directory that peptrain wrote and that is
+    neither a run nor a model to read: of `compare`, or an export in a form of others."""
     if is_comparison(path):
         raise CheckpointError(
             f"{path}: is a comparison, not a run; give its runs, {quoted(path / 'runs')}/*, or one"
             " of them"
         )
+    for name, what in OTHER_FORMS.items():
+        if (path / name).is_file() and not (path / "config.json").exists():
+            raise CheckpointError(
+                f"{path}: contains {what} ({name}), which peptrain writes and does not read; give"
+                " the run, or its export in another form"
+            )
+
+
+def _instead(path: Path) -> str:
+    """Return what to give in place of a path that is no run, "" if it is nothing known."""
+    if path.is_file():
+        return "; it is a file"
+    if (path / "state.json").is_file():
+        return f"; it is a checkpoint: give the run, {quoted(path.parent.parent)}"
+    if (path.parent / "config.toml").is_file() and (path.parent / "checkpoints").is_dir():
+        return f"; it is a part of a run: give {quoted(path.parent)}"
+    if (path / "config.json").is_file():
+        return "; it is a Hugging Face model (config.json): give the run that it was exported from"
+    if (path / "index.json").is_file():
+        return "; it is a prepared corpus (index.json): give a run that was trained on it"
+    return ""
 
 
 def _asides(file: Path) -> Iterator[Path]:

@@ -25,7 +25,7 @@ from peptrain.models.hf import ModelConfig, dtype_of, hf_config
 from peptrain.models.presets import DEFAULT_PRESET, PRESETS
 from peptrain.runs import checkpoint
 from peptrain.runs.build import open_run, plain_model, read_run, run_config
-from peptrain.runs.directory import RunDir, refuse_comparison
+from peptrain.runs.directory import RunDir, refuse_known
 from peptrain.runs.identity import check_continued
 from peptrain.runs.match_size import matched
 from peptrain.runs.select import at, find
@@ -234,7 +234,7 @@ def is_run(path: Path) -> bool:
         return True
     if (path / "config.json").is_file():
         return False
-    refuse_comparison(path)
+    refuse_known(path)
     raise ConfigError(
         f"init_from: {path} is neither a run directory (no config.toml) nor a Hugging Face model"
         " (no config.json); give one of the two"

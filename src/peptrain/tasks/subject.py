@@ -16,10 +16,9 @@ from peptrain.errors import CheckpointError, DataError, PeptrainError
 from peptrain.eval.run import refuse_tuned
 from peptrain.exporting.factorised import check_tokenizer, holds_factors, load_factorised
 from peptrain.models.hf import Precision, vocabulary_size
-from peptrain.runs.build import Opened, open_run
-from peptrain.runs.checkpoint import SUMS
+from peptrain.runs.build import open_run
+from peptrain.runs.checkpoint import Checkpoint
 from peptrain.runs.directory import RunDir
-from peptrain.runs.select import find
 from peptrain.runs.tokenizer import load_run_tokenizer
 from peptrain.tasks.measure import Judge
 from peptrain.tasks.spans import Encoder, encoder_of_directory, encoder_of_run
@@ -88,7 +87,7 @@ def open_subject(path: Path) -> Subject:
         assert train.precision is not None
         encoder = encoder_of_run(opened.run.tokenizer, *tokenizer)
         return Subject(path, opened.evaluated(), encoder, train.seq_len, train.precision,
-                       opened.run, opened.saved.step, _weights(opened))  # fmt: skip
+                       opened.run, opened.saved.step, _weights(opened.saved))  # fmt: skip
     if holds_factors(path):
         model = load_factorised(path)
         check_tokenizer(path)
@@ -102,10 +101,8 @@ def open_subject(path: Path) -> Subject:
     return Subject(path, model, encoder, _positions(model), "fp32")
 
 
-def _weights(opened: Opened) -> str:
-    step = opened.saved.step
-    file = find(opened.run, step)[0] / f"step-{step:08d}" / SUMS
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+def _weights(saved: Checkpoint) -> str:
+    return hashlib.sha256(saved.sums.encode()).hexdigest()[:16]
 
 
 def _positions(model: PreTrainedModel) -> int:

@@ -89,11 +89,14 @@ def resumed_config(run: RunDir) -> RunConfig[Method]:
 def first_checkpoint(
     config: RunConfig[Method], run: RunDir | None, identity: Mapping[str, Any], here: World
 ) -> checkpoint.Checkpoint | None:
-    """Return the checkpoint to continue from: the run's latest, or that of another run, if any."""
+    """Return the checkpoint to continue from: the run's latest, or that of another run, if any.
+
+    Of another run no rows are in the metrics of this one.
+    """
     if run is None:
         if config.continue_from is None:
             return None
-        return here.on_all(lambda: branching_point(config, identity))
+        return here.on_all(lambda: replace(branching_point(config, identity), rows=0))
     saved = latest(run, here)
     if saved is not None:
         here.on_all(lambda: _check_settings(saved, run, identity))
@@ -108,14 +111,26 @@ def _check_settings(saved: checkpoint.Checkpoint, run: RunDir, identity: Mapping
 def latest(run: RunDir, here: World) -> checkpoint.Checkpoint | None:
     """Return the latest complete checkpoint that rank 0 sees, on every rank, None without one.
 
-    Raises CheckpointError, on every rank, if one of them can't read it.
+    Raises CheckpointError, on every rank, if one of them can't read it, or if the run had some and
+    has none any more: it would begin again and its rows would be dropped.
     """
     found: list[checkpoint.Checkpoint | None] = []
-    here.on_main(lambda: found.append(checkpoint.latest(run.checkpoints)))
+    here.on_main(lambda: found.append(_latest(run)))
     step = here.agree(found[0].step if found and found[0] else None)
     if step is None:
         return None
     return here.on_all(lambda: found[0] if found else checkpoint.at_step(run.checkpoints, step))
+
+
+def _latest(run: RunDir) -> checkpoint.Checkpoint | None:
+    saved = checkpoint.latest(run.checkpoints)
+    if saved is None and (row := run.newest("checkpoint")) is not None:
+        raise CheckpointError(
+            f"{run.checkpoints}: is empty, but {run.metrics_file.name} has a checkpoint of step"
+            f" {row['step']}; restore them, or train from the beginning with `peptrain train"
+            f" {run_config(run).method.name} --config {quoted(run.config_file)} --run NEW`"
+        )
+    return saved
 
 
 def check_shared(run: RunDir, here: World) -> None:
@@ -181,7 +196,7 @@ def _first_files(
     """Write what else resume, eval and export need besides their checkpoints and the corpus."""
     objective.write_tokenizer(run)
     if saved is not None:
-        own = replace(saved, settings=other_settings(config), rows=0)
+        own = replace(saved, settings=other_settings(config))
         checkpoint.save(run.checkpoints, own, checkpoint.Keep(1))
     if file := config_file(config.model):
         shutil.copyfile(file, run.model_file)
