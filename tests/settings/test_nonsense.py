@@ -99,7 +99,7 @@ def test_the_key_the_value_and_what_is_right_are_named(
 
 @pytest.mark.parametrize(
     "key, value, needed",
-    [("train.sample_prompts", "x.txt", "train.sample_every"), ("eval.tasks_data", "x", "eval.tasks"),
+    [("train.sample_prompts", "x", "train.sample_every"), ("eval.tasks_data", "x", "eval.tasks"),
      ("tune.rows", 5, "tune.task"), ("tune.tasks_data", "x", "tune.task")],
 )  # fmt: skip
 def test_a_setting_without_an_effect_is_refused_for_a_new_run(
@@ -108,7 +108,9 @@ def test_a_setting_without_an_effect_is_refused_for_a_new_run(
     """One that is unset by default. A run that has it already is read."""
     section, name = key.split(".")
     config = parse(with_value(section, name, value, {"method": {"name": "full"}}))
-    with pytest.raises(ConfigError, match=rf"^{key}: must be unset without {needed} \(got '?{value}"):
+    with pytest.raises(
+        ConfigError, match=rf"^{key}: must be unset without {needed} \(got '?{value}"
+    ):
         resolved(config, world_size=1, on_gpu=False)
 
 
