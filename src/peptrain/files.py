@@ -172,6 +172,11 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def is_barred(path: Path) -> bool:
+    """Return whether `path` is there and may not be read, which is no damage."""
+    return os.path.exists(path) and not os.access(path, os.R_OK)
+
+
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return JSON values with a checksum of them, its last key."""
     text = json.dumps(values, sort_keys=True)

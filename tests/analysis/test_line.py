@@ -65,6 +65,15 @@ def test_a_line_is_not_overwritten_by_that_between_two_others(
     assert {row["tokens"] for row in read_table(table)} == {80}
 
 
+def test_a_limit_that_only_the_line_has_is_refused_without_it(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tokens in ("40", "-1"):
+        assert main(["analyze", str(runs / "full"), f"--tokens={tokens}"]) == 1
+        said = f"error: --tokens: must be given with --line (got {tokens})\n"
+        assert capsys.readouterr().err == said
+
+
 def test_models_of_different_shapes_have_no_line(runs: Path, corpus: Path, tmp_path: Path) -> None:
     train(tiny("full", corpus, tmp_path / "other", train={"device": "cpu"}, model=QWEN))
     with pytest.raises(

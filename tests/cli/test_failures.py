@@ -78,6 +78,18 @@ def test_ctrl_c_is_not_an_error(
     assert capsys.readouterr() == ("stopped\n", "")
 
 
+def test_a_working_directory_that_was_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before PyTorch is imported, which ends the process there."""
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["methods"]) == 1
+    said = "error: the working directory was deleted; change to one that exists with `cd`\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("line", [["\x1b[31mx"], ["--run"], ["--train.steps", "\x1b[2J"]])
 def test_an_argument_that_is_not_understood_is_not_printed_raw(
     line: list[str], capsys: pytest.CaptureFixture[str]

@@ -329,6 +329,16 @@ def index_of(directory: Path) -> dict:
     return json.loads((directory / "index.json").read_text())
 
 
+@pytest.mark.parametrize("name", ["index.json", "train-00000.bin", "held-out.bin"])
+def test_a_file_that_may_not_be_read_is_not_to_be_deleted(damaged, name, monkeypatch):
+    """Root may read everything, so the answer of the system is replaced."""
+    (damaged / name).write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != name)
+    said = rf"{name}: can't be read: permission denied; change its permissions$"
+    with pytest.raises(DataError, match=said):
+        Corpus.open(damaged)
+
+
 def test_an_index_without_a_checksum_is_read(damaged):
     """0.1.0 wrote none."""
     index = index_of(damaged)

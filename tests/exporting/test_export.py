@@ -1,7 +1,9 @@
 """Exports: a directory that needs no peptrain, the small factorised model, and the gate."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -385,6 +387,20 @@ def test_a_place_that_cannot_be_written_is_named(exports: Exports, tmp_path: Pat
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"--out .*file/out: can't be written"):
         export(exports.run("full"), tmp_path / "file" / "out")
+
+
+def test_a_file_of_the_run_that_may_not_be_read_is_not_blamed_on_the_place(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = str(exports.run("full") / "metrics.jsonl")
+
+    def barred(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", metrics)
+
+    monkeypatch.setattr(peptrain.exporting.export, "write_card", barred)
+    with pytest.raises(PermissionError, match=re.escape(metrics)):
+        export(exports.run("full"), tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_what_a_killed_export_left_is_not_taken_over(exports: Exports, tmp_path: Path) -> None:

@@ -76,6 +76,16 @@ def test_a_model_that_reads_a_weight_itself_trains_and_exports(
         assert again.keys() == dense_state(opened.model).keys()
 
 
+def test_a_model_without_a_working_cache_is_exported(tmp_path: Path, corpus: Path) -> None:
+    """With two layers all are recurrent, and transformers' cache has no length."""
+    values = LLAMA | {"model_type": "recurrent_gemma", "lru_width": 16, "attention_window_size": 8}
+    model = {"config": written(tmp_path, values), "preset": None} | dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
+    )
+    train(tiny(tiny_method("loro"), corpus, tmp_path / "run", model=model, train={"steps": 2}))
+    export(tmp_path / "run", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "values, message",
     [

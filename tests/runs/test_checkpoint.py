@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -273,6 +274,26 @@ def test_one_that_the_training_deletes_while_it_is_read_has_a_later_one_in_its_p
     with pytest.raises(CheckpointError, match=r"step-00000004: the training deleted it before"):
         at_step(directory, 4)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json", "SHA256SUMS", "."])
+def test_one_that_may_not_be_read_is_no_damaged_one(
+    file: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier ones would be used, and it would be deleted. Root may read everything, so the
+    answer of the system is replaced."""
+    barred, real = (available(directory)[-1] / file).resolve(), sha256sums
+
+    def refusing(path: Path, names: Any) -> str:
+        if barred.is_relative_to(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(barred))
+        return real(path, names)
+
+    monkeypatch.setattr(peptrain.runs.checkpoint, "sha256sums", refusing)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).resolve() != barred)
+    said = rf"{re.escape(str(barred))}: can't be read: permission denied; change"
+    with pytest.raises(CheckpointError, match=said):
+        latest(directory)
 
 
 def test_what_pytorch_can_not_read_of_a_whole_checkpoint_is_no_damage(

@@ -99,8 +99,7 @@ def test_the_key_the_value_and_what_is_right_are_named(
 
 @pytest.mark.parametrize(
     "key, value, needed",
-    [("train.sample_prompts", "x.txt", "train.sample_every"),
-     ("eval.tasks_data", "x", "eval.tasks"),
+    [("train.sample_prompts", "x", "train.sample_every"), ("eval.tasks_data", "x", "eval.tasks"),
      ("tune.rows", 5, "tune.task"), ("tune.tasks_data", "x", "tune.task")],
 )  # fmt: skip
 def test_a_setting_without_an_effect_is_refused_for_a_new_run(

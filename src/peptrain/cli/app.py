@@ -14,6 +14,7 @@ from peptrain.cli.generating import generate_text
 from peptrain.cli.parsing import (
     MARKERS,
     check_command,
+    check_directory,
     check_names,
     paragraphs,
     refusing_control_characters,
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         check_command(args)
+        check_directory()
         app, args = _app(args, essential_only)
         with refusing_control_characters(args) as printed:
             app.cli(prog="peptrain", description=DESCRIPTION, args=args, console_outputs=printed,

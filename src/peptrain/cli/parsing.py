@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -183,6 +184,17 @@ def check_command(args: Sequence[str]) -> None:
     if not name.startswith("-") and name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f"choose from {', '.join(COMMANDS)}; "
         raise ConfigError(f"command {name!r}: unknown; {hint}see `peptrain --help`")
+
+
+def check_directory() -> None:
+    """Raise ConfigError if the working directory was deleted. PyTorch's MKL ends the process then,
+    without a word of the reason."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError(
+            "the working directory was deleted; change to one that exists with `cd`"
+        ) from None
 
 
 @contextlib.contextmanager

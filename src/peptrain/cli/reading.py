@@ -148,6 +148,7 @@ def analyze_runs(
     from peptrain.cli.progress import counting
     from peptrain.distributed.world import world
 
+    check(line or not tokens, "--tokens", tokens, "given with --line")
     with world(device) as here, counting(console, "analyzing") as show:
         if line:
             from peptrain.analysis.line import write_line

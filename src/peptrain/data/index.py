@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peptrain.errors import DataError
-from peptrain.files import read_json_object, write_atomically
+from peptrain.files import is_barred, read_json_object, write_atomically
 from peptrain.text import quoted
 
 FORMAT = 1
@@ -165,6 +165,8 @@ def _not_prepared(directory: Path) -> DataError:
 
 def damaged(path: Path, what: str) -> DataError:
     """Return the error for a file of a corpus that can't be used."""
+    if is_barred(path):
+        return DataError(f"{path}: can't be read: permission denied; change its permissions")
     return DataError(
         f"{path}: {what}; delete {path.parent} and prepare it again with `peptrain data prepare`"
     )

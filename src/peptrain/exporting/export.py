@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -104,6 +104,9 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
             _check_free(out)
             temporary.replace(out)
     except (OSError, SafetensorError) as error:
+        of_run = str(getattr(error, "filename", None) or "").startswith(f"{opened.run.path}/")
+        if of_run and not out.is_relative_to(opened.run.path):
+            raise
         raise CheckpointError(
             f"--out {out}: can't be written: {error}; choose another path"
         ) from error
@@ -211,7 +214,9 @@ def _compare(
         (2, min(64, limit or 64)),
         generator=torch.Generator().manual_seed(0),
     )
-    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    both: dict[str, Any] = {"use_cache": False} if model.can_generate() else {}  # some have none
+    if model.config.is_encoder_decoder:
+        both["decoder_input_ids"] = ids
     before, after = model(ids, **both).logits, written(ids, **both).logits
     if not before.isfinite().all():
         raise CheckpointError(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peptrain.errors import CheckpointError
-from peptrain.files import open_up, read_json_object, scratch, sha256sums
+from peptrain.files import is_barred, open_up, read_json_object, scratch, sha256sums
 from peptrain.settings.fields import shown
 from peptrain.text import quoted
 
@@ -352,7 +352,11 @@ class _Damaged(Exception):
 
 
 def read(path: Path) -> Checkpoint:
-    """Read one checkpoint and verify its checksums."""
+    """Read one checkpoint and verify its checksums.
+
+    Raises CheckpointError for one that may not be read: to fall back to an earlier one, and to
+    delete it at the next save, is right for a damaged one only.
+    """
     try:
         state = read_json_object(path / STATE)
         if state["format"] != FORMAT:
@@ -377,6 +381,11 @@ def read(path: Path) -> Checkpoint:
             "\n".join([*written, ""]),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        files = (path, *(path / name for name in (*SUMMED, SUMS)))
+        if barred := next(filter(is_barred, files), None):
+            raise CheckpointError(
+                f"{barred}: can't be read: permission denied; change its permissions"
+            ) from error
         raise _Damaged(str(error)) from error
     except RuntimeError as error:  # PyTorch, of a file that is gone; or there is no memory
         if all((path / name).is_file() for name in FILES):
