@@ -229,8 +229,8 @@ def check_groups(
     usual: the method's defaults. A rate that has one may be of parameters that are frozen.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trainable = (name for name, p in model.named_parameters() if p.requires_grad)
-    left = [name for name in trainable if id(model.get_parameter(name)) not in held]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    left = [name for name, p in trainable if id(p) not in held]
     if left:
         raise ConfigError(
             f"the method's optimizer has no group with {len(left)} of the trainable parameters,"
