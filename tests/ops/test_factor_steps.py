@@ -214,3 +214,25 @@ def test_a_narrower_dtype_gives_nearly_the_same_steps(
     for narrow, exact in zip(DAMPED[rule](given), DAMPED[rule](wide), strict=True):
         for a, b in zip(narrow, exact, strict=True):
             assert (a.double() - b).norm() < tolerance * b.norm()
+
+
+@pytest.mark.gpu
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_steps_are_within_a_twentieth_of_float64(rule: str, dtype: torch.dtype) -> None:
+    """In Frobenius norm, with usual damping and coefficients."""
+    shapes = [(256, 256), (704, 256), (256, 704)]
+    drawn = [pair(*problem) for problem in problems(shapes, r=64)]
+    rules: dict[str, Callable[[Sequence[Pair]], Steps]] = {
+        "spectron": lambda pairs: spectron_steps(pairs, start(pairs))[0],
+        "lora-muon": lora_muon_steps,
+        "tangent": tangent_steps,
+        "factors": factor_steps.factor_steps,
+    }
+    given = [Pair(*(t.to("cuda", dtype) for t in p)) for p in drawn]
+    wanted = rules[rule]([Pair(*(t.double() for t in p)) for p in given])
+    for found, exact in zip(rules[rule](given), wanted, strict=True):
+        for step, of_float64 in zip(found, exact, strict=True):
+            assert step.dtype == dtype and step.is_contiguous()
+            apart = (step.double() - of_float64).norm() / of_float64.norm()
+            assert apart < 0.05

@@ -5,9 +5,9 @@ N_A = Bᵀ G, or averages of them over steps. Each rule takes several pairs of o
 (dB, dA) of each, to be subtracted. polar(X) is U Vᵀ of X = U S Vᵀ, by Newton-Schulz
 (`newton_schulz.polar`). In what follows L_B L_Bᵀ = BᵀB and L_A L_Aᵀ = A Aᵀ, both damped.
 
-Bᵀ and A are alike: wide matrices X [r, w], each with a partner. All that have one width are one
-stack, and all r x r matrices are another, so that the number of operations that are launched does
-not depend on the number of pairs.
+Bᵀ and A are alike: wide matrices X [r, w], each with a partner. All Bᵀ of one width are one stack,
+in memory still the matrices B, and all A of one width. All r x r matrices are another, so that the
+number of operations that are launched does not depend on the number of pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peptrain.ops.newton_schulz import COEFFICIENTS, Polynomial, fast_polar
+from peptrain.ops.newton_schulz import COEFFICIENTS, Polynomial, polar, polars
 from peptrain.ops.precision import at_least_fp32
 
 DAMPING = 1e-2
@@ -44,28 +44,30 @@ class Pair(NamedTuple):
 
 
 class _Sides:
-    """The 2k wide matrices of k pairs, ordered by width: those of B before those of A in each."""
+    """The 2k wide matrices of k pairs, those of B and those of A, both ordered by width."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self.pairs, k = pairs, len(pairs)
         widths = [p.B.shape[0] for p in pairs] + [p.A.shape[1] for p in pairs]
-        order = sorted(range(2 * k), key=widths.__getitem__)
+        order = sorted(range(2 * k), key=lambda side: (side >= k, widths[side]))
         place = {side: at for at, side in enumerate(order)}
         self.partners = [place[(side + k) % (2 * k)] for side in order]
         self.order = order
-        self.stacks = [list(found) for _, found in groupby(order, key=widths.__getitem__)]
+        kinds = groupby(order, key=lambda side: (side >= k, widths[side]))
+        self.stacks = [list(found) for _, found in kinds]
 
     def factors(self) -> list[Tensor]:
-        """Return Bᵀ and A, a stack [., r, w] for each width, in at least fp32."""
-        return self._stacked([p.B.mT for p in self.pairs] + [p.A for p in self.pairs])
+        """Return Bᵀ and A, a stack [., r, w] for each width."""
+        return self._stacked([p.B for p in self.pairs], [p.A for p in self.pairs])
 
     def followed(self) -> list[Tensor]:
         """Return N_Bᵀ and N_A likewise."""
-        return self._stacked([p.N_B.mT for p in self.pairs] + [p.N_A for p in self.pairs])
+        return self._stacked([p.N_B for p in self.pairs], [p.N_A for p in self.pairs])
 
-    def _stacked(self, wide: list[Tensor]) -> list[Tensor]:
-        dtype = at_least_fp32(wide[0].dtype)
-        return [torch.stack([wide[i] for i in where]).to(dtype) for where in self.stacks]
+    def _stacked(self, tall: list[Tensor], wide: list[Tensor]) -> list[Tensor]:
+        each, k = tall + wide, len(tall)
+        found = [torch.stack([each[i] for i in where]) for where in self.stacks]
+        return [t.mT if where[0] < k else t for t, where in zip(found, self.stacks, strict=True)]
 
     def split(self, of_all: Tensor) -> tuple[Tensor, ...]:
         """Return the parts of [2k, ...] that belong to each stack."""
@@ -90,13 +92,11 @@ class _Sides:
 
     def steps(self, stacks: Sequence[Tensor]) -> Steps:
         """Return (dB, dA) of each pair, in the dtype of what it follows, contiguous."""
-        k = len(self.pairs)
+        k, dtype = len(self.pairs), self.pairs[0].N_A.dtype
         found: list[Tensor] = [torch.empty(0)] * (2 * k)
         for where, stack in zip(self.stacks, stacks, strict=True):
-            count = sum(side < k for side in where)
-            stack = stack.to(self.pairs[0].N_A.dtype)
-            each = (*stack[:count].mT.contiguous().unbind(), *stack[count:].unbind())
-            for side, step in zip(where, each, strict=True):
+            natural = (stack.mT if where[0] < k else stack).to(dtype).contiguous()
+            for side, step in zip(where, natural.unbind(), strict=True):
                 found[side] = step
         return list(zip(found[:k], found[k:], strict=True))
 
@@ -104,7 +104,7 @@ class _Sides:
 def factor_steps(pairs: Sequence[Pair], coefficients: Sequence[Polynomial] = COEFFICIENTS) -> Steps:
     """Return polar(N_B) and polar(N_A): Muon on each factor."""
     sides = _Sides(pairs)
-    return sides.steps([fast_polar(N, coefficients) for N in sides.followed()])
+    return sides.steps(polars(sides.followed(), coefficients))
 
 
 def spectron_steps(
@@ -120,12 +120,11 @@ def spectron_steps(
     Source: Spectron (Janson et al., 2026).
     """
     sides = _Sides(pairs)
-    S = _grams(sides.factors())
+    S = _grams(_products(sides.factors())).to(at_least_fp32(pairs[0].A.dtype))
     v = sides.unpaired(*zip(*vectors, strict=True)).to(S.dtype)
     norms, v = _spectral_norms(S, v)
     rho = 1 / (norms + sides.partnered(norms) + 1)
-    parts = zip(sides.followed(), sides.split(rho), strict=True)
-    steps = sides.steps([fast_polar(N, coefficients) * p[:, None, None] for N, p in parts])
+    steps = sides.steps(polars(sides.followed(), coefficients, scales=sides.split(rho)))
     of_B, of_A = sides.paired(v.to(pairs[0].A.dtype))
     return steps, list(zip(of_B.unbind(), of_A.unbind(), strict=True))
 
@@ -142,9 +141,12 @@ def lora_muon_steps(
     the same steps as Cholesky factors do.
     """
     sides = _Sides(pairs)
-    roots = sides.partnered(_inverse_roots(_grams(sides.factors()), damping))
-    parts = zip(sides.split(roots), sides.followed(), strict=True)
-    return sides.steps([0.5 * P.mT @ fast_polar(P @ N, coefficients) for P, N in parts])
+    roots = sides.partnered(_inverse_roots(_grams(_precise(sides.factors())), damping))
+    followed = _products(sides.followed())
+    split = [P.to(N.dtype) for P, N in zip(sides.split(roots), followed, strict=True)]
+    seen = [_times(P, N) for P, N in zip(split, followed, strict=True)]
+    found = polars(seen, coefficients)
+    return sides.steps([_times(0.5 * P.mT, N) for P, N in zip(split, found, strict=True)])
 
 
 def tangent_steps(
@@ -163,11 +165,11 @@ def tangent_steps(
     |dB A + B dA| is at most 2 / sqrt(3).
     """
     sides = _Sides(pairs)
-    factors = sides.factors()
+    factors, followed = _precise(sides.factors()), _precise(sides.followed())
     roots = _inverse_roots(_grams(factors), damping)
     across = sides.split(sides.partnered(roots))
     frames = [P @ X for P, X in zip(sides.split(roots), factors, strict=True)]  # Uᵀ, or Vᵀ
-    seen = [P @ N for P, N in zip(across, sides.followed(), strict=True)]  # Xᵀ, or Y
+    seen = [P @ N for P, N in zip(across, followed, strict=True)]  # Xᵀ, or Y
     inner = [T @ F.mT for T, F in zip(seen, frames, strict=True)]  # Xᵀ U, or Y V
     rest = [T - C @ F for T, C, F in zip(seen, inner, frames, strict=True)]  # Dᵀ, or E
     S = _grams(rest)
@@ -177,7 +179,7 @@ def tangent_steps(
     (C_B, C_A), (R_B, R_A) = (sides.paired(torch.cat(t)) for t in (inner, corners))
     C = 0.5 * (C_B.mT + C_A)
     K = torch.cat([torch.cat([C, R_A], -1), torch.cat([R_B.mT, torch.zeros_like(C)], -1)], -2)
-    found = fast_polar(K, coefficients)
+    found = polar(K, coefficients)
     of_side = sides.split(sides.unpaired(found.mT.unbind(), found.unbind()))
     parts = zip(of_side, across, frames, bases, strict=True)
     return sides.steps([_lifted(M, F, Q, P) for M, P, F, Q in parts])
@@ -188,6 +190,22 @@ def _lifted(M: Tensor, F: Tensor, Q: Tensor, P: Tensor) -> Tensor:
     r = M.shape[-1] // 2
     C, X = M[:, :r, :r], M[:, :r, r:]
     return P.mT @ torch.baddbmm(X @ Q, C, F, alpha=0.5)
+
+
+def _precise(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Return the stacks in at least fp32."""
+    return [X.to(at_least_fp32(X.dtype)) for X in stacks]
+
+
+def _products(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Return the stacks in the dtype of long products: bf16 on a GPU, unless they are float64."""
+    narrow = stacks[0].is_cuda and stacks[0].dtype != torch.float64
+    return [X.to(torch.bfloat16) for X in stacks] if narrow else _precise(stacks)
+
+
+def _times(P: Tensor, X: Tensor) -> Tensor:
+    """Return P X in the order in memory of X."""
+    return P @ X if X.is_contiguous() else (X.mT @ P.mT).mT
 
 
 def _grams(stacks: Sequence[Tensor]) -> Tensor:

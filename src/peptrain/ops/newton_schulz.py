@@ -12,8 +12,8 @@ from peptrain.ops.precision import at_least_fp32
 Polynomial = tuple[float, float, float]
 """(a, b, c) of a x + b x³ + c x⁵."""
 SAFETY = 1.02
-"""The first polynomial is of x / SAFETY, so that they converge up to 1.04, where bf16's rounding
-takes no singular value. Without it they diverge above 1.02."""
+"""The first polynomial is of x / SAFETY, so that they converge up to 1.04, where rounding takes
+no singular value. Without it they diverge above 1.02."""
 COEFFICIENTS: tuple[Polynomial, ...] = (
     (
         8.156554524902461 / SAFETY,
@@ -26,29 +26,87 @@ COEFFICIENTS: tuple[Polynomial, ...] = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 """Of Polar Express (Amsel et al., 2025), for five steps. In exact arithmetic they take [3e-3, 1]
-into [0.859, 1.142]; in bf16 they stay within 0.8 to 1.2 (tests/ops/test_newton_schulz.py)."""
+into [0.859, 1.142]; in fp16 and bf16 they stay within 0.8 to 1.2 (tests/ops/test_newton_schulz.py).
+"""
+AT_ONCE = 3
+"""Steps from one Gram matrix. What rounding adds to its small eigenvalues grows with each."""
 
 
 def polar(X: Tensor, coefficients: Sequence[Polynomial] = COEFFICIENTS) -> Tensor:
-    """Return U Vᵀ of X = U S Vᵀ, nearly: U p(S / |X|) Vᵀ, with the composed polynomials p.
+    """Return `polars` of one stack."""
+    return polars([X], coefficients)[0]
 
-    X: [k, n, m], all done at once, in their dtype. |X| is the Frobenius norm, so that singular
+
+def polars(
+    stacks: Sequence[Tensor],
+    coefficients: Sequence[Polynomial] = COEFFICIENTS,
+    *,
+    scales: Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Return U Vᵀ of each X = U S Vᵀ, nearly: U p(S / |X|) Vᵀ, with the composed polynomials p.
+
+    X: [k, n, m] in each of the stacks; scales: [k] for each, which multiply the results. These have
+    the dtypes of the stacks and their orders in memory. |X| is the Frobenius norm, so that singular
     values above 3e-3 of it come near to 1, and smaller ones stay below 1. Of X = 0 it is 0, and a
-    value that is not finite makes its matrix not finite. Each step takes 4 n m min(n, m) +
-    2 min(n, m)³ operations (Bernstein and Newhouse, 2024; Jordan et al., Muon, 2024).
+    value that is not finite makes its matrix not finite (Bernstein and Newhouse, 2024; Jordan et
+    al., Muon, 2024).
+
+    dtype: of the products; unset: fp16 on a GPU, where no number exceeds its range and its rounding
+    is an eighth of bf16's, on a CPU at least fp32. With the sides r <= w a step takes 4 w r² + 2 r³
+    operations. Where w > 1.5 r on average, over the stacks with this r, AT_ONCE steps are composed
+    as r x r matrices, and five of them take 8 w r² + 28 r³.
     """
-    wide = X if X.shape[-2] <= X.shape[-1] else X.mT
-    norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True, dtype=at_least_fp32(X.dtype))
-    x: Tensor = (wide / norm.clamp(min=1e-30)).to(X.dtype)
-    for a, b, c in coefficients:
-        S = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(S, S, S, beta=b, alpha=c), x, beta=a)
-    return x if wide is X else x.mT
+    wide = [X if X.shape[-2] <= X.shape[-1] else X.mT for X in stacks]
+    xs = [_normalized(X, dtype) for X in wide]
+    for r in dict.fromkeys(x.shape[-2] for x in xs):
+        where = [i for i, x in enumerate(xs) if x.shape[-2] == r]
+        mean = sum(xs[i][:, 0].numel() for i in where) / sum(len(xs[i]) for i in where)
+        step = AT_ONCE if mean > 1.5 * r else 1
+        for start in range(0, len(coefficients), step):
+            moved = _composed([xs[i] for i in where], coefficients[start : start + step])
+            for i, x in zip(where, moved, strict=True):
+                xs[i] = x
+    if scales is None:
+        found = [x.to(X.dtype) for x, X in zip(xs, stacks, strict=True)]
+    else:
+        given = zip(xs, scales, stacks, strict=True)
+        found = [_scaled(x, scale[:, None, None], X.dtype) for x, scale, X in given]
+    return [x if X is W else x.mT for x, X, W in zip(found, stacks, wide, strict=True)]
 
 
-def fast_polar(X: Tensor, coefficients: Sequence[Polynomial] = COEFFICIENTS) -> Tensor:
-    """Return `polar(X)` in X's dtype, computed in bf16 on a GPU and in fp32 on a CPU, where bf16's
-    products are slow. float64 stays."""
-    dtype = at_least_fp32(X.dtype)
-    narrow = X.is_cuda and dtype == torch.float32
-    return polar(X.to(torch.bfloat16 if narrow else dtype), coefficients).to(X.dtype)
+def _normalized(X: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return X / |X| in the dtype of the products."""
+    precise = at_least_fp32(X.dtype)
+    fast = torch.float16 if X.is_cuda and precise == torch.float32 else precise
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=precise)
+    return _scaled(X, 1 / norm.clamp(min=1e-30), dtype or fast)
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x times factor, rounded once, to `dtype`."""
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+
+
+def _composed(xs: Sequence[Tensor], polynomials: Sequence[Polynomial]) -> list[Tensor]:
+    """Return (... P₂ P₁) x with P = a I + b S + c S² of S = x xᵀ, which is P S P for the next.
+
+    The product is kept as g I + D with g the product of all a, so that rounding D does not touch
+    what only g moves.
+    """
+    S = torch.cat([x @ x.mT for x in xs])
+    D, g = S, 1.0
+    for i, (a, b, c) in enumerate(polynomials):
+        Z = torch.baddbmm(S, S, S, beta=b, alpha=c)  # P - a I
+        D = torch.baddbmm(D, D, Z, beta=a).add_(Z, alpha=g) if i else Z
+        g *= a
+        if i + 1 < len(polynomials):
+            S = torch.baddbmm(S, Z, S, beta=a)
+            S = torch.baddbmm(S, S, Z, beta=a)
+    parts = zip(xs, torch.split(D, [len(x) for x in xs]), strict=True)
+    return [
+        torch.baddbmm(x, d, x, beta=g)
+        if x.is_contiguous()
+        else torch.baddbmm(x.mT, x.mT, d.mT, beta=g).mT
+        for x, d in parts
+    ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peptrain.distributed.owners import owners
 from peptrain.models.sites import ReparamLinear, Site
-from peptrain.ops.newton_schulz import COEFFICIENTS, Polynomial, fast_polar
+from peptrain.ops.newton_schulz import COEFFICIENTS, Polynomial, polar
 from peptrain.optim.adamw import OptimConfig, parameter_groups
 from peptrain.optim.base import GroupwiseOptimizer, gradients, step_adamw
 from peptrain.settings.fields import LARGEST, check
@@ -27,8 +27,8 @@ class MuonOptimizer(GroupwiseOptimizer):
 
     M = μ M + (1 - μ) G, N = (1 - μ) G + μ M, and W = (1 - lr decay) W - lr c polar(N), with
     c = sqrt(max(1, n/m)) (spectral: Jordan et al., Muon, 2024) or 0.2 sqrt(max(n, m)) (moonlight:
-    the size of AdamW's steps; Liu et al., 2025). Matrices of one shape are done at once, in bf16
-    on a GPU (`fast_polar`). M, of the dtype of W, is the only state. With several
+    the size of AdamW's steps; Liu et al., 2025). Matrices of one shape are done at once, in fp16
+    on a GPU (`polar`). M, of the dtype of W, is the only state. With several
     processes each computes the polar factors of its share.
     """
 
@@ -68,8 +68,9 @@ class MuonOptimizer(GroupwiseOptimizer):
         N = self._follow(params)
         shares = owners([max(p.shape) * min(p.shape) ** 2 for p in params])
         for where in _alike([params[i] for i in shares.own], shares.own):
-            found = fast_polar(torch.stack([N[i] for i in where]), self.coefficients)
-            torch._foreach_copy_([N[i] for i in where], list(found.unbind()))
+            found = polar(torch.stack([N[i] for i in where]), self.coefficients)
+            for i, step in zip(where, found.unbind(), strict=True):
+                N[i] = step
         shares.send_([[n] for n in N])
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
