@@ -2,9 +2,11 @@
 
     python benchmarks/study.py --data CORPUS --tasks-data DATA --domains DIR [DIR ...] --out OUT
 
-1. Tunes six methods at the same rates with seed 0: full; relora without and with a warm start,
-   which is full training at its best rate; pico-compat, ReLoRA as the study's released code
-   computes it; bpt; loro. Intervals are the study's shares of its 20,000 steps.
+1. Tunes eight methods at the same rates with seed 0: full; relora without and with a warm start,
+   which is full training at its best rate; lora-warm, the same without merges; pico-compat, ReLoRA
+   as the study's released code computes it, with its dropout, schedule and clipping;
+   pico-arithmetic, the same with ours; bpt; loro. Intervals are the study's shares of its 20,000
+   steps.
 2. Trains the best rate of each, by held-out loss, with more seeds. Seed 0's run is reused.
 3. Judges each of these runs by BLiMP, by the held-out loss of each domain (a corpus prepared with
    the same tokenizer) and by `peptrain analyze` at the last step: PER and log10 of the condition
@@ -65,13 +67,17 @@ def settings_of(name: str, args: Any, tuned: Sequence[Row]) -> Row:
     """Return the settings of a method by dotted key, with intervals of the study's shares."""
     steps, tenth = args.steps, {"method.rank": 16, "method.merge_every": args.steps // 10}
     relora = {"method.name": "relora", **tenth, "method.restart_warmup": steps // 200}
-    if name == "relora-warm":
+    if name.endswith("-warm"):
         lr, _ = best(tuned, "full")
         if lr is None:
-            raise SystemExit("relora-warm starts at full's best rate: add full to --only")
-        return relora | {"method.warm_start_steps": steps // 4, "method.warm_start_lr": lr}
+            raise SystemExit(f"{name} starts at full's best rate: add full to --only")
+        start = {"method.warm_start_steps": steps // 4, "method.warm_start_lr": lr}
+        return start | (relora if name == "relora-warm" else {"method.name": "lora", "method.rank": 16})
     if name == "pico-compat":
         return released(steps)
+    if name == "pico-arithmetic":
+        ours = ("optim.", "schedule.", "method.dropout")
+        return {key: v for key, v in released(steps).items() if not key.startswith(ours)}
     made: dict[str, Row] = {
         "full": {"method.name": "full"},
         "relora": relora | {"method.warm_start_steps": 0},
@@ -266,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     device = device_of(args.device)
     shapes = {"steps": args.steps, "batch": f"{args.batch_size} x {args.seq_len}"}
     announce(device, {"model": args.preset, **shapes, "runs at a time": args.workers})
-    # relora-warm needs the best rate of full.
+    # A warm start needs the best rate of full.
     tuned = tune(args, sorted(args.only, key=lambda name: name != "full"))
     judge_all(args, args.only, tuned)
     write(args, device, print_tables(args.out))

@@ -19,7 +19,8 @@ from peptrain.analysis.table import read_table
 from peptrain.comparison.summary import half_width
 
 Row = dict[str, Any]
-METHODS = ("full", "relora", "relora-warm", "pico-compat", "bpt", "loro")
+METHODS = ("full", "relora", "relora-warm", "lora-warm", "pico-compat", "pico-arithmetic", "bpt",
+           "loro")  # fmt: skip
 LOSS = "held-out loss"
 
 

@@ -188,16 +188,21 @@ def test_the_methods_of_the_study_have_its_shares_of_the_steps(script: Any) -> N
               for name in study.METHODS]  # fmt: skip
     runs = expand(tomllib.loads(study.grid(args, blocks))).runs
     assert len(runs) == 2 * len(study.METHODS)
-    _, relora, warm, compat, bpt, _ = (run.config.method for run in runs[::2])
-    assert [m.merge_every for m in (relora, warm, compat, bpt)] == [60] * 4
-    assert [m.restart_warmup for m in (relora, warm, compat)] == [3] * 3
-    assert [m.warm_start_steps for m in (relora, warm, compat)] == [0, 150, 0]
-    assert warm.warm_start_lr == 4e-3
+    _, relora, warm, lora, compat, ours, bpt, _ = (run.config.method for run in runs[::2])
+    assert [m.merge_every for m in (relora, warm, compat, ours, bpt)] == [60] * 5
+    assert [m.restart_warmup for m in (relora, warm, compat, ours)] == [3] * 4
+    assert [m.warm_start_steps for m in (relora, warm, lora, compat, ours)] == [0, 150, 150, 0, 0]
+    assert warm.warm_start_lr == lora.warm_start_lr == 4e-3
+    assert ours == replace(compat, dropout=0.0)
+    relora_run, ours_run = runs[2].config, runs[10].config
+    assert (ours_run.optim, ours_run.schedule) == (relora_run.optim, relora_run.schedule)
     as_released = recipes.load(study.RECIPE).method
     shares = {"merge_every": 2000, "reset_every": 2000, "restart_warmup": 100}
     assert replace(compat, **shares) == replace(as_released, **shares, train_rest=True)
     with pytest.raises(SystemExit, match="add full to --only"):
         study.settings_of("relora-warm", args, [])
+    with pytest.raises(SystemExit, match="lora-warm starts at full's best rate"):
+        study.settings_of("lora-warm", args, [])
 
 
 def test_the_tables_of_the_study_pair_seeds_and_leave_out_what_is_not_known(
