@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from peptrain import recipes
 from peptrain.cli.app import main
-from peptrain.comparison.compare import cores
 from peptrain.comparison.grid import expand
 from peptrain.config import resolved
 from peptrain.data import Corpus
+from peptrain.distributed.launch import cores
 from peptrain.methods import METHODS
 from peptrain.runs.build import build
 from peptrain.runs.checkpoint import available, read
