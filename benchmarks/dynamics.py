@@ -43,7 +43,7 @@ from typing import Any
 from common import announce, device_of, parser, table, write
 
 from peptrain.analysis.table import read_table
-from peptrain.comparison.compare import cores
+from peptrain.distributed.launch import cores
 
 METHODS = {
     "full": "full",

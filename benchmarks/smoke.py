@@ -70,6 +70,8 @@ SCRIPTS = {
     " lora:rank=4 lora:rank=4:train_rest=false full",
 }
 """Arguments of every script. Braces stand for what depends on the device and on paths of files."""
+SHARDS = {"test_gpu.py": 4, "test_replicas.py": 4}
+"""Checks that a file of GPU tests is divided into, where it would take longer than all others."""
 NEEDS = {"cpu_peft": ("peft", "accelerate"), "data": ("pyarrow",)}
 """Packages that a script needs; without them it is skipped."""
 
@@ -160,7 +162,7 @@ def all_checks(device: str, folder: Path) -> list[Check]:
 
 
 def gpu_tests() -> Iterator[Check]:
-    """Yield a check for each file with GPU tests, so that several run at a time.
+    """Yield a check for each file with GPU tests, or several, so that they run at a time.
 
     They drop the project's pytest options for parallel runs, so that only pytest needs to be
     installed.
@@ -169,7 +171,12 @@ def gpu_tests() -> Iterator[Check]:
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         if "mark.gpu" in file.read_text("utf-8"):
             name = f"gpu-{file.stem.removeprefix('test_')}"
-            yield Check(name, [*pytest, str(file)], needs=("pytest",), limit=540, tells=True)
+            count = SHARDS.get(file.name, 1)
+            for k in range(1, count + 1):
+                shard = [f"--shard={k}/{count}"] if count > 1 else []
+                named = f"{name}-{k}" if count > 1 else name
+                line = [*pytest, *shard, str(file)]
+                yield Check(named, line, needs=("pytest",), limit=540, tells=True)
 
 
 def trainings(device: str, folder: Path) -> Iterator[Check]:
@@ -275,7 +282,7 @@ def passed(one: Running) -> bool:
 
 
 def say(status: str, name: str, seconds: float, reason: str) -> None:
-    print(f"{status:<6}{name:<13}{seconds:6.1f} s  {reason}".rstrip(), flush=True)
+    print(f"{status:<6}{name:<15}{seconds:6.1f} s  {reason}".rstrip(), flush=True)
 
 
 def inherited(device: str) -> dict[str, str]:

@@ -43,8 +43,9 @@ from study_tables import LOSS, METHODS, Row, best, print_tables, rows_of
 
 from peptrain import recipes
 from peptrain.analysis.table import as_csv, read_table
-from peptrain.comparison.compare import compare, cores
+from peptrain.comparison.compare import compare
 from peptrain.comparison.workers import Status
+from peptrain.distributed.launch import cores
 from peptrain.errors import PeptrainError
 from peptrain.files import write_atomically
 

@@ -213,14 +213,24 @@ EXHAUSTIVE = re.compile(
 are in the slow or the default run."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the long cases, before pytest chooses by markers."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="1/1", metavar="K/N",
+                     help="run the K-th, (K+N)-th ... of the tests that were chosen")  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
+    """Mark the long cases, before pytest chooses by markers. Then keep those of the shard."""
     for item in items:
         if LONG.match(item.name):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and EXHAUSTIVE.match(item.name):
             item.add_marker(pytest.mark.exhaustive)
+    yield
+    k, n = map(int, config.getoption("--shard").split("/"))
+    items[:] = items[k - 1 :: n]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from peptrain import recipes
 from peptrain.cli.app import main
-from peptrain.comparison.compare import cores
 from peptrain.comparison.grid import expand
 from peptrain.config import resolved
 from peptrain.data import Corpus
+from peptrain.distributed.launch import cores
 from peptrain.methods import METHODS
 from peptrain.runs.build import build
 from peptrain.runs.checkpoint import available, read
@@ -542,7 +542,7 @@ def test_on_a_gpu_the_smoke_test_compiles_and_records(script: Any) -> None:
     smoke = script("smoke")
     checks = {check.name: check for check in smoke.all_checks("cuda", Path("corpus"))}
     tests = {name for name in checks if name.startswith("gpu-")}
-    assert "gpu-gpu" in tests
+    assert {"gpu-gpu-1", "gpu-gpu-4", "gpu-spectron"} <= tests
     assert checks.keys() - tests == smoke.SCRIPTS.keys() | smoke.TRAININGS.keys()
     assert "--cuda-graph" in checks["inference"].command
     for name in smoke.TRAININGS:
@@ -550,6 +550,26 @@ def test_on_a_gpu_the_smoke_test_compiles_and_records(script: Any) -> None:
     eager = ("--no-compile", "--set=train.compile=false", "--device=cpu")
     found = {name for name, check in checks.items() if any(e in check.command for e in eager)}
     assert found == {"cpu_peft"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["test_gpu", "distributed/test_replicas"])
+def test_the_shards_of_a_file_of_gpu_tests_are_all_of_it(script: Any, file: str) -> None:
+    """Each test in one of them, and none of them is empty, which would be an error of pytest."""
+    name = file.rpartition("/")[2]
+
+    def collected(*words: str) -> list[str]:
+        done = subprocess.run([*words, "--collect-only", "-q"], capture_output=True, text=True,
+                              cwd=BENCHMARKS.parent, timeout=300)  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    short = f"gpu-{name.removeprefix('test_')}"
+    checks = [c for c in script("smoke").gpu_tests() if c.name.rpartition("-")[0] == short]
+    shards = [collected(*check.command) for check in checks]
+    whole = collected(*[w for w in checks[0].command if not w.startswith("--shard")])
+    assert len(shards) == 4 and min(map(len, shards)) >= max(map(len, shards)) - 1 > -1
+    assert all(shards) and sorted(test for shard in shards for test in shard) == sorted(whole)
 
 
 class Watching(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """Variables that launchers leave behind: one process is one process, or one line names them."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -13,11 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from peptrain.distributed.launch import Launch, launch, speaks
+from peptrain.distributed.launch import Launch, cores, launch, speaks, threads
 from peptrain.distributed.world import ARRIVED, LAUNCHERS, ON_GPU, World, _arrive, world
 from peptrain.errors import ConfigError, Unsupported
 
-NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 COMPLETE = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
             "MASTER_PORT": "29501"}  # fmt: skip
 
@@ -49,6 +50,39 @@ def test_one_process_is_one_process(left: dict[str, str], given: Any) -> None:
 def test_several_processes_have_their_places(given: Any) -> None:
     given(**COMPLETE)
     assert launch() == Launch(2, 4, 1) and not speaks()
+    given(**COMPLETE, LOCAL_WORLD_SIZE="2")
+    assert launch() == Launch(2, 4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "set_to, machine, share",
+    [("1", 4, 8), ("1", 64, 1), ("1", 1, None), ("2", 4, None), ("", 4, None)],
+)
+def test_processes_of_a_machine_share_its_cores_where_torchrun_gave_each_one(
+    set_to: str, machine: int, share: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peptrain.distributed.launch.cores", lambda: 33)
+    monkeypatch.setenv("OMP_NUM_THREADS", set_to)
+    assert threads(machine) == share
+
+
+def test_a_process_of_several_uses_its_share(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peptrain.distributed.launch.cores", lambda: 6)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    try:
+        with socket.create_server(("localhost", 0)) as server:
+            port = str(server.getsockname()[1])
+            given(**COMPLETE | {"RANK": "0", "MASTER_PORT": port}, LOCAL_WORLD_SIZE="2")
+            with pytest.raises(Unsupported, match="did not meet"), world("cpu"):
+                pass
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_there_are_as_many_cores_as_the_process_may_use() -> None:
+    assert 1 <= cores() <= (os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +91,8 @@ def test_several_processes_have_their_places(given: Any) -> None:
      ({"MASTER_PORT": ""}, "MASTER_PORT: not set"), ({"RANK": "4"}, "RANK: must be .*got '4'"),
      ({"WORLD_SIZE": "two"}, "WORLD_SIZE: must be .*'two'"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
      ({"WORLD_SIZE": "-1"}, "WORLD_SIZE"), ({"RANK": "-1"}, "RANK"), ({"RANK": "1.0"}, "RANK"),
-     ({"LOCAL_RANK": "9"}, "LOCAL_RANK"), ({"MASTER_PORT": "99999"}, "MASTER_PORT")],
+     ({"LOCAL_RANK": "9"}, "LOCAL_RANK"), ({"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE"),
+      ({"MASTER_PORT": "99999"}, "MASTER_PORT")],
 )  # fmt: skip
 def test_what_is_missing_or_impossible_is_named(
     changed: dict[str, str], named: str, given: Any

@@ -24,7 +24,7 @@ from peptrain.comparison.workers import Job, Status, alone, visible_gpus, work
 from peptrain.config import RunConfig, as_named, dump, load
 from peptrain.data import configured_corpus
 from peptrain.display.training import count
-from peptrain.distributed.launch import launch
+from peptrain.distributed.launch import cores, launch
 from peptrain.errors import CheckpointError, Interrupted
 from peptrain.files import write_atomically
 from peptrain.loggers import chosen
@@ -213,12 +213,6 @@ def _job(one: Outcome, out: Path, debug: bool) -> Job:
     write_atomically(settings, dump(one.planned.config))
     log = out / "logs" / f"{name}.log"
     return Job(name, one.run.path, settings, log, one.planned.steps, debug)
-
-
-def cores() -> int:
-    """Return the number of CPU cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _gpus(planned: Sequence[GridRun]) -> list[str]:

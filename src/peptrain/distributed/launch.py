@@ -28,6 +28,8 @@ class Launch:
     size: int = 1
     local: int = 0
     """Rank on this machine, and so the number of its GPU."""
+    machine: int = 1
+    """Processes on this machine, where the launcher says so."""
 
 
 def launch() -> Launch:
@@ -48,7 +50,24 @@ def launch() -> Launch:
             raise Unsupported(f"{name}: not set, but WORLD_SIZE is {size}; {TORCHRUN}")
     _number("MASTER_PORT", 0, least=1, most=65535)
     local = _number("LOCAL_RANK", 0, least=0, most=size - 1)
-    return Launch(_number("RANK", 0, least=0, most=size - 1), size, local)
+    machine = _number("LOCAL_WORLD_SIZE", 1, least=1, most=size)
+    return Launch(_number("RANK", 0, least=0, most=size - 1), size, local, machine)
+
+
+def cores() -> int:
+    """Return the number of CPU cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def threads(machine: int) -> int | None:
+    """Return its share of the cores for one of several processes on a machine, or None.
+
+    None where OMP_NUM_THREADS is unset, or says anything but 1. torchrun sets 1 for several
+    processes if it is unset, which can't be told from a user's 1.
+    """
+    alone = machine == 1 or _given("OMP_NUM_THREADS") != "1"
+    return None if alone else max(1, cores() // machine)
 
 
 def restarts() -> int:

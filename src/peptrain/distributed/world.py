@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from peptrain.distributed.launch import TORCHRUN, Launch, launch, restarts
+from peptrain.distributed.launch import TORCHRUN, Launch, launch, restarts, threads
 from peptrain.distributed.owners import sharing
 from peptrain.distributed.watchdog import LONGEST, SLOW, Watchdog, watchdog
 from peptrain.errors import PeptrainError, Unsupported
@@ -183,6 +183,8 @@ def world(device: str = "auto", timeout: float = 0.0) -> Iterator[World]:
     or the processes don't meet, and ConfigError for several processes that do not know of each
     other. In the context, a collective that fails because another process has ended is a
     PeptrainError.
+
+    Several processes of a machine get a share of its cores each (`launch.threads`).
     """
     if device not in ("auto", "cpu", "cuda"):
         raise Unsupported(f"train.device: must be auto, cpu or cuda (got {device!r})")
@@ -206,6 +208,8 @@ def world(device: str = "auto", timeout: float = 0.0) -> Iterator[World]:
             "train.device: several GPUs need NCCL, which this build of PyTorch does not have;"
             " install one that has it, train in one process, or set --train.device cpu"
         )
+    if share := threads(place.machine):
+        torch.set_num_threads(share)
     if not dist.is_initialized():
         _meet("nccl" if on_gpu else "gloo", place)
     with _lost_processes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,10 +19,10 @@ from peptrain.models.sites import ReparamLinear, Site, reparametrized
 from peptrain.ops.linear import bpt_linear, bpt_weight
 from peptrain.ops.precision import at_least_fp32
 from peptrain.ops.rounding import add_
-from peptrain.ops.spectral import semi_orthogonal
+from peptrain.ops.spectral import frame, gaussian
 from peptrain.optim.adamw import ResetMode, reset_moments
 from peptrain.optim.schedule import Schedule, ScheduleConfig, restarted
-from peptrain.rng import Rng
+from peptrain.rng import Rng, drawn
 from peptrain.settings.fields import (
     added,
     changeable,
@@ -73,7 +74,7 @@ class BPTLinear(ReparamLinear):
     def merge(self, step: int, rng: Rng, *, draw: bool = True) -> None:
         """W += U V inside the diagonals, re-draw U, V = 0: the function is kept (equation 3).
 
-        draw: False where another process draws U, and sends it.
+        draw: False where U is drawn apart.
         """
         dtype = at_least_fp32(self.weight.dtype)
         add_(
@@ -84,13 +85,23 @@ class BPTLinear(ReparamLinear):
             self.U.copy_(fresh_U(self.site, step, n, r, rng, self.U))
         self.V.zero_()
 
+    def draw(self, step: int, rng: Rng) -> Tensor:
+        """Draw, on the CPU, the Gaussian matrix that a merge at `step` orthonormalises to U."""
+        n, r = self.U.shape
+        return gaussian_U(self.site, step, n, r, rng)
+
 
 def fresh_U(site: str, step: int, n: int, r: int, rng: Rng, like: Tensor) -> Tensor:
     """Draw U [n, r] with orthonormal columns, for the start (step 0) or a merge at `step`.
 
     The output factor is the random one, so V is the first to receive a gradient.
     """
-    return semi_orthogonal(n, r, rng(site, step, "U"), dtype=like.dtype, device=like.device)
+    return frame(gaussian_U(site, step, n, r, rng), dtype=like.dtype, device=like.device)
+
+
+def gaussian_U(site: str, step: int, n: int, r: int, rng: Rng) -> Tensor:
+    """Draw the Gaussian matrix of `fresh_U`, on the CPU."""
+    return gaussian(n, r, rng(site, step, "U"))
 
 
 @torch.no_grad()
@@ -174,11 +185,16 @@ class BPT(RankMethod):
             return {}
         layers = [layer for layer in reparametrized(model) if isinstance(layer, BPTLinear)]
         draws = owners([layer.U.numel() for layer in layers])
-        for i, layer in enumerate(layers):
-            layer.merge(step, rng, draw=draws.owns(i))
+        own = [layers[i] for i in draws.own]
+        fresh = drawn([partial(layer.draw, step, rng) for layer in own])
+        for layer in layers:
+            layer.merge(step, rng, draw=False)
             for factor, name in ((layer.U, "U"), (layer.V, "V")):
                 generator = rng(layer.site, step, f"reset {name}")
                 reset_moments(optimizer, factor, self.reset, self.reset_fraction, generator,
                               step=self.reset_step)  # fmt: skip
+        with torch.no_grad():
+            for layer, X in zip(own, fresh, strict=True):
+                layer.U.copy_(frame(X, dtype=layer.U.dtype, device=layer.U.device))
         draws.send_([[layer.U] for layer in layers])
         return {"merges": step // self.merge_every}

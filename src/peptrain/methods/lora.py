@@ -83,7 +83,7 @@ class LoRALinear(ReparamLinear):
 
         A trained s is reset to alpha / r, because an s near 0 would keep the new factors from
         training. If `scaled` is False, the merge is W += B A and changes the function unless s = 1.
-        draw: False where another process draws A, and sends it.
+        draw: False where A is drawn apart.
         """
         dtype = at_least_fp32(self.weight.dtype)
         delta = (self.sB() if scaled else self.B).to(dtype) @ self.A.to(dtype)
@@ -95,12 +95,21 @@ class LoRALinear(ReparamLinear):
         if self.s is not None:
             self.s.fill_(self.alpha / r)
 
+    def draw(self, step: int, rng: Rng) -> Tensor:
+        """Draw the A of a merge at `step`, on the CPU in float32."""
+        r, m = self.A.shape
+        return uniform_A(self.site, step, r, m, rng)
+
 
 def fresh_A(site: str, step: int, r: int, m: int, rng: Rng, like: Tensor) -> Tensor:
     """Draw A [r, m] for the start (step 0) or a merge: U(+-1/sqrt(m)), as nn.Linear does."""
+    return uniform_A(site, step, r, m, rng).to(like)
+
+
+def uniform_A(site: str, step: int, r: int, m: int, rng: Rng) -> Tensor:
+    """Draw the A of `fresh_A`, on the CPU in float32."""
     A = torch.empty(r, m, device="cpu")
-    nn.init.kaiming_uniform_(A, a=5**0.5, generator=rng(site, step, "A"))
-    return A.to(like)
+    return nn.init.kaiming_uniform_(A, a=5**0.5, generator=rng(site, step, "A"))
 
 
 @dataclass(frozen=True, kw_only=True)

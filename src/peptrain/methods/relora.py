@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -15,7 +17,7 @@ from peptrain.methods.lora import LoRA, LoRALinear
 from peptrain.models.sites import Site, reparametrized
 from peptrain.optim.adamw import ResetMode, reset_moments
 from peptrain.optim.schedule import Schedule
-from peptrain.rng import Rng
+from peptrain.rng import Rng, drawn
 from peptrain.settings.fields import added, check, check_whole, essential, interval, length, same_as
 
 log = logging.getLogger("peptrain")
@@ -97,11 +99,17 @@ class ReLoRA(LoRA):
             return {}
         layers = [layer for layer in reparametrized(model) if isinstance(layer, LoRALinear)]
         draws = owners([layer.A.numel() for layer in layers])
-        for i, layer in enumerate(layers):
+        own = [layers[i] for i in draws.own] if merges else []
+        fresh = drawn([partial(layer.draw, step, rng) for layer in own])
+        for layer in layers:
             if merges:
-                layer.merge(step, rng, scaled=self.merge_scaled, draw=draws.owns(i))
+                layer.merge(step, rng, scaled=self.merge_scaled, draw=False)
             if resets:
                 self._reset(layer, optimizer, step, rng)
+        with torch.no_grad():
+            for layer, A in zip(own, fresh, strict=True):
+                # Rounded on its device, since the CPU's threads are busy with drawing.
+                layer.A.copy_(A.to(layer.A.device))
         if merges:
             draws.send_([[layer.A] for layer in layers])
         return {k: v for k, v in (("merges", merges), ("resets", resets)) if v}

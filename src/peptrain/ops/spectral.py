@@ -17,12 +17,26 @@ def semi_orthogonal(
     """Draw an n x r matrix with orthonormal columns (rows if r > n) from the uniform distribution.
 
     A Gaussian matrix is drawn on the CPU in float32, to be the same for every dtype and device, and
-    orthonormalised in float64. The result is Q of the QR factorisation whose R has a positive
-    diagonal. Other signs would not be uniform.
+    orthonormalised in float64.
     """
-    normal = torch.randn(max(n, r), min(n, r), generator=generator, device="cpu")
-    frame = orthonormal(normal.to(device).double())
-    return (frame if n >= r else frame.T).to(dtype).contiguous()
+    return frame(gaussian(n, r, generator), dtype=dtype, device=device)
+
+
+def gaussian(n: int, r: int, generator: torch.Generator) -> Tensor:
+    """Draw an n x r Gaussian matrix on the CPU, in float32."""
+    tall = torch.randn(max(n, r), min(n, r), generator=generator, device="cpu")
+    return tall if n >= r else tall.T
+
+
+def frame(X: Tensor, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Orthonormalise the columns of a Gaussian X: [n, r] in float64 on `device`, the rows if r > n.
+
+    The result is Q of the QR factorisation whose R has a positive diagonal. Other signs would not
+    be uniform.
+    """
+    wide = X.shape[1] > X.shape[0]
+    Q = orthonormal((X.T if wide else X).to(device).double())
+    return (Q.T if wide else Q).to(dtype).contiguous()
 
 
 def orthonormal(X: Tensor) -> Tensor:
