@@ -73,7 +73,8 @@ def settings_of(name: str, args: Any, tuned: Sequence[Row]) -> Row:
         if lr is None:
             raise SystemExit(f"{name} starts at full's best rate: add full to --only")
         start = {"method.warm_start_steps": steps // 4, "method.warm_start_lr": lr}
-        return start | (relora if name == "relora-warm" else {"method.name": "lora", "method.rank": 16})
+        lora = {"method.name": "lora", "method.rank": 16}
+        return start | (relora if name == "relora-warm" else lora)
     if name == "pico-compat":
         return released(steps)
     if name == "pico-arithmetic":
