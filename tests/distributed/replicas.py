@@ -35,8 +35,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tangent": ("spectron", {"rule": "tangent"}, {}),
 }
 """Method, its settings, and those of the training."""
-OPTIM = {"muon": {"kind": "muon"}, "relora-muon": {"kind": "muon"}}
-"""Settings of the optimizer, by case."""
+OPTIM: dict[str, dict[str, Any]] = {
+    "muon": {"kind": "muon"},
+    "relora-muon": {"kind": "muon"},
+    "lora-muon": {"lr": 1e-2},
+    "tangent": {"lr": 1e-2},
+}
+"""Settings of the optimizer, by case. At their own rates these rules enlarge rounding to 1e-12."""
 TRAIN = {"micro_batch": 1, "batch_size": 6, "steps": 11, "checkpoint_every": 2}
 """Events at 3, 6 and 9, and a check of the replicas at every second step."""
 

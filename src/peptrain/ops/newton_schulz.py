@@ -54,15 +54,14 @@ def polars(
 
     dtype: of the products; unset: fp16 on a GPU, where no number exceeds its range and its rounding
     is an eighth of bf16's, on a CPU at least fp32. With the sides r <= w a step takes 4 w r² + 2 r³
-    operations. Where w > 1.5 r on average, over the stacks with this r, AT_ONCE steps are composed
-    as r x r matrices, and five of them take 8 w r² + 28 r³.
+    operations. Where w > 1.5 r, AT_ONCE steps are composed as r x r matrices, of all such stacks
+    with this r together, and five of them take 8 w r² + 28 r³.
     """
     wide = [X if X.shape[-2] <= X.shape[-1] else X.mT for X in stacks]
     xs = [_normalized(X, dtype) for X in wide]
-    for r in dict.fromkeys(x.shape[-2] for x in xs):
-        where = [i for i, x in enumerate(xs) if x.shape[-2] == r]
-        mean = sum(xs[i][:, 0].numel() for i in where) / sum(len(xs[i]) for i in where)
-        step = AT_ONCE if mean > 1.5 * r else 1
+    kinds = [(x.shape[-2], AT_ONCE if x.shape[-1] > 1.5 * x.shape[-2] else 1) for x in xs]
+    for r, step in dict.fromkeys(kinds):
+        where = [i for i, kind in enumerate(kinds) if kind == (r, step)]
         for start in range(0, len(coefficients), step):
             moved = _composed([xs[i] for i in where], coefficients[start : start + step])
             for i, x in zip(where, moved, strict=True):
