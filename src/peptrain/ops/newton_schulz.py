@@ -26,8 +26,8 @@ COEFFICIENTS: tuple[Polynomial, ...] = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 """Of Polar Express (Amsel et al., 2025), for five steps. In exact arithmetic they take [3e-3, 1]
-into [0.859, 1.142]; in fp16 and bf16 they stay within 0.8 to 1.2 (tests/ops/test_newton_schulz.py).
-"""
+into [0.859, 1.142], and with products in fp16, also of matrices in bf16, within 0.8 to 1.2
+(tests/ops/test_newton_schulz.py)."""
 AT_ONCE = 3
 """Steps from one Gram matrix. What rounding adds to its small eigenvalues grows with each."""
 
