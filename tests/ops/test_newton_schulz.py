@@ -78,12 +78,12 @@ def test_the_polar_factor_of_well_conditioned_matrices_is_near() -> None:
 
 @pytest.mark.parametrize("values", [2.5, 4.0])
 @pytest.mark.parametrize("n, m", [(64, 64), (64, 256), (256, 64)])
-def test_products_in_fp16_are_within_a_tenth_of_float64(n: int, m: int, values: float) -> None:
+def test_products_in_fp16_are_within_an_eighth_of_float64(n: int, m: int, values: float) -> None:
     """In spectral norm, for singular values over 2.5 and 4 decades."""
     X = drawn(2, n, m, torch.logspace(0, -values, 64, dtype=torch.float64)).bfloat16()
     found = polars([X], dtype=torch.float16)[0].double()
     apart = torch.linalg.matrix_norm(found - polar(X.double()), ord=2)
-    assert apart.max() < 0.1
+    assert apart.max() < 0.125
 
 
 @every_dtype

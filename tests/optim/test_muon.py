@@ -131,6 +131,8 @@ def test_no_newton_schulz_steps_and_an_impossible_momentum_are_refused() -> None
     W = [{"params": [nn.Parameter(torch.ones(2, 2))], "matrices": True}]
     with pytest.raises(ConfigError, match="coefficients: must be one polynomial or more"):
         MuonOptimizer(W, momentum=0.9, coefficients=(), **ADAM)
+    with pytest.raises(ConfigError, match="with c other than 0"):
+        MuonOptimizer(W, momentum=0.9, coefficients=[(1.5, -0.5, 0.0)], **ADAM)
     with pytest.raises(ConfigError, match=r"momentum: must be in \[0, 1\)"):
         MuonOptimizer(W, momentum=-0.9, **ADAM)
 

@@ -30,7 +30,7 @@ every_rule = pytest.mark.parametrize("rule", RULES)
 ADAM: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.999), "eps": 1e-8}
 SHAPES = [(12, 20, 3), (20, 12, 3), (12, 20, 3), (9, 9, 3), (10, 8, 2)]
 """n, m and r of each pair; one of another rank."""
-CUBIC = [(1.5, -0.5, 0.0)] * 60
+QUINTIC = [(1.875, -1.25, 0.375)] * 48
 Grads = list[list[Tensor]]
 
 
@@ -43,7 +43,7 @@ def factors(dtype: torch.dtype = torch.float64, steps: int = 4) -> tuple[list[nn
 
 
 def made(params: list[nn.Parameter], rule: Rule = "spectron", **given: Any) -> SpectronOptimizer:
-    own = {"momentum": 0.9, "coefficients": CUBIC, "damping": 0.0} | given
+    own = {"momentum": 0.9, "coefficients": QUINTIC, "damping": 0.0} | given
     groups = [{"params": params, "factors": True, "weight_decay": own.pop("decay", 0.0)}]
     return SpectronOptimizer(groups, rule=rule, **own, **ADAM)
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peptrain.ops.newton_schulz import COEFFICIENTS, Polynomial, polar, polars
+from peptrain.ops.newton_schulz import COEFFICIENTS, Polynomial, polar, polars, times
 from peptrain.ops.precision import at_least_fp32
 
 DAMPING = 1e-2
@@ -120,7 +120,7 @@ def spectron_steps(
     Source: Spectron (Janson et al., 2026).
     """
     sides = _Sides(pairs)
-    S = _grams(_products(sides.factors())).to(at_least_fp32(pairs[0].A.dtype))
+    S = _grams(_products(sides.factors()))
     v = sides.unpaired(*zip(*vectors, strict=True)).to(S.dtype)
     norms, v = _spectral_norms(S, v)
     rho = 1 / (norms + sides.partnered(norms) + 1)
@@ -141,12 +141,12 @@ def lora_muon_steps(
     the same steps as Cholesky factors do.
     """
     sides = _Sides(pairs)
-    roots = sides.partnered(_inverse_roots(_grams(_precise(sides.factors())), damping))
+    roots = sides.partnered(_inverse_roots(_grams(sides.factors()), damping))
     followed = _products(sides.followed())
     split = [P.to(N.dtype) for P, N in zip(sides.split(roots), followed, strict=True)]
-    seen = [_times(P, N) for P, N in zip(split, followed, strict=True)]
+    seen = [times(P, N) for P, N in zip(split, followed, strict=True)]
     found = polars(seen, coefficients)
-    return sides.steps([_times(0.5 * P.mT, N) for P, N in zip(split, found, strict=True)])
+    return sides.steps([times(0.5 * P.mT, N) for P, N in zip(split, found, strict=True)])
 
 
 def tangent_steps(
@@ -203,14 +203,18 @@ def _products(stacks: Sequence[Tensor]) -> list[Tensor]:
     return [X.to(torch.bfloat16) for X in stacks] if narrow else _precise(stacks)
 
 
-def _times(P: Tensor, X: Tensor) -> Tensor:
-    """Return P X in the order in memory of X."""
-    return P @ X if X.is_contiguous() else (X.mT @ P.mT).mT
-
-
 def _grams(stacks: Sequence[Tensor]) -> Tensor:
-    """Return X Xᵀ of all wide matrices, [2k, r, r]."""
-    return torch.cat([X @ X.mT for X in stacks])
+    """Return X Xᵀ of all wide matrices, [2k, r, r], in at least fp32."""
+    return torch.cat([_gram(X) for X in stacks])
+
+
+def _gram(X: Tensor) -> Tensor:
+    if (
+        X.is_cuda and X.dtype == torch.bfloat16
+    ):  # the same sums as of X in fp32, a tenth of the time
+        return torch.bmm(X, X.mT, out_dtype=torch.float32)
+    X = X.to(at_least_fp32(X.dtype))
+    return X @ X.mT
 
 
 def _inverse_roots(S: Tensor, damping: float) -> Tensor:

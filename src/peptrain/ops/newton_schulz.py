@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from peptrain.ops.precision import at_least_fp32
 
 Polynomial = tuple[float, float, float]
-"""(a, b, c) of a x + b x³ + c x⁵."""
+"""(a, b, c) of a x + b x³ + c x⁵, c not 0."""
 SAFETY = 1.02
 """The first polynomial is of x / SAFETY, so that they converge up to 1.04, where rounding takes
 no singular value. Without it they diverge above 1.02."""
@@ -57,55 +58,81 @@ def polars(
     operations. Where w > 1.5 r, AT_ONCE steps are composed as r x r matrices, of all such stacks
     with this r together, and five of them take 8 w r² + 28 r³.
     """
+    size, squares = _completed(coefficients)
     wide = [X if X.shape[-2] <= X.shape[-1] else X.mT for X in stacks]
-    xs = [_normalized(X, dtype) for X in wide]
+    xs = [_normalized(X, size, dtype) for X in wide]
     kinds = [(x.shape[-2], AT_ONCE if x.shape[-1] > 1.5 * x.shape[-2] else 1) for x in xs]
     for r, step in dict.fromkeys(kinds):
         where = [i for i, kind in enumerate(kinds) if kind == (r, step)]
-        for start in range(0, len(coefficients), step):
-            moved = _composed([xs[i] for i in where], coefficients[start : start + step])
+        for start in range(0, len(squares), step):
+            last = scales is not None and start + step >= len(squares)
+            scale = torch.cat([scales[i] for i in where]) if scales is not None and last else None
+            moved = _moved([xs[i] for i in where], squares[start : start + step], scale)
             for i, x in zip(where, moved, strict=True):
                 xs[i] = x
-    if scales is None:
-        found = [x.to(X.dtype) for x, X in zip(xs, stacks, strict=True)]
-    else:
-        given = zip(xs, scales, stacks, strict=True)
-        found = [_scaled(x, scale[:, None, None], X.dtype) for x, scale, X in given]
+    found = [_cast(x, X.dtype) for x, X in zip(xs, stacks, strict=True)]
     return [x if X is W else x.mT for x, X, W in zip(found, stacks, wide, strict=True)]
 
 
-def _normalized(X: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return X / |X| in the dtype of the products."""
+def _completed(coefficients: Sequence[Polynomial]) -> tuple[float, list[tuple[float, float]]]:
+    """Return |y| to begin with and (e, d) of each step y = ((S + e I)² + d I) y, S = y yᵀ.
+
+    With y = u x the polynomial x P(x xᵀ), P = a + b S + c S² = c ((S + b/2c)² + a/c - (b/2c)²), is
+    that step with e = u² b/2c and d = u⁴ (a/c - (b/2c)²), and gives u⁵ / c times it. So u before
+    the last step, after which it is 1, is the fifth root of c, and so on backwards. Then nothing
+    but products remains, and a number added to diagonals.
+    """
+    u, squares = 1.0, []
+    for a, b, c in reversed(coefficients):
+        u = math.copysign(abs(c * u) ** 0.2, c * u)
+        middle = b / (2 * c)
+        squares.append((u**2 * middle, u**4 * (a / c - middle**2)))
+    return u, squares[::-1]
+
+
+def _normalized(X: Tensor, size: float, dtype: torch.dtype | None) -> Tensor:
+    """Return X size / |X|, rounded once, to the dtype of the products."""
     precise = at_least_fp32(X.dtype)
     fast = torch.float16 if X.is_cuda and precise == torch.float32 else precise
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=precise)
-    return _scaled(X, 1 / norm.clamp(min=1e-30), dtype or fast)
+    out = torch.empty_like(X, dtype=dtype or fast)
+    return torch.mul(X, size / norm.clamp(min=1e-30), out=out)
 
 
-def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x times factor, rounded once, to `dtype`."""
-    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in `dtype`. Of 16 bits to others `to` reads and writes at a third of the speed."""
+    if x.dtype == dtype:
+        return x
+    out = torch.empty_like(x, dtype=dtype)
+    torch._foreach_copy_([out], [x])
+    return out
 
 
-def _composed(xs: Sequence[Tensor], polynomials: Sequence[Polynomial]) -> list[Tensor]:
-    """Return (... P₂ P₁) x with P = a I + b S + c S² of S = x xᵀ, which is P S P for the next.
+def _moved(
+    xs: Sequence[Tensor], squares: Sequence[tuple[float, float]], scale: Tensor | None
+) -> list[Tensor]:
+    """Return the steps of `_completed` of several stacks, times scale, from one x xᵀ of each.
 
-    The product is kept as g I + D with g the product of all a, so that rounding D does not touch
-    what only g moves.
+    A step multiplies x by Q = T² + d I, T = S + e I, and S = x xᵀ becomes Q S Q.
     """
-    S = torch.cat([x @ x.mT for x in xs])
-    D, g = S, 1.0
-    for i, (a, b, c) in enumerate(polynomials):
-        Z = torch.baddbmm(S, S, S, beta=b, alpha=c)  # P - a I
-        D = torch.baddbmm(D, D, Z, beta=a).add_(Z, alpha=g) if i else Z
-        g *= a
-        if i + 1 < len(polynomials):
-            S = torch.baddbmm(S, Z, S, beta=a)
-            S = torch.baddbmm(S, S, Z, beta=a)
-    parts = zip(xs, torch.split(D, [len(x) for x in xs]), strict=True)
-    return [
-        torch.baddbmm(x, d, x, beta=g)
-        if x.is_contiguous()
-        else torch.baddbmm(x.mT, x.mT, d.mT, beta=g).mT
-        for x, d in parts
-    ]
+    S = torch.cat([x @ x.mT for x in xs]) if len(xs) > 1 else xs[0] @ xs[0].mT
+    D: Tensor | None = None
+    for i, (e, d) in enumerate(squares):
+        last = i + 1 == len(squares)
+        T = S if last else S.clone()
+        T.diagonal(dim1=-2, dim2=-1).add_(e)
+        Q = T @ T
+        Q.diagonal(dim1=-2, dim2=-1).add_(d)
+        D = Q if D is None else D @ Q
+        if not last:
+            S = Q @ S @ Q
+    assert D is not None, "no step"
+    if scale is not None:
+        D.mul_(scale[:, None, None])
+    parts = zip(torch.split(D, [len(x) for x in xs]), xs, strict=True)
+    return [times(d, x) for d, x in parts]
+
+
+def times(P: Tensor, X: Tensor) -> Tensor:
+    """Return P X in the order in memory of X."""
+    return P @ X if X.is_contiguous() else (X.mT @ P.mT).mT

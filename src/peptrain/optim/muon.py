@@ -42,7 +42,8 @@ class MuonOptimizer(GroupwiseOptimizer):
         **adam: Any,
     ) -> None:
         """adam: lr, betas and eps. coefficients: a polynomial for each Newton-Schulz step."""
-        check(bool(coefficients), "coefficients", coefficients, "one polynomial or more")
+        usable = bool(coefficients) and all(c for *_, c in coefficients)
+        check(usable, "coefficients", coefficients, "one polynomial or more, with c other than 0")
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         self.momentum, self.scale, self.coefficients = momentum, scale, coefficients
         # `fused` makes load_state_dict move AdamW's step counts to the device of the weights.
