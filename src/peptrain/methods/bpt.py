@@ -71,18 +71,13 @@ class BPTLinear(ReparamLinear):
         return bpt_weight(*self.parts)
 
     @torch.no_grad()
-    def merge(self, step: int, rng: Rng, *, draw: bool = True) -> None:
-        """W += U V inside the diagonals, re-draw U, V = 0: the function is kept (equation 3).
-
-        draw: False where U is drawn apart.
-        """
+    def merge(self, step: int, rng: Rng) -> None:
+        """W += U V inside the diagonals, V = 0: the function is kept (equation 3), and U may be
+        re-drawn."""
         dtype = at_least_fp32(self.weight.dtype)
         add_(
             self.weight, self.U.to(dtype) @ self.V.to(dtype), rng.integer(self.site, step, "round")
         )
-        n, r = self.U.shape
-        if draw:
-            self.U.copy_(fresh_U(self.site, step, n, r, rng, self.U))
         self.V.zero_()
 
     def draw(self, step: int, rng: Rng) -> Tensor:
@@ -188,7 +183,7 @@ class BPT(RankMethod):
         own = [layers[i] for i in draws.own]
         fresh = drawn([partial(layer.draw, step, rng) for layer in own])
         for layer in layers:
-            layer.merge(step, rng, draw=False)
+            layer.merge(step, rng)
             for factor, name in ((layer.U, "U"), (layer.V, "V")):
                 generator = rng(layer.site, step, f"reset {name}")
                 reset_moments(optimizer, factor, self.reset, self.reset_fraction, generator,

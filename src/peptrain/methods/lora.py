@@ -78,25 +78,21 @@ class LoRALinear(ReparamLinear):
         return self.weight.to(dtype) + self.sB().to(dtype) @ self.A.to(dtype)
 
     @torch.no_grad()
-    def merge(self, step: int, rng: Rng, *, scaled: bool = True, draw: bool = True) -> None:
-        """W += s B A, re-draw A, B = 0: the function is unchanged (ReLoRA, equation 1).
+    def merge(self, step: int, rng: Rng, *, scaled: bool = True) -> None:
+        """W += s B A, B = 0: the function is unchanged (ReLoRA, equation 1), and A may be re-drawn.
 
         A trained s is reset to alpha / r, because an s near 0 would keep the new factors from
         training. If `scaled` is False, the merge is W += B A and changes the function unless s = 1.
-        draw: False where A is drawn apart.
         """
         dtype = at_least_fp32(self.weight.dtype)
         delta = (self.sB() if scaled else self.B).to(dtype) @ self.A.to(dtype)
         add_(self.weight, delta, rng.integer(self.site, step, "round"))
-        r, m = self.A.shape
-        if draw:
-            self.A.copy_(fresh_A(self.site, step, r, m, rng, self.A))
         self.B.zero_()
         if self.s is not None:
-            self.s.fill_(self.alpha / r)
+            self.s.fill_(self.alpha / self.A.shape[0])
 
     def draw(self, step: int, rng: Rng) -> Tensor:
-        """Draw the A of a merge at `step`, on the CPU in float32."""
+        """Draw the A that follows a merge at `step`, on the CPU in float32."""
         r, m = self.A.shape
         return uniform_A(self.site, step, r, m, rng)
 

@@ -103,7 +103,7 @@ class ReLoRA(LoRA):
         fresh = drawn([partial(layer.draw, step, rng) for layer in own])
         for layer in layers:
             if merges:
-                layer.merge(step, rng, scaled=self.merge_scaled, draw=False)
+                layer.merge(step, rng, scaled=self.merge_scaled)
             if resets:
                 self._reset(layer, optimizer, step, rng)
         with torch.no_grad():
