@@ -110,6 +110,7 @@ def grid(args: Any, blocks: Iterable[Row]) -> str:
             "train.seq_len": args.seq_len, "train.precision": args.precision,
             "train.device": args.device, "train.compile": args.compile,
             "train.checkpoint_every": 0, "train.keep": 1, "train.keep_at": str(args.steps - 1),
+            "schedule.kind": "cosine", "schedule.floor": 0.1,  # for bpt too, whose own falls to 0
             **settings(args.set)}  # fmt: skip
     tables = [("[base]", base), *(("[[grid]]", block) for block in blocks)]
     return "\n".join(
