@@ -37,7 +37,7 @@ ROWS = "bpt:rank=4 relora:rank=4 loro:rank=4"
 RUN = "--data={corpus} --batch-size=2 --seq-len=16 --steps=4"
 SCRIPTS = {
     "speed": f"{COMPILED} --tokens 32 64 --seq-len=16 --steps=2 --warm-up=1"
-    f" {ROWS} full:train.precision=fp32",
+    f" {ROWS} full:train.precision=fp32 spectron:rank=4:rule=lora-muon",
     "inference": f"{COMPILED} --rank=4 --cells 2x8 1x16 --logits=last {{no_compile}} {{graph}}",
     "budget": f"{COMPILED} --tokens=32 --seq-len=16 --steps=8 full {ROWS}",
     "merges": f"{COMPILED} --rows-of-step=2 --seq-len=16 --steps=2 --warm-up=1 --repeat=2 {ROWS}",
