@@ -243,7 +243,7 @@ def _joined(
     kinds: dict[bool, list[tuple[float, list[float]]]] = {}
     for value, ys in points:
         kinds.setdefault(_number(value) is None, []).append((place(value), ys))
-    return [sorted(kind) for kind in kinds.values()]
+    return [sorted(kinds[named]) for named in sorted(kinds)]
 
 
 def _ticks(ax: Any, key: str, values: Sequence[Any], place: Callable[[Any], float]) -> None:
