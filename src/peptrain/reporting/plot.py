@@ -35,7 +35,7 @@ def plot(
 
     The suffix of `out` is .svg, .png or .pdf. figure: a name in docs/report.md, by default the
     loss, of a comparison the loss over learning rates, of directories of `analyze --line` those
-    lines. x: of curves over training, loss and speed. what: of dynamics. The runs may be in training.
+    lines. x: of loss and speed, over training. what: of dynamics. The runs may be in training.
 
     Raises ConfigError for a setting, and where OUT.csv is a file of something else;
     CheckpointError for what can't be read; PeptrainError where matplotlib is missing or the runs
