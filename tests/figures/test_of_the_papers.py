@@ -207,6 +207,24 @@ def test_a_grid_shows_peak_memory_where_all_rows_have_it(tmp_path: Path) -> None
     assert [n["y"] for n in level] == [0.5, 0.5]
 
 
+def test_a_grid_has_never_after_the_longest_interval(tmp_path: Path) -> None:
+    made = ablation(tmp_path / "out", [loro(exact_every=K) for K in (0, 15, 75)])
+    drawn = FIGURES["grid"](read([made]), View())
+    (axis,) = {n["x_axis"] for n in drawn.numbers}
+    assert axis == "exact_every (0: 15, 1: 75, 2: never)"
+    (axes,) = drawn.figure.axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["15", "75", "never"]
+    means = numbers(drawn, mark="mean over seeds")
+    assert [(n["x"], round(n["y"] - 3.0005, 6)) for n in means] == [(0, 0.01), (1, 0.02), (2, 0)]
+
+
+def test_a_grid_joins_no_number_with_a_name(tmp_path: Path) -> None:
+    (axes,) = (ax for ax in ablations(tmp_path).figure.axes if ax.get_label().endswith("scale"))
+    lines = [one for one in axes.lines if one.get_label() == "mean over seeds|loro"]
+    assert [list(one.get_xdata()) for one in lines] == [[0, 1], [2]]  # hidden stands alone
+    assert [one.get_marker() for one in lines] == ["o", "o"]
+
+
 def test_a_grid_of_one_setting_each_has_no_such_figure(tmp_path: Path) -> None:
     source = read([comparison(tmp_path)])
     with pytest.raises(NotMeasured, match=r"grid: no two configurations .* differ in one setting"):

@@ -246,6 +246,17 @@ def test_of_a_comparison_the_rates_are_plotted(folder: Path, tmp_path: Path) -> 
     assert "loss over learning rate" in (tmp_path / "a.csv").read_text()
 
 
+def test_an_x_axis_for_a_figure_that_has_its_own_is_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.svg"
+    with pytest.raises(
+        ConfigError, match="--x: must be left out with rates, whose x axis is fixed"
+    ):
+        plot([folder / "forty"], out, x="steps")
+    assert not out.exists()
+    plot([folder / "forty"], out, x="steps", figure="loss")
+    assert "steps" in out.with_suffix(".csv").read_text()
+
+
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert main([*argv]) == 1
     lines = capsys.readouterr().err.splitlines()

@@ -181,7 +181,7 @@ def plot_command() -> Callable[..., None]:
                 analyze --line`.
             out: File to write, .svg, .png or .pdf. The numbers go beside it, to .csv.
             figure: What to draw (docs/report.md). Unset: loss, rates of a comparison, or the line.
-            x: x axis of curves over training. time: seconds of training steps.
+            x: x axis of loss and speed. time: seconds of training steps.
             what: Matrices of dynamics: weight, update, from_start and so on (docs/dynamics.md).
         """
         from peptrain.reporting.plot import plot

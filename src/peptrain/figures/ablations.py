@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +180,15 @@ def grid(source: Source, view: View) -> Drawn:
             for ax, (what, row, scale) in zip(of_row, columns, strict=True):
                 panel = made.panel(ax, f"{what} over {_shown(key)}", label, what)
                 for name, line in of_key:
-                    points = [(place(value), one.values(row, scale)) for value, one in line.points]
-                    _means(panel, name, sorted(points), looks[name])
+                    points = [(value, one.values(row, scale)) for value, one in line.points]
+                    for joined in _joined(points, place):
+                        _means(panel, name, joined, looks[name])
                 ends = [min(map(place, values)), max(map(place, values))]
                 for one in full:
                     level = [statistics.fmean(one.values(row, scale))] * 2
                     panel.line("full training", one.label, ends, level, looks[one.label])
                 ax.set(xlabel=_shown(key), ylabel=what.replace(" (", "\n("))
-                _ticks(ax, values, place)
+                _ticks(ax, key, values, place)
         made.legend([(name, {"color": style.colour, "ls": style.dash, "marker": style.marker})
                      for name, style in looks.items()])  # fmt: skip
     return Drawn(
@@ -194,7 +196,8 @@ def grid(source: Source, view: View) -> Drawn:
         "A panel for each setting that varies while the others are the same: mean over seeds at the"
         " best learning rate, with its 95 % interval (Student's t) where there are several."
         " Horizontal: full training. A setting that is not a number, or is 0 somewhere, has its"
-        " values at equal distances.",
+        " values at equal distances. An interval of 0 is never, and comes after the longest. No"
+        " line joins a number with a name, which has no place among numbers.",
         made.figure, made.numbers,
         notes,
     )  # fmt: skip
@@ -204,21 +207,47 @@ def _axis(key: str, values: Sequence[Any]) -> tuple[Callable[[Any], float], str]
     """Return where a value is on the x axis, and the label: numbers > 0 are their own places."""
     if all(type(value) in (int, float) and value > 0 for value in values):
         return float, key
-    order = list(dict.fromkeys(map(_text, sorted(values, key=_order))))
-    label = ", ".join(f"{place}: {one_line(text)}" for place, text in enumerate(order))
-    return lambda value: float(order.index(_text(value))), f"{key} ({label})"
+    order = list(dict.fromkeys(_tick(key, one) for one in sorted(values, key=partial(_order, key))))
+    label = ", ".join(f"{place}: {text}" for place, text in enumerate(order))
+    return lambda value: float(order.index(_tick(key, value))), f"{key} ({label})"
 
 
-def _order(value: Any) -> tuple[bool, float, str]:
-    """Sort numbers, also those in texts, before names."""
-    try:
-        return False, float(value), ""
-    except (TypeError, ValueError):
+def _order(key: str, value: Any) -> tuple[bool, float, str]:
+    """Sort numbers, also those in texts, before names, and an interval of 0 after all others."""
+    place = _number(value)
+    if place is None:
         return True, 0.0, _text(value)
+    return False, math.inf if _never(key, place) else place, ""
 
 
-def _ticks(ax: Any, values: Sequence[Any], place: Callable[[Any], float]) -> None:
-    texts = {place(value): one_line(_text(value)) for value in values}
+def _number(value: Any) -> float | None:
+    """Return a number, also of a text; None for a name."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _never(key: str, value: float | None) -> bool:
+    return value == 0 and key.endswith("_every")
+
+
+def _tick(key: str, value: Any) -> str:
+    return "never" if _never(key, _number(value)) else one_line(_text(value))
+
+
+def _joined(
+    points: Sequence[tuple[Any, list[float]]], place: Callable[[Any], float]
+) -> list[list[tuple[float, list[float]]]]:
+    """Return the points that a line may join, in order: numbers, and apart from them names."""
+    kinds: dict[bool, list[tuple[float, list[float]]]] = {}
+    for value, ys in points:
+        kinds.setdefault(_number(value) is None, []).append((place(value), ys))
+    return [sorted(kinds[named]) for named in sorted(kinds)]
+
+
+def _ticks(ax: Any, key: str, values: Sequence[Any], place: Callable[[Any], float]) -> None:
+    texts = {place(value): _tick(key, value) for value in values}
     if place is float:
         ax.set_xscale("log")
         ax.minorticks_off()

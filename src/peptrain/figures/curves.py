@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peptrain.figures.panel import Drawn, Panel, engineering, sheet, shortened
+from peptrain.figures.panel import Drawn, Panel, engineering, sheet, told_apart
 from peptrain.figures.source import (
     EVENTS,
     LABELS,
@@ -147,7 +147,7 @@ def _strip(panel: Panel, events: Sequence[tuple[_Labelled, list[tuple[str, float
 
 def _lines(source: Source, symbols: int = 0) -> int:
     """Return the lines of the legend."""
-    names = [shortened(name) for name in source.groups]
+    names = told_apart(list(source.groups))
     columns = 1 if max(map(len, names)) > 26 else 2
     return -(-(len(names) + symbols) // columns)
 

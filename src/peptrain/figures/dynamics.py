@@ -122,7 +122,7 @@ def _each(column: str, over: str) -> Callable[[Source, View], Drawn]:
                 for n, (group, names) in enumerate(groups.items()):
                     series = [(name, found[name].get(module, {})) for name in names]
                     _SERIES[over](panel, series, look(n), group)
-            _ends(made, axes, label, groups)
+            _ends(made, axes, label, groups, over)
         title = f"{label}, over {over}"
         caption = _caption(explained, over) + (OV_SHOWN if OV in modules else "")
         notes = left_out(source, found, view.what)
@@ -172,12 +172,13 @@ def _seeds(panel: Panel, series: Sequence[tuple[str, Points]], look: Look, group
     low, high = [m - h for m, h in ends], [m + h for m, h in ends]
     panel.outline("95 % over seeds", group, steps, low, high, look)
     means = [mean for mean, _ in ends]
-    panel.line("mean over seeds", group, steps, means, look, ls=(0, (5, 2)))
+    panel.line("mean over seeds", group, steps, means, look, ls=DASHED, marker=look.marker, ms=3)
     runs = [points for _, points in series]
     _hollow(panel, group, dict(zip(steps, means, strict=True)), runs, look)
 
 
 _SERIES = {"layers": _layers, "seeds": _seeds}
+DASHED = (0, (5, 2))
 HOLLOW = " Hollow: in some layers the value is not finite, and the mean is that of the others."
 OV_SHOWN = (
     " Panel ov: the sum over heads of W_O W_V as `peptrain analyze` measured it, PER and condition"
@@ -200,14 +201,15 @@ def _caption(explained: str, over: str) -> str:
     )
 
 
-def _ends(made: Any, axes: Sequence[Any], label: str, groups: Mapping[str, Any]) -> None:
+def _ends(made: Any, axes: Sequence[Any], label: str, groups: Mapping[str, Any], over: str) -> None:
     made.figure.supylabel(label, fontsize=9)
     label_lowest(axes, "steps")
     axes[0].xaxis.set_major_locator(imported("matplotlib.ticker").MaxNLocator(4, integer=True))
     engineering(axes[0].xaxis)
     _fit(axes[0], made.numbers)
     styles = [look(n) for n in range(len(groups))]
-    made.legend([(name, {"color": s.colour, "ls": s.dash, "marker": s.marker})
+    made.legend([(name, {"color": s.colour, "ls": DASHED if over == "seeds" else s.dash,
+                         "marker": s.marker})
                  for name, s in zip(groups, styles, strict=True)])  # fmt: skip
 
 

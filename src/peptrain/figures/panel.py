@@ -145,7 +145,7 @@ class Sheet:
         """Put a legend under the panels, of (name, style of a line)."""
         line = imported("matplotlib.lines").Line2D
         made = [line([], [], **{"color": INK, **style}) for _, style in handles]
-        names = [shortened(name) for name, _ in handles]
+        names = told_apart([name for name, _ in handles])
         longest = max(map(len, names), default=0)
         columns = 3 if longest <= 14 else 2 if longest <= 26 else 1
         self.figure.legend(
@@ -160,6 +160,24 @@ def sheet(rows: Sequence[float], *, columns: int = 1, legend: int = 0, **given: 
     figure = figure_class(figsize=size, layout="constrained")
     made = figure.subplots(len(rows), columns, squeeze=False, height_ratios=rows, **given)
     return Sheet(figure), made
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Return names for a legend, of at most LONGEST characters unless two would look the same.
+
+    A name is a method and its settings. Of a long one the settings that all of that method share
+    are left out first, and then its middle.
+    """
+    words, found = [name.split(" ") for name in names], []
+    for name, own in zip(names, words, strict=True):
+        alike = [other for other in words if other[0] == own[0]]
+        if len(name) <= LONGEST or len(alike) == 1:
+            found.append(name)
+            continue
+        differ = [word for word in own[1:] if any(word not in other for other in alike)]
+        found.append(" ".join((own[0], *differ)))
+    short = [shortened(name) for name in found]
+    return [one if short.count(one) == 1 else name for one, name in zip(short, found, strict=True)]
 
 
 def shortened(name: str, longest: int = LONGEST) -> str:

@@ -19,6 +19,8 @@ from peptrain.settings.fields import check
 log = logging.getLogger("peptrain")
 LONGEST = 1000
 """Bytes of the first line of a CSV that are read."""
+OVER_TIME = ("loss", "speed")
+"""Figures with an x axis to choose."""
 
 
 def plot(
@@ -33,7 +35,7 @@ def plot(
 
     The suffix of `out` is .svg, .png or .pdf. figure: a name in docs/report.md, by default the
     loss, of a comparison the loss over learning rates, of directories of `analyze --line` those
-    lines. x: of curves over training. what: of dynamics. The runs may be in training.
+    lines. x: of loss and speed, over training. what: of dynamics. The runs may be in training.
 
     Raises ConfigError for a setting, and where OUT.csv is a file of something else;
     CheckpointError for what can't be read; PeptrainError where matplotlib is missing or the runs
@@ -44,6 +46,8 @@ def plot(
     name = figure or _usual(paths)
     check(name in FIGURES, "--figure", name, f"one of {', '.join(FIGURES)}")
     check(x in LABELS, "--x", x, f"one of {', '.join(LABELS)}")
+    mine = f"left out with {name}, whose x axis is fixed, or given with --figure loss or speed"
+    check(x == "tokens" or name in OVER_TIME, "--x", x, mine)
     imported("matplotlib")
     _check_numbers(out)
     source = read(paths)
