@@ -195,6 +195,21 @@ def test_singular_factors_and_no_gradient_give_finite_steps_of_limited_size(
             assert not dB.any() and not dA.any()
 
 
+def test_damping_makes_a_tangent_step_at_most_twice_as_long_where_a_factor_is_nearly_singular() -> (
+    None
+):
+    given = [pair(*problem) for problem in problems([(8, 12)] * 24, r=6)]
+
+    def longest(damping: float) -> float:
+        steps = tangent_steps(given, damping, QUINTIC)
+        moved = zip(given, steps, strict=True)
+        return max(oracle.norm(dB @ p.A + p.B @ dA) for p, (dB, dA) in moved)
+
+    limit = 2 / math.sqrt(3)
+    assert longest(0.0) <= limit + 1e-6
+    assert 1.1 * limit < longest(factor_steps.DAMPING) <= 2 * limit
+
+
 def test_a_vector_that_a_factor_maps_to_0_stays_a_unit_vector() -> None:
     """Or its norm would be 0 ever after."""
     B, A, G = problems()[0]

@@ -116,6 +116,16 @@ def test_several_stacks_at_once_each_scaled_lie_in_memory_as_what_was_given(
 
 
 @every_dtype
+@as_on_a_gpu
+def test_what_is_too_small_for_the_square_of_its_entries_is_not_overshot(
+    dtype: torch.dtype, products: torch.dtype | None
+) -> None:
+    X = torch.stack([drawn(1, 64, 96)[0] * 10.0**-e for e in range(10, 45)])
+    found = polars([X.to(dtype)], dtype=products)[0]
+    assert torch.linalg.svdvals(found.double()).max() < 1.2
+
+
+@every_dtype
 def test_0_stays_0_and_what_is_not_finite_stays_in_its_matrix(dtype: torch.dtype) -> None:
     X = drawn(3, 6, 9).to(dtype)
     X[0] = 0

@@ -65,6 +65,17 @@ def test_every_kind_of_model_reads_every_kind_of_task(
 
 
 @pytest.mark.parametrize(
+    "name", ["spectron", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lowrank", "sltrain"))]
+)
+def test_a_model_may_ask_a_layer_without_w_for_its_weight(
+    name: str, t5: Path, data: Path, tmp_path: Path
+) -> None:
+    """As T5's MLPs do, for its dtype."""
+    train(tuning(tiny_method(name), t5, data, tmp_path / "run", {"task": "cola"}))
+    assert rows(tmp_path / "run", "end")
+
+
+@pytest.mark.parametrize(
     "name, event, at",
     [
         ("relora", "step", 2),

@@ -56,7 +56,8 @@ class Site:
 class ReparamLinear(nn.Module):
     """y = x W_effᵀ + bias, with W_eff computed from other parameters.
 
-    A frozen base keeps the name `weight` and a bias the name `bias`, as in Hugging Face's keys.
+    A frozen base keeps the name `weight` and a bias the name `bias`, as in Hugging Face's keys;
+    without a base `weight` is None.
     A layer that is not linear in x has no W_eff. It doesn't override `effective_weight`, and its
     method sets `has_dense_equivalent = False`.
     """
@@ -68,6 +69,7 @@ class ReparamLinear(nn.Module):
         self.site = site.name
         self.out_features, self.in_features = site.shape
         self.bias = site.linear.bias
+        self.register_parameter("weight", None)  # models such as T5 ask whether it is a tensor
 
     def effective_weight(self) -> Tensor:
         """Return W_eff [out, in] in at least fp32, on unsharded tensors.

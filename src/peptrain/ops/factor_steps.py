@@ -162,7 +162,9 @@ def tangent_steps(
     orthonormal bases Q_D of D and Q_Eᵀ of E it is K = [[C, E Q_E], [Q_Dᵀ D, 0]]. From its polar
     factor [[C', X'], [Y', .]] follow dB = (U C' / 2 + Q_D Y') L_A⁻¹ and
     dA = L_B⁻ᵀ (C' Vᵀ / 2 + X' Q_Eᵀ). Its product with G is the nuclear norm of P_T(G), and
-    |dB A + B dA| is at most 2 / sqrt(3).
+    |dB A + B dA| is at most 2 / sqrt(3). With damping U and V are not quite orthonormal, D and E
+    keep a part along them, and the limit is twice that: [U, Q_D] and [V, Q_E] have norms of up to
+    sqrt(2), near it where a factor is nearly singular.
     """
     sides = _Sides(pairs)
     factors, followed = _precise(sides.factors()), _precise(sides.followed())

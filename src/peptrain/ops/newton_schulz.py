@@ -29,6 +29,10 @@ COEFFICIENTS: tuple[Polynomial, ...] = (
 """Of Polar Express (Amsel et al., 2025), for five steps. In exact arithmetic they take [3e-3, 1]
 into [0.859, 1.142], and with products in fp16, also of matrices in bf16, within 0.8 to 1.2
 (tests/ops/test_newton_schulz.py)."""
+SMALLEST_NORM = 1e-15
+"""A smaller |X| is taken for this one, and its factor is short. The squares of such entries
+underflow in fp32, and X over a norm without them would be above 1, where the polynomials diverge.
+A momentum gets there in 600 steps without a gradient."""
 AT_ONCE = 3
 """Steps from one Gram matrix. What rounding adds to its small eigenvalues grows with each."""
 
@@ -49,9 +53,9 @@ def polars(
 
     X: [k, n, m] in each of the stacks; scales: [k] for each, which multiply the results. These have
     the dtypes of the stacks and their orders in memory. |X| is the Frobenius norm, so that singular
-    values above 3e-3 of it come near to 1, and smaller ones stay below 1. Of X = 0 it is 0, and a
-    value that is not finite makes its matrix not finite (Bernstein and Newhouse, 2024; Jordan et
-    al., Muon, 2024).
+    values above 3e-3 of it come near to 1, and smaller ones stay below 1; it is at least
+    SMALLEST_NORM, so that of X = 0 the result is 0. A value that is not finite makes its matrix not
+    finite (Bernstein and Newhouse, 2024; Jordan et al., Muon, 2024).
 
     dtype: of the products; unset: fp16 on a GPU, where no number exceeds its range and its rounding
     is an eighth of bf16's, on a CPU at least fp32. With the sides r <= w a step takes 4 w r² + 2 r³
@@ -96,7 +100,7 @@ def _normalized(X: Tensor, size: float, dtype: torch.dtype | None) -> Tensor:
     fast = torch.float16 if X.is_cuda and precise == torch.float32 else precise
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=precise)
     out = torch.empty_like(X, dtype=dtype or fast)
-    return torch.mul(X, size / norm.clamp(min=1e-30), out=out)
+    return torch.mul(X, size / norm.clamp(min=SMALLEST_NORM), out=out)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
