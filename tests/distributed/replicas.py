@@ -61,8 +61,6 @@ def kept(out: Path, case: str, corpus: Path) -> None:
 
     name, method, train = CASES[case]
     trainer._evaluate, replicas._sum = keeping, counted
-    # Of these small models' gradients some are sent in parts, and others by themselves.
-    replicas.SMALL, replicas.PART = 2000, 1500
     sections = {"train": TRAIN | train, "optim": OPTIM.get(case, {})}
     trainer.train(tiny(tiny_method(name, **method), corpus, out / case, **sections))
     trainer._evaluate, replicas._sum = evaluate, total

@@ -11,7 +11,6 @@ from replicas import CASES, OPTIM, TRAIN
 from safetensors.torch import load_file
 from support import tiny, tiny_method
 
-import peptrain.distributed.replicas as sums
 from peptrain.distributed.owners import owners, sharers, sharing
 from peptrain.errors import ConfigError
 from peptrain.testing import MODEL, close, losses, newest
@@ -66,26 +65,6 @@ def test_a_step_exchanges_gradients_once(three: Path) -> None:
         for case in EXACT:
             calls = (three / f"{case}-calls{rank}").read_text().split()
             assert calls == ["torch.float64"] * TRAIN["steps"]
-
-
-@pytest.mark.parametrize(
-    "sizes, wanted",
-    [
-        ([], []),
-        ([0, 0], [[0, 0]]),
-        ([3, 4], [[3, 4]]),
-        ([8, 8, 8], [[8], [8], [8]]),
-        ([16, 1, 1, 6], [[16], [1, 1, 6]]),
-        ([2] * 100, [[2] * 15, [2] * 14, [2] * 14, [2] * 15, [2] * 14, [2] * 14, [2] * 14]),
-        ([1, 200, 1], [[1, 200], [1]]),
-    ],
-)
-def test_small_gradients_are_sent_in_at_most_seven_parts(
-    sizes: list[int], wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sums, "PART", 8)
-    found = sums.parts([torch.zeros(size, dtype=torch.uint8) for size in sizes])
-    assert [[len(t) for t in part] for part in found] == wanted
 
 
 @pytest.mark.slow

@@ -10,11 +10,6 @@ from peptrain.distributed.owners import send_
 from peptrain.distributed.world import World
 from peptrain.errors import Unsupported
 
-SMALL = 6 << 20
-"""Bytes of a gradient that is copied to be sent. Below it two copies take less time than what a
-tensor of its own costs NCCL, 7 microseconds on NVLink."""
-PART, MOST = 64 << 20, 7
-"""Bytes of a part of small gradients, at the least, and the most parts."""
 ALONE = "several processes need the same parameters in every step; train it in one process"
 
 
@@ -37,7 +32,7 @@ class Replicas:
             send_((p, 0) for p in self.names)
 
     def sum_gradients(self) -> None:
-        """Replace each gradient by its sum over the ranks, in place, all of a dtype at once.
+        """Replace each gradient by its sum over the ranks, in place, with one call for a dtype.
 
         Raises Unsupported if other parameters have gradients than on another rank or in the first
         step, because the ranks would add up tensors that do not belong together, and for a sparse
@@ -78,41 +73,7 @@ class Replicas:
 
 
 def _sum(tensors: list[Tensor]) -> None:
-    """Sum each tensor over the ranks by at most MOST + 1 calls. On a GPU the program goes on.
-
-    Small tensors are sent in parts that lie in one piece, of which two are in memory at a time: one
-    is written and read while the other is on its way.
-    """
+    """Sum each tensor over the ranks. On a GPU the program does not wait."""
     group = dist.group.WORLD
     assert group is not None
-    large = [t for t in tensors if t.nbytes > SMALL]
-    under_way = [group.allreduce_coalesced(large)] if large else []
-    sent: list[tuple[list[Tensor], Tensor, dist.Work]] = []
-    for part in parts([t for t in tensors if t.nbytes <= SMALL]):
-        flat = torch.cat([t.reshape(-1) for t in part])
-        sent.append((part, flat, group.allreduce_coalesced([flat])))
-        if len(sent) > 1:
-            _receive(*sent.pop(0))
-    for last in sent:
-        _receive(*last)
-    for work in under_way:
-        work.wait()
-
-
-def _receive(part: list[Tensor], flat: Tensor, work: dist.Work) -> None:
-    """Wait for the sums of a part, and write them to its tensors."""
-    work.wait()
-    pieces = torch.split(flat, [t.numel() for t in part])
-    torch._foreach_copy_(part, [piece.view(t.shape) for piece, t in zip(pieces, part, strict=True)])
-
-
-def parts(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Divide tensors, in their order, into at most MOST parts of about PART bytes or more."""
-    total = sum(t.nbytes for t in tensors)
-    number = max(1, min(MOST, total // PART))
-    found: list[list[Tensor]] = [[] for _ in range(number)]
-    before = 0
-    for t in tensors:
-        found[before * number // max(1, total)].append(t)
-        before += t.nbytes
-    return [part for part in found if part]
+    group.allreduce_coalesced(tensors).wait()
