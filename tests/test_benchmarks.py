@@ -90,9 +90,10 @@ def numbers(ran: Any, tmp_path: Path) -> Any:
 
 def test_speed(numbers: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = numbers("speed")
-    names = ["full", *METHOD_ROWS, "full:train.precision=fp32", "full"]
+    added = ["full:train.precision=fp32", "spectron:rank=4:rule=lora-muon"]
+    names = ["full", *METHOD_ROWS, *added, "full"]
     assert [(r["tokens"], r["row"]) for r in rows] == [(t, n) for t in (32, 64) for n in names]
-    assert [r["train"]["precision"] for r in rows[-2:]] == ["fp32", "bf16"]
+    assert [r["train"]["precision"] for r in rows[-3:]] == ["fp32", "bf16", "bf16"]
     assert all(len(r["ms"]) == 2 and r["tokens_per_second"] > 0 for r in rows)
     assert all(len(r["optimizer_ms"]) == 2 for r in rows)
     assert "| loro:rank=4 |" in capsys.readouterr().out
