@@ -8,6 +8,7 @@ import torch
 from byhand import seeded
 from oracles import spectron as oracle
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 from peptrain.ops import factor_steps
@@ -229,6 +230,55 @@ def test_a_narrower_dtype_gives_nearly_the_same_steps(
     for narrow, exact in zip(DAMPED[rule](given), DAMPED[rule](wide), strict=True):
         for a, b in zip(narrow, exact, strict=True):
             assert (a.double() - b).norm() < tolerance * b.norm()
+
+
+class TF32(TorchFunctionMode):
+    """Rounds what a GPU rounds while its products of fp32 matrices are in TF32."""
+
+    products = (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul, torch.baddbmm)
+    rounded = exact = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in self.products:
+            in_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+            self.rounded += in_tf32
+            self.exact += not in_tf32
+            if in_tf32:
+                args = (*args[:-2], *(self.round(X) for X in args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+    def round(self, X: Tensor) -> Tensor:
+        bits = X.contiguous().view(torch.int32)
+        return ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32)
+
+
+@pytest.mark.parametrize("rank, tolerance", [(96, 0.004), (4, 0.06)])
+def test_products_in_tf32_change_tangent_steps_by_less_than_bf16_does(
+    rank: int, tolerance: float
+) -> None:
+    """Also where D and E are of a lower rank than r, and rounding is most of them elsewhere."""
+    B, A = normal(160, 32, seed=1), normal(32, 96, seed=2)
+    G = normal(160, rank, seed=3) @ normal(rank, 96, seed=4)
+    N_B, N_A = pair(B, A, G)[2:]
+    given = Pair(*(t.float() for t in (B, A, N_B, N_A)))
+
+    def change(steps: Steps) -> Tensor:
+        ((dB, dA),) = steps
+        return dB.double() @ A + B @ dA.double()
+
+    exact = change(tangent_steps([Pair(B, A, N_B, N_A)]))
+    with TF32() as rounding:
+        steps = tangent_steps([given])
+    narrow = given._replace(N_B=N_B.bfloat16().float(), N_A=N_A.bfloat16().float())
+    by_tf32, by_bf16 = (
+        ((change(found) - exact).norm() / exact.norm()).item()
+        for found in (steps, tangent_steps([narrow]))
+    )
+    assert rounding.exact == 0
+    assert rounding.rounded == 2 * 11 + 15  # 15 of the polar factor, which a GPU has in fp16
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+    assert 1e-4 < by_tf32 < tolerance
+    assert by_tf32 < by_bf16
 
 
 @pytest.mark.gpu

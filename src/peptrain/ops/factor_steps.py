@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from peptrain.ops.newton_schulz import COEFFICIENTS, Polynomial, polar, polars, times
-from peptrain.ops.precision import at_least_fp32
+from peptrain.ops.precision import at_least_fp32, tf32_products
 
 DAMPING = 1e-2
 """Added to BᵀB and A Aᵀ, relative to their mean eigenvalue σ². Then |L⁻¹| is at most 10 / σ, and
@@ -165,26 +165,34 @@ def tangent_steps(
     |dB A + B dA| is at most 2 / sqrt(3). With damping U and V are not quite orthonormal, D and E
     keep a part along them, and the limit is twice that: [U, Q_D] and [V, Q_E] have norms of up to
     sqrt(2), near it where a factor is nearly singular.
+
+    On a GPU the products of fp32 matrices are in TF32. D and E are differences, whose rounding the
+    polar factor enlarges, but less than it enlarges that of an N in bf16.
     """
     sides = _Sides(pairs)
-    factors, followed = _precise(sides.factors()), _precise(sides.followed())
-    roots = _inverse_roots(_grams(factors), damping)
+    factors = sides.factors()
+    with tf32_products():
+        S = _grams(factors)
+    factors, followed = _precise(factors), _precise(sides.followed())
+    roots = _inverse_roots(S, damping)
     across = sides.split(sides.partnered(roots))
-    frames = [P @ X for P, X in zip(sides.split(roots), factors, strict=True)]  # Uᵀ, or Vᵀ
-    seen = [P @ N for P, N in zip(across, followed, strict=True)]  # Xᵀ, or Y
-    inner = [T @ F.mT for T, F in zip(seen, frames, strict=True)]  # Xᵀ U, or Y V
-    rest = [T - C @ F for T, C, F in zip(seen, inner, frames, strict=True)]  # Dᵀ, or E
-    S = _grams(rest)
+    with tf32_products():
+        frames = [P @ X for P, X in zip(sides.split(roots), factors, strict=True)]  # Uᵀ, or Vᵀ
+        seen = [P @ N for P, N in zip(across, followed, strict=True)]  # Xᵀ, or Y
+        inner = [T @ F.mT for T, F in zip(seen, frames, strict=True)]  # Xᵀ U, or Y V
+        rest = [T - C @ F for T, C, F in zip(seen, inner, frames, strict=True)]  # Dᵀ, or E
+        S = _grams(rest)
     tall = sides.split(_inverse_roots(S, FLOOR[S.dtype] * S.shape[-1]))
-    bases = [P @ D for P, D in zip(tall, rest, strict=True)]  # Q_Dᵀ, or Q_Eᵀ
-    corners = [D @ Q.mT for D, Q in zip(rest, bases, strict=True)]  # Dᵀ Q_D, or E Q_E
-    (C_B, C_A), (R_B, R_A) = (sides.paired(torch.cat(t)) for t in (inner, corners))
-    C = 0.5 * (C_B.mT + C_A)
-    K = torch.cat([torch.cat([C, R_A], -1), torch.cat([R_B.mT, torch.zeros_like(C)], -1)], -2)
-    found = polar(K, coefficients)
-    of_side = sides.split(sides.unpaired(found.mT.unbind(), found.unbind()))
-    parts = zip(of_side, across, frames, bases, strict=True)
-    return sides.steps([_lifted(M, F, Q, P) for M, P, F, Q in parts])
+    with tf32_products():
+        bases = [P @ D for P, D in zip(tall, rest, strict=True)]  # Q_Dᵀ, or Q_Eᵀ
+        corners = [D @ Q.mT for D, Q in zip(rest, bases, strict=True)]  # Dᵀ Q_D, or E Q_E
+        (C_B, C_A), (R_B, R_A) = (sides.paired(torch.cat(t)) for t in (inner, corners))
+        C = 0.5 * (C_B.mT + C_A)
+        K = torch.cat([torch.cat([C, R_A], -1), torch.cat([R_B.mT, torch.zeros_like(C)], -1)], -2)
+        found = polar(K, coefficients)
+        of_side = sides.split(sides.unpaired(found.mT.unbind(), found.unbind()))
+        parts = zip(of_side, across, frames, bases, strict=True)
+        return sides.steps([_lifted(M, F, Q, P) for M, P, F, Q in parts])
 
 
 def _lifted(M: Tensor, F: Tensor, Q: Tensor, P: Tensor) -> Tensor:
