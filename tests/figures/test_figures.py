@@ -29,11 +29,12 @@ from made import (
     with_circuits,
 )
 
+from peptrain.figures import grids
 from peptrain.figures.catalogue import FIGURES
-from peptrain.figures.panel import Drawn
+from peptrain.figures.panel import Drawn, sheet
 from peptrain.figures.read import read
 from peptrain.figures.source import NotMeasured, Source, View, marks
-from peptrain.figures.style import COLOURS, DARK, FAINT, INK, PAPER, rendered
+from peptrain.figures.style import COLOURS, DARK, FAINT, INK, PAPER, look, rendered, styled
 from peptrain.ops.student import student_t
 
 SEEDS = ("per-seeds", "condition-seeds", "frobenius-seeds")
@@ -186,6 +187,27 @@ def test_bands_over_layers_and_over_seeds_are_students_and_never_mixed(
     styles = [{line.get_linestyle() for line in draw(name).figure.axes[0].lines}
               for name in ("per", "per-seeds")]  # fmt: skip
     assert styles == [{"-"}, {"--"}]
+
+
+def test_two_seeds_are_dots_and_three_have_an_interval() -> None:
+    with styled():
+        made, rows = sheet([2.0])
+        panel = made.panel(rows[0][0], "losses", "rank", "loss")
+        points = [(4.0, [3.0]), (8.0, [3.0, 4.0]), (16.0, [1.0, 2.0, 3.0])]
+        panel.over_seeds("bpt", points, look(0), ls="none")
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    for n in made.numbers:
+        found[n["mark"]].append([n[key] for key in ("x", "y", "low", "high") if key in n])
+    assert found["mean over seeds"] == [[4.0, 3.0], [8.0, 3.5], [16.0, 2.0]]
+    assert found["one seed"] == [[8.0, 3.0], [8.0, 4.0]]
+    half = student_t(0.95, 2) / math.sqrt(3)
+    assert found["95 % over seeds"] == [pytest.approx([16.0, 2 - half, 2 + half])]
+
+
+def test_rates_that_are_near_one_another_have_one_text(forty: Source) -> None:
+    (axes,) = FIGURES["rates"](forty, View()).figure.axes
+    grids._rates_as_ticks(axes, [1e-3, 2e-3, 4e-3, 5e-3, 1e-2])
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0.001", "0.002", "0.004", "", "0.01"]
 
 
 def test_the_best_rate_is_said_to_be_inside_or_at_the_edge(forty: Source) -> None:

@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peptrain.figures.panel import Drawn, Panel, sheet
+from peptrain.figures.panel import Drawn, sheet
 from peptrain.figures.source import NotMeasured, Row, RunRows, Source, View, loss_label, number
 from peptrain.figures.style import INK, Look, look, styled
-from peptrain.ops.student import half_width
 from peptrain.text import one_line
 
 LOSS = "held-out loss"
@@ -182,7 +181,7 @@ def grid(source: Source, view: View) -> Drawn:
                 for name, line in of_key:
                     points = [(value, one.values(row, scale)) for value, one in line.points]
                     for joined in _joined(points, place):
-                        _means(panel, name, joined, looks[name])
+                        panel.over_seeds(name, joined, looks[name])
                 ends = [min(map(place, values)), max(map(place, values))]
                 for one in full:
                     level = [statistics.fmean(one.values(row, scale))] * 2
@@ -194,7 +193,8 @@ def grid(source: Source, view: View) -> Drawn:
     return Drawn(
         "Held-out loss over each setting",
         "A panel for each setting that varies while the others are the same: mean over seeds at the"
-        " best learning rate, with its 95 % interval (Student's t) where there are several."
+        " best learning rate. Dots: each of two seeds. Bars: its 95 % interval (Student's t) where"
+        " there are more."
         " Horizontal: full training. A setting that is not a number, or is 0 somewhere, has its"
         " values at equal distances. An interval of 0 is never, and comes after the longest. No"
         " line joins a number with a name, which has no place among numbers.",
@@ -254,19 +254,6 @@ def _ticks(ax: Any, key: str, values: Sequence[Any], place: Callable[[Any], floa
     ax.set_xticks(sorted(texts), [texts[at] for at in sorted(texts)])
 
 
-def _means(
-    panel: Panel, name: str, points: Sequence[tuple[float, list[float]]], style: Look
-) -> None:
-    """Draw the mean of each list over its x, and its interval where it has several values."""
-    x, means = [at for at, _ in points], [statistics.fmean(values) for _, values in points]
-    halves = [half_width(values) for _, values in points]
-    wide = [(at, mean, half) for at, mean, half in zip(x, means, halves, strict=True) if half]
-    if wide:
-        low, high = [m - h for _, m, h in wide], [m + h for _, m, h in wide]
-        panel.intervals("95 % over seeds", name, [at for at, _, _ in wide], low, high, style)
-    panel.line("mean over seeds", name, x, means, style, marker=style.marker)
-
-
 def scaling(source: Source, view: View) -> Drawn:
     """BPT's Figure 1: held-out loss over log10 of the trainable parameters without embeddings."""
     found, lacking = dict[str, list[tuple[float, list[float]]]](), []
@@ -295,14 +282,14 @@ def scaling(source: Source, view: View) -> Drawn:
         label = "log10 of the trainable parameters without embeddings"
         panel = made.panel(rows[0][0], "loss over size", label, loss)
         for n, (name, points) in enumerate(found.items()):
-            _means(panel, name, sorted(points), look(n))
+            panel.over_seeds(name, sorted(points), look(n))
         panel.axes.set(xlabel=label, ylabel=loss)
         made.legend([(name, {"color": look(n).colour, "ls": look(n).dash, "marker": look(n).marker})
                      for n, name in enumerate(found)])  # fmt: skip
     return Drawn(
         "Held-out loss over the size",
-        "Each configuration at its best learning rate: mean over seeds, with its 95 % interval"
-        " (Student's t) where there are several. A line joins the sizes of one method. Embeddings"
-        " and the output head are not counted.",
+        "Each configuration at its best learning rate: mean over seeds. Dots: each of two seeds."
+        " Bars: its 95 % interval (Student's t) where there are more. A line joins the sizes of one"
+        " method. Embeddings and the output head are not counted.",
         made.figure, made.numbers, lacking,
     )  # fmt: skip

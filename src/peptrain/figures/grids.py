@@ -10,7 +10,6 @@ from typing import Any
 from peptrain.figures.panel import Drawn, engineering, plain, sheet
 from peptrain.figures.source import NotMeasured, Row, Source, View, loss_label, number
 from peptrain.figures.style import look, styled
-from peptrain.ops.student import half_width
 from peptrain.text import one_line
 
 PLACES = {
@@ -81,10 +80,18 @@ def rates(source: Source, view: View) -> Drawn:
 
 
 def _rates_as_ticks(axes: Any, tried: Sequence[float]) -> None:
-    """Put the ticks at the rates that were tried, where they are not too many."""
-    if len(tried) <= 8:
-        axes.set_xticks(tried)
+    """Put the ticks at the rates that were tried, where they are not too many. One that is near
+    the last with a text has none, which would overlap."""
     plain(axes.xaxis)
+    if len(tried) > 8:
+        return
+    near = math.log(tried[-1] / tried[0]) / 8
+    texts, last = [f"{tried[0]:g}"], tried[0]
+    for lr in tried[1:]:
+        apart = math.log(lr / last) >= near
+        texts.append(f"{lr:g}" if apart else "")
+        last = lr if apart else last
+    axes.set_xticks(tried, texts)
 
 
 def _by_rate(rows: Sequence[Row]) -> dict[float, list[float]]:
@@ -134,13 +141,12 @@ def frontier(source: Source, view: View) -> Drawn:
             panel = made.panel(axes, label, label, loss_label(source, LOSS))
             ends = []
             for n, (name, of_line) in enumerate(points.items()):
-                losses, style = _values(of_line, "held_out_loss"), look(n)
-                x, y = statistics.fmean(_values(of_line, key)), statistics.fmean(losses)
-                if half := half_width(losses):
-                    panel.intervals("95 % over seeds", name, [x], [y - half], [y + half], style)
-                panel.line("mean over seeds", name, [x], [y], style, ls="none",
-                           marker=style.marker, ms=6)  # fmt: skip
-                ends.append((x, y))
+                losses, x = (
+                    _values(of_line, "held_out_loss"),
+                    statistics.fmean(_values(of_line, key)),
+                )
+                panel.over_seeds(name, [(x, losses)], look(n), ls="none", ms=6)
+                ends.append((x, statistics.fmean(losses)))
             best = _frontier(ends)
             panel.line("frontier", "", [x for x, _ in best], [y for _, y in best], look(5),
                        drawstyle="steps-post", lw=0.8, marker="", zorder=1)  # fmt: skip
@@ -152,9 +158,9 @@ def frontier(source: Source, view: View) -> Drawn:
         )  # fmt: skip
     return Drawn(
         "Held-out loss over what it costs",
-        "Each configuration at its best learning rate: mean over seeds, with its 95 % interval"
-        " (Student's t) where there are several. The thin line joins the configurations that no"
-        " other beats in both directions.",
+        "Each configuration at its best learning rate: mean over seeds. Dots: each of two seeds."
+        " Bars: its 95 % interval (Student's t) where there are more. The thin line joins the"
+        " configurations that no other beats in both directions.",
         made.figure, made.numbers, notes,
     )  # fmt: skip
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from peptrain.figures.style import INK, WIDTH, Look, imported
+from peptrain.ops.student import half_width
 
 COLUMNS = ("panel", "x_axis", "y_axis", "mark", "line", "x", "y", "low", "high", "value")
 LONGEST = 44
@@ -96,6 +98,25 @@ class Panel:
         """Draw a vertical bar from low to high at each x."""
         label = self._keep(mark, line, x=x, low=low, high=high)
         self.axes.vlines(x, low, high, color=look.colour, lw=1.2, label=label)
+
+    def over_seeds(
+        self, line: str, points: Sequence[tuple[float, Sequence[float]]], look: Look, **style: Any
+    ) -> None:
+        """Draw the mean of the values at each x, each value where there are two, and the interval
+        of the mean where there are more: that of two, ± 12.7 standard errors, would hide the rest.
+        """
+        two = [(x, y) for x, values in points if len(values) == 2 for y in values]
+        if two:
+            xs, ys = zip(*two, strict=True)
+            self.line("one seed", line, xs, ys, look, ls="none", marker=".", alpha=0.6, ms=5)
+        means = [(x, statistics.fmean(values)) for x, values in points]
+        wide = [(x, mean, half) for (x, mean), (_, values) in zip(means, points, strict=True)
+                if len(values) > 2 and (half := half_width(values))]  # fmt: skip
+        if wide:
+            x, low, high = zip(*((x, m - h, m + h) for x, m, h in wide), strict=True)
+            self.intervals("95 % over seeds", line, x, low, high, look)
+        x, y = zip(*means, strict=True)
+        self.line("mean over seeds", line, x, y, look, **{"marker": look.marker} | style)
 
     def stairs(
         self, mark: str, line: str, edges: Sequence[float], counts: Sequence[float], look: Look
