@@ -36,42 +36,44 @@ COMPILED = f"{MODEL} --set=train.compile={{compile}}"
 ROWS = "bpt:rank=4 relora:rank=4 loro:rank=4"
 RUN = "--data={corpus} --batch-size=2 --seq-len=16 --steps=4"
 SCRIPTS = {
+    "study": f"{MODEL} --data={{corpus}} --tasks-data={{tasks}} --domains {{corpus}}"
+    " --out={out}/study --steps=20 --batch-size=2 --seq-len=64 --probe=1 {no_compile}"
+    " --only full bpt --rates 1e-3 --seeds=1",
+    "scale": f"{COMPILED} --out={{out}}/scale --ranks {{ranks}} --tokens 32 64 --seq-len=16"
+    f" --steps=2 --warm-up=1 --repeat=1 full {ROWS}",
     "speed": f"{COMPILED} --tokens 32 64 --seq-len=16 --steps=2 --warm-up=1"
     f" {ROWS} full:train.precision=fp32 spectron:rank=4:rule=lora-muon",
-    "inference": f"{COMPILED} --rank=4 --cells 2x8 1x16 --logits=last {{no_compile}} {{graph}}",
-    "budget": f"{COMPILED} --tokens=32 --seq-len=16 --steps=8 full {ROWS}",
-    "merges": f"{COMPILED} --rows-of-step=2 --seq-len=16 --steps=2 --warm-up=1 --repeat=2 {ROWS}",
-    "loop": f"{COMPILED} {RUN} --log-every=2 --rounds=2 full loro",
-    "estimate": f"{MODEL} --presets tiny --rows-of-step=8 --seq-len=16"
-    f" {ROWS} bpt:rank=4:train.micro_batch=1",
-    "fast_forms": f"{MODEL} {{eager}} {RUN} --seeds=1"
-    " bpt:rank=4:merge_every=2 loro:rank=4:exact_every=2",
-    "exact_step": "--device={device} --layers=1 --width=64 --mlp=96 --rank=4 --streams 2",
-    "first_table": "one --data={corpus} --preset=tiny --steps=2 --batch-size=2 --micro-batch=2"
-    " {no_compile} bpt:1e-3:0:rank=4:merge_every=1",
-    "data": "{text} --tokenizer={corpus}/tokenizer.json --megabytes=0.05 --seconds=0.05",
-    "soak": "--runs=3 --workers=1",
-    "corruption": "--only begun/checkpoints/*6/SHA256SUMS unfinished/train-*.bin --flips=0",
     "dynamics": f"{MODEL} --data={{corpus}} --out={{out}} --runs={{out}}/runs --steps=8 --rank=4"
     " --batch-size=2 --seq-len=16 --probe=1 --processes=1 {no_compile} --seeds 0"
     " --only relora-warm",
     "tasks": f"{MODEL} --data={{corpus}} --tasks-data={{tasks}} --out={{out}}/judged --steps=4"
     " --rank=4 --batch-size=2 --seq-len=64 {no_compile} --seeds 0 --only full bpt",
-    "study": f"{MODEL} --data={{corpus}} --tasks-data={{tasks}} --domains {{corpus}}"
-    " --out={out}/study --steps=20 --batch-size=2 --seq-len=64 --probe=1 {no_compile}"
-    " --only full bpt --rates 1e-3 --seeds=1",
+    "loop": f"{COMPILED} {RUN} --log-every=2 --rounds=2 full loro",
     "tune": f"{MODEL} --data={{corpus}} --tasks-data={{tasks}} --out={{out}}/tune --steps=4"
     " --rank=4 --batch-size=2 --seq-len=16 {no_compile} --workers=1 --tasks cola"
     " --tune-batch-size=4 --tune-seq-len=16 --epochs cola=1 --seeds 1"
     " --only full@0:full full:loro --rates full=1e-4 loro=1e-4,1e-3",
-    "scale": f"{COMPILED} --out={{out}}/scale --ranks {{ranks}} --tokens 32 64 --seq-len=16"
-    f" --steps=2 --warm-up=1 --repeat=1 full {ROWS}",
     "cpu_peft": f"{MODEL} --set=train.compile=false {RUN} --log-every=2 --rounds=1"
     " lora:rank=4 lora:rank=4:train_rest=false full",
+    "inference": f"{COMPILED} --rank=4 --cells 2x8 1x16 --logits=last {{no_compile}} {{graph}}",
+    "soak": "--runs=3 --workers=1",
+    "merges": f"{COMPILED} --rows-of-step=2 --seq-len=16 --steps=2 --warm-up=1 --repeat=2 {ROWS}",
+    "budget": f"{COMPILED} --tokens=32 --seq-len=16 --steps=8 full {ROWS}",
+    "first_table": "one --data={corpus} --preset=tiny --steps=2 --batch-size=2 --micro-batch=2"
+    " {no_compile} bpt:1e-3:0:rank=4:merge_every=1",
+    "fast_forms": f"{MODEL} {{eager}} {RUN} --seeds=1"
+    " bpt:rank=4:merge_every=2 loro:rank=4:exact_every=2",
+    "estimate": f"{MODEL} --presets tiny --rows-of-step=8 --seq-len=16"
+    f" {ROWS} bpt:rank=4:train.micro_batch=1",
+    "corruption": "--only begun/checkpoints/*6/SHA256SUMS unfinished/train-*.bin --flips=0",
+    "exact_step": "--device={device} --layers=1 --width=64 --mlp=96 --rank=4 --streams 2",
+    "data": "{text} --tokenizer={corpus}/tokenizer.json --megabytes=0.05 --seconds=0.05",
 }
-"""Arguments of every script. Braces stand for what depends on the device and on paths of files."""
-SHARDS = {"test_gpu.py": 4, "test_replicas.py": 4}
-"""Checks that a file of GPU tests is divided into, where it would take longer than all others."""
+"""Arguments of every script, the longest first. Braces stand for what depends on the device and on
+paths of files."""
+SHARDS = {"test_gpu.py": (4, 4), "test_replicas.py": (1, 4)}
+"""Checks that a file of GPU tests is divided into, where it would take longer than all others: with
+one GPU, and with several."""
 NEEDS = {"cpu_peft": ("peft", "accelerate"), "data": ("pyarrow",)}
 """Packages that a script needs; without them it is skipped."""
 
@@ -157,21 +159,21 @@ def make_corpus(folder: Path) -> None:
 
 def all_checks(device: str, folder: Path) -> list[Check]:
     """Return all checks, longest first, because several run at a time."""
-    tests = [] if device == "cpu" else gpu_tests()
+    tests = [] if device == "cpu" else gpu_tests(several=two_ranks(device))
     return [*tests, *trainings(device, folder), *scripts(device, folder)]
 
 
-def gpu_tests() -> Iterator[Check]:
+def gpu_tests(*, several: bool) -> Iterator[Check]:
     """Yield a check for each file with GPU tests, or several, so that they run at a time.
 
     They drop the project's pytest options for parallel runs, so that only pytest needs to be
     installed.
     """
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "--no-header"]
-    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+    for file in sorted((ROOT / "tests").rglob("test_*.py"), reverse=True):  # the longest first
         if "mark.gpu" in file.read_text("utf-8"):
             name = f"gpu-{file.stem.removeprefix('test_')}"
-            count = SHARDS.get(file.name, 1)
+            count = SHARDS.get(file.name, (1, 1))[several]
             for k in range(1, count + 1):
                 shard = [f"--shard={k}/{count}"] if count > 1 else []
                 named = f"{name}-{k}" if count > 1 else name
@@ -333,8 +335,8 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     made.add_argument("--only", nargs="+", metavar="NAME", help="run only these checks")
     made.add_argument("--out", type=Path, metavar="DIR", help="default: a temporary one")
-    made.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 4),
-                      help="parallel checks (default: one per four cores)")  # fmt: skip
+    made.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2),
+                      help="parallel checks (default: one per two cores)")  # fmt: skip
     return made.parse_args(argv)
 
 
