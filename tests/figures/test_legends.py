@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from made import dynamics, run
 
 from peptrain.figures.catalogue import FIGURES
-from peptrain.figures.panel import LONGEST, told_apart
+from peptrain.figures.panel import LINE, LONGEST, sheet, told_apart
 from peptrain.figures.read import read
 from peptrain.figures.source import View
+from peptrain.figures.style import styled
 
 RELORA = "relora rank=32 warm_start_steps=0 merge_every=75"
 
@@ -16,6 +18,16 @@ def test_a_long_name_loses_what_all_of_its_method_share() -> None:
     names = ["full", "lora rank=32", *(f"{RELORA} restart_warmup={n}" for n in (0, 2))]
     expected = ["full", "lora rank=32", "relora restart_warmup=0", "relora restart_warmup=2"]
     assert told_apart(names) == expected
+
+
+def test_of_settings_that_differ_together_a_long_name_keeps_the_first() -> None:
+    sizes = ((64, 3, 2), (128, 4, 4), (256, 6, 4))
+    names = [f"{of} model.hidden_size={d} model.layers={n} model.heads={h}"
+             for of in ("full", "bpt") for d, n, h in sizes]  # fmt: skip
+    short = [f"{of} model.hidden_size={d}" for of in ("full", "bpt") for d, *_ in sizes]
+    assert told_apart(names) == short
+    other = f"{names[0]} model.kv_heads=1"
+    assert told_apart([*names[:3], other]) == [*short[:3], f"{short[0]} model.kv_heads=1"]
 
 
 def test_a_long_name_that_is_the_only_one_of_its_method_loses_its_middle() -> None:
@@ -28,6 +40,20 @@ def test_no_two_names_of_a_legend_are_alike() -> None:
     """Two that differ only in the middle keep it."""
     one, other = (f"relora-{'a' * 40}-{n}-{'b' * 40}" for n in (1, 2))
     assert told_apart([one, other]) == [one, other]
+
+
+def test_a_long_name_has_lines_of_settings_and_makes_its_figure_higher() -> None:
+    heights = []
+    for given in (["relora"], ["relora " + " ".join(f"{'c' * 20}{n}={n}" for n in range(4))]):
+        with styled():
+            made, _ = sheet([2.0], legend=1)
+            made.legend([(name, {}) for name in given])
+        (legend,) = made.figure.legends
+        heights.append(made.figure.get_figheight())
+        for text in legend.get_texts():
+            lines = text.get_text().split("\n")
+            assert max(map(len, lines)) <= LINE and " ".join(lines) == given[0]
+    assert heights[1] == pytest.approx(heights[0] + 0.18)
 
 
 def test_the_legend_over_seeds_has_the_looks_of_its_lines(tmp_path: Path) -> None:

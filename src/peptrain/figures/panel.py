@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,8 +16,8 @@ from peptrain.figures.style import INK, WIDTH, Look, imported
 from peptrain.ops.student import half_width
 
 COLUMNS = ("panel", "x_axis", "y_axis", "mark", "line", "x", "y", "low", "high", "value")
-LONGEST = 44
-"""Characters of a name in a legend. The numbers have all of it."""
+LONGEST, LINE = 44, 58
+"""Characters of a name beside others, and of a line in a legend. The numbers have all of it."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,11 @@ class Sheet:
         """Put a legend under the panels, of (name, style of a line)."""
         line = imported("matplotlib.lines").Line2D
         made = [line([], [], **{"color": INK, **style}) for _, style in handles]
-        names = told_apart([name for name, _ in handles])
+        names = [wrapped(name) for name in told_apart([name for name, _ in handles], 2 * LINE)]
         longest = max(map(len, names), default=0)
         columns = 3 if longest <= 14 else 2 if longest <= 26 else 1
+        more = sum(name.count("\n") for name in names)
+        self.figure.set_figheight(self.figure.get_figheight() + 0.18 * more)
         self.figure.legend(
             made, names, loc="outside lower left", ncols=min(columns, len(made) or 1)
         )
@@ -183,22 +186,37 @@ def sheet(rows: Sequence[float], *, columns: int = 1, legend: int = 0, **given: 
     return Sheet(figure), made
 
 
-def told_apart(names: Sequence[str]) -> list[str]:
-    """Return names for a legend, of at most LONGEST characters unless two would look the same.
+def told_apart(names: Sequence[str], longest: int = LONGEST) -> list[str]:
+    """Return names of at most `longest` characters unless two would look the same.
 
-    A name is a method and its settings. Of a long one the settings that all of that method share
-    are left out first, and then its middle.
+    A name is a method and its settings. If one is long, only those settings of its method stay that
+    tell its names apart, the first ones. Then the middle is left out.
     """
-    words, found = [name.split(" ") for name in names], []
-    for name, own in zip(names, words, strict=True):
-        alike = [other for other in words if other[0] == own[0]]
-        if len(name) <= LONGEST or len(alike) == 1:
-            found.append(name)
-            continue
-        differ = [word for word in own[1:] if any(word not in other for other in alike)]
-        found.append(" ".join((own[0], *differ)))
-    short = [shortened(name) for name in found]
-    return [one if short.count(one) == 1 else name for one, name in zip(short, found, strict=True)]
+    methods: dict[str, list[str]] = {}
+    for name in names:
+        methods.setdefault(name.split(" ")[0], []).append(name)
+    found = {name: short for alike in methods.values() for name, short in _fewest(alike).items()}
+    short = {name: shortened(one, longest) for name, one in found.items()}
+    unique = list(short.values())
+    return [short[name] if unique.count(short[name]) == 1 else found[name] for name in names]
+
+
+def wrapped(name: str) -> str:
+    """Return a name in lines of LINE characters, broken between its settings."""
+    return "\n".join(textwrap.wrap(name, LINE, break_on_hyphens=False, break_long_words=False))
+
+
+def _fewest(alike: Sequence[str]) -> dict[str, str]:
+    """Return each name of a method with the settings that tell it from the others."""
+    if len(alike) == 1 or max(map(len, alike)) <= LONGEST:
+        return dict(zip(alike, alike, strict=True))
+    words = [name.split(" ") for name in alike]
+    keys = list(dict.fromkeys(word.split("=")[0] for own in words for word in own[1:]))
+    for key in reversed(keys):
+        fewer = [[own[0], *(w for w in own[1:] if w.split("=")[0] != key)] for own in words]
+        if len({tuple(own) for own in fewer}) == len({tuple(own) for own in words}):
+            words = fewer
+    return {name: " ".join(own) for name, own in zip(alike, words, strict=True)}
 
 
 def shortened(name: str, longest: int = LONGEST) -> str:
