@@ -129,6 +129,18 @@ def test_a_rate_without_parameters_is_refused_before_anything_is_written(
     assert rows(run)[0]["lr_embedding"] == 5e-3  # the norms
 
 
+def test_a_rate_of_embeddings_that_are_frozen_is_refused_unless_it_is_the_methods_own(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """spectron has one by default, which a user who freezes embeddings has not asked for."""
+    frozen, run = tiny_method("spectron", train_rest=False), tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"^optim\.embedding_lr: must be unset, as no embedding"):
+        train(tiny(frozen, corpus, run, optim={"embedding_lr": 1e-3}))
+    assert not run.exists()
+    train(tiny(frozen, corpus, run))
+    assert "lr_embedding" not in rows(run)[0]
+
+
 @pytest.mark.parametrize("key", RATES)
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_a_rate_that_is_none_is_refused(key: str, value: float) -> None:

@@ -226,7 +226,7 @@ def check_groups(
     its gradient would grow from step to step, if two groups have the same name, since the rows
     would have one rate, or if a learning rate of their own is set for parameters that no group has.
 
-    usual: the method's defaults. A rate that has one may be of parameters that are frozen.
+    usual: the method's defaults. A rate that is one may be of parameters that are frozen.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -240,12 +240,14 @@ def check_groups(
     names = [group["name"] for group in optimizer.param_groups if "name" in group]
     for name in names:
         check(names.count(name) == 1, "name of an optimizer group", name, "unique")
+    defaults = filled(OptimConfig(kind=optim.kind), usual)
+    rates = {group["lr"] for group in optimizer.param_groups if "name" not in group}
     for key, name in OWN_RATES.items():
-        lr = getattr(optim, key)
-        if key == "embedding_lr" and (optim.kind == "muon" or usual.embedding_lr is not None):
-            continue  # it has a default, and is the rate of whatever else AdamW trains
+        lr, default = getattr(optim, key), getattr(defaults, key)
+        # One that has a default is also the rate of whatever else AdamW trains beside matrices.
+        used = name in names or lr == default or (default is not None and lr in rates)
         wanted = f"unset, as no {name} is trained in a group of its own"
-        check(lr is None or name in names, f"optim.{key}", lr, wanted)
+        check(lr is None or used, f"optim.{key}", lr, wanted)
 
 
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
