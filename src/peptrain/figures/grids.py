@@ -141,10 +141,8 @@ def frontier(source: Source, view: View) -> Drawn:
             panel = made.panel(axes, label, label, loss_label(source, LOSS))
             ends = []
             for n, (name, of_line) in enumerate(points.items()):
-                losses, x = (
-                    _values(of_line, "held_out_loss"),
-                    statistics.fmean(_values(of_line, key)),
-                )
+                losses = _values(of_line, "held_out_loss")
+                x = statistics.fmean(_values(of_line, key))
                 panel.over_seeds(name, [(x, losses)], look(n), ls="none", ms=6)
                 ends.append((x, statistics.fmean(losses)))
             best = _frontier(ends)

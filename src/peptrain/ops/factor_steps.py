@@ -170,11 +170,11 @@ def tangent_steps(
     polar factor enlarges, but less than it enlarges that of an N in bf16.
     """
     sides = _Sides(pairs)
-    factors = sides.factors()
+    given = sides.factors()
     with tf32_products():
-        S = _grams(factors)
-    factors, followed = _precise(factors), _precise(sides.followed())
+        S = _grams(given)
     roots = _inverse_roots(S, damping)
+    factors, followed = _precise(given), _precise(sides.followed())
     across = sides.split(sides.partnered(roots))
     with tf32_products():
         frames = [P @ X for P, X in zip(sides.split(roots), factors, strict=True)]  # Uᵀ, or Vᵀ
