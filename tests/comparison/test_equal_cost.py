@@ -208,6 +208,25 @@ def test_costs_are_measured_once(tmp_path: Path) -> None:
     assert measured == ["full", "lowrank rank=2", "lowrank rank=3"]
 
 
+def test_rates_share_a_measurement_but_groups_of_their_own_do_not(tmp_path: Path) -> None:
+    measured: list[str] = []
+
+    def measure(run: GridRun, file: Path) -> None:
+        measured.append(file.name)
+        write_costs(file, "seconds", [1.0 / len(measured)])  # never the same again
+
+    grid = grid_of(
+        {"method.name": "full"},
+        {"method.name": "full", "optim.embedding_lr": [1.0, 5e-3], "optim.head_lr": [1e-3, 2e-3]},
+        {"method.name": "full", "optim.embedding_lr": 2.5e-3},
+        equal="time", steps=20,
+    )  # fmt: skip
+    made = allot(grid, kept(tmp_path / "costs", "time", measure))
+    assert [run.steps for run in made] == [20, 40, 40, 40, 40, 60]
+    assert len({run.configuration for run in made}) == 6
+    assert [name.rsplit("-", 1)[0] for name in measured] == ["time-full"] * 3
+
+
 DAMAGES = [
     "", "null", "[1.0]", "{}", "[" * 10**5, "9" * 5000, '{"flops": 2.0}', '{"flops": [2.0, 2.0]}',
     '{"flops": [-2.0]}', '{"flops": [2.0], "sha256": null}', '{"flops": [1e999]}',

@@ -29,6 +29,8 @@ NOT_SHOWN = ("method.name", "optim.lr", "train.seed")
 """Settings that are not listed in labels: a label starts with the method, seeds and learning rates
 have columns."""
 STEPS = "train.steps"
+RATES = ("optim.embedding_lr", "optim.head_lr")
+"""Learning rates that are listed in labels, but do not affect costs."""
 LONGEST = 120
 """Maximum characters of a readable name, without the digest. File systems allow 255 bytes."""
 
@@ -112,8 +114,8 @@ class GridRun:
 
     @property
     def family(self) -> RunConfig[Method]:
-        """Identifies the line of the table before the number of steps is known."""
-        return _untuned(self.written)
+        """Identifies the runs that cost the same, before the number of steps is known."""
+        return _priced(self.written)
 
     @property
     def name(self) -> str:
@@ -123,9 +125,10 @@ class GridRun:
 
     @property
     def costs_name(self) -> str:
-        """Name of the file of costs, without learning rate and seed, which do not affect costs."""
-        words = [self.method, *_pairs(self.settings)]
-        return _file_name(words, _digest(self.configuration + self.data))
+        """Name of the file of costs, without learning rates and seed, which do not affect costs."""
+        settings = {key: value for key, value in self.settings.items() if key not in RATES}
+        words = [self.method, *_pairs(settings)]
+        return _file_name(words, _digest(essence(_priced(self.named)) + self.data))
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,12 @@ def _file_name(words: Sequence[str], digest: str) -> str:
 
 def _untuned(c: RunConfig[Method]) -> RunConfig[Method]:
     return replace(c, optim=replace(c.optim, lr=None), train=replace(c.train, seed=0))
+
+
+def _priced(c: RunConfig[Method]) -> RunConfig[Method]:
+    """Of `RATES` only whether they are set matters to costs: each makes a group of its own."""
+    embeddings, head = (rate and 1.0 for rate in (c.optim.embedding_lr, c.optim.head_lr))
+    return _untuned(replace(c, optim=replace(c.optim, embedding_lr=embeddings, head_lr=head)))
 
 
 def load_grid(path: Path) -> Grid:
