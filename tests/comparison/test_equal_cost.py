@@ -24,7 +24,7 @@ from peptrain.comparison.grid import Grid, GridRun, expand, load_grid
 from peptrain.comparison.workers import Job, alone
 from peptrain.config import resolved
 from peptrain.errors import CheckpointError, ConfigError, Interrupted, PeptrainError
-from peptrain.methods import Full, ReLoRA
+from peptrain.methods import LORO, Full, ReLoRA
 from peptrain.testing import MODEL, TRAIN
 
 ARCH = algebra.Arch(family="llama", V=320, d=16, f=24, L=2, heads=2, kv=2, tied=True)
@@ -253,10 +253,12 @@ def test_a_damaged_cost_is_named(damage: str, tmp_path: Path) -> None:
 def test_a_step_has_its_share_of_what_comes_now_and_then() -> None:
     # 1 s a step and 6 at each fifth: of an event every 50 steps 5 / 50 are a step's.
     seconds = [1.0, 1.0, 1.0, 1.0, 6.0] * 4
-    assert timing.spread(seconds, 50) == pytest.approx(1.1)
-    assert timing.spread(seconds, 5) == pytest.approx(2.0)
-    assert timing.spread(seconds, math.inf) == 1.0
-    assert timing.spread([1.0, 3.0] * 10, 2) == pytest.approx(2.0)
+    assert timing.spread({50: seconds}) == pytest.approx(1.1)
+    assert timing.spread({5: seconds}) == pytest.approx(2.0)
+    assert timing.spread({math.inf: seconds}) == 1.0
+    assert timing.spread({2: [1.0, 3.0] * 10}) == pytest.approx(2.0)
+    dear = [1.0, 1.0, 1.0, 1.0, 101.0] * 4
+    assert timing.spread({50: seconds, 1000: dear}) == pytest.approx(1.1 + 0.1)
 
 
 def test_each_phase_is_timed_with_its_merges(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +279,46 @@ def test_each_phase_is_timed_with_its_merges(corpus: Path, monkeypatch: pytest.M
     found = timing.step_seconds(resolved(config, world_size=1, on_gpu=False))
     assert found == pytest.approx([2.0, 1.0 + 10 / 100])
     assert seen[0] == (0, 1, 0.0) and seen[25] == (1, 8, 0.0) and len(seen) == 50
+
+
+def test_events_of_two_intervals_are_timed_apart(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rare, dear event has its own interval, also beside a frequent one."""
+    now = [0.0]
+
+    def advance(train_state: Any, config: Any, corpus: Any, here: Any) -> tuple[Any, None, Any]:
+        train_state.step += 1
+        due = {"exact_every": 10.0, "refresh_every": 100.0}
+        every = {name: getattr(config.method, name) for name in due}
+        now[0] += 1.0 + sum(due[k] for k, n in every.items() if n and train_state.step % n == 0)
+        return SimpleNamespace(item=lambda: 0.0), None, {}
+
+    monkeypatch.setattr(timing, "advance", advance)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for exact, refresh, wanted in ((20, 200, 2.0), (50, 50, 3.2), (20, 0, 1.5), (0, 0, 1.0)):
+        method = LORO(rank=2, exact_every=exact, refresh_every=refresh)
+        config = tiny(method, corpus, train={"steps": 400, "device": "cpu"})
+        (found,) = timing.step_seconds(resolved(config, world_size=1, on_gpu=False))
+        assert found == pytest.approx(wanted)
+
+
+def test_factors_that_start_at_zero_are_moved_before_they_are_timed(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def advance(train_state: Any, config: Any, corpus: Any, here: Any) -> tuple[Any, None, Any]:
+        train_state.step += 1
+        seen.append([bool(p.any()) for n, p in train_state.model.named_parameters()
+                     if n.endswith(".B")])  # fmt: skip
+        return SimpleNamespace(item=lambda: 0.0), None, {}
+
+    monkeypatch.setattr(timing, "advance", advance)
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    config = tiny(ReLoRA(rank=2, warm_start_steps=0), corpus, train={"device": "cpu"})
+    timing.step_seconds(resolved(config, world_size=1, on_gpu=False))
+    assert seen[0] and all(map(all, seen))
 
 
 def test_timed_steps_leave_the_weights_alone(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from peptrain.runs.checkpoint import (
     load_model,
     load_optimizer,
     save,
+    step_of,
 )
 from peptrain.runs.directory import RunDir
 from peptrain.testing import differences, losses, newest, small_corpus
@@ -51,6 +52,13 @@ def checkpoint_of(step: int) -> Checkpoint:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     return capture(model, optimizer, step=step, phase=0, identity=IDENTITY)
+
+
+def test_checkpoints_are_told_apart_by_their_steps_and_not_their_names(tmp_path: Path) -> None:
+    """From step 100,000,000 on names are longer."""
+    for step in (99_999_998, 99_999_999, 100_000_000):
+        save(tmp_path, checkpoint_of(step), Keep(2))
+    assert [step_of(path) for path in available(tmp_path)] == [99_999_999, 100_000_000]
 
 
 @pytest.fixture

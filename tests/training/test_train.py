@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import VECTORS, Killed, rows, tiny
+from support import ALONE, VECTORS, Killed, rows, tiny
 from torch import Tensor
 
 import peptrain.execution.loss
@@ -37,7 +38,7 @@ from peptrain.runs.checkpoint import available
 from peptrain.runs.directory import NEW, RunDir, first_free
 from peptrain.testing import MODEL, STEPS, TRAIN, differences, losses, newest, small_corpus
 from peptrain.training.loop import resume, train
-from peptrain.training.metrics import throughput
+from peptrain.training.metrics import MetricsLog, silent, throughput
 from peptrain.training.state import all_finite
 
 EACH = {"checkpoint_every": 1, "keep": 99}
@@ -709,6 +710,46 @@ def test_clipping_bounds_what_the_optimizer_sees(corpus: Path, tmp_path: Path) -
         assert clip_gradients(weights, clip).item() == pytest.approx(13.0)
         total = sum(p.grad.square().sum() for p in weights if p.grad is not None)
         assert math.sqrt(total) == pytest.approx(length, rel=1e-5)
+
+
+def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16() -> None:
+    from peptrain.optim.adamw import clip_gradients
+
+    weights = torch.nn.ParameterList([torch.zeros(1001), torch.zeros(3)]).bfloat16()
+    weights.append(torch.zeros(2, dtype=torch.float64))
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    assert clip_gradients(weights, 0.0).item() == pytest.approx(math.sqrt(1006), rel=1e-6)
+
+
+def test_the_seconds_of_a_run_begin_with_its_first_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with the checkpoint of step 0, nor with what is set up before."""
+    save = trainer.save
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        save(*args)
+
+    monkeypatch.setattr(trainer, "save", slow)
+    train(tiny("full", corpus, tmp_path / "run", train={"keep_at": "0", "log_every": 1}))
+    assert rows(tmp_path / "run")[0]["seconds"] < 0.5
+
+
+def test_a_warning_is_not_hidden_by_a_later_event_without_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MetricsLog(RunDir(tmp_path), ALONE, silent, tokens_per_step=1)
+    for step, found in enumerate((0, torch.tensor(7), torch.tensor(2), 0), start=1):
+        metrics = {"bad_pairs_warning": found, "merges": step}
+        log.add(step, {"lr": 0.1}, torch.ones(()), None, metrics)
+    log.flush()
+    log.add(5, {"lr": 0.1}, torch.ones(()), None, {"bad_pairs_warning": 0.0})
+    log.flush()
+    first, second = rows(tmp_path)
+    assert (first["bad_pairs_warning"], first["merges"], second["bad_pairs_warning"]) == (7, 4, 0)
+    assert "step 4: 7 bad pairs" in caplog.text
 
 
 def test_throughput_is_tokens_over_seconds() -> None:

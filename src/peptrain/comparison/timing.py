@@ -9,9 +9,12 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from peptrain.comparison.equal_cost import write_costs
 from peptrain.config import RunConfig, load
@@ -51,9 +54,20 @@ def _of_phase(
     config: RunConfig[Method], corpus: Corpus, here: World, phase: int, begin: int
 ) -> float:
     every = intervals(config.method)
-    often = {name: min(steps, EVERY) for name, steps in every.items()}
-    config = replace(config, method=replace(config.method, **often))
+    timed: dict[float, list[float]] = {}
+    for steps in sorted({*map(float, every.values())} or {math.inf}):
+        alone = {name: min(own, EVERY) if own == steps else 0 for name, own in every.items()}
+        method = replace(config.method, **alone)
+        timed[steps] = _seconds(replace(config, method=method), corpus, here, phase, begin)
+    return spread(timed)
+
+
+def _seconds(
+    config: RunConfig[Method], corpus: Corpus, here: World, phase: int, begin: int
+) -> list[float]:
+    """Time steps of a phase, with an event every EVERY steps or more often."""
     model = build(config, phase)
+    _leave_zero(model)
     check_vocabulary(model, corpus)
     optimizer, forward_backward = prepare(model, config, here, phase)
     # The warm-up may be longer than the run, whose final steps are not known yet.
@@ -65,7 +79,16 @@ def _of_phase(
     seconds: list[float] = []
     while len(seconds) < LEAST or sum(seconds) < SECONDS or len(seconds) % EVERY:
         seconds.append(_timed(state, config, corpus, here))
-    return spread(seconds, min(every.values(), default=math.inf))
+    return seconds
+
+
+@torch.no_grad()
+def _leave_zero(model: nn.Module) -> None:
+    """Move factors that start at 0, for which an event may take another path than later on: LORO
+    around frozen weights would find a singular pair in each exact step."""
+    for p in model.parameters():
+        if p.requires_grad and p.dim() == 2 and not p.any():
+            p.normal_(std=1e-3)
 
 
 def _timed(state: TrainState, config: RunConfig[Method], corpus: Corpus, here: World) -> float:
@@ -76,15 +99,17 @@ def _timed(state: TrainState, config: RunConfig[Method], corpus: Corpus, here: W
     return time.perf_counter() - start
 
 
-def spread(seconds: Sequence[float], every: float) -> float:
-    """Seconds per step, with events that are due every `every` steps spread over these steps.
+def spread(timed: Mapping[float, Sequence[float]]) -> float:
+    """Seconds per step, with the events of each interval spread over its steps.
 
-    The timed `seconds` have an event every min(every, EVERY) steps. The result is u + x / every,
-    where u is the median of a step and x the excess over u per event.
+    timed: by interval, seconds of steps without the events of other intervals and with its own
+    every min(interval, EVERY) steps. The result is u + the sum of x / interval, where u is the
+    median of a step and x the excess over it per event.
     """
-    usual = statistics.median(seconds)
-    excess = (statistics.fmean(seconds) - usual) * min(every, EVERY)
-    return usual + excess / every
+    usual = {every: statistics.median(seconds) for every, seconds in timed.items()}
+    excess = {every: (statistics.fmean(seconds) - usual[every]) * min(every, EVERY)
+              for every, seconds in timed.items()}  # fmt: skip
+    return statistics.fmean(usual.values()) + sum(x / every for every, x in excess.items())
 
 
 if __name__ == "__main__":

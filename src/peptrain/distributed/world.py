@@ -66,18 +66,17 @@ class World:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over all ranks, for which a GPU is waited for."""
+        return self.sum(values) / self.size if self.size > 1 else values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over all ranks, for which a GPU is waited for."""
         if self.size > 1:
             values = values.clone()
             with self.within(self.slow):
                 dist.all_reduce(values)
                 if values.is_cuda:
                     torch.cuda.current_stream().synchronize()
-            values /= self.size
         return values
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over all ranks."""
-        return self.mean(values) * self.size
 
     def agree(self, value: T) -> T:
         """Return rank 0's value on every rank."""

@@ -20,7 +20,8 @@ from peptrain.rng import Rng
 
 Metrics = Mapping[str, Tensor | float]
 """Values for metrics.jsonl. Tensors are read only when the next row is written, to avoid a
-host-device sync. A value whose name ends in `_warning` is also logged if it is not zero."""
+host-device sync. A value whose name ends in `_warning` is also logged if it is not zero, and is the
+largest since the row before."""
 
 
 RENAMED_HOOKS = {"enter": "on_phase_start", "accelerate": "fuse"}

@@ -207,7 +207,7 @@ def save(directory: Path, checkpoint: Checkpoint, keep: Keep) -> Path:
             f"{final}: could not be written: {error}; {last_good(directory)}"
         ) from error
     for path in available(directory):
-        if path > final:  # it is damaged, and was skipped
+        if step_of(path) > checkpoint.step:  # it is damaged, and was skipped
             shutil.rmtree(path, ignore_errors=True)
     delete_old(directory, checkpoint.step, keep)
     return final

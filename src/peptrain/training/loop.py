@@ -179,6 +179,7 @@ def _train(
         if saved is None and config.train.keeps(0):
             _save(state, run, here, identity, metrics_log)
         del saved
+        metrics_log.pause()
         _loop(config, state, objective, run, metrics_log, agreement, identity, tool)
         while state.step < config.train.steps:
             del state  # so that the moments of both phases are never in memory at once

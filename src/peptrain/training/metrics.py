@@ -35,11 +35,22 @@ MEASURED = (
     *("observe_seconds", "tasks_seconds"),
 )
 """Values of rows that depend on the machine and the moment. All others are those of an
-uninterrupted run, bit for bit on a CPU."""
+uninterrupted run, bit for bit on a CPU, unless a signal or a lengthened run has put a row where
+there was none."""
+
+WARNING = "_warning"
+"""How the name of a metric ends that is also logged if it is not zero."""
 
 
 def silent(row: Mapping[str, Any]) -> None:
     """Ignore the row: the observer used by default."""
+
+
+def _larger(a: Tensor | float, b: Tensor | float) -> Tensor | float:
+    """Return the larger one, without waiting for the device of a tensor."""
+    if isinstance(a, Tensor):
+        return a.clamp(min=b)
+    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
 
 
 def throughput(tokens: int, seconds: float) -> float:
@@ -94,14 +105,16 @@ class MetricsLog:
             self._norms[step] = norm
         if metrics is None:
             raise Unsupported("after_step: returned None; return the method's metrics, or {}")
-        self._metrics.update(metrics)
+        for name, value in metrics.items():
+            known = name.endswith(WARNING) and name in self._metrics
+            self._metrics[name] = _larger(self._metrics[name], value) if known else value
 
     def flush(self) -> None:
         """Write a row for the steps since the last one.
 
-        It contains the mean loss, the throughput and the latest value of everything else. Raises
-        Diverged when a loss or gradient norm is not finite, and Unsupported when a metric of the
-        method has the name of a built-in one.
+        It contains the mean loss, the throughput, the largest value of each metric that is a
+        warning and the latest of everything else. Raises Diverged when a loss or gradient norm is
+        not finite, and Unsupported when a metric of the method has the name of a built-in one.
         """
         if not self._steps:
             return
@@ -139,10 +152,9 @@ class MetricsLog:
             "step", **row, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}
         )
         for name, value in metrics.items():
-            if name.endswith("_warning") and value:
-                log.warning(
-                    "step %d: %g %s", step, value, name.removesuffix("_warning").replace("_", " ")
-                )
+            if name.endswith(WARNING) and value:
+                said = name.removesuffix(WARNING).replace("_", " ")
+                log.warning("step %d: %g %s", step, value, said)
 
     def observation(
         self,
