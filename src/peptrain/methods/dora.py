@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from peptrain.methods.bpt import BPT
@@ -33,8 +34,10 @@ class DoRALinear(LoRALinear):
         return (self.scale() * z).to(z.dtype)
 
     def scale(self) -> Tensor:
-        """Return m / N, [out]."""
-        return over_norms(self.m, row_norms(super().effective_weight()))
+        """Return m / N, [out]. N is a constant: no gradient is kept for it."""
+        with torch.no_grad():
+            N = row_norms(super().effective_weight())
+        return over_norms(self.m, N)
 
     def effective_weight(self) -> Tensor:
         return self.scale()[:, None] * super().effective_weight()
