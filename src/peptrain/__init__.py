@@ -23,8 +23,13 @@ if TYPE_CHECKING:
     from peptrain.exporting.factorised import load_factorised as load_factorised
     from peptrain.generation.generate import generate as generate
     from peptrain.methods import *  # noqa: F403
+    from peptrain.models.hf import ModelConfig as ModelConfig
+    from peptrain.optim.adamw import OptimConfig as OptimConfig
+    from peptrain.optim.schedule import ScheduleConfig as ScheduleConfig
     from peptrain.reporting.plot import plot as plot
     from peptrain.reporting.report import report as report
+    from peptrain.sections import DataConfig as DataConfig
+    from peptrain.sections import EvalConfig as EvalConfig
     from peptrain.sections import TrainConfig as TrainConfig
     from peptrain.sections import TuneConfig as TuneConfig
     from peptrain.training.loop import resume as resume
@@ -46,6 +51,11 @@ FACE = {
     "report": "reporting.report",
     "Corpus": "data",
     "RunConfig": "config",
+    "ModelConfig": "models.hf",
+    "OptimConfig": "optim.adamw",
+    "ScheduleConfig": "optim.schedule",
+    "DataConfig": "sections",
+    "EvalConfig": "sections",
     "TrainConfig": "sections",
     "TuneConfig": "sections",
     "METHODS": "methods",

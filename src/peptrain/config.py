@@ -59,6 +59,18 @@ class RunConfig(Generic[M]):
     run: Path | None = essential(None)
     """Run directory to create. Unset: runs/METHOD-N, the first free N."""
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a section of another type. Paths may be strings."""
+        wanted = "a method, such as LORO(rank=128)"
+        check(isinstance(self.method, Method), "method", self.method, wanted)
+        hints: dict[str, Any] = get_type_hints(RunConfig)
+        for key, hint in hints.items():
+            value = getattr(self, key)
+            if isinstance(hint, type) and is_dataclass(hint):
+                check(isinstance(value, hint), key, value, f"of type {hint.__name__}")
+            elif hint == Path | None and isinstance(value, str):
+                object.__setattr__(self, key, Path(value))
+
 
 def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfig[M]:
     """Return `config` with the method's defaults filled in and every interval in steps.
@@ -187,6 +199,9 @@ def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
     for key in table:
         if key not in sections and key != HEADER:
             raise ConfigError(_misplaced(key) or toml.unknown(key, list(sections)))
+    for section, given in table.items():
+        for key in given if isinstance(given, Mapping) else ():
+            _check_section(section, key)
     if not isinstance(table.get(HEADER, {}), Mapping):
         raise ConfigError(
             f"{HEADER}: must be a table, [{HEADER}] (got {shown(table[HEADER])}); it only describes"
@@ -202,12 +217,23 @@ def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
 
 def _misplaced(key: str) -> str | None:
     """Return the message for a key written without its section, a frequent mistake."""
+    found = next(iter(_sections_of(key)), None)
+    return found and f"{key}: unknown key; did you mean '{found}.{key}'?"
+
+
+def _check_section(section: str, key: str) -> None:
+    """Raise ConfigError for a key that only other sections have, such as train.lr."""
+    found = _sections_of(key)
+    if found and section in SECTIONS and section not in found:
+        raise ConfigError(f"{section}.{key}: unknown key; did you mean '{found[0]}.{key}'?")
+
+
+def _sections_of(key: str) -> list[str]:
+    """Return the sections that have the key, a method's first."""
     hints = get_type_hints(RunConfig)
     sections: list[tuple[str, Any]] = [("method", cls) for cls in methods().values()]
     sections += [(name, hint) for name, hint in hints.items() if is_dataclass(hint)]
-    within = (name for name, cls in sections if key in {f.name for f in fields(cls)})
-    found = next(within, None)
-    return found and f"{key}: unknown key; did you mean '{found}.{key}'?"
+    return [name for name, cls in sections if key in {f.name for f in fields(cls)}]
 
 
 def _parse_method(table: Mapping[str, Any]) -> Method:

@@ -120,6 +120,10 @@ class DataConfig:
     path: Path | None = essential(None)
     """Directory written by `peptrain data prepare`. Unset: the corpus that comes with peptrain."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.path, str):
+            object.__setattr__(self, "path", Path(self.path))
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:

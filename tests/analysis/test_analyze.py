@@ -232,6 +232,13 @@ def test_a_step_that_is_not_kept_is_refused_with_those_that_are(
     assert not (run / "analysis").exists()
 
 
+def test_gradients_stay_where_none_are_asked_for(relora: Path) -> None:
+    analyze([Path(f"{relora}@4")], probe=2)
+    before = (relora / "analysis" / "4.csv").read_bytes()
+    analyze([Path(f"{relora}@4")], probe=0)
+    assert (relora / "analysis" / "4.csv").read_bytes() == before and b"gradient" in before
+
+
 def test_a_probe_batch_larger_than_the_held_out_part_is_refused(relora: Path) -> None:
     with pytest.raises(DataError, match=r"--probe: must be <= \d+, as .* \(got 100000\)"):
         analyze([Path(f"{relora}@5")], probe=100_000)

@@ -168,3 +168,9 @@ def test_what_is_no_path_is_an_error_that_names_its_flag(
     assert said.startswith(f"error: {flag}: ") and said.count("\n") == 1
     assert len(said) < 600 and ".;" not in said
     assert said.strip().endswith((f"(got {given!r})", "give a shorter one", "the complete path"))
+
+
+def test_help_that_nobody_reads_ends_without_a_word() -> None:
+    line = f"{sys.executable} -m peptrain train cola --help | head -1"
+    found = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("usage") and found.stderr == ""

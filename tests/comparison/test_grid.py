@@ -329,3 +329,12 @@ def test_a_product_of_too_many_runs_is_refused_before_it_is_expanded() -> None:
         "[[grid]] 1: optim.lr, train.seed: 20,000 x 200 values are 4000000 runs, and a block has at"
         " most 10,000; shorten a list"
     )
+
+
+def test_a_mistake_in_base_is_looked_for_there() -> None:
+    grid = {"base": {"train": {"seeds": [0, 1]}}, "grid": [{"method": {"name": "full"}}]}
+    with pytest.raises(ConfigError, match=r"^\[base\]: train\.seeds: unknown key"):
+        expand(grid)
+    grid = {"grid": [{"method": {"name": "full"}, "train": {"seeds": 1}}]}
+    with pytest.raises(ConfigError, match=r"^\[\[grid\]\] 1: train\.seeds: unknown key"):
+        expand(grid)

@@ -508,17 +508,19 @@ def test_a_search_says_nothing_of_the_models_it_tries(caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(
     "text, size",
     [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("512m", 512 * 10**6), ("1.5tib", 3 * 2**39),
-     ("1000", 1000), ("7b", 7), ("2KB", 2000)],
+     ("2000000", 2 * 10**6), ("7b", 7), ("2KB", 2000)],
 )  # fmt: skip
 def test_memory_has_units(text: str, size: int) -> None:
     assert memory(text) == size
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "24 gigs", "-1GB", "0", "1e9", "24GiBs", "nan", "١GB x"]
+    "text", ["", "GiB", "24", "24 gigs", "-1GB", "0", "1e9", "24GiBs", "nan", "١GB x"]
 )
 def test_memory_that_cannot_be_read_is_an_error(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--gpu-memory: must be a size such as 24GiB"):
+    with pytest.raises(
+        ConfigError, match=r"--gpu-memory: must be a size with its unit, such as 24GiB"
+    ):
         memory(text)
 
 
@@ -657,7 +659,11 @@ def test_a_configuration_file_is_estimated_as_it_is_trained(command: Any) -> Non
         ("", 2, r"Expected one of \{full,"),
         ("lorro", 1, r"error: method 'lorro': unknown; did you mean 'loro'\? `peptrain methods`"),
         ("full --model.presett tiny", 2, "--model.preset"),
-        ("full --gpu-memory 24gigs", 1, "error: --gpu-memory: must be a size such as 24GiB"),
+        (
+            "full --gpu-memory 24gigs",
+            1,
+            "error: --gpu-memory: must be a size with its unit, such as 24GiB",
+        ),
         (
             "full --model.layers 1 --gpu-memory 1MB",
             1,

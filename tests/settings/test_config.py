@@ -43,10 +43,12 @@ BPT_SECTION = '[method]\nname = "bpt"\n'
         (BPT_SECTION + "[quite_another]", "quite_another: unknown key; known are method, model,"),
         ("steps = 3\n" + BPT_SECTION, "steps: unknown key; did you mean 'train.steps'?"),
         ("lr = 1e-3\n" + BPT_SECTION, "lr: unknown key; did you mean 'optim.lr'?"),
+        (BPT_SECTION + "[train]\nlr = 1e-3", "train.lr: unknown key; did you mean 'optim.lr'?"),
+        (BPT_SECTION + "lr = 1e-3", "method.lr: unknown key; did you mean 'optim.lr'?"),
         ("rank = 3\n" + BPT_SECTION, "rank: unknown key; did you mean 'method.rank'?"),
-        (BPT_SECTION + "lr = 1e-3", "method.lr: unknown key; bpt has method.targets, method."),
+        (BPT_SECTION + "xyzzy = 1", "method.xyzzy: unknown key; bpt has method.targets, method."),
         ("[method]\nname = 'full'\nrank = 3", "method.rank: unknown key; full has none"),
-        (BPT_SECTION + "[train]\nlr = 1e-3", "train.lr: unknown key; known are train.steps,"),
+        (BPT_SECTION + "[train]\nxyzzy = 1", "train.xyzzy: unknown key; known are train.steps,"),
         (BPT_SECTION + "[train]\nseed = -1", "train.seed: must be >= 0 (got -1)"),
         (BPT_SECTION + "eval = 3", "method.eval: unknown key"),
         ("train = 3\n" + BPT_SECTION, "train: must be a table, [train] (got 3)"),
@@ -339,3 +341,21 @@ def test_settings_for_tasks_are_checked(own: str, message: str, tmp_path: Path) 
     with pytest.raises(ConfigError) as told:
         load(tmp_path / "c.toml", "cola")
     assert message in str(told.value) and str(told.value).startswith("--config ")
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"method": "loro"}, r"method: must be a method, such as LORO\(rank=128\) \(got 'loro'\)"),
+    ({"method": BPT}, r"method: must be a method, such as LORO"),
+    ({"data": "corpus"}, r"data: must be of type DataConfig \(got 'corpus'\)"),
+    ({"optim": {"lr": 1e-3}}, r"optim: must be of type OptimConfig"),
+])  # fmt: skip
+def test_a_section_of_another_type_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(**{"method": BPT(rank=2), **given})
+
+
+def test_paths_may_be_strings_and_numbers_may_not() -> None:
+    config = RunConfig(method=BPT(rank=2), run="runs/a", data=DataConfig(path="b"))  # type: ignore[arg-type]
+    assert (config.run, config.data.path) == (Path("runs/a"), Path("b"))
+    with pytest.raises(ConfigError, match=r"method\.rank: must be a whole number \(got '8'\)"):
+        BPT(rank="8")  # type: ignore[arg-type]

@@ -34,7 +34,10 @@ class Output:
         return self.directory / f"{self.stem}.json"
 
     def finished(self, asked: Mapping[str, Any]) -> bool:
-        """Return whether the same was measured before, and its tables are as they were written."""
+        """Return whether the same was measured before, and its tables are as they were written.
+
+        Without a probe batch the gradients of an earlier one stay.
+        """
         try:
             found = read_json_object(self.json)
             tables = [f"{self.stem}.csv", f"{self.stem}.spectra.csv"]
@@ -45,7 +48,8 @@ class Output:
             return False
         if found.get(CHECKSUM, sums) != sums:  # 0.1.0 had none
             return False
-        return all(found.get(key) == value for key, value in asked.items())
+        wanted = {key: v for key, v in asked.items() if (key, v) != ("probe", None)}
+        return all(found.get(key) == value for key, value in wanted.items())
 
     def write(self, rows: Sequence[Row], run: str, step: int | None, about: dict[str, Any]) -> None:
         """Write STEM.csv, STEM.spectra.csv, STEM.parquet where pyarrow is, and then STEM.json.

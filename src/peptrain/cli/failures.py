@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import traceback
 from pathlib import Path
@@ -40,6 +41,9 @@ def report(error: BaseException, console: Console, *, debug: bool) -> int:
     if isinstance(error, Interrupted):
         say(one_line(str(error)), to=console, style="yellow")
         return error.code
+    if isinstance(error, BrokenPipeError):  # as of `--help | head`: nobody reads
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tells of it at its end
+        return 1
     if isinstance(error, KeyboardInterrupt):
         say("stopped", to=console, style="yellow")
         return 130

@@ -198,7 +198,11 @@ def expand(table: Mapping[str, Any]) -> Grid:
         try:
             of_block.append(list(_of_block(common, block, equal)))
         except ConfigError as error:
-            raise ConfigError(f"[[grid]] {number}: {error}") from error
+            key = str(error).partition(":")[0]
+            # A setting of [base] that a block's method does not have is named with that block.
+            of_base = key in common and key not in block and not key.startswith("method.")
+            where = "[base]" if of_base else f"[[grid]] {number}"
+            raise ConfigError(f"{where}: {error}") from error
     grid = Grid([run for runs in of_block for run in runs], equal)
     if equal == "tokens":
         check_comparable(grid.runs, equal)

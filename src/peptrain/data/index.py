@@ -156,7 +156,9 @@ def _not_prepared(directory: Path) -> DataError:
     if directory.is_file():
         text, out, what = directory, Path("data") / directory.name.partition(".")[0], "a file"
     else:
-        text, out, what = Path("TEXT"), directory, f"no {INDEX}"
+        other = directory.is_dir() and any(directory.iterdir())
+        out = Path("data") / directory.name if other else directory
+        text, what = Path("TEXT"), f"no {INDEX}"
     return DataError(
         f"{directory}: not a prepared corpus ({what}); make one with"
         f" `peptrain data prepare {quoted(text)} --out {quoted(out)}`"

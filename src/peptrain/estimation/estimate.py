@@ -115,9 +115,10 @@ def estimate(
 def memory(text: str) -> int:
     """Parse a size such as "24GiB", "80 GB" or "512m" into bytes; a bare number is bytes.
 
-    Raises ConfigError for anything else.
+    Raises ConfigError for anything else, and for a bare number below a MiB, which lacks its unit.
     """
     found = re.fullmatch(r"(\d+\.?\d*)\s*([kmgt]i?)?b?", text.strip().lower())
     size = float(found[1]) * UNITS[found[2] or ""] if found else 0.0
-    check(1 <= size < 2**63, "--gpu-memory", text, "a size such as 24GiB or 80GB")
+    whole = 1 <= size < 2**63 and not (text.strip().isdecimal() and size < 2**20)
+    check(whole, "--gpu-memory", text, "a size with its unit, such as 24GiB or 80GB")
     return int(size)

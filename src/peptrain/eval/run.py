@@ -33,7 +33,7 @@ WAIT = 30.0
 
 
 def evaluate(
-    path: Path,
+    path: Path | str,
     *,
     data: Path | None = None,
     batch_size: int | None = None,
@@ -53,6 +53,7 @@ def evaluate(
     with another tokenizer, whose ids stand for other words.
     """
     check_whole("--batch-size", batch_size, 1)
+    path = Path(path)
     opened = open_run(path)
     refuse_tuned(opened.config, path)
     config, corpus = opened.config, corpus_of(opened, data)

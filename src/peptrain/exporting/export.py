@@ -58,7 +58,7 @@ class Kind:
     """Raises Unsupported, with the reason, for a run that does not have the form."""
 
 
-def export(run: Path, out: Path, form: Form = "dense") -> Path:
+def export(run: Path | str, out: Path | str, form: Form = "dense") -> Path:
     """Write the latest checkpoint of a run, or RUN@STEP, to `out`, and compare the logits.
 
     dense: a plain directory that `AutoModelForCausalLM.from_pretrained` loads without peptrain, or
@@ -76,6 +76,7 @@ def export(run: Path, out: Path, form: Form = "dense") -> Path:
     written, or when the written model's weights or logits differ from the run's. A warning is
     logged if `AutoTokenizer` encodes text otherwise than the training data was encoded.
     """
+    run, out = Path(run), Path(out)
     _check_free(out)
     opened, kind = open_run(run), FORMS[form]
     _check_form(opened, form)

@@ -49,8 +49,10 @@ def fresh_factors(site: Site, rank: int, rng: Rng) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class CoLA(RankMethod):
-    """Train y = B silu(A x) + bias by AdamW on both factors, or by Muon, which moves each along the
-    polar factor of its own momentum: with silu between them no other spectral rule has a W.
+    """Train y = B silu(A x) + bias by AdamW on both factors, or by Muon.
+
+    Muon moves each factor along the polar factor of its own momentum: with silu between them no
+    other spectral rule has a W.
 
     The model keeps its own nonlinearities: silu(gate) * up stays in an MLP beside the silu inside
     each of its three layers, as in the released configurations for 60M and 130M parameters

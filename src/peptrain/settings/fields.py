@@ -48,6 +48,7 @@ def check(holds: bool, key: str, value: object, wanted: str) -> None:
 
 def check_whole(key: str, value: int | None, least: int, most: int = MOST) -> None:
     """Raise ConfigError unless `value` is None or a number from `least` to `most`."""
+    check(value is None or isinstance(value, int), key, value, "a whole number")
     check(value is None or value >= least, key, value, f">= {least}")
     check(value is None or value <= most, key, value, f"<= {most}")
 
