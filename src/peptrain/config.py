@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
@@ -63,13 +64,17 @@ class RunConfig(Generic[M]):
         """Raise ConfigError for a section of another type. Paths may be strings."""
         wanted = "a method, such as LORO(rank=128)"
         check(isinstance(self.method, Method), "method", self.method, wanted)
-        hints: dict[str, Any] = get_type_hints(RunConfig)
-        for key, hint in hints.items():
+        for key, hint in _hints().items():
             value = getattr(self, key)
             if isinstance(hint, type) and is_dataclass(hint):
                 check(isinstance(value, hint), key, value, f"of type {hint.__name__}")
             elif hint == Path | None and isinstance(value, str):
                 object.__setattr__(self, key, Path(value))
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(RunConfig)
 
 
 def resolved(config: RunConfig[M], *, world_size: int, on_gpu: bool) -> RunConfig[M]:
@@ -199,20 +204,21 @@ def parse(table: Mapping[str, Any]) -> RunConfig[Method]:
     for key in table:
         if key not in sections and key != HEADER:
             raise ConfigError(_misplaced(key) or toml.unknown(key, list(sections)))
-    for section, given in table.items():
-        for key in given if isinstance(given, Mapping) else ():
-            _check_section(section, key)
     if not isinstance(table.get(HEADER, {}), Mapping):
         raise ConfigError(
             f"{HEADER}: must be a table, [{HEADER}] (got {shown(table[HEADER])}); it only describes"
             " the file; to use a recipe, copy the settings that `peptrain recipes NAME` prints"
         )
-    rest = {
-        key: toml.parse_value(hint, table[key], key)
-        for key, hint in get_type_hints(RunConfig).items()
-        if key in table and key != "method"
-    }
-    return RunConfig(method=_parse_method(table.get("method", {})), **rest)
+    try:
+        rest = {
+            key: toml.parse_value(hint, table[key], key)
+            for key, hint in _hints().items()
+            if key in table and key != "method"
+        }
+        return RunConfig(method=_parse_method(table.get("method", {})), **rest)
+    except ConfigError:
+        _check_sections(table)
+        raise
 
 
 def _misplaced(key: str) -> str | None:
@@ -221,18 +227,20 @@ def _misplaced(key: str) -> str | None:
     return found and f"{key}: unknown key; did you mean '{found}.{key}'?"
 
 
-def _check_section(section: str, key: str) -> None:
+def _check_sections(table: Mapping[str, Any]) -> None:
     """Raise ConfigError for a key that only other sections have, such as train.lr."""
-    found = _sections_of(key)
-    if found and section in SECTIONS and section not in found:
-        raise ConfigError(f"{section}.{key}: unknown key; did you mean '{found[0]}.{key}'?")
+    for section in SECTIONS:
+        given = table.get(section)
+        for key in given if isinstance(given, Mapping) else ():
+            found = _sections_of(key)
+            if found and section not in found:
+                raise ConfigError(f"{section}.{key}: unknown key; did you mean '{found[0]}.{key}'?")
 
 
 def _sections_of(key: str) -> list[str]:
     """Return the sections that have the key, a method's first."""
-    hints = get_type_hints(RunConfig)
     sections: list[tuple[str, Any]] = [("method", cls) for cls in methods().values()]
-    sections += [(name, hint) for name, hint in hints.items() if is_dataclass(hint)]
+    sections += [(name, hint) for name, hint in _hints().items() if is_dataclass(hint)]
     return [name for name, cls in sections if key in {f.name for f in fields(cls)}]
 
 

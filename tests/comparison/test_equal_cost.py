@@ -297,7 +297,7 @@ def test_events_of_two_intervals_are_timed_apart(
     monkeypatch.setattr(timing, "advance", advance)
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     for exact, refresh, wanted in ((20, 200, 2.0), (50, 50, 3.2), (20, 0, 1.5), (0, 0, 1.0)):
-        method = LORO(rank=2, exact_every=exact, refresh_every=refresh)
+        method = LORO(rank=2, exact_every=exact, refresh_every=refresh, exact_cap=0.5)
         config = tiny(method, corpus, train={"steps": 400, "device": "cpu"})
         (found,) = timing.step_seconds(resolved(config, world_size=1, on_gpu=False))
         assert found == pytest.approx(wanted)

@@ -472,10 +472,9 @@ def test_a_cap_is_a_finite_number_above_0(cap: float) -> None:
         LORO(rank=2, exact_cap=cap)
 
 
-@pytest.mark.parametrize("given", [{"exact_every": 0}, {"retraction": "svd"}])
-def test_a_cap_of_steps_that_are_never_taken_is_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"method\.exact_cap: must be unset without exact steps"):
-        LORO(rank=2, exact_cap=0.5, **given)
+def test_a_cap_of_steps_that_are_never_taken_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"method\.exact_cap: must be unset with retraction svd"):
+        LORO(rank=2, exact_cap=0.5, retraction="svd")
 
 
 @pytest.mark.parametrize("refresh", ["all", "factors", "none"])

@@ -24,6 +24,7 @@ from peptrain.errors import PeptrainError
 from peptrain.execution.prepare import prepare
 from peptrain.methods.base import Method
 from peptrain.optim import schedule
+from peptrain.rng import Rng
 from peptrain.runs.build import bounds, build
 from peptrain.settings.fields import intervals
 from peptrain.training.loop import advance
@@ -86,9 +87,9 @@ def _seconds(
 def _leave_zero(model: nn.Module) -> None:
     """Move factors that start at 0, for which an event may take another path than later on: LORO
     around frozen weights would find a singular pair in each exact step."""
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if p.requires_grad and p.dim() == 2 and not p.any():
-            p.normal_(std=1e-3)
+            p.copy_(1e-3 * torch.randn(p.shape, generator=Rng(0)(name), device="cpu"))
 
 
 def _timed(state: TrainState, config: RunConfig[Method], corpus: Corpus, here: World) -> float:

@@ -97,9 +97,8 @@ class LORO(LowRank):
             check_whole(f"method.{key}", getattr(self, key), 0)
         check_positive("method.precond_eps", self.precond_eps, or_zero=True)
         check_positive("method.exact_cap", self.exact_cap)
-        exact = self.exact_every != 0 and self.retraction != "svd"
-        check(exact or self.exact_cap is None, "method.exact_cap", self.exact_cap,
-              "unset without exact steps (exact_every 0, or retraction svd)")  # fmt: skip
+        capped = self.exact_cap is None or self.retraction != "svd"
+        check(capped, "method.exact_cap", self.exact_cap, "unset with retraction svd")
         check_positive("method.alpha", self.alpha)
         self._check_around()
         if self.scale not in ("hidden", "rows", "min"):
