@@ -13,7 +13,7 @@ from peptrain.methods import METHODS
 
 NAMES = {"train", "resume", "adapt", "estimate", "compare", "evaluate", "export", "generate"}
 NAMES |= {"plot", "report", "load_factorised", "Corpus", "RunConfig", "TrainConfig", "TuneConfig"}
-NAMES |= {"METHODS"}
+NAMES |= {"ModelConfig", "OptimConfig", "ScheduleConfig", "DataConfig", "EvalConfig", "METHODS"}
 CLASSES = {cls.__name__ for cls in METHODS.values()}
 SOME = {"LORO"}
 """For the default run, where a test below uses the functions."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,7 +14,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from peptrain.errors import ConfigError
 from peptrain.models.named import of_kind
 from peptrain.models.sites import reparametrized
-from peptrain.ops.precision import at_least_fp32
 from peptrain.settings.fields import added, check, check_positive, essential, fill
 
 Kind = Literal["adamw", "sgd", "muon"]
@@ -254,19 +252,15 @@ def check_groups(
 
 def clip_gradients(model: nn.Module, clip: float | None) -> Tensor:
     """Return the global gradient norm and scale the gradients so that it is at most `clip`, unless
-    `clip` is 0 or None. The returned norm is the one before scaling, in at least fp32."""
-    # PyTorch's own rounds norms of bf16 to bf16, and clips mixed dtypes one tensor at a time.
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
-    for g in (p.grad for p in model.parameters() if p.grad is not None):
-        alike[g.dtype, g.device].append(g)
-    norms: list[Tensor] = []
-    for (dtype, _), grads in alike.items():
-        norms += torch._foreach_norm(grads, 2, dtype=at_least_fp32(dtype))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    `clip` is 0 or None. The returned norm is the one before scaling."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
     if clip:
         scale = (clip / (norm + 1e-6)).clamp(max=1.0)
-        for (dtype, device), grads in alike.items():
-            torch._foreach_mul_(grads, scale.to(device, dtype))
+        for dtype, device in {(g.dtype, g.device) for g in grads}:
+            alike = [g for g in grads if (g.dtype, g.device) == (dtype, device)]
+            # With mixed dtypes PyTorch's own clipping falls back to one tensor at a time.
+            torch._foreach_mul_(alike, scale.to(device, dtype))
     return norm
 
 
