@@ -125,6 +125,18 @@ def test_a_line_has_the_losses_of_its_best_rate_by_seed() -> None:
     assert line.losses == {"0": 2.0, "1": 2.5}
 
 
+def test_at_equal_time_a_speed_is_that_of_the_timing() -> None:
+    """Runs that tune rates share a GPU, which slows them down and not what they are given."""
+    found = [replace(one, planned=replace(one.planned, cost=64.0))
+             for one in outcomes({(1e-3, 0): 3.0, (1e-3, 1): None})]  # fmt: skip
+    tokens = found[0].planned.tokens
+    (line,), (shared,) = summarize(found[:1], "time"), summarize(found[:1], "flops")
+    assert (line.tokens_per_second, shared.tokens_per_second) == (tokens / 64, 1000.0)
+    captions = [Comparison([line], equal, 1).caption for equal in ("time", "flops", "tokens")]
+    assert ["at the same time" in caption for caption in captions] == [False, True, True]
+    assert "Tokens/s and seconds: of training steps, timed before" in captions[0]
+
+
 def test_configurations_have_a_line_each_in_the_grids_order() -> None:
     found = [*outcomes({(1e-3, 0): 3.0, (1e-3, 1): 3.1}, **{"method.rank": [8]}),
              *outcomes({(1e-3, 0): 2.0, (1e-3, 1): 2.1}, **{"method.rank": [4]})]  # fmt: skip
@@ -171,7 +183,7 @@ def test_a_budget_other_than_tokens_is_in_every_form_of_the_table() -> None:
 
     lines[:] = [replace(LINE, cost=61.25), replace(DIVERGES, cost=1234.56)]
     assert time.caption.startswith(f"{begins} 1,234.6 seconds, the cost of full in 9 steps: mean")
-    assert "Seconds: of training steps, timed before the runs, one configuration" in time.caption
+    assert "and seconds: of training steps, timed before the runs, one" in time.caption
     assert markdown(time).splitlines()[2].endswith("| 4,096 | 61.2 |")
     (one, _) = csv.DictReader(io.StringIO(as_csv(time)))
     assert (one["training_flops"], one["training_seconds"]) == ("", "61.25")

@@ -8,6 +8,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -226,6 +227,14 @@ def test_the_frontier_has_what_nothing_beats(forty: Source) -> None:
     beaten = {p for p in every for q in every if q != p and q[0] <= p[0] and q[1] <= p[1]}
     assert best == every - beaten and len(every) == 5
     assert drawn.notes == []
+
+
+def test_the_frontier_has_no_seconds_where_they_are_equal(forty: Source) -> None:
+    def panels(equal: str) -> set[str]:
+        drawn = FIGURES["frontier"](replace(forty, about={"equal": equal}), View())
+        return {str(n["panel"]) for n in drawn.numbers}
+
+    assert panels("tokens") - panels("time") == {"seconds of training"}
 
 
 def test_a_peak_is_missed_only_where_others_have_one(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -545,6 +546,26 @@ def test_the_handlers_come_back_and_a_second_ctrl_c_acts_at_once(
 
 
 @pytest.mark.usefixtures("signals")
+def test_ctrl_c_is_answered_before_the_step_ends(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step may take minutes. Other signals are the system's, which reads no answer."""
+    real, said = trainer.advance, list[str]()
+
+    def advance(state: Any, *given: Any) -> Any:
+        if state.step == 2:
+            signal.raise_signal(number)
+            said.append(capfd.readouterr().err)
+        return real(state, *given)
+
+    monkeypatch.setattr(trainer, "advance", advance)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(Interrupted, match="stopped and saved at step 3"):
+            train(tiny("full", corpus, tmp_path / f"{number}"))
+    assert said == [f"\n{trainer.STOPPING}\n", ""]
+
+
+@pytest.mark.usefixtures("signals")
 def test_a_signal_that_is_ignored_or_used_by_others_is_left_alone(
     corpus: Path, tmp_path: Path
 ) -> None:
@@ -741,6 +762,21 @@ def test_a_warning_is_not_hidden_by_a_later_event_without_one(
     first, second = rows(tmp_path)
     assert (first["bad_pairs_warning"], first["merges"], second["bad_pairs_warning"]) == (7, 4, 0)
     assert "step 4: 7 bad pairs" in caplog.text
+
+
+def test_the_peak_of_memory_is_that_of_all_processes_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is resumed for its last evaluation alone has not trained in little memory."""
+    gpu, written = replace(ALONE, device=torch.device("cuda")), []
+    for reserved in (5, 2, 9, 1):
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device, now=reserved: now)
+        log = MetricsLog(RunDir(tmp_path), gpu, silent, tokens_per_step=1)
+        log.continue_clocks()
+        log.write("checkpoint", step=1)
+        written.append(log.peak_bytes())
+    found = [row["peak_bytes"] for row in RunDir(tmp_path).metrics()]
+    assert found == written == [5, 5, 9, 9]
 
 
 def test_throughput_is_tokens_over_seconds() -> None:

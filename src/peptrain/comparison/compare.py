@@ -90,7 +90,8 @@ def compare(
         with stop_on_signals() as stop:  # so that all tables are of one call
             failed = status.failed
             outcomes = [outcome(o.planned, o.run, failed.get(o.run.path.name, "")) for o in before]
-            made = Comparison(summarize(outcomes), asked.equal, epoch, unstated(planned),
+            lines = summarize(outcomes, asked.equal)
+            made = Comparison(lines, asked.equal, epoch, unstated(planned),
                               *_of_tuning(asked.baseline.config))  # fmt: skip
             _write(out, made, outcomes)
     if code := status.interrupted or stop.code or (BY_SYSTEM if status.saved else 0):
@@ -247,4 +248,4 @@ def _write(out: Path, made: Comparison, outcomes: Sequence[Outcome]) -> None:
     said = {"equal": made.equal, "caption": made.caption, "notes": made.notes}
     content = {**said, "runs": runs, "configurations": lines}
     write_atomically(out / "runs.json", json.dumps(content, indent=1) + "\n")
-    draw(out, runs, lines)
+    draw(out, runs, lines, said)

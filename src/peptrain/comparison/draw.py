@@ -17,15 +17,15 @@ log = logging.getLogger("peptrain")
 NAMES = ("rates", "frontier", "grid", "scaling", "loss")
 
 
-def draw(out: Path, trials: Sequence[Row], lines: Sequence[Row]) -> None:
-    """Write OUT/figures/NAME.svg and NAME.csv of `runs.json`'s runs and configurations.
+def draw(out: Path, trials: Sequence[Row], lines: Sequence[Row], about: Row) -> None:
+    """Write OUT/figures/NAME.svg and NAME.csv of `runs.json`'s runs, configurations and the rest.
 
     What fails is logged in one line, as the table does not depend on it. A figure for which no run
     has the rows yet is left to a later call.
     """
     try:
         imported("matplotlib")
-        source = from_comparison(out, trials, lines, {})
+        source = from_comparison(out, trials, lines, about)
         for name in NAMES:
             try:
                 drawn = FIGURES[name](source, View())

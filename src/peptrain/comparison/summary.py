@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peptrain.comparison.grid import GridRun
+from peptrain.comparison.grid import Equal, GridRun
 from peptrain.ops.student import half_width
 from peptrain.runs.directory import LAST, RunDir
 from peptrain.tuning.tasks import tuning_task
@@ -116,12 +116,19 @@ class Line:
         return (statistics.fmean(shared), half_width(shared)) if shared else None
 
 
-def summarize(outcomes: Sequence[Outcome]) -> list[Line]:
-    """Return a line per configuration, in the grid's order."""
+def summarize(outcomes: Sequence[Outcome], equal: Equal = "tokens") -> list[Line]:
+    """Return a line per configuration, in the grid's order.
+
+    At equal time a line's speed is that of its timing, which no other run slowed down.
+    """
     groups: dict[str, list[Outcome]] = {}
     for one in outcomes:
         groups.setdefault(one.planned.configuration, []).append(one)
-    return [_line(group) for group in groups.values()]
+    lines = [_line(group) for group in groups.values()]
+    if equal != "time":
+        return lines
+    return [replace(line, tokens_per_second=line.cost and line.tokens / line.cost)
+            for line in lines]  # fmt: skip
 
 
 def _line(group: Sequence[Outcome]) -> Line:

@@ -75,12 +75,10 @@ class Comparison:
         return (
             f"Held-out loss in nats per token {_budget(self)}: mean over seeds with its 95 %"
             f" interval (Student's t; none for one seed). {self._differences}Ppl: exp of that"
-            " mean. State: the"
-            " optimizer's moments, 10^6 bytes. Tokens/s: measured with one run per worker at the"
-            f" same time. {_counted(self)}Each line is at the learning rate with the lowest mean"
-            " held-out loss of those tried. (lowest) and (highest) mark a rate at the edge of those"
-            " tried, where a better one may lie beyond; (only) marks a rate that was not tuned. "
-            + _tuned(self)
+            f" mean. State: the optimizer's moments, 10^6 bytes. {_counted(self)}Each line is at"
+            " the learning rate with the lowest mean held-out loss of those tried. (lowest) and"
+            " (highest) mark a rate at the edge of those tried, where a better one may lie beyond;"
+            " (only) marks a rate that was not tuned. " + _tuned(self)
         )
 
     @property
@@ -116,11 +114,14 @@ def _budget(made: Comparison) -> str:
 
 
 def _counted(made: Comparison) -> str:
+    """How speeds and costs were measured."""
+    beside = "Tokens/s: measured with one run per worker at the same time. "
     if made.equal == "tokens":
-        return ""
+        return beside
     how = {
-        "flops": "FLOPs: of matrix products, as counted by `peptrain estimate`.",
-        "time": "Seconds: of training steps, timed before the runs, one configuration at a time.",
+        "flops": f"{beside}FLOPs: of matrix products, as counted by `peptrain estimate`.",
+        "time": "Tokens/s and seconds: of training steps, timed before the runs, one configuration"
+        " at a time.",
     }
     return f"{how[made.equal]} An epoch of the corpus has {made.epoch:,} tokens. "
 

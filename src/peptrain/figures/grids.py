@@ -125,12 +125,14 @@ def frontier(source: Source, view: View) -> Drawn:
     points = {name: rows for name, rows in points.items() if _values(rows, "held_out_loss")}
     if not points:
         raise _nothing(source)
-    shown = [cost for cost in COSTS if all(_values(rows, cost[0]) for rows in points.values())]
+    # At equal time the seconds say only which runs shared a device.
+    told = COSTS[:-1] if source.about.get("equal") == "time" else COSTS
+    shown = [cost for cost in told if all(_values(rows, cost[0]) for rows in points.values())]
     if not shown:
         raise NotMeasured("frontier: the rows of the runs have neither parameters nor bytes")
     notes = [
         f"{label}: not known of every configuration"
-        for key, label in COSTS
+        for key, label in told
         # On a CPU none has a peak.
         if (key, label) not in shown
         and (key != "peak_bytes" or any(_values(rows, key) for rows in points.values()))

@@ -60,6 +60,7 @@ from peptrain.training.state import (
 from peptrain.tuning.settle import with_task
 
 log = logging.getLogger("peptrain")
+STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one"
 
 
 def train(
@@ -176,6 +177,7 @@ def _train(
     _announce(state, metrics_log)
     try:
         stop.at_once, agreement = None, Agreement(stop, here)
+        stop.answer = STOPPING if here.main else ""
         if saved is None and config.train.keeps(0):
             _save(state, run, here, identity, metrics_log)
         del saved
@@ -188,6 +190,7 @@ def _train(
             _announce(state, metrics_log)
             metrics_log.pause()
             _loop(config, state, objective, run, metrics_log, agreement, identity, tool)
+        stop.answer = ""
         stop.at_once = f"stopped before the end of the last evaluation; {how_to_resume(run)}"
         held_out, judged = _evaluate(state, objective, run, metrics_log, limit=0)
     except Diverged as error:
@@ -355,7 +358,6 @@ def _counts(config: RunConfig[Method], state: TrainState, here: World) -> dict[s
 def _result(
     run: RunDir, state: TrainState, held_out: Evaluation, metrics_log: MetricsLog
 ) -> Result:
-    on_gpu = metrics_log.world.device.type == "cuda"
     # Checkpoints of 0.1.0 do not contain the sizes, but every phase ends with a row that does.
     held = [row.get("state_bytes", 0) for row in run.metrics() if row["event"] == "checkpoint"]
     return Result(
@@ -364,5 +366,5 @@ def _result(
         **_sizes(state),
         state_bytes=max([state_bytes(state.optimizer), *state.state_bytes, *held]),
         tokens_per_second=metrics_log.median_throughput(),
-        peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else 0,
+        peak_bytes=metrics_log.peak_bytes(),
     )

@@ -80,13 +80,15 @@ class MetricsLog:
     _seconds: float = 0.0
     _device_hours: float = 0.0
     _observe_seconds: float = 0.0
+    _peak_bytes: int = 0
 
     def continue_clocks(self) -> None:
-        """Continue `seconds` and `device_hours` from the last row that the run has."""
+        """Continue the sums from the last row that the run has, and the peak from its rows."""
         for row in self.run.metrics():
             self._seconds = row.get("seconds", self._seconds)
             self._device_hours = row.get("device_hours", self._device_hours)
             self._observe_seconds = row.get("observe_seconds", self._observe_seconds)
+            self._peak_bytes = max(self._peak_bytes, row.get("peak_bytes", 0))
 
     def add(
         self,
@@ -210,9 +212,9 @@ class MetricsLog:
 
         Adds `time` (Unix, in seconds), `seconds` (of training up to this step, without evaluations,
         samples and checkpoints), `device_hours` (seconds times ranks / 3600), on a GPU `peak_bytes`
-        (reserved by PyTorch since the start of this process), and `observe_seconds`, which
-        `train.observe` took besides. Seconds and hours are summed over resumes and leave out steps
-        that a kill took back.
+        (the most that PyTorch has reserved), and `observe_seconds`, which `train.observe` took
+        besides. Seconds and hours are summed over resumes, and the peak is of all processes so far.
+        They leave out what a kill took back.
         """
         if self.world.main:
             self.observe(self.record(event, **row))
@@ -227,10 +229,17 @@ class MetricsLog:
     def _measured(self) -> dict[str, float]:
         now = {"time": time.time(), "seconds": self._seconds, "device_hours": self._device_hours}
         if self.world.device.type == "cuda":
-            now["peak_bytes"] = torch.cuda.max_memory_reserved(self.world.device)
+            now["peak_bytes"] = self.peak_bytes()
         if self._observe_seconds:
             now["observe_seconds"] = self._observe_seconds
         return now
+
+    def peak_bytes(self) -> int:
+        """Return the most memory that PyTorch has reserved on the GPU, 0 on a CPU."""
+        if self.world.device.type == "cuda":
+            here = torch.cuda.max_memory_reserved(self.world.device)
+            self._peak_bytes = max(self._peak_bytes, here)
+        return self._peak_bytes
 
     def pause(self) -> None:
         """Restart the clock after evaluation or saving, which do not count as training time."""

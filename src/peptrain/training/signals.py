@@ -25,6 +25,9 @@ class Stop:
     """BY_USER or BY_SYSTEM once it was asked to stop."""
     at_once: str | None = None
     """If set, a signal raises Interrupted with this message: there is nothing to save first."""
+    answer: str = ""
+    """What the first Ctrl-C is answered with, since a step may take long, and a second one does not
+    save."""
 
 
 @contextlib.contextmanager
@@ -56,6 +59,9 @@ def stop_on_signals() -> Iterator[Stop]:
             signal.signal(signal.SIGINT, before[signal.SIGINT])
         if first and stop.at_once is not None:
             raise Interrupted(stop.at_once, stop.code)
+        if first and stop.answer and number == signal.SIGINT:
+            with contextlib.suppress(OSError):  # and no print, which this may have interrupted
+                os.write(2, f"\n{stop.answer}\n".encode())
 
     for s in before:
         signal.signal(s, request)
