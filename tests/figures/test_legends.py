@@ -6,7 +6,7 @@ import pytest
 from made import dynamics, run
 
 from peptrain.figures.catalogue import FIGURES
-from peptrain.figures.panel import LINE, LONGEST, sheet, told_apart
+from peptrain.figures.panel import LINE, LONGEST, sheet, told_apart, wrapped
 from peptrain.figures.read import read
 from peptrain.figures.source import View
 from peptrain.figures.style import styled
@@ -54,6 +54,13 @@ def test_a_long_name_has_lines_of_settings_and_makes_its_figure_higher() -> None
             lines = text.get_text().split("\n")
             assert max(map(len, lines)) <= LINE and " ".join(lines) == given[0]
     assert heights[1] == pytest.approx(heights[0] + 0.18)
+
+
+def test_a_name_without_settings_is_broken_where_a_line_ends() -> None:
+    """As that of a run of a comparison, whose settings are joined by hyphens."""
+    name = "loro-update=precond-exact_every=75-refresh_every=75-lr=0.01-seed=0-5b0c21f4 (3 seeds)"
+    lines = wrapped(name).split("\n")
+    assert len(lines) == 2 and max(map(len, lines)) == LINE and "".join(lines) == name
 
 
 def test_the_legend_over_seeds_has_the_looks_of_its_lines(tmp_path: Path) -> None:

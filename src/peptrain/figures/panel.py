@@ -202,8 +202,8 @@ def told_apart(names: Sequence[str], longest: int = LONGEST) -> list[str]:
 
 
 def wrapped(name: str) -> str:
-    """Return a name in lines of LINE characters, broken between its settings."""
-    return "\n".join(textwrap.wrap(name, LINE, break_on_hyphens=False, break_long_words=False))
+    """Return a name in lines of LINE characters, broken between its settings where it can be."""
+    return "\n".join(textwrap.wrap(name, LINE, break_on_hyphens=False))
 
 
 def _fewest(alike: Sequence[str]) -> dict[str, str]:
