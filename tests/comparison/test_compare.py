@@ -189,6 +189,29 @@ def test_at_an_equal_budget_each_run_is_started_with_its_own_steps(
     assert compare(grid, out) == made and len(fakes.started) == 2
 
 
+@pytest.mark.parametrize("equal", ["tokens", "flops"])
+def test_the_same_corpus_in_another_place_is_said_before_runs_are_made_again(
+    fakes: Fakes, corpus: Path, tmp_path: Path, equal: str
+) -> None:
+    """As on another machine, where the home directory has another name."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+
+    def grid(path: Path, **more: Any) -> Path:
+        made = write_grid(tmp_path, path, {}, {"method.name": "lowrank", "method.rank": 2}, **more)
+        made.write_text(f'equal = "{equal}"\n{made.read_text()}')
+        return made
+
+    made = compare(grid(corpus, train__seed=0), out)
+    shutil.copytree(corpus, elsewhere)
+    with pytest.raises(
+        CheckpointError, match=r"has \d runs of this grid, .*" + re.escape(str(corpus))
+    ):
+        compare(grid(elsewhere, train__seed=0), out)
+    assert compare(grid(corpus, train__seed=0), out) == made and len(fakes.started) == 4
+    compare(grid(elsewhere, train__seed=1), out)
+    assert len(fakes.started) == 8
+
+
 def test_another_corpus_in_the_same_place_is_another_run(
     fakes: Fakes, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

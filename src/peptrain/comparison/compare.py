@@ -31,6 +31,7 @@ from peptrain.loggers import chosen
 from peptrain.models.hf import config_file
 from peptrain.runs.directory import RunDir
 from peptrain.runs.init_from import contents, sha256
+from peptrain.settings import toml
 from peptrain.settings.fields import check, check_whole, each_line_once
 from peptrain.training.signals import BY_SYSTEM, stop_on_signals
 from peptrain.tuning.settle import data_checksum
@@ -66,7 +67,7 @@ def compare(
 
     Raises what `load_grid` and `allot` raise; DataError if the corpus is missing or shorter than
     one window; CheckpointError if another call is working in `out`, if a file in it can't be read
-    or written, or if a run's config.toml was changed; PeptrainError if steps can't be timed;
+    or written, if a run's config.toml was changed, or if the corpus was elsewhere before; PeptrainError if steps can't be timed;
     Interrupted after a signal such as Ctrl-C or SIGTERM, once the running runs are saved and the
     table is written.
     """
@@ -80,6 +81,7 @@ def compare(
     asked = _identified(asked, data)
     gpus = _gpus(asked.runs)
     _make(out)
+    _refuse_another_place(asked.runs, out)
     with _naming_files(), alone(out) as lock:
         planned = _within_budget(asked, out, gpus, lock)
         _tell_of_other_vocabularies(planned, out)
@@ -189,6 +191,25 @@ def _place(run: GridRun, out: Path) -> RunDir:
             f" {out / 'settings' / place.path.name}.toml, or move the run away"
         )
     return place
+
+
+def _refuse_another_place(runs: Sequence[GridRun], out: Path) -> None:
+    """Raise CheckpointError if the runs in `out` are these, but for the path of the same corpus.
+
+    They would be trained again, as after a directory was copied to another machine.
+    """
+    made = {place.name[-len(runs[0].digest) :]: place for place in (out / "runs").glob("*-*")}
+    if any(run.digest in made for run in runs):
+        return
+    files = [file for place in made.values() if (file := place / "config.toml").is_file()]
+    paths = {toml.read(file, "").get("data", {}).get("path") for file in files}
+    for path in sorted(filter(None, paths)):
+        if many := sum(run.digest_at(Path(path)) in made for run in runs):
+            raise CheckpointError(
+                f"--out {out}: has {count(many, 'run')} of this grid, with the same corpus at"
+                f" {path}; put it or a link there and write data.path = {path!r} in [base], or"
+                " choose another directory"
+            )
 
 
 def _tell_of_other_vocabularies(runs: Sequence[GridRun], out: Path) -> None:

@@ -99,6 +99,11 @@ class GridRun:
         """Hash of all settings, the corpus and the files that are named. It identifies the run."""
         return _digest(essence(self.named) + self.data)
 
+    def digest_at(self, path: Path) -> str:
+        """The digest of this run if the same corpus were at `path`."""
+        elsewhere = replace(self.named, data=replace(self.named.data, path=path))
+        return _digest(essence(elsewhere) + self.data)
+
     @property
     def digest_of_0_1_0(self) -> str:
         """The digest that the same grid gave to its run in 0.1.0."""
