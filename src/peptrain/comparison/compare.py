@@ -67,9 +67,9 @@ def compare(
 
     Raises what `load_grid` and `allot` raise; DataError if the corpus is missing or shorter than
     one window; CheckpointError if another call is working in `out`, if a file in it can't be read
-    or written, if a run's config.toml was changed, or if the corpus was elsewhere before; PeptrainError if steps can't be timed;
-    Interrupted after a signal such as Ctrl-C or SIGTERM, once the running runs are saved and the
-    table is written.
+    or written, if a run's config.toml was changed, or if the corpus was elsewhere before;
+    PeptrainError if steps can't be timed; Interrupted after a signal such as Ctrl-C or SIGTERM,
+    once the running runs are saved and the table is written.
     """
     check_whole("--workers", workers, 1)
     ranks = launch().size
