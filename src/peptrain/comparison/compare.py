@@ -7,7 +7,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -81,8 +81,8 @@ def compare(
     asked = _identified(asked, data)
     gpus = _gpus(asked.runs)
     _make(out)
-    _refuse_another_place(asked.runs, out)
     with _naming_files(), alone(out) as lock:
+        _refuse_another_place(asked.runs, out)
         planned = _within_budget(asked, out, gpus, lock)
         _tell_of_other_vocabularies(planned, out)
         before = [outcome(run, _place(run, out)) for run in planned]
@@ -201,9 +201,12 @@ def _refuse_another_place(runs: Sequence[GridRun], out: Path) -> None:
     made = {place.name[-len(runs[0].digest) :]: place for place in (out / "runs").glob("*-*")}
     if any(run.digest in made for run in runs):
         return
-    files = [file for place in made.values() if (file := place / "config.toml").is_file()]
-    paths = {toml.read(file, "").get("data", {}).get("path") for file in files}
-    for path in sorted(filter(None, paths)):
+    paths = set[str]()
+    for place in made.values():
+        if (file := place / "config.toml").is_file():
+            data = toml.read(file, "").get("data")
+            paths |= {str(data["path"])} if isinstance(data, Mapping) and "path" in data else set()
+    for path in sorted(paths):
         if many := sum(run.digest_at(Path(path)) in made for run in runs):
             raise CheckpointError(
                 f"--out {out}: has {count(many, 'run')} of this grid, with the same corpus at"
