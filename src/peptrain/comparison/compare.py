@@ -92,9 +92,8 @@ def compare(
         with stop_on_signals() as stop:  # so that all tables are of one call
             failed = status.failed
             outcomes = [outcome(o.planned, o.run, failed.get(o.run.path.name, "")) for o in before]
-            lines = summarize(outcomes, asked.equal)
-            made = Comparison(lines, asked.equal, epoch, unstated(planned),
-                              *_of_tuning(asked.baseline.config))  # fmt: skip
+            made = Comparison(summarize(outcomes, asked.equal), asked.equal, epoch,
+                              unstated(planned), *_of_tuning(asked.baseline.config))  # fmt: skip
             _write(out, made, outcomes)
     if code := status.interrupted or stop.code or (BY_SYSTEM if status.saved else 0):
         done = sum(one.end is not None or one.diverged for one in outcomes)
