@@ -653,6 +653,7 @@ def test_a_text_file_for_a_corpus_is_answered_with_how_to_prepare_it(peptrain_: 
     text = Path("READ ME.md").resolve()
     command = f"data prepare '{text}' --out 'data/READ ME'"
     wanted = f"not a prepared corpus (a file); make one with `peptrain {command}`"
+    assert wanted in spaced(peptrain_(f"estimate full --data.path '{text}'").err)
     assert said == f"data.path: {text}: {wanted}"
     assert peptrain_(command).code == 0 and Corpus.open(Path("data/READ ME")).train_tokens
 

@@ -212,6 +212,20 @@ def test_the_same_corpus_in_another_place_is_said_before_runs_are_made_again(
     assert len(fakes.started) == 8
 
 
+def test_a_run_that_lost_its_settings_is_refused_with_what_restores_them(
+    fakes: Fakes, corpus: Path, tmp_path: Path
+) -> None:
+    grid, out = write_grid(tmp_path, corpus), tmp_path / "out"
+    made = compare(grid, out)
+    file = min(out.glob("runs/*/config.toml"))
+    file.unlink()
+    kept = out / "settings" / f"{file.parent.name}.toml"
+    with pytest.raises(CheckpointError, match=f"config.toml is missing; restore it from {kept}"):
+        compare(grid, out)
+    shutil.copyfile(kept, file)
+    assert compare(grid, out) == made and len(fakes.started) == 4
+
+
 def test_another_corpus_in_the_same_place_is_another_run(
     fakes: Fakes, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,14 @@ def test_a_line_has_the_losses_of_its_best_rate_by_seed() -> None:
     assert line.losses == {"0": 2.0, "1": 2.5}
 
 
+def test_a_speed_whose_rows_are_lost_is_not_counted() -> None:
+    """The last row of such a run, which was only evaluated again, has a speed of 0."""
+    found = outcomes({(1e-3, 0): 3.0, (1e-3, 1): 3.1})
+    found[0] = replace(found[0], end=end(3.0, tokens_per_second=0.0))
+    assert summarize(found)[0].tokens_per_second == 2000.0
+    assert summarize(found[:1])[0].tokens_per_second is None
+
+
 def test_at_equal_time_a_speed_is_that_of_the_timing() -> None:
     """Runs that tune rates share a GPU, which slows them down and not what they are given."""
     found = [replace(one, planned=replace(one.planned, cost=64.0))

@@ -119,6 +119,16 @@ def test_without_singular_values_a_figure_of_them_names_the_command(tmp_path: Pa
             FIGURES[name](Source(), View())
 
 
+def test_weights_are_not_offered_where_what_was_learned_is_missing(tmp_path: Path) -> None:
+    """They are the default of --what, which such a figure takes for what was learned."""
+    made = analyzed(finished(tmp_path / "run"))
+    head, *lines = (made / "analysis/40.spectra.csv").read_text().splitlines()
+    kinds = [line.replace("from_start", kind) for kind in ("weight", "gradient") for line in lines]
+    rewrite(made, "\n".join([head, *kinds, ""]))
+    with pytest.raises(NotMeasured, match="choose --what from gradient$"):
+        FIGURES["small-singular"](read([made]), View())
+
+
 def test_matrices_of_other_names_are_left_to_the_figure_of_all(tmp_path: Path) -> None:
     made = analyzed(finished(tmp_path / "run"))
     text = (made / "analysis/40.spectra.csv").read_text()

@@ -246,3 +246,19 @@ def test_the_defaults_fit_a_run_of_any_length(name: str, steps: int) -> None:
 def test_impossible_settings_are_named(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"schedule\.{key}: must be .*got {value}\)"):
         ScheduleConfig(**{key: value})  # type: ignore[arg-type]
+
+
+def test_a_rate_that_never_recovers_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    base = built(20, warmup=2)
+    jagged = built(20, warmup=2, restart_every=5, restart_warmup=1)
+    for rates, every, rewarm, start, said in (
+        (base, 0, 5, 14, ""),
+        (base, 0, 5, 15, "method.restart_warmup: 5 steps of warm-up, but the warm start leaves 5"),
+        (base, 5, 4, 0, ""),
+        (base, 5, 5, 0, "restarts every 5 steps and never recovers; set fewer than 5"),
+        (jagged, 0, 0, 0, ""),
+        (jagged, 10, 5, 0, "schedule.restart_every: the method restarts the learning rate itself"),
+    ):
+        caplog.clear()
+        restarted(rates, every=every, rewarm=rewarm, start=start)
+        assert said in caplog.text and bool(said) == bool(caplog.records)

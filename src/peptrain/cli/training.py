@@ -123,9 +123,12 @@ def estimate_by(options_type: Any, given: RunConfig[Method] | None) -> Callable[
         """
         from peptrain.cli.flags import say_what_a_preset_leaves
         from peptrain.cli.progress import fitting
+        from peptrain.data import configured_corpus
         from peptrain.estimation.estimate import estimate, memory
 
         say_what_a_preset_leaves(given, options)
+        if options.data.path:  # it decides the vocabulary
+            configured_corpus(options.data.path)
         budget = None if gpu_memory is None else memory(gpu_memory)
         with fitting(make(stderr, quiet=json)) as watch:
             made = estimate(options, ranks=ranks, gpu_memory=budget, watch=watch)

@@ -182,6 +182,11 @@ def _place(run: GridRun, out: Path) -> RunDir:
     made = (out / "runs").glob(f"*-{run.digest}")
     place = RunDir(next(made, out / "runs" / run.name))
     if not place.config_file.is_file():
+        if any(place.metrics()):
+            raise CheckpointError(
+                f"{place.path}: config.toml is missing; restore it from"
+                f" {out / 'settings' / place.path.name}.toml, or move the run away"
+            )
         return place
     found = as_named(load(place.config_file), run.written)
     if dump(found) != dump(run.named):

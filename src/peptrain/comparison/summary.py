@@ -157,6 +157,7 @@ def _line(group: Sequence[Outcome]) -> Line:
     seeds = [o.end for o in of_rate[best] if o.end]
     losses = {str(o.planned.config.train.seed): o.loss for o in of_rate[best]}
     found = _tasks(seeds)
+    speeds = [end["tokens_per_second"] for end in seeds if end["tokens_per_second"] > 0]
     return Line(
         **line,
         lr=best,
@@ -167,7 +168,7 @@ def _line(group: Sequence[Outcome]) -> Line:
         losses=losses,
         trainable=seeds[0]["trainable"],
         state_bytes=seeds[0]["state_bytes"],
-        tokens_per_second=statistics.fmean(end["tokens_per_second"] for end in seeds),
+        tokens_per_second=statistics.fmean(speeds) if speeds else None,  # rows may be lost
         tasks={name: statistics.fmean(values) for name, values in found.items()},
         widths={k: w for k, v in found.items() if (w := half_width(v)) is not None},
     )

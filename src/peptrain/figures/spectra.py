@@ -67,6 +67,8 @@ def _sigmas(run: RunRows, what: str) -> Spectrum:
 
 def _nothing(figure: str, what: str, source: Source) -> NotMeasured:
     known = dict.fromkeys(str(row.get("what")) for run in source.runs for row in run.spectra)
+    if " or " in what:  # of what was learned; weights are none of that, and the default of --what
+        known.pop("weight", None)
     names = listed(run.name for run in source.runs)
     analyze = how_to_measure(source, in_training=False)
     repair = f"choose --what from {', '.join(known)}" if known else analyze

@@ -52,6 +52,8 @@ class Schedule:
     over: Callable[..., Schedule]
     """over(steps, warmup=None): the same schedule for another number of steps, optionally with
     another first warm-up."""
+    restarts: bool = False
+    """Whether the multiplier begins again at 0 in the course of the run."""
 
     def __call__(self, step: int) -> float:
         return self.multiplier(step)
@@ -114,11 +116,24 @@ def restarted(base: Schedule, *, every: int, rewarm: int, start: int = 0) -> Sch
     warm start ends. With `every` 0 there are no others. Over a cosine, with every >= the warm-up,
     this is ReLoRA's jagged cosine (Lialin et al., section 3); with rewarm = 5, LORO's default.
     """
+    if not every and not start:
+        return base
+    if base.restarts:
+        log.warning(
+            "schedule.restart_every: the method restarts the learning rate itself"
+            " (method.restart_warmup), so that it may stay at 0 for many steps; leave it unset"
+        )
     if 0 < every <= rewarm:
         log.warning(
             "restart_warmup: %d steps of warm-up, but the learning rate restarts every %d steps and"
-            " never recovers; set fewer",
-            *(rewarm, every),
+            " never recovers; set fewer than %d",
+            *(rewarm, every, every),
+        )
+    elif start and start + rewarm >= base.steps:
+        log.warning(
+            "method.restart_warmup: %d steps of warm-up, but the warm start leaves %d, so that the"
+            " learning rate never recovers; set fewer",
+            *(rewarm, base.steps - start),
         )
 
     def multiplier(t: int) -> float:
@@ -127,4 +142,4 @@ def restarted(base: Schedule, *, every: int, rewarm: int, start: int = 0) -> Sch
             return base(t)
         return (t - t0) / rewarm * base(t0 + rewarm)
 
-    return replace(base, multiplier=multiplier)
+    return replace(base, multiplier=multiplier, restarts=True)
