@@ -194,22 +194,28 @@ def test_the_same_corpus_in_another_place_is_said_before_runs_are_made_again(
     fakes: Fakes, corpus: Path, tmp_path: Path, equal: str
 ) -> None:
     """As on another machine, where the home directory has another name."""
-    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out, first, elsewhere = (tmp_path / name for name in ("out", "first", "elsewhere"))
+    shutil.copytree(corpus, first)
+    shutil.copytree(corpus, elsewhere)
 
     def grid(path: Path, **more: Any) -> Path:
         made = write_grid(tmp_path, path, {}, {"method.name": "lowrank", "method.rank": 2}, **more)
         made.write_text(f'equal = "{equal}"\n{made.read_text()}')
         return made
 
-    made = compare(grid(corpus, train__seed=0), out)
-    shutil.copytree(corpus, elsewhere)
-    with pytest.raises(
-        CheckpointError, match=r"has \d runs of this grid, .*" + re.escape(str(corpus))
-    ):
+    made = compare(grid(first, train__seed=0), out)
+    said = r"has \d runs of this grid, .* corpus at " + re.escape(str(first)) + r"; .*no link"
+    with pytest.raises(CheckpointError, match=said):
         compare(grid(elsewhere, train__seed=0), out)
-    assert compare(grid(corpus, train__seed=0), out) == made and len(fakes.started) == 4
+    assert compare(grid(first, train__seed=0), out) == made and len(fakes.started) == 4
     compare(grid(elsewhere, train__seed=1), out)
     assert len(fakes.started) == 8
+    shutil.rmtree(first)
+    first.symlink_to(elsewhere)  # no help, as the message says
+    shutil.rmtree(out / "runs")
+    compare(grid(elsewhere, train__seed=0), out)
+    compare(grid(first, train__seed=0), out)
+    assert len(fakes.started) == 12
 
 
 def test_a_run_that_lost_its_settings_is_refused_with_what_restores_them(

@@ -214,8 +214,8 @@ def _refuse_another_place(runs: Sequence[GridRun], out: Path) -> None:
         if many := sum(run.digest_at(Path(path)) in made for run in runs):
             raise CheckpointError(
                 f"--out {out}: has {count(many, 'run')} of this grid, with the same corpus at"
-                f" {path}; put it or a link there and write data.path = {path!r} in [base], or"
-                " choose another directory"
+                f" {path}; put it there (no link, which is followed) and write data.path ="
+                f" {path!r} in [base], or choose another directory"
             )
 
 
