@@ -234,6 +234,31 @@ def test_the_tables_of_the_study_pair_seeds_and_leave_out_what_is_not_known(
     assert lines[-1] == "bpt-2 diverged and is left out"
 
 
+def test_a_table_of_seeds_pairs_them_and_names_what_it_lacks(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As above; of three values the interval is 4.30265 s / sqrt(3)."""
+    file, seeds = tmp_path / "runs.csv", script("seed_tables")
+    rows = ["full,,0,4", "full,,1,5", "loro,0.01,1,5.7", "loro,0.01,0,4.5", "loro,0.01,2,9",
+            "loro,1,0,6", "bpt,1,3,"]  # fmt: skip
+    file.write_text("\n".join(["line,rate,seed,held_out_loss", *rows]) + "\n")
+    given = [str(file), "--by", "line", "rate", "--minus", "full", "-"]
+    seeds.main(given)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| full - | 2 | 4.5000 ± 6.3531 |  |",
+        "| loro 0.01 | 3 | 6.4000 ± 5.7886 | +0.6000 ± 1.2706 |",  # of the seeds that both have
+        "| loro 1 | 1 | 6.0000 | +2.0000 |",
+        "| bpt 1 | 1 | – | – |",
+        "",
+    ]
+    with pytest.raises(SystemExit, match=r"no line full 1; there are full -, loro 0\.01, loro 1"):
+        seeds.main([*given[:-1], "1"])
+    with pytest.raises(SystemExit, match="no column blimp; there are line, rate, seed"):
+        seeds.main([*given, "--value", "blimp"])
+    with pytest.raises(SystemExit, match="two runs of seed 0 with the same values of --by"):
+        seeds.main([str(file), "--by", "line", "--minus", "full"])
+
+
 @pytest.fixture
 def tune(script: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script tune, which trains in a thread here and not in processes of its own."""
@@ -522,7 +547,8 @@ def test_a_run_that_ends_before_the_clock_kills_it_is_repeated(
 
 def test_the_smoke_test_has_every_script(script: Any) -> None:
     """And so this file has, which calls each as the smoke test does."""
-    parts = {"commands", "common", "smoke", "subjects", "study_tables", "tune_tables"}
+    parts = {"commands", "common", "seed_tables", "smoke", "study_tables", "subjects"}
+    parts |= {"tune_tables"}
     found = {file.stem for file in BENCHMARKS.glob("*.py")} - parts
     assert script("smoke").SCRIPTS.keys() == found
     assert all(f"test_{name}" in globals() for name in found)
