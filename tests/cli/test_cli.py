@@ -598,6 +598,8 @@ def test_text_and_packed_json_lines_are_prepared(peptrain_: Command) -> None:
     assert f"vocabulary {corpus.vocab_size:,} (largest id {corpus.max_id:,})" in said.out
     trained = peptrain_("train full --run run", *flags("full", Path("made"), train__steps=1))
     assert trained.code == 0
+    without = peptrain_("data prepare a.txt --out none --vocab-size 280 --held-out 0")
+    assert without.code == 0 and "train on it" not in without.out  # where it would be refused
 
 
 @pytest.mark.parametrize(

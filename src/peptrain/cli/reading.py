@@ -301,7 +301,8 @@ def prepare_command() -> Callable[..., None]:
             f" {made.losses}, {count(made.shards, 'shard')}{skipped}"
             f"{', resumed' if made.resumed else ''}"
         )
-        say(f"train on it with `peptrain train loro --data.path {quoted(made.path)}`")
+        if made.can_be_evaluated:
+            say(f"train on it with `peptrain train loro --data.path {quoted(made.path)}`")
 
     command.__annotations__["config"] = Annotated[Prepare, arg(name="")]
     return command

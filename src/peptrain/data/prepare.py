@@ -83,6 +83,11 @@ class Prepared:
         return self.text_bytes / (self.train_tokens + self.held_out_tokens)
 
     @property
+    def can_be_evaluated(self) -> bool:
+        """Whether enough is held out for a loss, without which training is refused."""
+        return self.held_out_tokens >= LEAST_HELD_OUT
+
+    @property
     def losses(self) -> str:
         """What the tokenizer could not represent, in words."""
         return f"{self.unknown:.2%} unknown tokens, {self.lost:.2%} of the characters lost"
