@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from operator import attrgetter
@@ -25,11 +26,13 @@ from peptrain.settings.fields import (
     check,
     essential,
     fill,
+    quiet,
     resolve,
     shown,
 )
 from peptrain.settings.toml import HEADER
 
+log = logging.getLogger("peptrain")
 M = TypeVar("M", bound=Method)
 TOKENS_IN_A_FORWARD = 16_384
 """Of the default micro-batch, unless one sequence has more."""
@@ -125,6 +128,54 @@ def _check_used(config: RunConfig[Any]) -> None:
     for key, other in NEEDS.items():
         value, needed = (attrgetter(name)(config) for name in (key, other))
         check(value is None or bool(needed), key, value, f"unset without {other}")
+
+
+IDLE: Mapping[str, tuple[str, Sequence[str]]] = {
+    "schedule.decay": ("schedule.kind", ["wsd"]),
+    "schedule.decay_shape": ("schedule.kind", ["wsd"]),
+    "schedule.restart_warmup": ("schedule.restart_every", []),
+    "method.reset_fraction": ("method.reset", ["magnitude", "random"]),
+    "method.warm_start_lr": ("method.warm_start_steps", []),
+    "method.warm_start_warmup": ("method.warm_start_steps", []),
+    "method.warm_start_then": ("method.warm_start_steps", []),
+    "train.observe_budget": ("train.observe", ["dynamics"]),
+    "eval.items": ("eval.tasks", []),
+    "tune.epochs": ("tune.task", []),
+}
+"""Settings that have a default, and the values of another one with which they have an effect: any
+but 0 and none where the list is empty."""
+
+
+def warn_of_idle(given: RunConfig[Any], made: RunConfig[Any]) -> None:
+    """Log a warning for each setting of `given` that has no effect in `made`, which is `given`
+    resolved. What has its default value may be unset, or be of a run's config.toml."""
+    for key, (other, values) in IDLE.items():
+        name = key.rpartition(".")[2]
+        section = attrgetter(key.partition(".")[0])(given)
+        if name not in {f.name for f in fields(section)}:
+            continue
+        value, needed = getattr(section, name), attrgetter(other)(made)
+        used = needed in values if values else bool(needed)
+        if not used and value not in (None, _usual(key, made)):
+            wanted = " or ".join(f"{other} {one}" for one in values) or other
+            log.warning("%s: %s has no effect, since %s is %s; leave it unset, or set %s",
+                        key, value, other, needed or "unset", wanted)  # fmt: skip
+    last = made.train.steps
+    late = [step for step in made.train.kept_steps if step > last]
+    if late:
+        log.warning("train.keep_at: step %d is after the end of the run at %d", late[0], last)
+
+
+def _usual(key: str, made: RunConfig[Any]) -> Any:
+    """Return the value that a setting would have in `made` if it were unset."""
+    name, _, item = key.partition(".")
+    section = getattr(made, name)
+    default = next(f.default for f in fields(section) if f.name == item)
+    section = replace(section, **{item: default})
+    if name == "schedule":
+        section = fill(section, made.method.schedule_defaults, Method.schedule_defaults)
+    with quiet():
+        return getattr(resolve(section, name, made.train.steps), item)
 
 
 def _resolved_model(model: ModelConfig) -> ModelConfig:

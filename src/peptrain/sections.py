@@ -108,9 +108,12 @@ class TrainConfig:
 
     def keeps(self, step: int) -> bool:
         """Return whether the checkpoint of `step` is kept by `keep_at`."""
-        if self.keep_at == "log":
-            return step & (step - 1) == 0
-        return step in map(int, re.findall(r"\d+", self.keep_at))
+        return step & (step - 1) == 0 if self.keep_at == "log" else step in self.kept_steps
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """The steps that `keep_at` lists."""
+        return [int(step) for step in re.findall(r"\d+", self.keep_at)]
 
 
 @dataclass(frozen=True, kw_only=True)

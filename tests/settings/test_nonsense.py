@@ -9,8 +9,9 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from support import tiny
 
+from peptrain import recipes
 from peptrain.comparison.grid import load_grid
-from peptrain.config import RunConfig, dump, load, parse, resolved
+from peptrain.config import RunConfig, dump, load, parse, resolved, warn_of_idle
 from peptrain.errors import ConfigError
 from peptrain.methods import METHODS
 from peptrain.methods.full import Full
@@ -112,6 +113,61 @@ def test_a_setting_without_an_effect_is_refused_for_a_new_run(
         ConfigError, match=rf"^{key}: must be unset without {needed} \(got '?{value}"
     ):
         resolved(config, world_size=1, on_gpu=False)
+
+
+IDLE = [
+    ("schedule.decay", 7, "schedule.kind", "wsd"),
+    ("schedule.decay_shape", "linear", "schedule.kind", "wsd"),
+    ("schedule.restart_warmup", 3, "schedule.restart_every", 9),
+    ("method.reset_fraction", 0.5, "method.reset", "random"),
+    ("method.warm_start_lr", 0.5, "method.warm_start_steps", 20),
+    ("method.warm_start_warmup", 3, "method.warm_start_steps", 20),
+    ("method.warm_start_then", "fresh", "method.warm_start_steps", 20),
+    ("train.observe_budget", 0.5, "train.observe", "dynamics"),
+    ("eval.items", 3, "eval.tasks", "blimp"),
+    ("tune.epochs", 5, "tune.task", "cola"),
+]
+
+
+def warnings_of(given: RunConfig[Any], caplog: pytest.LogCaptureFixture) -> list[str]:
+    made = resolved(given, world_size=1, on_gpu=False)
+    caplog.clear()
+    warn_of_idle(given, made)
+    return [record.message for record in caplog.records]
+
+
+@pytest.mark.parametrize("key, value, other, used", IDLE)
+def test_a_setting_with_a_default_that_has_no_effect_is_named(
+    key: str, value: object, other: str, used: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not where it has one, and not as a default of the configuration that a run keeps."""
+    base: dict[str, Any] = {"method": {"name": "relora", "warm_start_steps": 0}}
+    given = parse(with_value(*key.split("."), value, base))
+    (said,) = warnings_of(given, caplog)
+    assert said.startswith(f"{key}: {value} has no effect, since {other} is ")
+    assert f"set {other}" in said
+    assert not warnings_of(resolved(parse(base), world_size=1, on_gpu=False), caplog)
+    tables = with_value(*other.split("."), used, with_value(*key.split("."), value, base))
+    if other in ("eval.tasks", "tune.task"):  # which need data
+        tables = with_value(other.split(".")[0], "tasks_data", "x", tables)
+    assert not warnings_of(parse(tables), caplog)
+
+
+def test_a_checkpoint_to_keep_after_the_end_of_a_run_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = parse({"method": {"name": "full"}, "train": {"steps": 9, "keep_at": "9,10"}})
+    said = ["train.keep_at: step 10 is after the end of the run at 9"]
+    assert warnings_of(given, caplog) == said
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_no_setting_of_a_recipe_is_without_an_effect(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks = recipes.about(name).results.by_task()
+    for task in tasks or [""]:
+        assert not warnings_of(recipes.load(name, task), caplog)
 
 
 def test_every_path_of_a_file_may_begin_at_home(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peptrain.config import RunConfig, resolved
+from peptrain.config import RunConfig, resolved, warn_of_idle
 from peptrain.distributed.world import World, world
 from peptrain.errors import Diverged, Interrupted
 from peptrain.estimation.phases import flops_per_token
@@ -90,9 +90,11 @@ def train(
     ):
         wanted = with_task(with_inherited_model(config))
         wanted = replace(wanted, continue_from=here.agree(wanted.continue_from))
-        wanted = resolved(wanted, world_size=here.size, on_gpu=here.device.type == "cuda")
+        given = wanted
+        wanted = resolved(given, world_size=here.size, on_gpu=here.device.type == "cuda")
         if go_on and (run := begun(config, wanted, here)) is not None:
             return _resumed(run, here, observe, held)
+        warn_of_idle(given, wanted)
         return _train(wanted, None, here, observe, held)
 
 
