@@ -150,11 +150,11 @@ def warn_of_idle(given: RunConfig[Any], made: RunConfig[Any]) -> None:
     """Log a warning for each setting of `given` that has no effect in `made`, which is `given`
     resolved. What has its default value may be unset, or be of a run's config.toml."""
     for key, (other, values) in IDLE.items():
-        name = key.rpartition(".")[2]
-        section = attrgetter(key.partition(".")[0])(given)
-        if name not in {f.name for f in fields(section)}:
+        (of, name), needs = key.split("."), other.rpartition(".")[2]
+        section = getattr(given, of)
+        if not {name, needs} <= {f.name for f in fields(section)}:  # other methods
             continue
-        value, needed = getattr(section, name), attrgetter(other)(made)
+        value, needed = getattr(section, name), getattr(getattr(made, of), needs)
         used = needed in values if values else bool(needed)
         if not used and value not in (None, _usual(key, made)):
             wanted = " or ".join(f"{other} {one}" for one in values) or other

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import pytest
 from support import tiny
@@ -151,6 +151,21 @@ def test_a_setting_with_a_default_that_has_no_effect_is_named(
     if other in ("eval.tasks", "tune.task"):  # which need data
         tables = with_value(other.split(".")[0], "tasks_data", "x", tables)
     assert not warnings_of(parse(tables), caplog)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resetting(Full):
+    """A method of another package with a setting that ours have too, and not what that one needs
+    there."""
+
+    name: ClassVar[str] = "resetting"
+    reset_fraction: float = 0.5
+
+
+def test_a_setting_of_another_method_is_not_taken_for_one_of_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert not warnings_of(RunConfig(method=Resetting(reset_fraction=0.1)), caplog)
 
 
 def test_a_checkpoint_to_keep_after_the_end_of_a_run_is_named(
